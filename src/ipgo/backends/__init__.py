@@ -1,0 +1,62 @@
+"""The text-to-image pipelines that ipgo can steer. A new one is a file here and a line in `BACKENDS`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ipgo.backends.base import Backend
+from ipgo.backends.stable_diffusion import StableDiffusion
+from ipgo.errors import unknown
+
+__all__ = ["BACKENDS", "Backend", "StableDiffusion", "load_backend"]
+
+BACKENDS: dict[str, tuple[type[Backend], str]] = {
+    "emoji": (StableDiffusion, str(Path(__file__).parent / "emoji")),
+    "sd15": (StableDiffusion, "stable-diffusion-v1-5/stable-diffusion-v1-5"),
+}
+
+
+def load_backend(
+    source: str | Path | object,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    image_size: int | None = None,
+    padding: str = "max_length",
+    scheduler: str | None = None,
+    long_prompts: str = "refuse",
+) -> Backend:
+    """Open a frozen text-to-image backend.
+
+    Args:
+        source: a name in `BACKENDS`, a local diffusers folder, a hub id `owner/name`, or a pipeline object
+            (which is used as it is: its parameters are frozen).
+        device: auto, cpu, cuda or cuda:N.
+        dtype: auto, float32, bfloat16, float16 or float64.
+        image_size: side of the square images in pixels; None is the model's own.
+        padding: max_length, or none (the denoiser sees text only, as in the IPGO notebook).
+        scheduler: ddim, pndm, lms, euler or dpm++; None is the model's own.
+        long_prompts: refuse, or truncate to the encoder's length.
+
+    Raises:
+        InputError: an unknown name or option, or a folder that is incomplete, damaged or holds a pickle.
+    """
+    kind: type[Backend] = StableDiffusion
+    place = source
+    if isinstance(source, str):
+        if source in BACKENDS:
+            kind, place = BACKENDS[source]
+        elif "/" not in source and not Path(source).exists():
+            raise unknown("backend", source, BACKENDS)
+    backend = kind.load(
+        place,
+        device=device,
+        dtype=dtype,
+        image_size=image_size,
+        padding=padding,
+        scheduler=scheduler,
+        long_prompts=long_prompts,
+    )
+    if isinstance(source, str):
+        backend.name = source
+    return backend

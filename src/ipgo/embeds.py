@@ -1,0 +1,54 @@
+"""What a denoiser is conditioned on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PromptEmbeds:
+    """The text encoder's states for B prompts.
+
+    Attributes:
+        embeds: (B, L, D), one state per position.
+        mask: (B, L) bool, True at text and False at padding. It always says which is which; whether a
+            denoiser looks at it is the backend's business.
+        pooled: (B, P) or None, the vector that some families add to the states.
+    """
+
+    embeds: Tensor
+    mask: Tensor
+    pooled: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        return self.embeds.shape[1]
+
+    def insert(self, prefix: Tensor, suffix: Tensor) -> PromptEmbeds:
+        """Put (B, n, D) embeddings before and after the states, in their number format; they count as text."""
+        before, after = (inserted.to(self.embeds) for inserted in (prefix, suffix))
+        embeds = torch.cat([before, self.embeds, after], dim=1)  # (B, n + L + m, D)
+        text = self.mask.new_ones(())
+        mask = torch.cat(
+            [text.expand(before.shape[:2]), self.mask, text.expand(after.shape[:2])], dim=1
+        )  # (B, n + L + m)
+        return PromptEmbeds(embeds, mask, self.pooled)
+
+    def mean(self) -> Tensor:
+        """(B, D): the mean state over the text positions, at least in float32."""
+        states = self.embeds.to(torch.promote_types(self.embeds.dtype, torch.float32))
+        weights = self.mask.to(states.dtype).unsqueeze(-1)  # (B, L, 1)
+        return (states * weights).sum(1) / weights.sum(1)
+
+    def norm(self) -> Tensor:
+        """(B,): the mean Euclidean norm of the states at the text positions."""
+        norms = self.embeds.to(torch.promote_types(self.embeds.dtype, torch.float32)).norm(dim=-1)
+        return (norms * self.mask).sum(1) / self.mask.sum(1)
+
+    def select(self, rows: Tensor) -> PromptEmbeds:
+        """The prompts at `rows` (B',), which may repeat."""
+        pooled = None if self.pooled is None else self.pooled[rows]
+        return PromptEmbeds(self.embeds[rows], self.mask[rows], pooled)

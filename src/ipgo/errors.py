@@ -1,0 +1,34 @@
+"""Every error that ipgo raises on purpose, and the one way to say that a name is unknown."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class IpgoError(Exception):
+    """The base of all errors of ipgo."""
+
+
+class InputError(IpgoError, ValueError):
+    """Something that the user gave is wrong: the message names it and says what is allowed."""
+
+
+class RewardError(InputError):
+    """A reward broke its contract: a wrong shape, NaN, or no gradient where one is needed."""
+
+
+class ResumeError(InputError):
+    """A run folder cannot be continued with the settings at hand."""
+
+
+class MissingExtraError(IpgoError, ImportError):
+    """An optional dependency is not installed: the message gives the pip line."""
+
+
+def unknown(kind: str, value: str, allowed: Iterable[str]) -> InputError:
+    """The error for a misspelt name: `unknown reward 'asthetic'; did you mean 'aesthetic'?`."""
+    names = sorted(allowed)
+    near = difflib.get_close_matches(value, names, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(names)}"
+    return InputError(f"unknown {kind} {value!r}; {hint}")

@@ -1,0 +1,127 @@
+"""From noise to images: the one denoising loop of the project."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ipgo.backends import Backend
+from ipgo.embeds import PromptEmbeds
+from ipgo.errors import InputError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How images are sampled.
+
+    Attributes:
+        steps: denoising steps.
+        guidance_scale: weight of classifier-free guidance; 1 or less turns it off.
+        eta: 0 is deterministic; above 0, up to 1, DDIM adds noise at each step.
+        negative_prompt: what guidance moves away from.
+    """
+
+    steps: int = 50
+    guidance_scale: float = 7.5
+    eta: float = 0.0
+    negative_prompt: str = ""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise InputError(f"sampling.steps is {self.steps}; it must be at least 1")
+        if not 0 <= self.eta <= 1:
+            raise InputError(f"sampling.eta is {self.eta}; it must be between 0 and 1")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a trajectory: `prediction` at `timestep` took `latents` to `next_latents` (B, C, h, w)."""
+
+    index: int
+    timestep: Tensor
+    latents: Tensor
+    prediction: Tensor
+    next_latents: Tensor
+
+
+def denoise(
+    backend: Backend,
+    cond: PromptEmbeds,
+    uncond: PromptEmbeds | None,
+    noise: Tensor,
+    sampling: Sampling,
+    *,
+    backprop_steps: int = 0,
+    recompute: bool = False,
+) -> Iterator[Step]:
+    """Walk from noise (B, 1 + n, C, h, w) to clean latents, with gradient in the last steps alone (DRaFT-K).
+
+    Args:
+        backprop_steps: K, the number of last denoiser calls that build a graph; 0 for none, `sampling.steps`
+            for all. Schedulers that make more calls than steps (PNDM) count calls.
+        recompute: keep no activations of these calls, but compute them again in the backward pass.
+    """
+    latents = noise[:, 0].to(backend.device, torch.promote_types(backend.dtype, torch.float32))
+    scheduler = backend.scheduler(sampling.steps, latents)
+    latents = latents * scheduler.init_noise_sigma
+    first_grad = 0 if backprop_steps >= sampling.steps else len(scheduler.timesteps) - backprop_steps
+    for index, timestep in enumerate(scheduler.timesteps):
+        # Closed before the yield: a generator's grad mode would leak into its consumer.
+        with torch.set_grad_enabled(index >= first_grad):
+            call = (scheduler.scale_model_input(latents, timestep), timestep, cond, uncond, sampling.guidance_scale)
+            if recompute and torch.is_grad_enabled():
+                prediction = checkpoint(backend.predict, *call, use_reentrant=False)
+            else:
+                prediction = backend.predict(*call)
+            if sampling.eta > 0:
+                mean, std = ddim_step(scheduler, prediction, timestep, latents, sampling.eta)
+                next_latents = mean + std * noise[:, 1 + index].to(mean)
+            else:
+                next_latents = scheduler.step(prediction, timestep, latents).prev_sample
+        yield Step(index, timestep, latents, prediction, next_latents)
+        latents = next_latents
+
+
+def sample(
+    backend: Backend,
+    cond: PromptEmbeds,
+    uncond: PromptEmbeds | None,
+    noise: Tensor,
+    sampling: Sampling,
+    *,
+    backprop_steps: int = 0,
+    recompute: bool = False,
+) -> Tensor:
+    """Exhaust `denoise` and decode: (B, 3, H, W) images in [0, 1]."""
+    walk = denoise(backend, cond, uncond, noise, sampling, backprop_steps=backprop_steps, recompute=recompute)
+    for step in walk:
+        latents = step.next_latents
+    with torch.set_grad_enabled(backprop_steps > 0):
+        if recompute and backprop_steps > 0:
+            images: Tensor = checkpoint(backend.decode, latents, use_reentrant=False)
+            return images
+        return backend.decode(latents)
+
+
+def ddim_step(
+    scheduler: Any, prediction: Tensor, timestep: Tensor, latents: Tensor, eta: float
+) -> tuple[Tensor, Tensor]:
+    """Mean (B, C, h, w) and standard deviation () of a DDIM step (arXiv 2010.02502, eq. 12 and 16).
+
+    Raises:
+        InputError: the scheduler is not DDIM, the only one here that defines a stochastic step.
+    """
+    if type(scheduler).__name__ != "DDIMScheduler":
+        raise InputError(f"sampling.eta above 0 needs the ddim scheduler, not {type(scheduler).__name__}")
+    no_noise = torch.zeros_like(latents)
+    mean = scheduler.step(prediction, timestep, latents, eta=eta, variance_noise=no_noise).prev_sample
+    previous = timestep - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+    alpha = scheduler.alphas_cumprod[timestep]
+    alpha_previous = scheduler.alphas_cumprod[previous] if previous >= 0 else scheduler.final_alpha_cumprod
+    std = eta * ((1 - alpha_previous) / (1 - alpha) * (1 - alpha / alpha_previous)).sqrt()
+    return mean, std.to(mean)

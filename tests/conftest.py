@@ -1,0 +1,111 @@
+"""A tiny random Stable Diffusion in memory: the real classes, 8x8 latents, 16x16 pixels, milliseconds a step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from ipgo.backends import Backend, load_backend
+
+WIDTH = 32
+TOKENS = 77
+
+torch.set_num_threads(1)  # these models are too small to share
+
+
+def byte_tokenizer() -> CLIPTokenizer:
+    """CLIP's tokenizer with one token for each character, inside a word or at its end."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    characters = [chr(byte) for byte in printable] + [chr(256 + index) for index in range(len(others))]
+    names = [*characters, *(f"{character}</w>" for character in characters), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {name: index for index, name in enumerate(names)}
+    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=TOKENS)
+
+
+def tiny_pipeline(seed: int = 0, prediction_type: str = "epsilon") -> StableDiffusionPipeline:
+    """A `StableDiffusionPipeline` with random weights, the same for the same seed."""
+    torch.manual_seed(seed)
+    tokenizer = byte_tokenizer()
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=WIDTH,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=TOKENS,
+            bos_token_id=len(tokenizer) - 2,
+            eos_token_id=len(tokenizer) - 1,
+            pad_token_id=len(tokenizer) - 1,
+        )
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=WIDTH,
+        attention_head_dim=4,
+        norm_num_groups=4,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+        scaling_factor=0.5,
+    )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+    )
+    pipe = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder.eval(),
+        tokenizer=tokenizer,
+        unet=unet.eval(),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def pipe() -> StableDiffusionPipeline:
+    """Shared by all tests: leave it as it is."""
+    return tiny_pipeline()
+
+
+@pytest.fixture
+def backend(pipe: Any) -> Backend:
+    return load_backend(pipe, device="cpu")
+
+
+@pytest.fixture
+def backend64() -> Backend:
+    """The same weights in float64, for finite differences and exact comparisons."""
+    return load_backend(tiny_pipeline(), device="cpu", dtype="float64")
+
+
+@pytest.fixture(scope="session")
+def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The tiny pipeline as a diffusers folder."""
+    folder = tmp_path_factory.mktemp("tiny-pipeline")
+    tiny_pipeline().save_pretrained(folder, safe_serialization=True)
+    return str(folder)
