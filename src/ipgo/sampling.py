@@ -37,6 +37,11 @@ class Sampling:
         if not 0 <= self.eta <= 1:
             raise InputError(f"sampling.eta is {self.eta}; it must be between 0 and 1")
 
+    @property
+    def noise_steps(self) -> int:
+        """How many draws of noise a trajectory needs after the initial one."""
+        return self.steps if self.eta > 0 else 0
+
 
 @dataclass(frozen=True)
 class Step:
@@ -47,6 +52,14 @@ class Step:
     latents: Tensor
     prediction: Tensor
     next_latents: Tensor
+
+
+def unconditional(backend: Backend, cond: PromptEmbeds, sampling: Sampling) -> PromptEmbeds | None:
+    """What guidance moves away from, without gradient; None if guidance is off."""
+    if sampling.guidance_scale <= 1:
+        return None
+    with torch.no_grad():
+        return backend.unconditional(sampling.negative_prompt, cond)
 
 
 def denoise(

@@ -1,0 +1,219 @@
+"""What a method learns: the identity, and embeddings inserted around the prompt's."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ipgo.backends import Backend, load_backend
+from ipgo.embeds import PromptEmbeds
+from ipgo.errors import InputError
+from ipgo.insertion import InsertedEmbeddings, Insertion, cross_attend
+from ipgo.sampling import Sampling, sample, unconditional
+from ipgo.seeding import derive
+
+
+class Adapter(nn.Module):
+    """The identity, unless overridden. Parameters and buffers have one row per prompt, or one row in all.
+
+    Attributes:
+        kind: its name in `ADAPTERS`.
+        options: JSON values: `ADAPTERS[kind](prompts, **options)` builds an adapter that the tensors fit into.
+        prompts: one for each row; None if one row is shared by every prompt.
+        padding: the backend's padding that it was learned with.
+    """
+
+    kind: ClassVar[str] = "identity"
+    options: dict[str, Any]
+    prompts: tuple[str, ...] | None
+    padding: str = "max_length"
+
+    def __init__(self, prompts: Sequence[str] | None = None) -> None:
+        super().__init__()
+        self.prompts = None if prompts is None else tuple(prompts)
+        self.options = {}
+
+    def rows(self, prompts: Sequence[str]) -> Tensor:
+        """(B,) row numbers; `InputError` for a prompt that was never fitted."""
+        if self.prompts is None:
+            return torch.zeros(len(prompts), dtype=torch.long)
+        numbers = {prompt: row for row, prompt in enumerate(self.prompts)}
+        for prompt in prompts:
+            if prompt not in numbers:
+                near = difflib.get_close_matches(prompt, self.prompts, n=1, cutoff=0)
+                raise InputError(f"this adapter was not fitted to prompt {prompt!r}; nearest: {near[0]!r}")
+        return torch.tensor([numbers[prompt] for prompt in prompts])
+
+    def condition(self, backend: Backend, prompts: Sequence[str], original: PromptEmbeds) -> PromptEmbeds:
+        """What the denoiser gets in place of `original`, the states of `prompts`."""
+        return original
+
+    def noise(self, backend: Backend, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> Tensor:
+        """(B, 1 + steps, C, h, w), as `Backend.noise`."""
+        return backend.noise(seeds, steps)
+
+    def attached(self, backend: Backend) -> AbstractContextManager[None]:
+        """While open, the backend's weights are the adapter's."""
+        return nullcontext()
+
+    def penalty(self, original: PromptEmbeds, conditioned: PromptEmbeds) -> Tensor:
+        """(B,): what a method may hold against this adapter."""
+        return original.embeds.new_zeros(len(original.embeds))
+
+    def project_(self) -> None:
+        """Bring the parameters back into their constraints, after an optimiser step."""
+
+    def row(self, number: int) -> Adapter:
+        """A copy that holds the row of one prompt."""
+        prompts = None if self.prompts is None else self.prompts[number : number + 1]
+        alone = type(self)(prompts, **self.options)
+        alone.load_state_dict({name: rows[number : number + 1] for name, rows in self.state_dict().items()})
+        return alone
+
+    def prompt_kwargs(self, pipe: Any, prompt: str, negative_prompt: str = "") -> dict[str, Tensor]:
+        """Arguments that make a plain diffusers pipeline draw the adapted prompt: `pipe(**kwargs)`.
+
+        The pipeline wants both halves of guidance equally long. Repeating all states of a prompt k times leaves
+        attention as it is (every softmax weight splits into k equal ones), so both are repeated to their least
+        common multiple: exact at any length, and cheap when it is small. With 77 states, 11 + 11 inserted ones
+        give 693, but 10 + 10 give 7,469. Parameters of `pipe` are frozen by this call.
+
+        Raises:
+            InputError: the adapter was not fitted to `prompt`, or does not fit the pipeline.
+        """
+        backend = load_backend(pipe, padding=self.padding)
+        with torch.no_grad():
+            cond = self.condition(backend, [prompt], backend.encode([prompt]))
+            uncond = backend.unconditional(negative_prompt, cond)
+        length = math.lcm(cond.length, uncond.length)
+        return {
+            "prompt_embeds": cond.embeds.repeat(1, length // cond.length, 1),
+            "negative_prompt_embeds": uncond.embeds.repeat(1, length // uncond.length, 1),
+        }
+
+
+class InsertionAdapter(Adapter):
+    """A prefix and a suffix of embeddings for each prompt, or one pair shared by all (arXiv 2503.21812)."""
+
+    kind: ClassVar[str] = "insertion"
+
+    def __init__(
+        self,
+        prompts: Sequence[str] | None,
+        width: int,
+        insertion: Insertion | Mapping[str, Any],
+        padding: str = "max_length",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(prompts)
+        self.width = width
+        self.insertion = insertion if isinstance(insertion, Insertion) else Insertion(**insertion)
+        self.padding = padding
+        self.options = {"width": width, "insertion": asdict(self.insertion), "padding": padding}
+        seeds = [seed] if prompts is None else [derive(seed, prompt) for prompt in prompts]
+        self.prefix = _side(seeds, "prefix", self.insertion.num_prefix, width, self.insertion)
+        self.suffix = _side(seeds, "suffix", self.insertion.num_suffix, width, self.insertion)
+
+    @classmethod
+    def start(
+        cls, backend: Backend, prompts: Sequence[str], insertion: Insertion, *, seed: int, shared: bool
+    ) -> InsertionAdapter:
+        """The point where a fit to `prompts` begins, with `insertion.norm` resolved for each row."""
+        adapter = cls(None if shared else prompts, backend.embed_dim, insertion, backend.padding, seed)
+        if insertion.norm is None:
+            with torch.no_grad():
+                norms = backend.encode(prompts).norm().cpu()  # (P,)
+            for side in adapter.sides():
+                side.scale_to_(norms.mean() if shared else norms)
+        return adapter
+
+    def sides(self) -> list[InsertedEmbeddings]:
+        """The prefix and the suffix, as far as there are any."""
+        return [side for side in (self.prefix, self.suffix) if side is not None]
+
+    def condition(self, backend: Backend, prompts: Sequence[str], original: PromptEmbeds) -> PromptEmbeds:
+        self._check(backend)
+        rows = self.rows(prompts).to(original.embeds.device)
+        return original.insert(self._embeds(self.prefix, rows, original), self._embeds(self.suffix, rows, original))
+
+    def _embeds(self, side: InsertedEmbeddings | None, rows: Tensor, original: PromptEmbeds) -> Tensor:
+        if side is None:
+            return original.embeds.new_empty(len(rows), 0, self.width)
+        inserted: Tensor = side(rows)  # (B, n, D)
+        if self.insertion.cross_attention == "none":
+            return inserted
+        attended = cross_attend(inserted, original)
+        return attended if self.insertion.cross_attention == "replace" else inserted + attended
+
+    def _check(self, backend: Backend) -> None:
+        if backend.embed_dim != self.width:
+            raise InputError(
+                f"this adapter holds embeddings {self.width} wide; backend {backend.name!r} takes {backend.embed_dim}"
+            )
+        if backend.padding != self.padding:
+            raise InputError(
+                f"this adapter was learned with padding={self.padding!r}; the backend has {backend.padding!r}"
+            )
+
+    def penalty(self, original: PromptEmbeds, conditioned: PromptEmbeds) -> Tensor:
+        """Conformity: the mean over D of |mean(conditioned) - mean(original)|, means over text positions."""
+        return (conditioned.mean() - original.mean()).abs().mean(-1)
+
+    def project_(self) -> None:
+        for side in self.sides():
+            side.project_()
+
+
+ADAPTERS: dict[str, type[Adapter]] = {kind.kind: kind for kind in (Adapter, InsertionAdapter)}
+
+
+def _side(
+    seeds: Sequence[int], name: str, count: int, width: int, insertion: Insertion
+) -> InsertedEmbeddings | None:
+    if count == 0:
+        return None
+    return InsertedEmbeddings([derive(seed, name) for seed in seeds], count, width, insertion)
+
+
+def stack(adapters: Sequence[Adapter]) -> Adapter:
+    """One adapter with the rows of all; they must be of one kind with equal options."""
+    first = adapters[0]
+    prompts: list[str] = []
+    for adapter in adapters:
+        if (adapter.kind, adapter.options) != (first.kind, first.options) or adapter.prompts is None:
+            raise InputError("only adapters of one kind, with equal options and prompts of their own, can be stacked")
+        prompts += adapter.prompts
+    whole = type(first)(prompts, **first.options)
+    states = [adapter.state_dict() for adapter in adapters]
+    whole.load_state_dict({name: torch.cat([state[name] for state in states]) for name in states[0]})
+    return whole
+
+
+def generate(
+    backend: Backend,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    adapter: Adapter,
+    sampling: Sampling,
+    *,
+    backprop_steps: int = 0,
+) -> Tensor:
+    """Draw prompts[i] from the noise of seeds[i], as one batch: (B, 3, H, W) images in [0, 1].
+
+    Args:
+        backprop_steps: the last denoising steps that carry gradient back to the adapter.
+    """
+    if len(prompts) != len(seeds) or not prompts:
+        raise InputError(f"generate needs one seed for each prompt, not {len(prompts)} prompts, {len(seeds)} seeds")
+    with torch.set_grad_enabled(backprop_steps > 0), adapter.attached(backend):
+        cond = adapter.condition(backend, prompts, backend.encode(prompts))
+        noise = adapter.noise(backend, prompts, seeds, sampling.noise_steps)
+        uncond = unconditional(backend, cond, sampling)
+        return sample(backend, cond, uncond, noise, sampling, backprop_steps=backprop_steps)

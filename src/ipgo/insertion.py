@@ -1,0 +1,183 @@
+"""IPGO's parameterisation: embeddings = rotate(coefficients x orthonormal basis) (arXiv 2503.21812)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ipgo.embeds import PromptEmbeds
+from ipgo.errors import InputError, unknown
+from ipgo.seeding import derive, generator
+
+Rotations = Literal["applied", "unused", "none"]
+Basis = Literal["orthonormal", "free"]
+CrossAttention = Literal["none", "replace", "residual"]
+
+ANGLES = 2  # rotations of one embedding: the even pairs of coordinates, then the odd ones
+
+
+@dataclass(frozen=True)
+class Insertion:
+    """What is inserted around a prompt's embeddings, and how it is constrained.
+
+    Attributes:
+        num_prefix: embeddings inserted before the prompt's.
+        num_suffix: embeddings inserted after the prompt's.
+        rank: size of each side's basis; None is 30 for each embedding, at most the width (the paper's 300).
+        rotations: "applied", "none", or "unused": angles are kept but have no effect, as in the authors' notebook.
+        bias: add one free vector to all embeddings of a side, as the authors' notebook does.
+        basis: "orthonormal", or "free": learn the embeddings themselves, without basis and coefficients.
+        bounded: keep the coefficients within [-1, 1].
+        cross_attention: IPGO+ lets the inserted embeddings attend to the prompt's and takes the answer ("replace"),
+            or adds it ("residual"); "none" is IPGO.
+        norm: mean norm of an inserted embedding at the start; None is that of the prompt's own embeddings,
+            0 leaves it at sqrt(rank / 3), as the paper does.
+    """
+
+    num_prefix: int = 10
+    num_suffix: int = 10
+    rank: int | None = None
+    rotations: Rotations = "applied"
+    bias: bool = False
+    basis: Basis = "orthonormal"
+    bounded: bool = True
+    cross_attention: CrossAttention = "none"
+    norm: float | None = None
+
+    def __post_init__(self) -> None:
+        if min(self.num_prefix, self.num_suffix) < 0 or self.num_prefix + self.num_suffix == 0:
+            raise InputError(
+                f"insertion.num_prefix {self.num_prefix} and insertion.num_suffix {self.num_suffix} "
+                "must be at least 0, and one of them at least 1"
+            )
+        if self.rank is not None and self.rank < 1:
+            raise InputError(f"insertion.rank is {self.rank}; it must be at least 1")
+        if self.norm is not None and not 0 <= self.norm < math.inf:
+            raise InputError(f"insertion.norm is {self.norm}; it must be at least 0")
+        for field, allowed in (("rotations", Rotations), ("basis", Basis), ("cross_attention", CrossAttention)):
+            if getattr(self, field) not in get_args(allowed):
+                raise unknown(f"insertion.{field}", str(getattr(self, field)), get_args(allowed))
+
+    def check(self, width: int) -> None:
+        """Raise `InputError` if this does not fit embeddings of `width`."""
+        if self.rank is not None and self.rank > width:
+            raise InputError(f"insertion.rank is {self.rank}; the embeddings of this backend are {width} wide")
+        if self.rotations == "applied" and width % 2:
+            raise InputError(f'insertion.rotations need an even width, not {width}; use rotations="none"')
+
+    def rank_of(self, count: int, width: int) -> int:
+        """r for a side of `count` embeddings."""
+        return self.rank or min(30 * count, width)
+
+
+class InsertedEmbeddings(nn.Module):
+    """N independent sets of n embeddings: scale * rotate(coefficients @ basis.T + bias).
+
+    The basis is the Q of `raw_basis`, |coefficients| <= 1. Row i is drawn from seeds[i] and does not depend on
+    its neighbours. All parameters are float32 and have N rows.
+    """
+
+    raw_basis: nn.Parameter | None  # (N, D, r), starts orthonormal
+    coefficients: nn.Parameter | None  # (N, n, r)
+    vectors: nn.Parameter | None  # (N, n, D), with basis="free" in place of the two
+    bias: nn.Parameter | None  # (N, 1, D)
+    angles: nn.Parameter | None  # (N, n, 2)
+    scale: Tensor  # (N,)
+
+    def __init__(self, seeds: Sequence[int], count: int, width: int, insertion: Insertion) -> None:
+        super().__init__()
+        insertion.check(width)
+        self.insertion = insertion
+        self.rank = rank = insertion.rank_of(count, width)
+        raw_basis = orthonormal(_draw(seeds, "basis", (width, rank), normal=True))
+        coefficients = _draw(seeds, "coefficients", (count, rank))
+        free = insertion.basis == "free"
+        self.raw_basis = None if free else nn.Parameter(raw_basis)
+        self.coefficients = None if free else nn.Parameter(coefficients)
+        self.vectors = nn.Parameter(coefficients @ raw_basis.mT) if free else None
+        # torch.nn.Linear's initial bias, as in the notebook.
+        self.bias = nn.Parameter(_draw(seeds, "bias", (1, width)) / math.sqrt(rank)) if insertion.bias else None
+        angles = _draw(seeds, "angles", (count, ANGLES)) * math.pi
+        self.angles = None if insertion.rotations == "none" else nn.Parameter(angles)
+        self.register_buffer("scale", torch.ones(len(seeds)))
+        if insertion.norm:
+            self.scale_to_(torch.full((len(seeds),), insertion.norm))
+
+    def scale_to_(self, norms: Tensor) -> None:
+        """Give row i the mean norm norms[i]: uniform coefficients on an orthonormal basis have sqrt(rank / 3)."""
+        self.scale.copy_(norms / math.sqrt(self.rank / 3))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """(B,) row numbers, which may repeat, to (B, n, D)."""
+        distinct, position = rows.unique(return_inverse=True)
+        if self.raw_basis is not None and self.coefficients is not None:
+            basis = orthonormal(self.raw_basis[distinct])  # (U, D, r)
+            vectors = self.coefficients[distinct] @ basis.mT  # (U, n, D)
+        else:
+            assert self.vectors is not None
+            vectors = self.vectors[distinct]
+        if self.bias is not None:
+            vectors = vectors + self.bias[distinct]
+        if self.angles is not None and self.insertion.rotations == "applied":
+            vectors = rotate(vectors, self.angles[distinct])
+        vectors = vectors * self.scale[distinct, None, None]
+        return vectors[position]
+
+    @torch.no_grad()
+    def project_(self) -> None:
+        """Bring the coefficients back into the box, and the angles into [-pi, pi), where a clamp would be a wall."""
+        if self.coefficients is not None and self.insertion.bounded:
+            self.coefficients.clamp_(-1, 1)
+        if self.angles is not None:
+            self.angles.copy_((self.angles + math.pi).remainder(2 * math.pi) - math.pi)
+
+
+def _draw(seeds: Sequence[int], name: str, shape: tuple[int, ...], *, normal: bool = False) -> Tensor:
+    """(N, *shape): each row from its own seed, N(0, 1) or uniform in [-1, 1)."""
+    rows = [torch.empty(0, *shape)]
+    for seed in seeds:
+        source = generator(derive(seed, name))
+        draw = torch.randn(shape, generator=source) if normal else torch.rand(shape, generator=source) * 2 - 1
+        rows.append(draw[None])
+    return torch.cat(rows)
+
+
+def orthonormal(raw: Tensor) -> Tensor:
+    """Q of the QR decomposition of (..., D, r) with r <= D, made unique and smooth by diag R > 0."""
+    q, r = torch.linalg.qr(raw)
+    signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(raw)
+    return q * signs.unsqueeze(-2)
+
+
+def rotate(vectors: Tensor, angles: Tensor) -> Tensor:
+    """Rotate pairs of coordinates of (..., n, D) by (..., n, A), keeping norms.
+
+    Angle k turns, in embedding s, the pairs (s + k + 2j, s + k + 2j + 1) mod D for all j: first the even pairs,
+    then the odd ones.
+    """
+    count, width = vectors.shape[-2:]
+    coordinates = torch.arange(width, device=vectors.device)
+    offset = torch.arange(count, device=vectors.device).unsqueeze(-1)  # (n, 1)
+    for k in range(angles.shape[-1]):
+        there = ((coordinates + offset + k) % width).expand(vectors.shape)
+        back = ((coordinates - offset - k) % width).expand(vectors.shape)
+        x, y = vectors.gather(-1, there).unflatten(-1, (-1, 2)).unbind(-1)  # (..., n, D / 2)
+        cos, sin = angles[..., k, None].cos(), angles[..., k, None].sin()
+        turned = torch.stack([x * cos - y * sin, x * sin + y * cos], dim=-1).flatten(-2)
+        vectors = turned.gather(-1, back)
+    return vectors
+
+
+def cross_attend(queries: Tensor, prompt: PromptEmbeds) -> Tensor:
+    """IPGO+'s attention without parameters: softmax(q k^T / sqrt(D)) k over the text positions, (B, n, D).
+
+    The paper's abstract names it; its exact form is not published with the code.
+    """
+    keys = prompt.embeds.to(queries.dtype)
+    scores = queries @ keys.mT / math.sqrt(keys.shape[-1])  # (B, n, L)
+    return scores.masked_fill(~prompt.mask.unsqueeze(1), -math.inf).softmax(-1) @ keys

@@ -1,0 +1,35 @@
+"""IPGO: inserted prefix and suffix embeddings, found by gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor
+
+from ipgo.adapters import InsertionAdapter
+from ipgo.insertion import Insertion
+from ipgo.task import Progress, Task
+from ipgo.training import Ascent, maximize
+
+
+@dataclass(frozen=True)
+class IPGO:
+    """Learn a few embeddings around each prompt's (arXiv 2503.21812).
+
+    Attributes:
+        insertion: what is inserted.
+        ascent: how it is found.
+    """
+
+    stackable: ClassVar[bool] = True
+
+    insertion: Insertion = field(default_factory=Insertion)
+    ascent: Ascent = field(default_factory=Ascent)
+
+    def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
+        adapter = InsertionAdapter.start(
+            task.backend, task.prompts, self.insertion, seed=task.seed, shared=task.shared
+        )
+        return maximize(task, adapter, self.ascent, resume)

@@ -1,0 +1,42 @@
+"""The prompt as it is: the baseline of every method."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ipgo.adapters import Adapter, generate
+from ipgo.rewards import score
+from ipgo.task import Progress, Task
+
+
+@dataclass(frozen=True)
+class Raw:
+    """Change nothing: draw each prompt once for each seed, and score it."""
+
+    stackable: ClassVar[bool] = True
+
+    def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
+        adapter, prompts = Adapter(), list(task.prompts)
+        rewards = []
+        for turn in range(max(1, len(task.seeds))):
+            images = generate(task.backend, prompts, task.noise_seeds(prompts, turn), adapter, task.sampling)
+            rewards.append(score(task.reward, images, prompts).detach().cpu().float())
+        mean = torch.stack(rewards).mean(0)
+        none = torch.zeros(len(prompts))
+        yield Progress(
+            step=1,
+            total=1,
+            rewards=mean,
+            best=mean,
+            penalty=none,
+            grad_norm=none,
+            failed=~mean.isfinite(),
+            images=images,
+            adapter=adapter,
+            state=dict,
+        )

@@ -1,0 +1,159 @@
+"""What is to be maximised: any function of images and prompts. A new one is a file here and a line in `REWARDS`."""
+
+from __future__ import annotations
+
+import importlib.util
+import pkgutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from ipgo.devices import choose_device
+from ipgo.errors import InputError, RewardError, unknown
+
+RewardFunction = Callable[[Tensor, Sequence[str]], Tensor]
+
+# name -> "module:function"; the function takes a device and returns a reward. Nothing is imported before it is asked for.
+REWARDS: dict[str, str] = {
+    "emoji-clip": "ipgo.rewards.emoji:load_clip",
+    "emoji-aesthetic": "ipgo.rewards.emoji:load_aesthetic",
+    "emoji-preference": "ipgo.rewards.emoji:load_preference",
+    "emoji-judge": "ipgo.rewards.emoji:load_judge",
+    "colorfulness": "ipgo.rewards.pixels:load_colorfulness",
+    "contrast": "ipgo.rewards.pixels:load_contrast",
+}
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """Higher is better. Images are (B, 3, H, W) in [0, 1]; the answer is (B,), for any B including 1."""
+
+    name: str
+    differentiable: bool
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class FunctionReward:
+    """A plain function that knows its name."""
+
+    function: RewardFunction
+    name: str
+    differentiable: bool = True
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self.function(images, prompts)
+
+
+@dataclass(frozen=True)
+class WeightedSum:
+    """weights[0] * rewards[0] + ..., differentiable if all are."""
+
+    rewards: tuple[Reward, ...]
+    weights: tuple[float, ...]
+    name: str
+
+    @property
+    def differentiable(self) -> bool:
+        return all(reward.differentiable for reward in self.rewards)
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        values = [score(reward, images, prompts) for reward in self.rewards]
+        return torch.stack([weight * value for weight, value in zip(self.weights, values, strict=True)]).sum(0)
+
+
+def as_reward(function: RewardFunction | Reward, name: str | None = None, *, differentiable: bool = True) -> Reward:
+    """Make a reward of a plain function; something that is one already stays as it is."""
+    if isinstance(function, Reward):
+        return function
+    if not callable(function):
+        raise InputError(f"a reward must be a function of (images, prompts), not {type(function).__name__}")
+    return FunctionReward(function, name or getattr(function, "__name__", type(function).__name__), differentiable)
+
+
+def load_reward(spec: str, *, device: str = "auto") -> Reward:
+    """Load a reward, or a weighted sum of them.
+
+    Args:
+        spec: a name in `REWARDS`, `file.py:function`, or terms such as `emoji-clip+0.5*emoji-aesthetic`.
+        device: auto, cpu, cuda or cuda:N.
+
+    Raises:
+        InputError: an unknown name, a weight that is no number, or a file without that function.
+    """
+    place = choose_device(device)
+    weights, names = zip(*(_term(term) for term in spec.split("+")), strict=True)
+    rewards = tuple(_load(name, place) for name in names)
+    if weights == (1.0,):
+        return rewards[0]
+    return WeightedSum(rewards, weights, spec)
+
+
+def check_reward(spec: str) -> None:
+    """Raise `InputError` for a spec that cannot be loaded, as far as that shows without loading a model."""
+    for term in spec.split("+"):
+        _, name = _term(term)
+        if ".py:" in name:
+            _load_file(name)
+        elif name not in REWARDS:
+            raise unknown("reward", name, REWARDS)
+
+
+def score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """The reward's answer (B,), checked.
+
+    Raises:
+        RewardError: the answer is not a tensor of shape (B,), or not finite though its image is.
+    """
+    values = reward(images, prompts)
+    if not isinstance(values, Tensor) or values.shape != (len(images),):
+        given = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise RewardError(f"reward {reward.name!r} must return a tensor of shape ({len(images)},), not {given}")
+    finite_images = images.detach().flatten(1).isfinite().all(1)
+    broken = ~values.detach().isfinite() & finite_images.to(values.device)
+    if broken.any():
+        raise RewardError(f"reward {reward.name!r} is not a finite number for {broken.sum()} of {len(images)} images")
+    return values
+
+
+def _term(term: str) -> tuple[float, str]:
+    """`0.5*name` to (0.5, "name")."""
+    weight, star, name = term.rpartition("*")
+    if not name.strip():
+        raise InputError(f"reward term {term!r} is empty; write a name, or weight*name, joined by +")
+    try:
+        return float(weight) if star else 1.0, name.strip()
+    except ValueError:
+        raise InputError(f"reward weight {weight!r} in {term!r} is not a number") from None
+
+
+def _load(name: str, device: torch.device) -> Reward:
+    if ".py:" in name:
+        return _load_file(name)
+    if name not in REWARDS:
+        raise unknown("reward", name, REWARDS)
+    return as_reward(pkgutil.resolve_name(REWARDS[name])(device), name)
+
+
+def _load_file(spec: str) -> Reward:
+    """`path/mine.py:warmth`."""
+    place, _, function = spec.rpartition(":")
+    path = Path(place)
+    if not path.is_file():
+        raise InputError(f"reward file {place!r} does not exist")
+    source = importlib.util.spec_from_file_location(f"ipgo_user_reward_{path.stem}", path)
+    assert source is not None and source.loader is not None
+    module: Any = importlib.util.module_from_spec(source)
+    try:
+        source.loader.exec_module(module)
+    except Exception as error:
+        raise InputError(f"reward file {place!r} does not run: {type(error).__name__}: {error}") from error
+    if not hasattr(module, function):
+        public = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        raise unknown(f"reward in {place!r}:", function, public)
+    return as_reward(getattr(module, function), function)

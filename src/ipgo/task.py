@@ -1,0 +1,96 @@
+"""What is asked of a method, and what it reports while it works."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from torch import Tensor
+
+from ipgo.adapters import Adapter
+from ipgo.backends import Backend
+from ipgo.errors import InputError
+from ipgo.rewards import Reward
+from ipgo.sampling import Sampling
+from ipgo.seeding import derive
+
+
+@dataclass(frozen=True)
+class Task:
+    """Make the images of some prompts better.
+
+    Attributes:
+        backend, reward: what draws, and what judges. The reward gets the user's prompts.
+        prompts: P distinct prompts.
+        sampling: how images are sampled during the fit.
+        seeds: noise seeds, cycled over the steps of a fit; none at all means fresh noise at each step.
+        seed: where initial values and every other choice derive from.
+        shared: False is prompt-wise, one row for each prompt; True is prompt-batch, one row for all.
+    """
+
+    backend: Backend
+    reward: Reward
+    prompts: tuple[str, ...]
+    sampling: Sampling = Sampling()
+    seeds: tuple[int, ...] = (0,)
+    seed: int = 0
+    shared: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise InputError("prompts is empty; give at least one")
+        for prompt in self.prompts:
+            if not prompt.strip():
+                raise InputError("a prompt is empty")
+            if self.prompts.count(prompt) > 1:
+                raise InputError(f"prompt {prompt!r} is given twice")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise InputError(f"seeds {list(self.seeds)} has duplicates")
+
+    def noise_seeds(self, prompts: list[str], step: int) -> list[int]:
+        """The seed of each prompt's noise at a step of the fit."""
+        if self.seeds:
+            return [self.seeds[step % len(self.seeds)]] * len(prompts)
+        return [derive(self.seed, "noise", prompt, step) for prompt in prompts]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a fit stands after a step. Tensors are on the CPU, with one entry for each of P prompts.
+
+    Attributes:
+        step, total: steps done, and to do in all.
+        rewards: (P,) of this step; shared: of each prompt's last visit, NaN before the first.
+        best: (P,) of the rows in `adapter`: the highest so far (NaN before there is a candidate), or the latest
+            where rewards of different steps cannot be compared (shared, or fresh noise).
+        penalty, grad_norm: (P,) of this step, before weighting and clipping.
+        failed: (P,) bool, rows that were given up.
+        images: (P, 3, H, W) of this step, detached; None where a step draws some prompts only (shared).
+        adapter: each row's best so far (or the latest, as in `best`), ready for `generate`. The same object at
+            each step: copy it to keep it.
+        state: all that resume needs, read before the next step begins.
+    """
+
+    step: int
+    total: int
+    rewards: Tensor
+    best: Tensor
+    penalty: Tensor
+    grad_norm: Tensor
+    failed: Tensor
+    images: Tensor | None
+    adapter: Adapter
+    state: Callable[[], dict[str, Tensor]]
+
+
+class Method(Protocol):
+    """A frozen dataclass of hyperparameters that knows how to search.
+
+    Attributes:
+        stackable: can one fit hold the rows of many prompts?
+    """
+
+    stackable: ClassVar[bool]
+
+    def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]: ...

@@ -1,0 +1,298 @@
+"""The one gradient loop: climb a reward through the last steps of sampling."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, distributed
+
+from ipgo.adapters import Adapter
+from ipgo.errors import InputError, ResumeError, RewardError
+from ipgo.rewards import score
+from ipgo.sampling import sample, unconditional
+from ipgo.seeding import derive, generator
+from ipgo.task import Progress, Task
+
+PATIENCE = 3  # steps in a row without a finite gradient before a row is given up
+FLOAT16_SCALE = 2.0**10  # a float16 backend loses small gradients; a row that overflows halves its own
+
+
+@dataclass(frozen=True)
+class Ascent:
+    """How the reward is climbed: Adam, with each row on its own.
+
+    Attributes:
+        steps: optimiser steps.
+        lr: learning rate of Adam.
+        lr_basis: learning rate of the orthonormal basis; None is `lr`.
+        lr_decay: factor on the learning rates after every `decay_every` steps.
+        decay_every: steps between decays.
+        max_grad_norm: each row's gradient is shortened to this norm; inf never shortens.
+        backprop_steps: last denoising steps that carry gradient (DRaFT's K).
+        penalty_weight: weight of the adapter's penalty, for IPGO the conformity penalty.
+        batch_size: prompt-batch: prompts in one forward pass.
+        accumulate: prompt-batch: forward passes in one optimiser step.
+        recompute: save memory by computing the differentiated calls twice.
+    """
+
+    steps: int = 50
+    lr: float = 1e-3
+    lr_basis: float | None = None
+    lr_decay: float = 0.9
+    decay_every: int = 10
+    max_grad_norm: float = 1.0
+    backprop_steps: int = 2
+    penalty_weight: float = 1e-3
+    batch_size: int = 1
+    accumulate: int = 4
+    recompute: bool = False
+
+    def __post_init__(self) -> None:
+        for field in ("steps", "decay_every", "backprop_steps", "batch_size", "accumulate"):
+            if getattr(self, field) < 1:
+                raise InputError(f"ascent.{field} is {getattr(self, field)}; it must be at least 1")
+        for field in ("lr", "lr_basis", "lr_decay", "max_grad_norm"):
+            value = getattr(self, field)
+            if value is not None and not value > 0:
+                raise InputError(f"ascent.{field} is {value}; it must be above 0")
+        if not self.penalty_weight >= 0:
+            raise InputError(f"ascent.penalty_weight is {self.penalty_weight}; it must be at least 0")
+
+
+def maximize(
+    task: Task, adapter: Adapter, ascent: Ascent, resume: Mapping[str, Tensor] | None = None
+) -> Iterator[Progress]:
+    """Maximise reward - penalty_weight * penalty over the parameters of `adapter`, a `Progress` for each step.
+
+    Prompt-wise, each step draws all P prompts, one row each. Rows do not touch each other: losses are summed,
+    gradients clipped by row, Adam works by element, the best rewards are kept by row. With S > 1 seeds a row's
+    candidate is scored by its last S rewards, one for each seed. The raw prompt is never a candidate.
+
+    Prompt-batch (`task.shared`), each step draws batch_size x accumulate prompts, in an order that is derived for
+    each pass over the prompts, and averages their gradients (over all processes, if torch.distributed is up).
+
+    A row whose reward or gradient is not finite goes back to its kept values and, after three such steps in a row,
+    is given up; the fit ends early when none is left.
+
+    Args:
+        resume: what `Progress.state()` returned; the fit goes on with the same bits.
+
+    Raises:
+        InputError: settings that do not fit together. RewardError: a reward that breaks its contract.
+        ResumeError: a state of another fit.
+    """
+    if ascent.backprop_steps > task.sampling.steps:
+        raise InputError(
+            f"ascent.backprop_steps is {ascent.backprop_steps}; sampling has only {task.sampling.steps} steps"
+        )
+    if not task.shared and ascent.steps < len(task.seeds):
+        raise InputError(f"ascent.steps is {ascent.steps}; {len(task.seeds)} seeds need at least as many")
+    if not task.reward.differentiable:
+        raise RewardError(f"reward {task.reward.name!r} has no gradient, which this method needs")
+    climb = _Climb(task, adapter, ascent)
+    if resume is not None:
+        climb.load(resume)
+    return climb.run()
+
+
+class _Climb:
+    """The state of one fit. N rows of parameters serve P prompts: N = P, or N = 1 when shared."""
+
+    def __init__(self, task: Task, adapter: Adapter, ascent: Ascent) -> None:
+        self.task, self.ascent = task, ascent
+        device = task.backend.device
+        self.adapter = adapter.to(device)
+        self.kept = copy.deepcopy(self.adapter).requires_grad_(False)
+        with torch.no_grad():
+            self.original = task.backend.encode(task.prompts)
+        count = 1 if task.shared else len(task.prompts)
+        nan = torch.full((len(task.prompts),), math.nan)
+        scale = FLOAT16_SCALE if task.backend.dtype == torch.float16 else 1.0
+        # Everything that lives from step to step beside the parameters and Adam's moments.
+        self.memory = {
+            "step": torch.zeros((), dtype=torch.long),
+            "rewards": nan.clone(),
+            "best": nan.clone(),
+            "penalty": nan.clone(),
+            "recent": torch.full((count, len(task.seeds)), math.nan),
+            "misses": torch.zeros(count, dtype=torch.long),
+            "loss_scale": torch.full((count,), scale),
+        }
+        self.parameters = dict(self.adapter.named_parameters())
+        basis = ascent.lr if ascent.lr_basis is None else ascent.lr_basis
+        self.lr = {name: basis if name.endswith("raw_basis") else ascent.lr for name in self.parameters}
+        self.adam = torch.optim.Adam(
+            [{"params": [parameter], "name": name} for name, parameter in self.parameters.items()]
+        )
+        for parameter in self.parameters.values():
+            self.adam.state[parameter] = {
+                "step": torch.zeros(()),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+    def run(self) -> Iterator[Progress]:
+        for step in range(int(self.memory["step"]), self.ascent.steps):
+            with torch.enable_grad(), self.adapter.attached(self.task.backend):
+                images = self._ascend(step)
+            norms, finite = self._clip()
+            good = self._remember(finite)
+            self._update(step, good)
+            self.memory["step"] += 1
+            yield self._progress(norms, images)
+            if self._failed().all():
+                return
+
+    def _ascend(self, step: int) -> Tensor | None:
+        """Draw, score and differentiate the prompts of this step; the images, if they are those of all prompts."""
+        self.adam.zero_grad()
+        batches = self._batches(step)
+        drawn = sum(len(batch) for batch in batches) if self.task.shared else 1
+        for batch in batches:
+            rewards, penalty, images = self._score(batch, step)
+            scale = self.memory["loss_scale"].to(rewards)
+            (-(rewards - self.ascent.penalty_weight * penalty) * scale).sum().div(drawn).backward()
+            self.memory["rewards"][batch] = rewards.detach().cpu().float()
+            self.memory["penalty"][batch] = penalty.detach().cpu().float()
+        return None if self.task.shared else images.detach()
+
+    def _score(self, batch: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        task, backend = self.task, self.task.backend
+        prompts = [task.prompts[number] for number in batch]
+        original = self.original.select(batch.to(backend.device))
+        cond = self.adapter.condition(backend, prompts, original)
+        noise = self.adapter.noise(backend, prompts, task.noise_seeds(prompts, step), task.sampling.noise_steps)
+        images = sample(
+            backend,
+            cond,
+            unconditional(backend, cond, task.sampling),
+            noise,
+            task.sampling,
+            backprop_steps=self.ascent.backprop_steps,
+            recompute=self.ascent.recompute,
+        )
+        rewards = score(task.reward, images, prompts)
+        if not rewards.requires_grad:
+            raise RewardError(f"reward {task.reward.name!r} gives no gradient, which this method needs")
+        return rewards, self.adapter.penalty(original, cond), images
+
+    def _batches(self, step: int) -> list[Tensor]:
+        """Prompt numbers: all at once, or the next ones of an endless sequence of shuffled passes."""
+        count = len(self.task.prompts)
+        if not self.task.shared:
+            return [torch.arange(count)]
+        size = self.ascent.batch_size * self.ascent.accumulate
+        places = range(step * size, (step + 1) * size)
+        passes = {
+            number: torch.randperm(count, generator=generator(derive(self.task.seed, "pass", number)))
+            for number in {place // count for place in places}
+        }
+        prompts = torch.stack([passes[place // count][place % count] for place in places])
+        return list(prompts.split(self.ascent.batch_size))
+
+    def _clip(self) -> tuple[Tensor, Tensor]:
+        """Undo the loss scale and clip row by row: the norms before (N,), and which of them are finite."""
+        scale = self.memory["loss_scale"].to(self.task.backend.device)
+        for parameter in self.parameters.values():
+            if parameter.grad is None:  # unused angles
+                parameter.grad = torch.zeros_like(parameter)
+            if self.task.shared and distributed.is_available() and distributed.is_initialized():
+                distributed.all_reduce(parameter.grad)
+                parameter.grad /= distributed.get_world_size()
+            parameter.grad /= _rows(scale, parameter)
+        grads = [parameter.grad.flatten(1) for parameter in self.parameters.values()]  # type: ignore[union-attr]
+        norms = torch.cat(grads, dim=1).norm(dim=1)  # (N,)
+        factor = (self.ascent.max_grad_norm / (norms + 1e-6)).clamp(max=1)
+        for parameter in self.parameters.values():
+            parameter.grad *= _rows(factor, parameter)
+        return norms.cpu(), norms.isfinite().cpu()
+
+    def _remember(self, finite: Tensor) -> Tensor:
+        """Count failures and keep what is best; which rows (N,) may go on from where they are."""
+        memory = self.memory
+        good = finite & ~self._failed()
+        if not self.task.shared:
+            good &= memory["rewards"].isfinite()
+        memory["misses"] = torch.where(good, 0, memory["misses"] + 1)
+        memory["loss_scale"] = torch.where(good, memory["loss_scale"], (memory["loss_scale"] / 2).clamp(min=1))
+        if self.task.shared or not self.task.seeds:
+            # Rewards of different steps come from different prompts or noise: keep the latest.
+            memory["best"] = memory["rewards"].clone()
+            self._copy(self.adapter, self.kept, good)
+            return good
+        recent = torch.cat([memory["recent"], memory["rewards"][:, None]], dim=1)[:, 1:]
+        memory["recent"] = torch.where(good[:, None], recent, math.nan)
+        scores = memory["recent"].mean(1)  # NaN until there is a reward for each seed
+        improved = scores.isfinite() & ~(scores <= memory["best"])
+        memory["best"] = torch.where(improved, scores, memory["best"])
+        self._copy(self.adapter, self.kept, improved)
+        return good
+
+    @torch.no_grad()
+    def _update(self, step: int, good: Tensor) -> None:
+        """An Adam step for the good rows; the others go back to what was kept, without momentum."""
+        self._copy(self.kept, self.adapter, ~good)
+        bad = ~good.to(self.task.backend.device)
+        for group in self.adam.param_groups:
+            (parameter,) = group["params"]
+            group["lr"] = self.lr[group["name"]] * self.ascent.lr_decay ** (step // self.ascent.decay_every)
+            for rows in (parameter.grad, *(self.adam.state[parameter][key] for key in ("exp_avg", "exp_avg_sq"))):
+                rows[bad] = 0
+        self.adam.step()
+        self.adapter.project_()
+
+    @torch.no_grad()
+    def _copy(self, source: Adapter, target: Adapter, rows: Tensor) -> None:
+        rows = rows.to(self.task.backend.device)
+        for theirs, ours in zip(source.parameters(), target.parameters(), strict=True):
+            ours[rows] = theirs[rows]
+
+    def _failed(self) -> Tensor:
+        return self.memory["misses"] >= PATIENCE
+
+    def _progress(self, norms: Tensor, images: Tensor | None) -> Progress:
+        memory, count = self.memory, len(self.task.prompts)
+        return Progress(
+            step=int(memory["step"]),
+            total=self.ascent.steps,
+            rewards=memory["rewards"].clone(),
+            best=memory["best"].clone(),
+            penalty=memory["penalty"].clone(),
+            grad_norm=norms.expand(count),
+            failed=self._failed().expand(count),
+            images=images,
+            adapter=self.kept,
+            state=self.state,
+        )
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Everything, by name; not copied."""
+        tensors = {f"memory.{name}": value for name, value in self.memory.items()}
+        for prefix, adapter in (("adapter", self.adapter), ("kept", self.kept)):
+            tensors |= {f"{prefix}.{name}": value for name, value in adapter.state_dict().items()}
+        for name, parameter in self.parameters.items():
+            tensors |= {f"adam.{key}.{name}": value for key, value in self.adam.state[parameter].items()}
+        return tensors
+
+    def state(self) -> dict[str, Tensor]:
+        return {name: value.detach().cpu().clone() for name, value in self._tensors().items()}
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        tensors = self._tensors()
+        fits = tensors.keys() == state.keys() and all(
+            tensors[name].shape == value.shape for name, value in state.items()
+        )
+        if not fits:
+            raise ResumeError("this checkpoint belongs to a fit with other settings or prompts")
+        for name, value in state.items():
+            tensors[name].copy_(value)
+
+
+def _rows(values: Tensor, like: Tensor) -> Tensor:
+    """(N,) reshaped to multiply the rows of `like` (N, ...)."""
+    return values.to(like).view(-1, *[1] * (like.dim() - 1))
