@@ -1,4 +1,4 @@
-"""A tiny random Stable Diffusion in memory: the real classes, 8x8 latents, 16x16 pixels, milliseconds a step."""
+"""A tiny random Stable Diffusion in memory: the real classes, 8x8 latents, milliseconds a step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,12 @@ def byte_tokenizer() -> CLIPTokenizer:
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     characters = [chr(byte) for byte in printable] + [chr(256 + index) for index in range(len(others))]
-    names = [*characters, *(f"{character}</w>" for character in characters), "<|startoftext|>", "<|endoftext|>"]
+    names = [
+        *characters,
+        *(f"{character}</w>" for character in characters),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
     vocabulary = {name: index for index, name in enumerate(names)}
     return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=TOKENS)
 

@@ -25,7 +25,8 @@ class Adapter(nn.Module):
 
     Attributes:
         kind: its name in `ADAPTERS`.
-        options: JSON values: `ADAPTERS[kind](prompts, **options)` builds an adapter that the tensors fit into.
+        options: JSON values: `ADAPTERS[kind](prompts, **options)` builds an adapter that the tensors fit
+            into.
         prompts: one for each row; None if one row is shared by every prompt.
         padding: the backend's padding that it was learned with.
     """
@@ -80,9 +81,11 @@ class Adapter(nn.Module):
     def prompt_kwargs(self, pipe: Any, prompt: str, negative_prompt: str = "") -> dict[str, Tensor]:
         """Arguments that make a plain diffusers pipeline draw the adapted prompt: `pipe(**kwargs)`.
 
-        The pipeline wants both halves of guidance equally long. Repeating all states of a prompt k times leaves
-        attention as it is (every softmax weight splits into k equal ones), so both are repeated to their least
-        common multiple: exact at any length, and cheap when it is small. With 77 states, 11 + 11 inserted ones
+        The pipeline wants both halves of guidance equally long. Repeating all states of a prompt k times
+        leaves attention as it is (every softmax weight splits into k equal ones), so both are repeated to
+        their least
+        common multiple: exact at any length, and cheap when it is small. With 77 states, 11 + 11 inserted
+            ones
         give 693, but 10 + 10 give 7,469. Parameters of `pipe` are frozen by this call.
 
         Raises:
@@ -141,7 +144,9 @@ class InsertionAdapter(Adapter):
     def condition(self, backend: Backend, prompts: Sequence[str], original: PromptEmbeds) -> PromptEmbeds:
         self._check(backend)
         rows = self.rows(prompts).to(original.embeds.device)
-        return original.insert(self._embeds(self.prefix, rows, original), self._embeds(self.suffix, rows, original))
+        return original.insert(
+            self._embeds(self.prefix, rows, original), self._embeds(self.suffix, rows, original)
+        )
 
     def _embeds(self, side: InsertedEmbeddings | None, rows: Tensor, original: PromptEmbeds) -> Tensor:
         if side is None:
@@ -155,7 +160,8 @@ class InsertionAdapter(Adapter):
     def _check(self, backend: Backend) -> None:
         if backend.embed_dim != self.width:
             raise InputError(
-                f"this adapter holds embeddings {self.width} wide; backend {backend.name!r} takes {backend.embed_dim}"
+                f"this adapter holds embeddings {self.width} wide; "
+                f"backend {backend.name!r} takes {backend.embed_dim}"
             )
         if backend.padding != self.padding:
             raise InputError(
@@ -188,7 +194,9 @@ def stack(adapters: Sequence[Adapter]) -> Adapter:
     prompts: list[str] = []
     for adapter in adapters:
         if (adapter.kind, adapter.options) != (first.kind, first.options) or adapter.prompts is None:
-            raise InputError("only adapters of one kind, with equal options and prompts of their own, can be stacked")
+            raise InputError(
+                "only adapters of one kind, with equal options and prompts of their own, can be stacked"
+            )
         prompts += adapter.prompts
     whole = type(first)(prompts, **first.options)
     states = [adapter.state_dict() for adapter in adapters]
@@ -211,7 +219,9 @@ def generate(
         backprop_steps: the last denoising steps that carry gradient back to the adapter.
     """
     if len(prompts) != len(seeds) or not prompts:
-        raise InputError(f"generate needs one seed for each prompt, not {len(prompts)} prompts, {len(seeds)} seeds")
+        raise InputError(
+            f"generate needs one seed for each prompt, not {len(prompts)} prompts, {len(seeds)} seeds"
+        )
     with torch.set_grad_enabled(backprop_steps > 0), adapter.attached(backend):
         cond = adapter.condition(backend, prompts, backend.encode(prompts))
         noise = adapter.noise(backend, prompts, seeds, sampling.noise_steps)

@@ -28,7 +28,7 @@ class PromptEmbeds:
         return self.embeds.shape[1]
 
     def insert(self, prefix: Tensor, suffix: Tensor) -> PromptEmbeds:
-        """Put (B, n, D) embeddings before and after the states, in their number format; they count as text."""
+        """Put (B, n, D) embeddings before and after the states, in their dtype; they count as text."""
         before, after = (inserted.to(self.embeds) for inserted in (prefix, suffix))
         embeds = torch.cat([before, self.embeds, after], dim=1)  # (B, n + L + m, D)
         text = self.mask.new_ones(())
@@ -45,7 +45,8 @@ class PromptEmbeds:
 
     def norm(self) -> Tensor:
         """(B,): the mean Euclidean norm of the states at the text positions."""
-        norms = self.embeds.to(torch.promote_types(self.embeds.dtype, torch.float32)).norm(dim=-1)
+        states = self.embeds.to(torch.promote_types(self.embeds.dtype, torch.float32))
+        norms: Tensor = torch.linalg.vector_norm(states, dim=-1)  # (B, L)
         return (norms * self.mask).sum(1) / self.mask.sum(1)
 
     def select(self, rows: Tensor) -> PromptEmbeds:

@@ -29,12 +29,13 @@ class Insertion:
         num_prefix: embeddings inserted before the prompt's.
         num_suffix: embeddings inserted after the prompt's.
         rank: size of each side's basis; None is 30 for each embedding, at most the width (the paper's 300).
-        rotations: "applied", "none", or "unused": angles are kept but have no effect, as in the authors' notebook.
+        rotations: "applied", "none", or "unused": angles are kept but have no effect, as in the authors'
+            notebook.
         bias: add one free vector to all embeddings of a side, as the authors' notebook does.
         basis: "orthonormal", or "free": learn the embeddings themselves, without basis and coefficients.
         bounded: keep the coefficients within [-1, 1].
-        cross_attention: IPGO+ lets the inserted embeddings attend to the prompt's and takes the answer ("replace"),
-            or adds it ("residual"); "none" is IPGO.
+        cross_attention: IPGO+ lets the inserted embeddings attend to the prompt's and takes the answer
+            ("replace"), or adds it ("residual"); "none" is IPGO.
         norm: mean norm of an inserted embedding at the start; None is that of the prompt's own embeddings,
             0 leaves it at sqrt(rank / 3), as the paper does.
     """
@@ -59,14 +60,20 @@ class Insertion:
             raise InputError(f"insertion.rank is {self.rank}; it must be at least 1")
         if self.norm is not None and not 0 <= self.norm < math.inf:
             raise InputError(f"insertion.norm is {self.norm}; it must be at least 0")
-        for field, allowed in (("rotations", Rotations), ("basis", Basis), ("cross_attention", CrossAttention)):
+        for field, allowed in (
+            ("rotations", Rotations),
+            ("basis", Basis),
+            ("cross_attention", CrossAttention),
+        ):
             if getattr(self, field) not in get_args(allowed):
                 raise unknown(f"insertion.{field}", str(getattr(self, field)), get_args(allowed))
 
     def check(self, width: int) -> None:
         """Raise `InputError` if this does not fit embeddings of `width`."""
         if self.rank is not None and self.rank > width:
-            raise InputError(f"insertion.rank is {self.rank}; the embeddings of this backend are {width} wide")
+            raise InputError(
+                f"insertion.rank is {self.rank}; the embeddings of this backend are {width} wide"
+            )
         if self.rotations == "applied" and width % 2:
             raise InputError(f'insertion.rotations need an even width, not {width}; use rotations="none"')
 
@@ -78,8 +85,8 @@ class Insertion:
 class InsertedEmbeddings(nn.Module):
     """N independent sets of n embeddings: scale * rotate(coefficients @ basis.T + bias).
 
-    The basis is the Q of `raw_basis`, |coefficients| <= 1. Row i is drawn from seeds[i] and does not depend on
-    its neighbours. All parameters are float32 and have N rows.
+    The basis is the Q of `raw_basis`, |coefficients| <= 1. Row i is drawn from seeds[i] and does not depend
+    on its neighbours. All parameters are float32 and have N rows.
     """
 
     raw_basis: nn.Parameter | None  # (N, D, r), starts orthonormal
@@ -101,7 +108,9 @@ class InsertedEmbeddings(nn.Module):
         self.coefficients = None if free else nn.Parameter(coefficients)
         self.vectors = nn.Parameter(coefficients @ raw_basis.mT) if free else None
         # torch.nn.Linear's initial bias, as in the notebook.
-        self.bias = nn.Parameter(_draw(seeds, "bias", (1, width)) / math.sqrt(rank)) if insertion.bias else None
+        self.bias = (
+            nn.Parameter(_draw(seeds, "bias", (1, width)) / math.sqrt(rank)) if insertion.bias else None
+        )
         angles = _draw(seeds, "angles", (count, ANGLES)) * math.pi
         self.angles = None if insertion.rotations == "none" else nn.Parameter(angles)
         self.register_buffer("scale", torch.ones(len(seeds)))
@@ -109,12 +118,12 @@ class InsertedEmbeddings(nn.Module):
             self.scale_to_(torch.full((len(seeds),), insertion.norm))
 
     def scale_to_(self, norms: Tensor) -> None:
-        """Give row i the mean norm norms[i]: uniform coefficients on an orthonormal basis have sqrt(rank / 3)."""
+        """Give row i the mean norm norms[i]; uniform coefficients, not scaled, have sqrt(rank / 3)."""
         self.scale.copy_(norms / math.sqrt(self.rank / 3))
 
     def forward(self, rows: Tensor) -> Tensor:
         """(B,) row numbers, which may repeat, to (B, n, D)."""
-        distinct, position = rows.unique(return_inverse=True)
+        distinct, position = torch.unique(rows, return_inverse=True)
         if self.raw_basis is not None and self.coefficients is not None:
             basis = orthonormal(self.raw_basis[distinct])  # (U, D, r)
             vectors = self.coefficients[distinct] @ basis.mT  # (U, n, D)
@@ -130,7 +139,7 @@ class InsertedEmbeddings(nn.Module):
 
     @torch.no_grad()
     def project_(self) -> None:
-        """Bring the coefficients back into the box, and the angles into [-pi, pi), where a clamp would be a wall."""
+        """Bring the coefficients back into the box and wrap the angles: for them a clamp would be a wall."""
         if self.coefficients is not None and self.insertion.bounded:
             self.coefficients.clamp_(-1, 1)
         if self.angles is not None:
@@ -150,15 +159,16 @@ def _draw(seeds: Sequence[int], name: str, shape: tuple[int, ...], *, normal: bo
 def orthonormal(raw: Tensor) -> Tensor:
     """Q of the QR decomposition of (..., D, r) with r <= D, made unique and smooth by diag R > 0."""
     q, r = torch.linalg.qr(raw)
-    signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(raw)
-    return q * signs.unsqueeze(-2)
+    signs = torch.where(torch.diagonal(r, dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(raw)
+    basis: Tensor = q * signs.unsqueeze(-2)
+    return basis
 
 
 def rotate(vectors: Tensor, angles: Tensor) -> Tensor:
     """Rotate pairs of coordinates of (..., n, D) by (..., n, A), keeping norms.
 
-    Angle k turns, in embedding s, the pairs (s + k + 2j, s + k + 2j + 1) mod D for all j: first the even pairs,
-    then the odd ones.
+    Angle k turns, in embedding s, the pairs (s + k + 2j, s + k + 2j + 1) mod D for all j: first the even
+    pairs, then the odd ones.
     """
     count, width = vectors.shape[-2:]
     coordinates = torch.arange(width, device=vectors.device)
@@ -166,7 +176,7 @@ def rotate(vectors: Tensor, angles: Tensor) -> Tensor:
     for k in range(angles.shape[-1]):
         there = ((coordinates + offset + k) % width).expand(vectors.shape)
         back = ((coordinates - offset - k) % width).expand(vectors.shape)
-        x, y = vectors.gather(-1, there).unflatten(-1, (-1, 2)).unbind(-1)  # (..., n, D / 2)
+        x, y = vectors.gather(-1, there).view(*vectors.shape[:-1], -1, 2).unbind(-1)  # (..., n, D / 2)
         cos, sin = angles[..., k, None].cos(), angles[..., k, None].sin()
         turned = torch.stack([x * cos - y * sin, x * sin + y * cos], dim=-1).flatten(-2)
         vectors = turned.gather(-1, back)

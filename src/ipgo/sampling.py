@@ -86,7 +86,13 @@ def denoise(
     for index, timestep in enumerate(scheduler.timesteps):
         # Closed before the yield: a generator's grad mode would leak into its consumer.
         with torch.set_grad_enabled(index >= first_grad):
-            call = (scheduler.scale_model_input(latents, timestep), timestep, cond, uncond, sampling.guidance_scale)
+            call = (
+                scheduler.scale_model_input(latents, timestep),
+                timestep,
+                cond,
+                uncond,
+                sampling.guidance_scale,
+            )
             if recompute and torch.is_grad_enabled():
                 prediction = checkpoint(backend.predict, *call, use_reentrant=False)
             else:

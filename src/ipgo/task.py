@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -38,13 +39,16 @@ class Task:
     shared: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.reward, Reward):
+            raise InputError("task.reward is not a reward; make one of a function with as_reward(function)")
         if not self.prompts:
             raise InputError("prompts is empty; give at least one")
         for prompt in self.prompts:
             if not prompt.strip():
                 raise InputError("a prompt is empty")
-            if self.prompts.count(prompt) > 1:
-                raise InputError(f"prompt {prompt!r} is given twice")
+        twice = [prompt for prompt, count in Counter(self.prompts).items() if count > 1]
+        if twice:
+            raise InputError(f"prompt {twice[0]!r} is given twice")
         if len(set(self.seeds)) < len(self.seeds):
             raise InputError(f"seeds {list(self.seeds)} has duplicates")
 
@@ -62,13 +66,13 @@ class Progress:
     Attributes:
         step, total: steps done, and to do in all.
         rewards: (P,) of this step; shared: of each prompt's last visit, NaN before the first.
-        best: (P,) of the rows in `adapter`: the highest so far (NaN before there is a candidate), or the latest
-            where rewards of different steps cannot be compared (shared, or fresh noise).
+        best: (P,) of the rows in `adapter`: the highest so far (NaN before there is a candidate), or the
+            latest where rewards of different steps cannot be compared (shared, or fresh noise).
         penalty, grad_norm: (P,) of this step, before weighting and clipping.
         failed: (P,) bool, rows that were given up.
         images: (P, 3, H, W) of this step, detached; None where a step draws some prompts only (shared).
-        adapter: each row's best so far (or the latest, as in `best`), ready for `generate`. The same object at
-            each step: copy it to keep it.
+        adapter: each row's best so far (or the latest, as in `best`), ready for `generate`. The same object
+            at each step: copy it to keep it.
         state: all that resume needs, read before the next step begins.
     """
 

@@ -66,17 +66,18 @@ class Ascent:
 def maximize(
     task: Task, adapter: Adapter, ascent: Ascent, resume: Mapping[str, Tensor] | None = None
 ) -> Iterator[Progress]:
-    """Maximise reward - penalty_weight * penalty over the parameters of `adapter`, a `Progress` for each step.
+    """Maximise reward - penalty_weight * penalty over the parameters of `adapter`; yield each step.
 
     Prompt-wise, each step draws all P prompts, one row each. Rows do not touch each other: losses are summed,
-    gradients clipped by row, Adam works by element, the best rewards are kept by row. With S > 1 seeds a row's
-    candidate is scored by its last S rewards, one for each seed. The raw prompt is never a candidate.
+    gradients clipped by row, Adam works by element, the best rewards are kept by row. With S > 1 seeds a
+    row's candidate is scored by its last S rewards, one for each seed. The raw prompt is never a candidate.
 
-    Prompt-batch (`task.shared`), each step draws batch_size x accumulate prompts, in an order that is derived for
-    each pass over the prompts, and averages their gradients (over all processes, if torch.distributed is up).
+    Prompt-batch (`task.shared`), each step draws batch_size x accumulate prompts, in an order that is
+    derived for each pass over the prompts, and averages their gradients (over all processes, if
+    torch.distributed is up).
 
-    A row whose reward or gradient is not finite goes back to its kept values and, after three such steps in a row,
-    is given up; the fit ends early when none is left.
+    A row whose reward or gradient is not finite goes back to its kept values and, after three such steps in
+    a row, is given up; the fit ends early when none is left.
 
     Args:
         resume: what `Progress.state()` returned; the fit goes on with the same bits.
@@ -148,14 +149,15 @@ class _Climb:
                 return
 
     def _ascend(self, step: int) -> Tensor | None:
-        """Draw, score and differentiate the prompts of this step; the images, if they are those of all prompts."""
+        """Draw, score and differentiate the prompts of this step; return the images if all were drawn."""
         self.adam.zero_grad()
         batches = self._batches(step)
         drawn = sum(len(batch) for batch in batches) if self.task.shared else 1
         for batch in batches:
             rewards, penalty, images = self._score(batch, step)
             scale = self.memory["loss_scale"].to(rewards)
-            (-(rewards - self.ascent.penalty_weight * penalty) * scale).sum().div(drawn).backward()
+            objective = rewards - self.ascent.penalty_weight * penalty  # (B,)
+            torch.autograd.backward(-(objective * scale).sum() / drawn)
             self.memory["rewards"][batch] = rewards.detach().cpu().float()
             self.memory["penalty"][batch] = penalty.detach().cpu().float()
         return None if self.task.shared else images.detach()
@@ -165,7 +167,9 @@ class _Climb:
         prompts = [task.prompts[number] for number in batch]
         original = self.original.select(batch.to(backend.device))
         cond = self.adapter.condition(backend, prompts, original)
-        noise = self.adapter.noise(backend, prompts, task.noise_seeds(prompts, step), task.sampling.noise_steps)
+        noise = self.adapter.noise(
+            backend, prompts, task.noise_seeds(prompts, step), task.sampling.noise_steps
+        )
         images = sample(
             backend,
             cond,
@@ -192,23 +196,23 @@ class _Climb:
             for number in {place // count for place in places}
         }
         prompts = torch.stack([passes[place // count][place % count] for place in places])
-        return list(prompts.split(self.ascent.batch_size))
+        return list(torch.split(prompts, self.ascent.batch_size))
 
     def _clip(self) -> tuple[Tensor, Tensor]:
         """Undo the loss scale and clip row by row: the norms before (N,), and which of them are finite."""
         scale = self.memory["loss_scale"].to(self.task.backend.device)
+        grads = []
         for parameter in self.parameters.values():
-            if parameter.grad is None:  # unused angles
-                parameter.grad = torch.zeros_like(parameter)
+            # Unused angles have none.
+            grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             if self.task.shared and distributed.is_available() and distributed.is_initialized():
-                distributed.all_reduce(parameter.grad)
-                parameter.grad /= distributed.get_world_size()
-            parameter.grad /= _rows(scale, parameter)
-        grads = [parameter.grad.flatten(1) for parameter in self.parameters.values()]  # type: ignore[union-attr]
-        norms = torch.cat(grads, dim=1).norm(dim=1)  # (N,)
+                distributed.all_reduce(grad)
+                grad /= distributed.get_world_size()
+            grads.append(grad / _rows(scale, grad))
+        norms = torch.cat([grad.flatten(1) for grad in grads], dim=1).norm(dim=1)  # (N,)
         factor = (self.ascent.max_grad_norm / (norms + 1e-6)).clamp(max=1)
-        for parameter in self.parameters.values():
-            parameter.grad *= _rows(factor, parameter)
+        for parameter, grad in zip(self.parameters.values(), grads, strict=True):
+            parameter.grad = grad * _rows(factor, grad)
         return norms.cpu(), norms.isfinite().cpu()
 
     def _remember(self, finite: Tensor) -> Tensor:
@@ -218,7 +222,9 @@ class _Climb:
         if not self.task.shared:
             good &= memory["rewards"].isfinite()
         memory["misses"] = torch.where(good, 0, memory["misses"] + 1)
-        memory["loss_scale"] = torch.where(good, memory["loss_scale"], (memory["loss_scale"] / 2).clamp(min=1))
+        memory["loss_scale"] = torch.where(
+            good, memory["loss_scale"], (memory["loss_scale"] / 2).clamp(min=1)
+        )
         if self.task.shared or not self.task.seeds:
             # Rewards of different steps come from different prompts or noise: keep the latest.
             memory["best"] = memory["rewards"].clone()
@@ -240,7 +246,10 @@ class _Climb:
         for group in self.adam.param_groups:
             (parameter,) = group["params"]
             group["lr"] = self.lr[group["name"]] * self.ascent.lr_decay ** (step // self.ascent.decay_every)
-            for rows in (parameter.grad, *(self.adam.state[parameter][key] for key in ("exp_avg", "exp_avg_sq"))):
+            for rows in (
+                parameter.grad,
+                *(self.adam.state[parameter][key] for key in ("exp_avg", "exp_avg_sq")),
+            ):
                 rows[bad] = 0
         self.adam.step()
         self.adapter.project_()

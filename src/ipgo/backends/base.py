@@ -81,7 +81,7 @@ class Backend(ABC):
 
     @abstractmethod
     def scheduler(self, steps: int, latents: Tensor) -> Any:
-        """A fresh diffusers scheduler with its timesteps set: schedulers carry the state of one trajectory."""
+        """A fresh diffusers scheduler with timesteps set: schedulers carry the state of a trajectory."""
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:

@@ -127,7 +127,7 @@ class StableDiffusion(Backend):
         for prompt, count in zip(prompts, self.count_tokens(prompts), strict=True):
             if count > self.max_tokens:
                 raise InputError(
-                    f"prompt {prompt[:60]!r} has {count} tokens and the text encoder takes {self.max_tokens}; "
+                    f"prompt {prompt[:60]!r} has {count} tokens and the encoder takes {self.max_tokens}; "
                     'shorten it, or allow long_prompts="truncate"'
                 )
 
@@ -199,7 +199,8 @@ class StableDiffusion(Backend):
         self.calls["decoder"] += len(latents)
         vae = self.pipe.vae
         pixels = vae.decode(latents.to(self.dtype) / vae.config.scaling_factor, return_dict=False)[0]
-        return (pixels.to(latents.dtype) / 2 + 0.5).clamp(0, 1)
+        images: Tensor = (pixels.to(latents.dtype) / 2 + 0.5).clamp(0, 1)
+        return images
 
 
 def _latent_shape(pipe: Any, image_size: int | None) -> tuple[int, int, int]:
@@ -237,14 +238,20 @@ def check_folder(path: Path) -> None:
         raise InputError(f"backend folder {str(path)!r} does not exist")
     index = path / "model_index.json"
     if not index.is_file():
-        raise InputError(f"backend folder {str(path)!r} has no model_index.json: it is not a diffusers folder")
+        raise InputError(
+            f"backend folder {str(path)!r} has no model_index.json: it is not a diffusers folder"
+        )
     try:
         kind = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
     except (ValueError, KeyError, TypeError):
         raise InputError(f"backend folder {str(path)!r} has a damaged model_index.json") from None
     if kind != "StableDiffusionPipeline":
         raise InputError(f"backend folder {str(path)!r} holds a {kind}; ipgo opens StableDiffusionPipeline")
-    for needed in ("scheduler/scheduler_config.json", "tokenizer", *(f"{part}/config.json" for part in WEIGHTS)):
+    for needed in (
+        "scheduler/scheduler_config.json",
+        "tokenizer",
+        *(f"{part}/config.json" for part in WEIGHTS),
+    ):
         if not (path / needed).exists():
             raise InputError(f"backend folder {str(path)!r} is incomplete: {needed} is missing")
     for part, file_name in WEIGHTS.items():
@@ -263,7 +270,9 @@ def _weight_files(folder: Path, file_name: str) -> list[Path]:
 def _check_weights(file: Path) -> None:
     if not file.is_file():
         if any(file.parent.glob("*.bin")):
-            raise InputError(f"weights in {str(file.parent)!r} are a pickle, which can run code; use safetensors")
+            raise InputError(
+                f"weights in {str(file.parent)!r} are a pickle, which can run code; use safetensors"
+            )
         raise InputError(f"weights are missing: {str(file)!r}")
     try:
         with safe_open(file, framework="pt"):

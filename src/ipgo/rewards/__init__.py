@@ -1,4 +1,4 @@
-"""What is to be maximised: any function of images and prompts. A new one is a file here and a line in `REWARDS`."""
+"""What is maximised: any function of images and prompts. A new one is a file and a line in `REWARDS`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ipgo.errors import InputError, RewardError, unknown
 
 RewardFunction = Callable[[Tensor, Sequence[str]], Tensor]
 
-# name -> "module:function"; the function takes a device and returns a reward. Nothing is imported before it is asked for.
+# name -> "module:function" that takes a device and returns a reward; imported when it is asked for.
 REWARDS: dict[str, str] = {
     "emoji-clip": "ipgo.rewards.emoji:load_clip",
     "emoji-aesthetic": "ipgo.rewards.emoji:load_aesthetic",
@@ -32,9 +32,10 @@ REWARDS: dict[str, str] = {
 class Reward(Protocol):
     """Higher is better. Images are (B, 3, H, W) in [0, 1]; the answer is (B,), for any B including 1."""
 
-    name: str
-    differentiable: bool
-
+    @property
+    def name(self) -> str: ...
+    @property
+    def differentiable(self) -> bool: ...
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor: ...
 
 
@@ -64,16 +65,21 @@ class WeightedSum:
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         values = [score(reward, images, prompts) for reward in self.rewards]
-        return torch.stack([weight * value for weight, value in zip(self.weights, values, strict=True)]).sum(0)
+        return torch.stack([weight * value for weight, value in zip(self.weights, values, strict=True)]).sum(
+            0
+        )
 
 
-def as_reward(function: RewardFunction | Reward, name: str | None = None, *, differentiable: bool = True) -> Reward:
+def as_reward(
+    function: RewardFunction | Reward, name: str | None = None, *, differentiable: bool = True
+) -> Reward:
     """Make a reward of a plain function; something that is one already stays as it is."""
     if isinstance(function, Reward):
         return function
     if not callable(function):
         raise InputError(f"a reward must be a function of (images, prompts), not {type(function).__name__}")
-    return FunctionReward(function, name or getattr(function, "__name__", type(function).__name__), differentiable)
+    own_name = getattr(function, "__name__", type(function).__name__)
+    return FunctionReward(function, name or str(own_name), differentiable)
 
 
 def load_reward(spec: str, *, device: str = "auto") -> Reward:
@@ -113,11 +119,15 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
     values = reward(images, prompts)
     if not isinstance(values, Tensor) or values.shape != (len(images),):
         given = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        raise RewardError(f"reward {reward.name!r} must return a tensor of shape ({len(images)},), not {given}")
+        raise RewardError(
+            f"reward {reward.name!r} must return a tensor of shape ({len(images)},), not {given}"
+        )
     finite_images = images.detach().flatten(1).isfinite().all(1)
     broken = ~values.detach().isfinite() & finite_images.to(values.device)
     if broken.any():
-        raise RewardError(f"reward {reward.name!r} is not a finite number for {broken.sum()} of {len(images)} images")
+        raise RewardError(
+            f"reward {reward.name!r} is not a finite number for {broken.sum()} of {len(images)} images"
+        )
     return values
 
 
@@ -147,13 +157,16 @@ def _load_file(spec: str) -> Reward:
     if not path.is_file():
         raise InputError(f"reward file {place!r} does not exist")
     source = importlib.util.spec_from_file_location(f"ipgo_user_reward_{path.stem}", path)
-    assert source is not None and source.loader is not None
+    assert source is not None
+    assert source.loader is not None
     module: Any = importlib.util.module_from_spec(source)
     try:
         source.loader.exec_module(module)
     except Exception as error:
         raise InputError(f"reward file {place!r} does not run: {type(error).__name__}: {error}") from error
     if not hasattr(module, function):
-        public = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        public = [
+            name for name, value in vars(module).items() if callable(value) and not name.startswith("_")
+        ]
         raise unknown(f"reward in {place!r}:", function, public)
     return as_reward(getattr(module, function), function)
