@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
+import re
+from argparse import SUPPRESS, ArgumentError
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
+from jsonargparse import ArgumentParser, Namespace
 
 from ipgo.errors import InputError, unknown
 from ipgo.methods import METHODS
@@ -29,7 +33,7 @@ class RunConfig:
         prompts: the texts to fit.
         method: what learns, and its hyperparameters.
         backend: a backend's name, a diffusers folder, or a hub id.
-        reward: what to raise: a name, a weighted sum such as "emoji-clip+0.5*emoji-aesthetic", or mine.py:function.
+        reward: what to raise: a name, a sum such as "emoji-clip+0.5*emoji-aesthetic", or mine.py:function.
         held_out: rewards that only judge the result; None is all those that come with the backend.
         sampling: how images are sampled.
         seeds: noise seeds, cycled over the steps; none at all is fresh noise at every step.
@@ -71,9 +75,13 @@ class RunConfig:
         check_seeds(self.seeds)
         clash = sorted(set(self.seeds) & set(self.new_seeds))
         if clash:
-            raise InputError(f"seeds {clash} are kept for judging the result; choose seeds below {FIRST_UNSEEN}")
+            raise InputError(
+                f"seeds {clash} are kept for judging the result; choose seeds below {FIRST_UNSEEN}"
+            )
         if not self.seeds and not self.unseen_seeds:
-            raise InputError("unseen_seeds is 0 and seeds is empty; the result needs at least one seed to be judged on")
+            raise InputError(
+                "unseen_seeds is 0 and seeds is empty; the result needs at least one seed to be judged on"
+            )
         ascent = getattr(self.method, "ascent", None)
         if ascent is not None and ascent.backprop_steps > self.sampling.steps:
             raise InputError(
@@ -93,10 +101,19 @@ class RunConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types; the method carries its name."""
-        # Through JSON, so that tuples become the lists that a reader gets.
-        plain: dict[str, Any] = json.loads(json.dumps({each.name: _plain(getattr(self, each.name)) for each in fields(self)}))
-        plain["method"] = {"name": self.method_name, **plain["method"]}
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        values["method"] = {"name": self.method_name, **asdict(cast(Any, self.method))}
+        values["sampling"] = asdict(self.sampling)
+        plain: dict[str, Any] = json.loads(json.dumps(values))  # tuples become the lists that a reader gets
         return plain
+
+    @classmethod
+    def from_json(cls, settings: dict[str, Any]) -> RunConfig:
+        """The inverse of `to_json`; `InputError` for an unknown key or a value of the wrong type."""
+        prompts = tuple(settings["prompts"])
+        rest = {key: value for key, value in settings.items() if key != "prompts"}
+        parser = run_parser(method_of(rest))
+        return build(parse(parser, rest, []), prompts)
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide results, flat: {"method.ascent.lr": 0.001, ...}."""
@@ -109,6 +126,25 @@ class RunConfig:
 
 
 FIRST_UNSEEN = 1000
+# Flags that are no `--name value`.
+FLAGS: dict[str, dict[str, Any]] = {
+    "seeds": {
+        "nargs": "*",
+        "type": int,
+        "default": [0],
+        "help": "noise seeds, cycled over the steps; none at all is fresh noise at every step",
+    },
+    "held_out": {
+        "nargs": "*",
+        "type": str,
+        "default": None,
+        "help": "rewards that only judge the result; by default all those that come with the backend",
+    },
+    "shared": {
+        "action": "store_true",
+        "help": "prompt-batch: one set of embeddings for all prompts, in place of one for each",
+    },
+}
 
 
 def check_seeds(seeds: tuple[int, ...]) -> None:
@@ -149,12 +185,75 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} to {"a.b": 1}."""
     flat: dict[str, Any] = {}
     for key, value in nested.items():
-        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+        flat.update(
+            flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        )
     return flat
 
 
-def _plain(value: Any) -> Any:
-    return asdict(value) if hasattr(value, "__dataclass_fields__") else value
+# ------------------------------------------------------------------------------------------------------
+# Flags and files: jsonargparse reads the dataclasses' fields, types and docstrings.
+
+
+def run_parser(method: str, prog: str = "ipgo fit") -> ArgumentParser:
+    """A parser with one flag for every field of `RunConfig` and of the method, but for the prompts."""
+    if method not in METHODS:
+        raise unknown("method", method, METHODS)
+    parser = ArgumentParser(prog=prog, exit_on_error=False, print_config=None, allow_abbrev=False)
+    parser.add_class_arguments(RunConfig, skip={"prompts", "method", *FLAGS})
+    for name, options in FLAGS.items():
+        parser.add_argument(f"--{name}", **options)
+    parser.add_class_arguments(METHODS[method], "method")
+    for action in parser._actions:
+        if action.metavar is None and action.help == "Path to a configuration file.":
+            action.help = SUPPRESS  # jsonargparse's files for parts of the settings: one --config is enough
+    return parser
+
+
+def method_of(settings: dict[str, Any]) -> str:
+    """The method that nested settings name."""
+    return str(settings.get("method", {}).get("name", "ipgo"))
+
+
+def parse(parser: ArgumentParser, settings: dict[str, Any], argv: list[str]) -> Namespace:
+    """Nested settings, overridden by flags; `InputError` in one sentence if either is wrong."""
+    plain = {key: value for key, value in settings.items() if key != "method"}
+    method = {key: value for key, value in settings.get("method", {}).items() if key != "name"}
+    try:
+        base = parser.parse_object({**plain, "method": method} if method else plain, defaults=False)
+        return cast(Namespace, parser.instantiate(parser.parse_args(argv, namespace=base)))
+    except ArgumentError as error:
+        raise _explain(error, parser) from None
+
+
+def build(parsed: Namespace, prompts: tuple[str, ...]) -> RunConfig:
+    """The settings that `parse` found, for these prompts."""
+    values = {each.name: parsed[each.name] for each in fields(RunConfig) if each.name != "prompts"}
+    for name in ("seeds", "held_out"):
+        values[name] = None if values[name] is None else tuple(values[name])
+    return RunConfig(prompts, **values)
+
+
+def _explain(error: ArgumentError, parser: ArgumentParser) -> InputError:
+    """argparse's message as one sentence, with the nearest option where one is misspelt."""
+    text = " ".join(str(error).split())
+    options = [option for action in parser._actions for option in action.option_strings]
+    if found := re.search(r"unrecognized arguments: (\S+)", text):
+        if not found[1].startswith("-"):
+            return InputError(f"unexpected {found[1]!r}; give prompts first, in quotes, and then the options")
+        return _unknown_option(found[1].split("=")[0], options)
+    if found := re.search(r"Group '(.+)' does not accept option '(.+)'", text):
+        return _unknown_option(f"{found[1]}.{found[2]}", [option.lstrip("-") for option in options])
+    if found := re.search(r"Option '(.+)' is not accepted", text):
+        return _unknown_option(found[1], [option.lstrip("-") for option in options])
+    if found := re.search(r'Parser key "(.+?)": (.*)', text):
+        return InputError(f"{found[1]}: {found[2]}")
+    return InputError(text)
+
+
+def _unknown_option(name: str, options: list[str]) -> InputError:
+    near = difflib.get_close_matches(name, options, n=1)
+    return InputError(f"unknown option {name!r}; " + (f"did you mean {near[0]!r}?" if near else "see --help"))
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

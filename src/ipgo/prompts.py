@@ -51,7 +51,9 @@ def check_prompts(texts: Sequence[str]) -> None:
         if not text.strip():
             raise InputError(f"prompt {position} is empty; every prompt needs at least one word")
         if text in seen:
-            raise InputError(f"prompt {position} repeats prompt {seen[text]}: {text!r}; each may be given once")
+            raise InputError(
+                f"prompt {position} repeats prompt {seen[text]}: {text!r}; each may be given once"
+            )
         seen[text] = position
 
 

@@ -1,0 +1,94 @@
+"""Reward-guided prompt embeddings for text-to-image diffusion.
+
+import ipgo
+
+result = ipgo.fit("a lemon on a blue background", reward="emoji-preference")
+result[0].after[0].save("lemon.png")
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ipgo.errors import InputError, IpgoError, MissingExtraError, ResumeError, RewardError
+
+if TYPE_CHECKING:
+    from ipgo.adapters import Adapter, InsertionAdapter, generate
+    from ipgo.backends import Backend, load_backend
+    from ipgo.embeds import PromptEmbeds
+    from ipgo.evaluation import Gain, Interval, Score, evaluate, summarise, win_rate
+    from ipgo.insertion import Insertion
+    from ipgo.methods import IPGO, Raw
+    from ipgo.rewards import Reward, as_reward, load_reward
+    from ipgo.runner import Fitted, Result, fit
+    from ipgo.sampling import Sampling
+    from ipgo.store import Run, load_adapter, save_adapter
+    from ipgo.task import Progress, Task
+    from ipgo.training import Ascent
+
+__version__ = "0.1.0"
+
+# Names that need torch are imported when first used, so that `import ipgo` and `ipgo --help` are quick.
+_HOME = {
+    "adapters": ("Adapter", "InsertionAdapter", "generate"),
+    "backends": ("Backend", "load_backend"),
+    "embeds": ("PromptEmbeds",),
+    "evaluation": ("Gain", "Interval", "Score", "evaluate", "summarise", "win_rate"),
+    "insertion": ("Insertion",),
+    "methods": ("IPGO", "Raw"),
+    "rewards": ("Reward", "as_reward", "load_reward"),
+    "runner": ("Fitted", "Result", "fit"),
+    "sampling": ("Sampling",),
+    "store": ("Run", "load_adapter", "save_adapter"),
+    "task": ("Progress", "Task"),
+    "training": ("Ascent",),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = [
+    "IPGO",
+    "Adapter",
+    "Ascent",
+    "Backend",
+    "Fitted",
+    "Gain",
+    "InputError",
+    "Insertion",
+    "InsertionAdapter",
+    "Interval",
+    "IpgoError",
+    "MissingExtraError",
+    "Progress",
+    "PromptEmbeds",
+    "Raw",
+    "Result",
+    "ResumeError",
+    "Reward",
+    "RewardError",
+    "Run",
+    "Sampling",
+    "Score",
+    "Task",
+    "__version__",
+    "as_reward",
+    "evaluate",
+    "fit",
+    "generate",
+    "load_adapter",
+    "load_backend",
+    "load_reward",
+    "save_adapter",
+    "summarise",
+    "win_rate",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'ipgo' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"ipgo.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,372 @@
+"""The command line: `ipgo fit`, `generate`, `evaluate`, `report` and `list`.
+
+Whatever needs torch is imported inside the commands, so that `ipgo --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ipgo import __version__
+from ipgo.errors import InputError, IpgoError, unknown
+from ipgo.prompts import prompt_sets, read_prompts, slug
+
+if TYPE_CHECKING:
+    from ipgo.adapters import Adapter
+    from ipgo.evaluation import Gain
+    from ipgo.store import Run
+
+HELP = """usage: ipgo COMMAND [options]
+
+Make the images of a text-to-image model score higher, by learning a few embeddings around its prompts.
+
+  ipgo fit "a lemon on a blue background" --out runs/lemon
+
+commands:
+  fit        learn embeddings for one prompt or many, and judge them on new noise
+  generate   draw prompts with embeddings that were learned
+  evaluate   judge a finished run on more seeds, other rewards, or prompts it never saw
+  report     write the page that shows a run
+  list       what there is: objects, prompts, rewards, backends, methods, presets
+
+`ipgo COMMAND --help` lists the options.
+Exit codes: 0 well, 1 some prompt failed, 2 bad input, 130 interrupted."""
+
+EVALUATION_SEEDS = tuple(range(2000, 2008))  # not those that `fit` judges on
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help"):
+        print(HELP)
+        return 0
+    if name == "--version":
+        print(f"ipgo {__version__}")
+        return 0
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of torchvision, which is not needed
+    logging.basicConfig(format="ipgo: %(message)s", level=logging.WARNING)
+    logging.getLogger("ipgo").setLevel(logging.INFO)
+    try:
+        if name not in COMMANDS:
+            raise unknown("command", name, COMMANDS)
+        return COMMANDS[name](rest)
+    except IpgoError as error:
+        return _fail(str(error), 2)
+    except KeyboardInterrupt:
+        again = "; the same command continues it" if name == "fit" else ""
+        return _fail(f"stopped{again}", 130)
+    except OSError as error:
+        place = f" {str(error.filename)!r}" if error.filename else ""
+        return _fail(f"cannot read or write{place}: {error.strerror or error}; nothing finished is lost", 1)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"ipgo: {message}", file=sys.stderr)
+    return code
+
+
+# -- fit ---------------------------------------------------------------------------------------------------
+
+
+def fit(argv: list[str]) -> int:
+    """`ipgo fit`: settings from a preset, then a file, then flags; whatever can be checked is checked first."""
+    from ipgo.config import build, method_of, parse, presets, read_settings, run_parser
+    from ipgo.methods import METHODS
+    from ipgo.runner import load_models, run, warn_of_unseen_words
+    from ipgo.store import Run
+
+    # These decide which other options there are.
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in ("--preset", "--config", "--method"):
+        first.add_argument(name)
+    try:
+        chosen, rest = first.parse_known_args([_underscores(word) for word in argv])
+    except argparse.ArgumentError as error:
+        raise InputError(str(error)) from None
+    settings = read_settings(chosen.preset, chosen.config)
+    if chosen.method not in (None, method_of(settings)):
+        settings["method"] = {"name": chosen.method}
+
+    parser = run_parser(method_of(settings))
+    parser.usage = "ipgo fit PROMPT... [options]"
+    parser.description = "Learn embeddings for one prompt or many, and judge them on new noise."
+    parser.epilog = f"--method NAME chooses what learns and has the options above ({', '.join(METHODS)})."
+    parser.add_argument("text", nargs="*", default=[], metavar="PROMPT", help="prompts, each in quotes")
+    parser.add_argument("--preset", help=f"bundled settings: {', '.join(presets())}")
+    parser.add_argument(
+        "--config", help="a YAML file of settings; they override the preset's, and flags both"
+    )
+    parser.add_argument(
+        "--prompts", help="prompts from a .txt, .csv or .jsonl file, or a set: one, one:train, ..."
+    )
+    parser.add_argument("--out", help="the run's folder (default: runs/ and the first words)")
+    parsed = parse(parser, settings, rest)
+
+    texts = [*parsed.text, *(read_prompts(parsed.prompts) if parsed.prompts else [])]
+    config = build(parsed, tuple(texts))
+    place = Path(parsed.out or Path("runs") / (slug(parsed.prompts or texts[0]) or "run"))
+    folder = Run.open(place, config)
+    warn_of_unseen_words(config)
+    run(folder, load_models(config))
+    return show_run(folder)
+
+
+def _underscores(word: str) -> str:
+    """`--unseen-seeds=4` is `--unseen_seeds=4`."""
+    name, equals, value = word.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") else word
+
+
+def show_run(folder: Run) -> int:
+    """Write the report, and print what came out and where it is."""
+    from ipgo.evaluation import summarise
+    from ipgo.report import write_report
+
+    page, curve = write_report(folder)
+    config, scores = folder.config, folder.scores()
+    fitted = f"fitted seeds: {_span(config.seeds)}"
+    for title, seeds in ((fitted, config.seeds), ("unseen seeds", config.new_seeds)):
+        gains = summarise(scores, seeds=seeds)
+        if gains:
+            print(f"\n{title}\n{table(gains)}")
+    if len(folder.prompts) == 1:
+        seed = (*config.seeds, *config.new_seeds)[0]
+        for when in ("before", "after"):
+            file = folder.image(folder.prompts[0], when, seed)
+            if file.is_file():
+                print(f"{when + ':':<12}{file}")
+        print(f"{'embeddings:':<12}{folder.adapter_folder(folder.prompts[0])}")
+    else:
+        print(f"{'prompts:':<12}{folder.path / 'prompts'}")
+    print(f"{'curve:':<12}{curve}\n{'report:':<12}{page}")
+    failed = [result["prompt"] for result in folder.results() if result["status"] == "failed"]
+    if failed:
+        return _fail(
+            f"{len(failed)} of {len(folder.prompts)} prompts failed: {', '.join(map(repr, failed[:5]))}", 1
+        )
+    return 0
+
+
+def table(gains: Sequence[Gain]) -> str:
+    """One line a reward; the raised one is marked with a star."""
+    rows = [("reward", "raw", gains[0].method, "gain", "95% interval", "wins over raw")]
+    for each in gains:
+        some = each.gain.n > 1
+        rows.append(
+            (
+                each.reward + ("" if each.held_out else " *"),
+                f"{each.before:.3f}",
+                f"{each.after:.3f}",
+                f"{each.gain.value:+.3f}",
+                f"{each.gain.low:+.3f} to {each.gain.high:+.3f}" if some else "one prompt",
+                f"{each.wins.value:.0%}"
+                + (f" ({each.wins.low:.0%} to {each.wins.high:.0%})" if some else ""),
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+    return "\n".join([*lines, "* the reward that was raised; all others are held out", ""])
+
+
+def _span(seeds: Sequence[int]) -> str:
+    return ", ".join(map(str, seeds)) if len(seeds) <= 8 else f"{seeds[0]} ... {seeds[-1]}"
+
+
+# -- the other commands ------------------------------------------------------------------------------------
+
+
+def generate(argv: list[str]) -> int:
+    """`ipgo generate`: draw prompts with a stored adapter."""
+    parser = _parser("generate", "Draw prompts with embeddings that were learned.")
+    parser.add_argument("adapter", type=Path, help="an adapter's folder, or a run's")
+    parser.add_argument("text", nargs="*", help="prompts, each in quotes (default: those that were fitted)")
+    parser.add_argument("--prompts", help="prompts from a file or a set, as in fit")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="noise seeds (default: 0)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("images"), help="where to put the images (default: images)"
+    )
+    parser.add_argument("--backend", help="another backend than the adapter was fitted on")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    args = parser.parse_args(argv)
+
+    from ipgo.backends import load_backend
+    from ipgo.config import check_seeds
+    from ipgo.evaluation import draw
+    from ipgo.images import to_pil
+    from ipgo.prompts import check_prompts, number
+    from ipgo.sampling import Sampling
+
+    check_seeds(tuple(args.seeds))
+    adapter, settings = find_adapter(args.adapter)
+    texts = [*args.text, *(read_prompts(args.prompts) if args.prompts else [])] or list(adapter.prompts or ())
+    check_prompts(texts)
+    adapter.rows(texts)
+    sampling = Sampling(**settings.pop("sampling"))
+    source = args.backend or settings.pop("backend")
+    settings.pop("backend", None)
+    backend = load_backend(source, device=args.device, **settings)
+    backend.check_prompts(texts)
+    adapter.to(backend.device)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for prompt in number(texts):
+        for drawing in draw(backend, {"adapter": adapter}, prompt.text, args.seeds, sampling):
+            file = args.out / f"{prompt.id}-{drawing.seed}.png"
+            to_pil(drawing.image[None])[0].save(file)
+            print(file)
+    return 0
+
+
+def find_adapter(path: Path) -> tuple[Adapter, dict[str, object]]:
+    """The adapter in a folder, or all of a run's as one, and the backend settings that it was made under."""
+    from ipgo.adapters import stack
+    from ipgo.store import Run, adapter_facts, load_adapter
+
+    if not (path / "run.json").is_file():
+        return load_adapter(path), dict(adapter_facts(path)["settings"])
+    folder = Run.open(path)
+    done = [prompt for prompt in folder.prompts if folder.done(prompt)]
+    if not done:
+        raise InputError(f"run {str(path)!r} has no finished prompt yet")
+    settings = dict(adapter_facts(folder.adapter_folder(done[0]))["settings"])
+    adapters = [folder.load_adapter(prompt) for prompt in done]
+    return (adapters[0] if adapters[0].prompts is None else stack(adapters)), settings
+
+
+def evaluate(argv: list[str]) -> int:
+    """`ipgo evaluate`: more seeds, other rewards, other prompts."""
+    parser = _parser(
+        "evaluate", "Judge a finished run on more seeds, other rewards, or prompts it never saw."
+    )
+    parser.add_argument("run", type=Path, help="a run's folder")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=EVALUATION_SEEDS, help="default: 2000 to 2007"
+    )
+    parser.add_argument("--rewards", nargs="+", help="default: those that the run was scored with")
+    parser.add_argument("--prompts", help="other prompts from a file or a set, for a run with --shared")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    args = parser.parse_args(argv)
+
+    import dataclasses
+
+    from ipgo.adapters import Adapter
+    from ipgo.config import check_seeds
+    from ipgo.evaluation import evaluate, summarise
+    from ipgo.prompts import check_prompts
+    from ipgo.report import write_report
+    from ipgo.runner import load_models
+    from ipgo.store import Run, save_scores
+
+    check_seeds(tuple(args.seeds))
+    folder = Run.open(args.run)
+    adapter, _ = find_adapter(args.run)
+    done = [prompt.text for prompt in folder.prompts if folder.done(prompt)]
+    prompts = read_prompts(args.prompts) if args.prompts else done
+    check_prompts(prompts)
+    adapter.rows(prompts)
+    config = dataclasses.replace(folder.config, device=args.device)
+    if args.rewards:
+        config = dataclasses.replace(config, held_out=tuple(args.rewards))
+    models = load_models(config)
+    models.backend.check_prompts(prompts)
+    adapters = {"raw": Adapter(), config.method_name: adapter.to(models.backend.device)}
+    scores = evaluate(
+        models.backend,
+        adapters,
+        models.rewards,
+        prompts,
+        args.seeds,
+        config.sampling,
+        config.reward,
+        models.judge,
+    )
+    save_scores(folder.path / "evaluation.jsonl", scores)
+    unseen = "" if prompts == done else ", never fitted"
+    print(f"{len(prompts)} prompts{unseen}, seeds {_span(args.seeds)}\n{table(summarise(scores))}")
+    print(f"scores: {folder.path / 'evaluation.jsonl'}\nreport: {write_report(folder)[0]}")
+    return 0
+
+
+def report(argv: list[str]) -> int:
+    """`ipgo report`: write the page again."""
+    parser = _parser("report", "Write the page that shows a run, finished or not.")
+    parser.add_argument("run", type=Path, help="a run's folder")
+    args = parser.parse_args(argv)
+
+    from ipgo.report import write_report
+    from ipgo.store import Run
+
+    print(write_report(Run.open(args.run))[0])
+    return 0
+
+
+def list_(argv: list[str]) -> int:
+    """`ipgo list`: the names that the other commands take."""
+    parser = _parser("list", "What there is.")
+    kinds = ("objects", "prompts", "rewards", "backends", "methods", "presets")
+    parser.add_argument("kind", nargs="?", help=f"{', '.join(kinds)}; all but the objects, if left out")
+    parser.add_argument("name", nargs="?", help="one of them in full, such as `ipgo list prompts one:test`")
+    args = parser.parse_args(argv)
+    if args.kind not in (None, *kinds):
+        raise unknown("kind", args.kind, kinds)
+    for kind in [args.kind] if args.kind else kinds[1:]:
+        print("\n".join([f"{kind}:", *(f"  {line}" for line in _names(kind, args.name))]))
+    return 0
+
+
+def _names(kind: str, name: str | None) -> list[str]:
+    if kind == "prompts":
+        return read_prompts(name) if name else [f"{each}:train  {each}:test" for each in prompt_sets()]
+    if kind == "objects":
+        return _objects(name or "emoji")
+    from ipgo.backends import BACKENDS
+    from ipgo.config import presets
+    from ipgo.methods import METHODS
+    from ipgo.rewards import REWARDS
+
+    if kind == "methods":
+        return [f"{each:<8}{(method.__doc__ or '').splitlines()[0]}" for each, method in METHODS.items()]
+    return {"rewards": list(REWARDS), "backends": list(BACKENDS), "presets": presets()}[kind]
+
+
+def _objects(backend: str) -> list[str]:
+    """What a backend's vocabulary says that it can draw, with other words for the same in brackets."""
+    from ipgo.runner import vocabulary
+
+    known = vocabulary(backend)
+    if known is None:
+        raise InputError(f"backend {backend!r} has no vocabulary.json: it does not say what it can draw")
+    lines = [f"{each} ({', '.join(others)})" if others else each for each, others in known["objects"].items()]
+    more = ("colours", "styles", "relations", "quality")
+    return [*lines, *(f"-- {kind}: {', '.join(known[kind])}" for kind in more if known.get(kind))]
+
+
+def _parser(command: str, description: str) -> argparse.ArgumentParser:
+    return _Parser(prog=f"ipgo {command}", description=description, allow_abbrev=False)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with one sentence in place of its usage lines."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise InputError(f"{message}; see `{self.prog} --help`")
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "fit": fit,
+    "generate": generate,
+    "evaluate": evaluate,
+    "report": report,
+    "list": list_,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

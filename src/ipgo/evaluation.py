@@ -1,0 +1,201 @@
+"""Judge adapters side by side: the same prompts and seeds, any rewards, win rates with intervals."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ipgo.adapters import Adapter, generate
+from ipgo.backends import Backend
+from ipgo.errors import InputError
+from ipgo.rewards import Reward
+from ipgo.sampling import Sampling
+
+BATCH = 8  # images made at once
+RESAMPLES = 2000  # of the bootstrap
+
+
+@dataclass(frozen=True)
+class Score:
+    """The value of one reward for one image. `held_out`: the method was not fitted to this reward."""
+
+    method: str
+    prompt: str
+    seed: int
+    reward: str
+    value: float
+    held_out: bool
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its 95% bootstrap interval over `n` prompts (NaN below two prompts)."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What a method did to a reward: means before and after, and the difference and win rate over prompts."""
+
+    method: str
+    reward: str
+    held_out: bool
+    before: float
+    after: float
+    gain: Interval
+    wins: Interval
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """An image (3, H, W) in [0, 1] that a method made for a prompt from a seed."""
+
+    method: str
+    prompt: str
+    seed: int
+    image: Tensor
+
+
+class Judge(Protocol):
+    """Looks whether what a prompt states is in its image. It takes no part in any training."""
+
+    def accuracy(self, images: Tensor, prompts: Sequence[str]) -> Mapping[str, Tensor]:
+        """(B,) of 0 or 1 for "object", "colour", "style" and so on; NaN where the prompt states none."""
+        ...
+
+
+def draw(
+    backend: Backend, adapters: Mapping[str, Adapter], prompt: str, seeds: Sequence[int], sampling: Sampling
+) -> Iterator[Drawing]:
+    """The images of one prompt: all seeds of the first adapter, then of the next.
+
+    Batches never mix prompts, so an image does not depend on which other prompts are in a run.
+    """
+    for method, adapter in adapters.items():
+        for start in range(0, len(seeds), BATCH):
+            part = seeds[start : start + BATCH]
+            with torch.no_grad():
+                images = generate(backend, [prompt] * len(part), part, adapter, sampling).float()
+            yield from (
+                Drawing(method, prompt, seed, image) for seed, image in zip(part, images, strict=True)
+            )
+
+
+def score(
+    drawings: Sequence[Drawing], rewards: Mapping[str, Reward], trained_on: str, judge: Judge | None = None
+) -> list[Score]:
+    """Every reward's value, and the judge's verdicts as scores named judge-object, judge-colour, ..."""
+    scores = []
+    for start in range(0, len(drawings), BATCH):
+        part = drawings[start : start + BATCH]
+        images, prompts = torch.stack([each.image for each in part]), [each.prompt for each in part]
+        with torch.no_grad():
+            columns = {name: reward(images, prompts) for name, reward in rewards.items()}
+            verdicts = judge.accuracy(images, prompts) if judge is not None else {}
+        columns.update({f"judge-{name}": column for name, column in verdicts.items()})
+        for name, column in columns.items():
+            for each, value in zip(part, column.tolist(), strict=True):
+                if not math.isnan(value):
+                    scores.append(Score(each.method, each.prompt, each.seed, name, value, name != trained_on))
+    return scores
+
+
+def evaluate(
+    backend: Backend,
+    adapters: Mapping[str, Adapter],
+    rewards: Mapping[str, Reward],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    sampling: Sampling,
+    trained_on: str,
+    judge: Judge | None = None,
+) -> list[Score]:
+    """Score every adapter on every prompt and seed. Call an identity `Adapter()` "raw" to have a baseline.
+
+    Args:
+        trained_on: the reward that was raised; all others count as held out.
+
+    Raises:
+        InputError: no prompts or seeds, or an adapter that was not fitted to one of the prompts.
+    """
+    if not prompts or not seeds:
+        raise InputError("evaluate needs at least one prompt and one seed")
+    scores = []
+    for prompt in tqdm(prompts, desc="evaluating", unit="prompt", disable=None, leave=False):
+        drawings = list(draw(backend, adapters, prompt, seeds, sampling))
+        scores += score(drawings, rewards, trained_on, judge)
+    return scores
+
+
+def win_rate(scores: Iterable[Score], method: str, baseline: str, reward: str) -> Interval:
+    """How often `method` scores above `baseline` on the same prompt and seed; a tie is half a win.
+
+    The rate is the mean over prompts of the mean over seeds; the interval resamples prompts.
+
+    Raises:
+        InputError: the two methods share no prompt and seed.
+    """
+    pairs = _pairs(scores, method, baseline, reward)
+    wins = {prompt: [(a > b) + 0.5 * (a == b) for a, b in values] for prompt, values in pairs.items()}
+    return _bootstrap([float(np.mean(values)) for values in wins.values()])
+
+
+def summarise(
+    scores: Sequence[Score], baseline: str = "raw", seeds: Collection[int] | None = None
+) -> list[Gain]:
+    """One `Gain` for each method and reward, over all prompts and over `seeds` (None: all)."""
+    chosen = [each for each in scores if seeds is None or each.seed in seeds]
+    held_out = {(each.method, each.reward): each.held_out for each in chosen if each.method != baseline}
+    gains = []
+    for (method, reward), unseen in held_out.items():
+        pairs = _pairs(chosen, method, baseline, reward)
+        means = [tuple(np.mean(values, axis=0)) for values in pairs.values()]
+        after, before = (float(column) for column in np.mean(means, axis=0))
+        difference = _bootstrap([float(a - b) for a, b in means])
+        gains.append(
+            Gain(
+                method, reward, unseen, before, after, difference, win_rate(chosen, method, baseline, reward)
+            )
+        )
+    return gains
+
+
+def _pairs(
+    scores: Iterable[Score], method: str, baseline: str, reward: str
+) -> dict[str, list[tuple[float, float]]]:
+    """For each prompt the (method, baseline) values of the seeds that both have."""
+    values: dict[tuple[str, int], dict[str, float]] = defaultdict(dict)
+    for each in scores:
+        if each.reward == reward and each.method in (method, baseline):
+            values[each.prompt, each.seed][each.method] = each.value
+    pairs: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for (prompt, _), found in values.items():
+        if method in found and baseline in found:
+            pairs[prompt].append((found[method], found[baseline]))
+    if not pairs:
+        raise InputError(
+            f"methods {method!r} and {baseline!r} share no prompt and seed with reward {reward!r}"
+        )
+    return dict(pairs)
+
+
+def _bootstrap(values: Sequence[float]) -> Interval:
+    """Mean of one value a prompt, with percentiles of the resampled means (Efron 1979)."""
+    mean, n = float(np.mean(values)), len(values)
+    if n < 2:
+        return Interval(mean, math.nan, math.nan, n)
+    draws = np.random.default_rng(0).integers(n, size=(RESAMPLES, n))
+    low, high = np.quantile(np.asarray(values)[draws].mean(axis=1), [0.025, 0.975])
+    return Interval(mean, float(low), float(high), n)

@@ -1,0 +1,64 @@
+"""Files that are whole or absent, whenever the process dies."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ipgo.errors import InputError
+
+
+def write(file: Path, content: bytes) -> None:
+    """Replace a file in one step: whoever looks, now or after a crash, sees the old one or the new one."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_name(f".{file.name}.draft")
+    with draft.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    draft.replace(file)
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    write(file, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object; `InputError` if the file is missing or damaged."""
+    try:
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{str(file)!r} cannot be read: {error}") from None
+    return content
+
+
+def write_lines(file: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """One JSON object a line."""
+    write(file, "".join(json.dumps(line) + "\n" for line in lines).encode())
+
+
+def append_line(file: Path, line: Mapping[str, Any]) -> None:
+    """One more JSON object; a kill may leave it half-written, which `read_lines` forgives."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(line) + "\n")
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file up to the first damaged line; no file is no lines."""
+    lines: list[dict[str, Any]] = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
+def sync(file: Path) -> None:
+    """Bring what was appended to the disk."""
+    with file.open("rb+") as stream:
+        os.fsync(stream.fileno())

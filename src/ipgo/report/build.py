@@ -1,0 +1,228 @@
+"""Gather a run's numbers and pictures, and put them into the page."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections import Counter, defaultdict
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+
+from ipgo.config import flatten
+from ipgo.evaluation import Gain, Score, summarise
+from ipgo.prompts import Prompt
+from ipgo.report import charts
+from ipgo.store import Run, load_scores
+
+LARGEST = 512  # pixels; larger images are shown smaller, so that the page stays light
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Before and after from one seed: data URIs, and the raised reward's values."""
+
+    seed: int
+    fitted: bool
+    before: str
+    after: str | None
+    values: tuple[float | None, float | None]
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the page shows of one prompt."""
+
+    prompt: str
+    failed: bool
+    pairs: list[Pair]
+    curve: Markup
+    gains: list[Gain]
+
+
+def write_report(run: Run) -> tuple[Path, Path]:
+    """Write report.html and curve.png into the run's folder; what is unfinished is left out."""
+    page = run.write("report.html", render(run))
+    name, rewards, bold, before = _mean_curve(run)
+    return page, run.write("curve.png", charts.curve_png(rewards, bold, name, run.config.reward, before))
+
+
+def render(run: Run) -> str:
+    """The page as text."""
+    config, results, scores = run.config, run.results(), run.scores()
+    fitted, unseen = (summarise(scores, seeds=seeds) for seeds in (config.seeds, config.new_seeds))
+    later = load_scores(run.path / "evaluation.jsonl")
+    name, rewards, bold, before = _mean_curve(run)
+    environment = Environment(
+        loader=PackageLoader("ipgo.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters |= {"signed": lambda value: f"{value:+.3f}", "percent": lambda value: f"{value:.0%}"}
+    return environment.get_template("page.html.j2").render(
+        title=config.prompts[0] if len(config.prompts) == 1 else f"{len(config.prompts)} prompts",
+        config=config,
+        summary=summary(run, fitted, unseen),
+        warnings=warnings(config.reward, unseen or fitted),
+        rows=_rows(fitted, unseen),
+        later=summarise(later) if later else [],
+        later_seeds=len({each.seed for each in later}),
+        later_prompts=len({each.prompt for each in later}),
+        curve=charts.curve(rewards, bold, before),
+        curve_name=name,
+        scatters=_scatters(scores, config.reward, config.new_seeds or config.seeds),
+        cards=[_card(run, prompt, result) for prompt, result in zip(_done(run), results, strict=True)],
+        cost=_cost(results),
+        settings={key: value for key, value in flatten(config.to_json()).items() if key != "prompts"},
+        facts=run.facts,
+        missing=len(run.prompts) - len(results),
+    )
+
+
+def summary(run: Run, fitted: Sequence[Gain], unseen: Sequence[Gain]) -> str:
+    """The result in one sentence, with the noise it was fitted to and the noise it was not."""
+    reward = run.config.reward
+    found = [
+        (title, _of(gains, reward))
+        for title, gains in (("the fitted noise", fitted), ("unseen noise", unseen))
+    ]
+    parts = [
+        f"from {gain.before:.3f} to {gain.after:.3f} on {title}" for title, gain in found if gain is not None
+    ]
+    if not parts:
+        return "No prompt is finished yet, or there is nothing to compare: the method changes nothing."
+    last = next(gain for _, gain in reversed(found) if gain is not None)
+    verb = "raised" if last.gain.value > 0 else "did not raise"
+    wins = f", and beats the raw prompt in {last.wins.value:.0%} of the images there"
+    return f"{run.config.method_name.upper()} {verb} {reward} {' and '.join(parts)}{wins}."
+
+
+def warnings(reward: str, gains: Sequence[Gain]) -> list[str]:
+    """Reward hacking in words: held-out rewards that fall while the raised one rises."""
+    raised = _of(gains, reward)
+    if raised is None or raised.gain.value <= 0:
+        return []
+    texts = []
+    for each in gains:
+        if each.held_out and each.gain.value < 0:
+            sure = each.gain.high < 0
+            strength = (
+                "fell" if sure else "fell, though not clearly" if each.gain.n > 1 else "fell on this prompt"
+            )
+            texts.append(f"{each.reward} {strength}: {each.before:.3f} to {each.after:.3f}")
+    return texts
+
+
+def _of(gains: Sequence[Gain], reward: str) -> Gain | None:
+    return next((gain for gain in gains if gain.reward == reward), None)
+
+
+def _rows(fitted: Sequence[Gain], unseen: Sequence[Gain]) -> list[dict[str, Any]]:
+    """One for each reward, the raised one first."""
+    names = dict.fromkeys(gain.reward for gain in (*unseen, *fitted))
+    rows = [{"name": name, "fitted": _of(fitted, name), "unseen": _of(unseen, name)} for name in names]
+    return sorted(rows, key=lambda row: (row["unseen"] or row["fitted"]).held_out)
+
+
+def _done(run: Run) -> list[Prompt]:
+    return [prompt for prompt in run.prompts if run.done(prompt)]
+
+
+def _card(run: Run, prompt: Prompt, result: dict[str, Any]) -> Card:
+    scores = [Score(**each) for each in result["scores"]]
+    values = {
+        (each.method == "raw", each.seed): each.value for each in scores if each.reward == run.config.reward
+    }
+    seeds = [*result["seeds"], *result["unseen_seeds"]]
+    pairs = [
+        Pair(
+            seed,
+            seed in result["seeds"],
+            _uri(run.image(prompt, "before", seed)) or "",
+            _uri(run.image(prompt, "after", seed)),
+            (values.get((True, seed)), values.get((False, seed))),
+        )
+        for seed in seeds
+    ]
+    curve = Markup("") if run.config.shared else charts.curve(*_curve(run, prompt, values))
+    gains = summarise(scores, seeds=result["unseen_seeds"] or result["seeds"])
+    return Card(prompt.text, result["status"] == "failed", pairs, curve, gains)
+
+
+def _curve(
+    run: Run, prompt: Prompt, values: dict[tuple[bool, int], float]
+) -> tuple[charts.Values, charts.Values, float | None]:
+    rewards = [line["reward"] for line in run.history(prompt)]
+    raw = [values[True, seed] for seed in run.config.seeds if (True, seed) in values]
+    return rewards, charts.smooth(rewards, len(run.config.seeds))[1], _mean(raw)
+
+
+def _mean_curve(run: Run) -> tuple[str, list[float | None], list[float | None], float | None]:
+    """The reward of each step, averaged over the prompts that got that far."""
+    prompts = run.prompts[:1] if run.config.shared else run.prompts
+    histories = [[line["reward"] for line in run.history(prompt)] for prompt in prompts]
+    columns = [[h[step] for h in histories if len(h) > step] for step in range(max(map(len, histories)))]
+    rewards = [_mean([value for value in column if value is not None]) for column in columns]
+    smoothed = [charts.smooth(history, len(run.config.seeds)) for history in histories]
+    bold = [
+        _mean([values[step] for _, values in smoothed if len(values) > step and values[step] is not None])
+        for step in range(len(columns))
+    ]
+    fitted = [each for each in run.scores() if each.method == "raw" and each.seed in run.config.seeds]
+    before = _mean([each.value for each in fitted if each.reward == run.config.reward])
+    return smoothed[0][0], rewards, bold, before
+
+
+def _scatters(scores: Sequence[Score], reward: str, seeds: Collection[int]) -> list[tuple[str, Markup, int]]:
+    """For each held-out reward its gains against the raised one's, and how many images fell while that rose."""
+    values: dict[tuple[str, int], dict[tuple[str, bool], float]] = defaultdict(dict)
+    for each in scores:
+        if each.seed in seeds:
+            values[each.prompt, each.seed][each.reward, each.method == "raw"] = each.value
+    points: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for found in values.values():
+        gains = {
+            name: found[name, False] - old
+            for (name, raw), old in found.items()
+            if raw and (name, False) in found
+        }
+        for name, gain in gains.items():
+            if name != reward and not name.startswith("judge-") and reward in gains:
+                points[name].append((gains[reward], gain))
+    return [(name, charts.scatter(each), sum(a > 0 > b for a, b in each)) for name, each in points.items()]
+
+
+def _cost(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Totals over all prompts; memory and parameters are not additive."""
+    calls: Counter[str] = Counter()
+    for result in results:
+        calls.update(result["cost"]["calls"])
+    measured = [result["cost"]["measured"] for result in results]
+    return {
+        "calls": {name: round(count) for name, count in calls.items()},
+        "seconds": sum(each["seconds"] for each in measured),
+        "memory": max((each["peak_memory_mib"] for each in measured), default=0),
+        "parameters": max((result["cost"]["parameters"] for result in results), default=0),
+    }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    return sum(known) / len(known) if known else None
+
+
+def _uri(file: Path) -> str | None:
+    """A picture as text: small ones as they are, large ones as WebP."""
+    if not file.is_file():
+        return None
+    picture = Image.open(file)
+    if max(picture.size) <= LARGEST // 2:
+        return f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}"
+    picture.thumbnail((LARGEST, LARGEST))
+    stream = io.BytesIO()
+    picture.save(stream, "WEBP", quality=88)
+    return f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode()}"

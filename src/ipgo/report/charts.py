@@ -1,0 +1,128 @@
+"""Small charts: inline SVG that takes its colours from the page, and a PNG for other places."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+
+from markupsafe import Markup
+
+WIDTH, HEIGHT = 360, 190
+LEFT, RIGHT, TOP, BOTTOM = 46, 10, 12, 30  # margins around the plot, room for the labels
+
+Values = Sequence[float | None]
+
+
+def smooth(rewards: Values, seeds: int) -> tuple[str, list[float | None]]:
+    """What a reader should look at beside the reward of each step, and its name.
+
+    With one noise seed it is the best so far. Rewards from different noise compare only on average: over the
+    last S steps for S seeds, over ten for fresh noise.
+    """
+    if seeds == 1:
+        best: list[float | None] = []
+        for value in rewards:
+            known = [each for each in (value, best[-1] if best else None) if each is not None]
+            best.append(max(known, default=None))
+        return "best so far", best
+    window = seeds or 10
+    means: list[float | None] = []
+    for step in range(1, len(rewards) + 1):
+        last = [value for value in rewards[max(0, step - window) : step] if value is not None]
+        means.append(sum(last) / len(last) if last and step >= min(window, len(rewards)) else None)
+    return f"mean of {window} steps", means
+
+
+def curve(rewards: Values, bold: Values, before: float | None) -> Markup:
+    """Reward against step: thin for each step, bold for what counts, dashed for the raw prompt."""
+    known = [value for value in (*rewards, before) if value is not None]
+    if len(known) < 2:
+        return Markup("")
+    low, high = _padded(min(known), max(known))
+    x = _scale(1, max(2, len(rewards)), LEFT, WIDTH - RIGHT)
+    y = _scale(low, high, HEIGHT - BOTTOM, TOP)
+    parts = [_axes(low, high, y, [(1, "1"), (len(rewards), f"{len(rewards)} steps")], x)]
+    if before is not None:
+        parts.append(
+            f'<line class="before" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(before)}" y2="{y(before)}"/>'
+        )
+    for name, values in (("thin", rewards), ("bold", bold)):
+        points = " ".join(
+            f"{x(step)},{y(value)}" for step, value in enumerate(values, 1) if value is not None
+        )
+        parts.append(f'<polyline class="{name}" points="{points}"/>')
+    return _svg(parts, "reward against step")
+
+
+def scatter(points: Sequence[tuple[float, float]]) -> Markup:
+    """Gain in the raised reward (across) against gain in a held-out one (up); the lower right is hacking."""
+    if not points:
+        return Markup("")
+    (left, right), (low, high) = (_padded(min(0, *axis), max(0, *axis)) for axis in zip(*points, strict=True))
+    x, y = _scale(left, right, LEFT, WIDTH - RIGHT), _scale(low, high, HEIGHT - BOTTOM, TOP)
+    hacking = f'x="{x(0)}" y="{y(0)}" width="{x(right) - x(0):.1f}" height="{y(low) - y(0):.1f}"'
+    parts = [
+        f'<rect class="hacking" {hacking}/>',
+        _axes(low, high, y, [(left, f"{left:+.2f}"), (right, f"{right:+.2f}")], x),
+        f'<line class="zero" x1="{x(0)}" x2="{x(0)}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>',
+        f'<line class="zero" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(0)}" y2="{y(0)}"/>',
+        *(
+            f'<circle class="{"good" if b >= 0 else "bad"}" cx="{x(a)}" cy="{y(b)}" r="4"/>'
+            for a, b in points
+        ),
+    ]
+    return _svg(parts, "gain in the raised reward against gain in a held-out reward")
+
+
+def curve_png(rewards: Values, bold: Values, name: str, reward: str, before: float | None) -> bytes:
+    """The same curve as a picture of its own."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.4), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    steps = range(1, len(rewards) + 1)
+    nan = [math.nan if value is None else value for value in rewards]
+    axes.plot(steps, nan, color="#a5a8f0", linewidth=1, label="each step")
+    axes.plot(steps, [math.nan if value is None else value for value in bold], color="#4f46e5", label=name)
+    if before is not None:
+        axes.axhline(before, color="#8a8d93", linestyle="--", linewidth=1, label="raw prompt")
+    axes.set(xlabel="step", ylabel=reward)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", metadata={"Software": None})
+    return stream.getvalue()
+
+
+class _scale:  # noqa: N801 - used as a function
+    """A linear map from values to SVG coordinates."""
+
+    def __init__(self, low: float, high: float, start: float, end: float) -> None:
+        self.low, self.factor, self.start = low, (end - start) / (high - low), start
+
+    def __call__(self, value: float) -> float:
+        return round(self.start + (value - self.low) * self.factor, 1)
+
+
+def _padded(low: float, high: float) -> tuple[float, float]:
+    margin = 0.08 * (high - low) or 0.5
+    return low - margin, high + margin
+
+
+def _axes(low: float, high: float, y: _scale, ticks: Sequence[tuple[float, str]], x: _scale) -> str:
+    """Three horizontal lines with their values, and labels at both ends below."""
+    parts = []
+    for value in (low, (low + high) / 2, high):
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(value)}" y2="{y(value)}"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y(value) + 4}" text-anchor="end">{value:.2f}</text>')
+    for (value, label), anchor in zip(ticks, ("start", "end"), strict=True):
+        parts.append(f'<text x="{x(value)}" y="{HEIGHT - 8}" text-anchor="{anchor}">{label}</text>')
+    return "".join(parts)
+
+
+def _svg(parts: Sequence[str], label: str) -> Markup:
+    """Only numbers and labels of our own come in here, so the text needs no escaping."""
+    return Markup(
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+    )

@@ -1,0 +1,331 @@
+"""From settings to a finished folder: fit, draw before and after, score, and go on after a stop."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import platform
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from ipgo import __version__
+from ipgo.adapters import Adapter
+from ipgo.backends import BACKENDS, Backend, load_backend
+from ipgo.config import RunConfig
+from ipgo.errors import InputError
+from ipgo.evaluation import Gain, Judge, Score, draw, score, summarise
+from ipgo.images import to_pil
+from ipgo.methods.ipgo import IPGO
+from ipgo.prompts import Prompt, unseen_words
+from ipgo.rewards import Reward, as_reward, check_reward, load_reward
+from ipgo.sampling import Sampling
+from ipgo.store import Chunk, Cost, Run
+from ipgo.task import Method, Progress, Task
+
+BUNDLED_REWARDS = {"emoji": ("emoji-preference", "emoji-clip", "emoji-aesthetic")}
+CHECKPOINT_SECONDS = 10.0
+logger = logging.getLogger("ipgo")
+
+
+@dataclass(frozen=True)
+class Models:
+    """What a run computes with: `rewards` holds the one that is raised and those held out, by name."""
+
+    backend: Backend
+    reward: Reward
+    rewards: Mapping[str, Reward]
+    judge: Judge | None
+
+
+def load_models(config: RunConfig, backend: Backend | None = None, reward: Reward | None = None) -> Models:
+    """Load what the settings name, or take what is given; refuse prompts that the backend cannot take."""
+    names = BUNDLED_REWARDS.get(config.backend, ()) if config.held_out is None else config.held_out
+    for name in names if reward is not None else (config.reward, *names):
+        check_reward(name)
+    backend = backend or load_backend(
+        config.backend,
+        device=config.device,
+        dtype=config.dtype,
+        image_size=config.image_size,
+        padding=config.padding,
+        scheduler=config.scheduler,
+        long_prompts=config.long_prompts,
+    )
+    backend.check_prompts(config.prompts)
+    reward = reward or load_reward(config.reward, device=config.device)
+    rewards = {config.reward: reward}
+    rewards |= {name: load_reward(name, device=config.device) for name in names if name != config.reward}
+    return Models(backend, reward, rewards, load_judge(config))
+
+
+def load_judge(config: RunConfig) -> Judge | None:
+    """The judge that comes with the bundled model; other backends have none."""
+    if config.backend != "emoji":
+        return None
+    from ipgo.rewards import emoji
+
+    judge: Judge = emoji.load_judge(config.device)
+    return judge
+
+
+def run(folder: Run, models: Models) -> None:
+    """Fit every prompt that has no result yet, and collect the scores. Safe to stop and to call again."""
+    folder.start(facts(models.backend))
+    for chunk in folder.pending(folder.config.method.stackable):
+        progress, cost = fit_chunk(folder, models, chunk)
+        finish_chunk(folder, models, chunk, progress, cost)
+    folder.save_scores()
+
+
+def fit_chunk(folder: Run, models: Models, chunk: Chunk) -> tuple[Progress, Cost]:
+    """Search until the last step, from the newest checkpoint if there is one.
+
+    The last step has no checkpoint: a run that dies while it draws repeats the few steps before.
+    """
+    config, backend = folder.config, models.backend
+    task = Task(
+        backend, models.reward, chunk.texts, config.sampling, config.seeds, config.seed, config.shared
+    )
+    found = folder.checkpoint(chunk)
+    earlier = found.cost if found is not None else Cost()
+    started = saved = time.monotonic()
+    counted = Counter(backend.calls)
+    progress, cost = None, earlier
+    with progress_bar(chunk, folder) as bar:
+        for progress in config.method.fit(task, found.state if found is not None else None):
+            now = time.monotonic()
+            calls = earlier.calls + (backend.calls - counted)
+            memory = max(earlier.peak_memory, peak_memory(backend.device))
+            cost = Cost(calls, earlier.seconds + now - started, memory, earlier.sessions)
+            folder.record(chunk, progress, cost.seconds)
+            last = progress.step == progress.total or bool(progress.failed.all())
+            if now - saved > CHECKPOINT_SECONDS and not last:
+                folder.save_checkpoint(chunk, progress, cost)
+                saved = now
+            show(bar, progress)
+    if progress is None:
+        raise InputError(f"method {config.method_name!r} made no step; give it at least one")
+    return progress, cost
+
+
+def finish_chunk(folder: Run, models: Models, chunk: Chunk, progress: Progress, cost: Cost) -> None:
+    """Draw, score and store every prompt of the chunk; its result.json comes last."""
+    config = folder.config
+    adapters = {"raw": Adapter(), config.method_name: progress.adapter}  # one entry, if the method is raw
+    seeds = (*config.seeds, *config.new_seeds)
+    total = len(chunk.prompts) * len(seeds) * len(adapters)
+    with tqdm(total=total, desc="before and after", unit="image", disable=None, leave=False) as bar:
+        for row, prompt in enumerate(chunk.prompts):
+            if folder.done(prompt):
+                continue
+            drawings = []
+            for drawing in draw(models.backend, adapters, prompt.text, seeds, config.sampling):
+                when = "before" if drawing.method == "raw" else "after"
+                folder.save_image(prompt, when, drawing.seed, to_pil(drawing.image[None])[0])
+                drawings.append(drawing)
+                bar.update()
+            scores = score(drawings, models.rewards, config.reward, models.judge)
+            folder.save_adapter(prompt, progress.adapter if config.shared else progress.adapter.row(row))
+            folder.finish(prompt, scores, cost_of(cost, chunk, progress.adapter), bool(progress.failed[row]))
+    folder.drop_checkpoint(chunk)
+
+
+def progress_bar(chunk: Chunk, folder: Run) -> tqdm[Any]:
+    """A bar on a terminal, nothing elsewhere."""
+    numbers = f"{int(chunk.prompts[0].id[:4]) + 1}-{int(chunk.prompts[-1].id[:4]) + 1}"
+    several = f"prompts {numbers} of {len(folder.prompts)}"
+    title = several if len(folder.prompts) > 1 else chunk.prompts[0].text[:40]
+    return tqdm(desc=title, unit="step", disable=None)
+
+
+def show(bar: tqdm[Any], progress: Progress) -> None:
+    """Move the bar, and say how the mean reward stands."""
+    bar.total = progress.total
+    now, best = (float(values.nanmean()) for values in (progress.rewards, progress.best))
+    bar.set_postfix_str(f"reward {now:.3f}, best {best:.3f}", refresh=False)
+    bar.update(progress.step - bar.n)
+
+
+def cost_of(cost: Cost, chunk: Chunk, adapter: Adapter) -> dict[str, Any]:
+    """One prompt's share of what its chunk took. Calls are exact; the rest differs from run to run."""
+    share = len(chunk.prompts)
+    rows = 1 if adapter.prompts is None else share
+    return {
+        "calls": {name: round(count / share, 2) for name, count in sorted(cost.calls.items())},
+        "parameters": sum(parameter.numel() for parameter in adapter.parameters()) // rows,
+        "measured": {
+            "seconds": round(cost.seconds / share, 2),
+            "peak_memory_mib": round(cost.peak_memory),
+            "fitted_together": share,
+            "sessions": cost.sessions,
+        },
+    }
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory in use so far, in MiB: the GPU's, or else the process's (0 where unknown)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:
+        return 0.0
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def facts(backend: Backend) -> dict[str, Any]:
+    """What a reader of the results wants to know beside the settings."""
+    packages = ("torch", "diffusers", "transformers")
+    cuda = backend.device.type == "cuda"
+    return {
+        "versions": {"ipgo": __version__, "python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in packages},
+        "device": torch.cuda.get_device_name(backend.device) if cuda else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "dtype": str(backend.dtype).removeprefix("torch."),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+
+
+def vocabulary(backend: str) -> dict[str, Any] | None:
+    """What a backend's folder says that it can draw (vocabulary.json); None if it says nothing."""
+    file = Path(BACKENDS[backend][1] if backend in BACKENDS else backend) / "vocabulary.json"
+    if not file.is_file():
+        return None
+    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return content
+
+
+def warn_of_unseen_words(config: RunConfig) -> None:
+    """Name the words that the backend was never trained on, each with the nearest one that it knows."""
+    known = vocabulary(config.backend)
+    unseen = unseen_words(config.prompts, known["words"]) if known is not None else {}
+    if unseen:
+        words = ", ".join(
+            f"{word!r} (nearest: {near!r})" if near else repr(word) for word, near in unseen.items()
+        )
+        logger.warning("the model has never seen %s; `ipgo list objects` shows what it can draw", words)
+
+
+# ------------------------------------------------------------------------------------------------------
+# The Python entry point.
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What became of one prompt. `before` and `after` are pictures by seed, fitted and unseen alike."""
+
+    prompt: str
+    adapter: Adapter
+    before: dict[int, Image.Image]
+    after: dict[int, Image.Image]
+    history: list[dict[str, Any]]
+    scores: list[Score]
+    failed: bool
+
+
+@dataclass(frozen=True)
+class Result(Sequence[Fitted]):
+    """What `fit` made: a sequence with one `Fitted` for each prompt, and the means over all of them.
+
+    Attributes:
+        fitted: one for each prompt, in their order.
+        on_fitted_seeds, on_unseen_seeds: gains by reward; the second is the honest one.
+        path: the run's folder, or None if it was not kept.
+    """
+
+    fitted: tuple[Fitted, ...]
+    on_fitted_seeds: list[Gain]
+    on_unseen_seeds: list[Gain]
+    path: Path | None
+
+    def __len__(self) -> int:
+        return len(self.fitted)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.fitted[index]
+
+
+def fit(
+    prompts: str | Sequence[str],
+    *,
+    reward: str | Reward = "emoji-preference",
+    backend: str | Backend = "emoji",
+    method: Method = IPGO(),
+    sampling: Sampling = Sampling(),
+    seeds: Sequence[int] = (0,),
+    unseen_seeds: int = 4,
+    seed: int = 0,
+    shared: bool = False,
+    chunk: int = 4,
+    out: str | Path | None = None,
+    device: str = "auto",
+) -> Result:
+    """Raise a reward for some prompts, and judge the result on noise that was not fitted.
+
+    Args:
+        prompts: one prompt or several.
+        reward: a spec as in `load_reward`, or any function (images (B, 3, H, W) in [0, 1], prompts) -> (B,).
+        backend: a name, folder or hub id as in `load_backend`, or a loaded backend.
+        out: where to keep the run; an unfinished one there is continued. None keeps nothing.
+        method, sampling, seeds, unseen_seeds, seed, shared, chunk, device: see `RunConfig`.
+
+    Raises:
+        InputError: settings or prompts that cannot work. ResumeError: `out` holds a run with other settings.
+    """
+    given_reward = None if isinstance(reward, str) else as_reward(reward)
+    given_backend = None if isinstance(backend, str) else backend
+    config = RunConfig(
+        prompts=(prompts,) if isinstance(prompts, str) else tuple(prompts),
+        method=method,
+        backend=backend if isinstance(backend, str) else backend.name,
+        reward=reward if isinstance(reward, str) else as_reward(reward).name,
+        sampling=sampling,
+        seeds=tuple(seeds),
+        unseen_seeds=unseen_seeds,
+        seed=seed,
+        shared=shared,
+        padding=given_backend.padding if given_backend is not None else "max_length",
+        chunk=chunk,
+        device=device,
+    )
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Run.open(Path(out) if out is not None else Path(temporary) / "run", config)
+        warn_of_unseen_words(config)
+        run(folder, load_models(config, given_backend, given_reward))
+        return result_of(folder, Path(out) if out is not None else None)
+
+
+def result_of(folder: Run, path: Path | None = None) -> Result:
+    """Read a finished run back."""
+    config, scores = folder.config, folder.scores()
+    fitted = []
+    for prompt, stored in zip(folder.prompts, folder.results(), strict=True):
+        before, after = (_pictures(folder, prompt, when) for when in ("before", "after"))
+        own = [each for each in scores if each.prompt == prompt.text]
+        adapter, history = folder.load_adapter(prompt), folder.history(prompt)
+        fitted.append(Fitted(prompt.text, adapter, before, after, history, own, stored["status"] == "failed"))
+    return Result(
+        tuple(fitted),
+        summarise(scores, seeds=config.seeds),
+        summarise(scores, seeds=config.new_seeds),
+        path,
+    )
+
+
+def _pictures(folder: Run, prompt: Prompt, when: str) -> dict[int, Image.Image]:
+    seeds = (*folder.config.seeds, *folder.config.new_seeds)
+    files = {seed: folder.image(prompt, when, seed) for seed in seeds}
+    return {seed: Image.open(file).copy() for seed, file in files.items() if file.is_file()}

@@ -1,0 +1,342 @@
+"""The folder of one run, in safetensors and JSON: the only code that knows its file names."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ipgo import files
+from ipgo.adapters import ADAPTERS, Adapter
+from ipgo.config import RunConfig, flatten
+from ipgo.errors import InputError, ResumeError, unknown
+from ipgo.evaluation import Score
+from ipgo.prompts import Prompt, number
+from ipgo.task import Progress
+
+SCHEMA = 1
+logger = logging.getLogger("ipgo")
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Prompts that are fitted together."""
+
+    prompts: tuple[Prompt, ...]
+
+    @property
+    def key(self) -> str:
+        """The name of its checkpoint: first and last position."""
+        return f"{self.prompts[0].id[:4]}-{self.prompts[-1].id[:4]}"
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return tuple(prompt.text for prompt in self.prompts)
+
+
+@dataclass
+class Cost:
+    """What fitting a chunk has taken so far; `calls` as in `Backend.calls`, memory in MiB."""
+
+    calls: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
+    peak_memory: float = 0.0
+    sessions: int = 1  # how often the work was started: 1 unless it was interrupted
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A chunk's state after `step`, and what it had cost by then."""
+
+    step: int
+    state: dict[str, Tensor]
+    cost: Cost
+
+
+class Run:
+    """The folder of one run.
+
+    run.json holds the settings; prompts/ID/ an adapter, its history, images and result.json, which is written
+    last and marks the prompt as done; shared/ the adapter and history of a prompt-batch run; chunks/ the
+    checkpoints of unfinished work.
+    """
+
+    def __init__(self, path: Path, config: RunConfig) -> None:
+        self.path = path
+        self.config = config
+        self.prompts = number(config.prompts)
+
+    @classmethod
+    def open(cls, path: Path, config: RunConfig | None = None) -> Run:
+        """Look at a folder, and write nothing. Without `config` it must hold a run; with it, it may.
+
+        Raises:
+            InputError: no run there, or a folder full of other things.
+            ResumeError: a run with other settings; the message lists them.
+        """
+        found = path / "run.json"
+        if not found.is_file():
+            if config is None:
+                raise InputError(f"{str(path)!r} is not a run folder: it has no run.json")
+            if path.is_file() or (path.is_dir() and any(path.iterdir())):
+                raise InputError(
+                    f"out is {str(path)!r}, which holds something else; give a new or empty folder"
+                )
+            return cls(path, config)
+        stored = files.read_json(found)
+        if stored.get("schema") != SCHEMA:
+            raise ResumeError(
+                f"{str(found)!r} has schema {stored.get('schema')}; this version reads {SCHEMA}"
+            )
+        if config is None:
+            return cls(path, RunConfig.from_json(stored["config"]))
+        differences = _differences(stored["config"], config)
+        if differences:
+            raise ResumeError(
+                f"{str(path)!r} was made with other settings ({differences}); "
+                "give the same ones to continue it, or another folder"
+            )
+        return cls(path, config)
+
+    def start(self, facts: Mapping[str, Any]) -> None:
+        """Make the folder if it is new; `facts` are the versions and the device that the run began with."""
+        try:
+            (self.path / "prompts").mkdir(parents=True, exist_ok=True)
+            (self.path / "chunks").mkdir(exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"out is {str(self.path)!r}, which cannot be written: {error.strerror}"
+            ) from None
+        if not (self.path / "run.json").exists():
+            identity = {"schema": SCHEMA, "digest": self.config.digest(), **facts}
+            files.write_json(self.path / "run.json", {**identity, "config": self.config.to_json()})
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What run.json says."""
+        return files.read_json(self.path / "run.json")
+
+    # -- where things are -------------------------------------------------------------------------------
+
+    def folder(self, prompt: Prompt) -> Path:
+        return self.path / "prompts" / prompt.id
+
+    def image(self, prompt: Prompt, when: str, seed: int) -> Path:
+        """`when` is before or after."""
+        return self.folder(prompt) / f"{when}-{seed}.png"
+
+    def adapter_folder(self, prompt: Prompt) -> Path:
+        return self.path / "shared" if self.config.shared else self.folder(prompt)
+
+    def _histories(self, chunk: Chunk) -> list[Path]:
+        folders = dict.fromkeys(self.adapter_folder(prompt) for prompt in chunk.prompts)
+        return [folder / "history.jsonl" for folder in folders]
+
+    def _checkpoint_file(self, chunk: Chunk) -> Path:
+        return self.path / "chunks" / f"{chunk.key}.safetensors"
+
+    # -- what is left to do -----------------------------------------------------------------------------
+
+    def chunks(self, stackable: bool) -> list[Chunk]:
+        """All prompts, cut in their order: all together if shared, single if the method cannot stack them."""
+        size = len(self.prompts) if self.config.shared else self.config.chunk if stackable else 1
+        return [Chunk(self.prompts[start : start + size]) for start in range(0, len(self.prompts), size)]
+
+    def done(self, prompt: Prompt) -> bool:
+        return (self.folder(prompt) / "result.json").is_file()
+
+    def pending(self, stackable: bool) -> list[Chunk]:
+        """The chunks with a prompt that has no result."""
+        return [chunk for chunk in self.chunks(stackable) if not all(map(self.done, chunk.prompts))]
+
+    # -- while a chunk is fitted ------------------------------------------------------------------------
+
+    def record(self, chunk: Chunk, progress: Progress, seconds: float) -> None:
+        """Append a line to the history of each prompt (shared: one line, the mean over prompts)."""
+        columns = (
+            torch.stack([progress.rewards, progress.penalty, progress.grad_norm]).double().cpu()
+        )  # (3, P)
+        if self.config.shared:
+            columns = columns.nanmean(1, keepdim=True)
+        for file, values in zip(self._histories(chunk), columns.T.tolist(), strict=True):
+            reward, penalty, grad_norm = (value if value == value else None for value in values)
+            line = {"step": progress.step, "reward": reward, "penalty": penalty, "grad_norm": grad_norm}
+            files.append_line(file, {**line, "seconds": round(seconds, 3)})
+
+    def save_checkpoint(self, chunk: Chunk, progress: Progress, cost: Cost) -> None:
+        """All that `checkpoint` needs. The histories go to the disk before it, so they never lag behind."""
+        for file in self._histories(chunk):
+            files.sync(file)
+        about = {
+            "step": progress.step,
+            "prompts": chunk.texts,
+            "digest": self.config.digest(),
+            **asdict(cost),
+        }
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in progress.state().items()}
+        files.write(self._checkpoint_file(chunk), save(state, metadata={"about": json.dumps(about)}))
+
+    def checkpoint(self, chunk: Chunk) -> Checkpoint | None:
+        """The newest state of a chunk, with its histories cut back to that step; None if there is none.
+
+        A damaged file is set aside under another name and said to be: the chunk then starts again.
+        """
+        file = self._checkpoint_file(chunk)
+        found = self._read_checkpoint(file, chunk) if file.is_file() else None
+        for history in self._histories(chunk):
+            _cut(history, found.step if found is not None else 0)
+        return found
+
+    def _read_checkpoint(self, file: Path, chunk: Chunk) -> Checkpoint | None:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                about = json.loads(tensors.metadata()["about"])
+                state = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+        except (SafetensorError, KeyError, TypeError, ValueError):
+            aside = file.with_suffix(".damaged")
+            file.replace(aside)
+            logger.warning(
+                "checkpoint %s is damaged; set aside as %s, the chunk starts again", file, aside.name
+            )
+            return None
+        if about["prompts"] != list(chunk.texts) or about["digest"] != self.config.digest():
+            return None  # cut with another chunk size: these prompts start again
+        cost = Cost(Counter(about["calls"]), about["seconds"], about["peak_memory"], about["sessions"] + 1)
+        return Checkpoint(about["step"], state, cost)
+
+    def drop_checkpoint(self, chunk: Chunk) -> None:
+        self._checkpoint_file(chunk).unlink(missing_ok=True)
+
+    # -- when a chunk is done ---------------------------------------------------------------------------
+
+    def save_adapter(self, prompt: Prompt, adapter: Adapter) -> None:
+        """Put a prompt's adapter (or the shared one) into its folder, with the settings it was made under."""
+        settings = self.config.to_json()
+        keys = ("backend", "sampling", "padding", "scheduler", "image_size", "long_prompts", "dtype")
+        save_adapter(adapter, self.adapter_folder(prompt), {key: settings[key] for key in keys})
+
+    def load_adapter(self, prompt: Prompt) -> Adapter:
+        return load_adapter(self.adapter_folder(prompt))
+
+    def save_image(self, prompt: Prompt, when: str, seed: int, picture: Image.Image) -> None:
+        stream = io.BytesIO()
+        picture.save(stream, "PNG")
+        files.write(self.image(prompt, when, seed), stream.getvalue())
+
+    def finish(self, prompt: Prompt, scores: Sequence[Score], cost: Mapping[str, Any], failed: bool) -> None:
+        """Write result.json: from here on the prompt is done."""
+        result = {
+            "status": "failed" if failed else "finished",
+            "id": prompt.id,
+            "prompt": prompt.text,
+            "reward": self.config.reward,
+            "seeds": list(self.config.seeds),
+            "unseen_seeds": list(self.config.new_seeds),
+            "cost": cost,
+            "scores": [asdict(each) for each in scores],
+        }
+        files.write_json(self.folder(prompt) / "result.json", result)
+
+    def results(self) -> list[dict[str, Any]]:
+        """The result.json of every prompt that has one, in the order of the prompts."""
+        return [
+            files.read_json(self.folder(prompt) / "result.json")
+            for prompt in self.prompts
+            if self.done(prompt)
+        ]
+
+    def scores(self) -> list[Score]:
+        """The scores of all results."""
+        return [Score(**each) for result in self.results() for each in result["scores"]]
+
+    def save_scores(self) -> None:
+        """Collect all scores in scores.jsonl, one a line."""
+        save_scores(self.path / "scores.jsonl", self.scores())
+
+    def history(self, prompt: Prompt) -> list[dict[str, Any]]:
+        """The lines of a prompt's history (the shared one, if it is shared)."""
+        return files.read_lines(self.adapter_folder(prompt) / "history.jsonl")
+
+    def write(self, name: str, content: str | bytes) -> Path:
+        """Put another file, such as report.html, into the folder."""
+        files.write(self.path / name, content.encode() if isinstance(content, str) else content)
+        return self.path / name
+
+
+def save_adapter(adapter: Adapter, folder: Path, settings: Mapping[str, Any] | None = None) -> None:
+    """Write adapter.safetensors and adapter.json. `settings`: the backend and sampling that it belongs to."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.state_dict().items()}
+    about = {"schema": SCHEMA, "kind": adapter.kind, "options": adapter.options, "prompts": adapter.prompts}
+    files.write(folder / "adapter.safetensors", save(tensors))
+    files.write_json(folder / "adapter.json", {**about, "settings": dict(settings or {})})
+
+
+def load_adapter(folder: Path | str) -> Adapter:
+    """Read what `save_adapter` wrote.
+
+    Raises:
+        InputError: no adapter there, one of an unknown kind, or a damaged one.
+    """
+    about = adapter_facts(Path(folder))
+    if about.get("kind") not in ADAPTERS:
+        raise unknown("adapter kind", str(about.get("kind")), ADAPTERS)
+    file = Path(folder) / "adapter.safetensors"
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            state = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+        prompts = None if about["prompts"] is None else tuple(about["prompts"])
+        adapter = ADAPTERS[about["kind"]](prompts, **about["options"])
+        adapter.load_state_dict(state)
+    except (SafetensorError, OSError, RuntimeError, KeyError, TypeError) as error:
+        raise InputError(f"adapter {str(file)!r} cannot be read: {str(error).splitlines()[0]}") from None
+    if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
+        raise InputError(f"adapter {str(file)!r} holds numbers that are not finite")
+    return adapter
+
+
+def adapter_facts(folder: Path) -> dict[str, Any]:
+    """adapter.json; `InputError` if it is missing or damaged."""
+    if not (folder / "adapter.json").is_file():
+        raise InputError(f"{str(folder)!r} is not an adapter folder: it has no adapter.json")
+    return files.read_json(folder / "adapter.json")
+
+
+def save_scores(file: Path, scores: Iterable[Score]) -> None:
+    """One JSON object a line."""
+    files.write_lines(file, (asdict(each) for each in scores))
+
+
+def load_scores(file: Path) -> list[Score]:
+    """The inverse of `save_scores`; no file is no scores."""
+    return [Score(**line) for line in files.read_lines(file)]
+
+
+def _differences(stored: dict[str, Any], config: RunConfig) -> str:
+    """The settings that differ, as `sampling.steps 20 there, 30 now`."""
+    now, there = config.identity(), flatten(stored)
+    keys = [key for key in now if there.get(key) != now[key]]
+    values = {key: f"{_short(there.get(key))} there, {_short(now[key])} now" for key in keys}
+    return "; ".join(f"{key} {value}" for key, value in values.items())
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _cut(history: Path, step: int) -> None:
+    """Drop the lines after `step`, and one that a kill left half-written."""
+    if history.is_file():
+        files.write_lines(history, [line for line in files.read_lines(history) if line["step"] <= step])
