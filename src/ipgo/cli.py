@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ipgo import __version__
 from ipgo.errors import InputError, IpgoError, unknown
@@ -76,7 +76,7 @@ def _fail(message: str, code: int) -> int:
 
 
 def fit(argv: list[str]) -> int:
-    """`ipgo fit`: settings from a preset, then a file, then flags; whatever can be checked is checked first."""
+    """`ipgo fit`: settings from a preset, then a file, then flags, checked as early as possible."""
     from ipgo.config import build, method_of, parse, presets, read_settings, run_parser
     from ipgo.methods import METHODS
     from ipgo.runner import load_models, run, warn_of_unseen_words
@@ -225,7 +225,7 @@ def generate(argv: list[str]) -> int:
     return 0
 
 
-def find_adapter(path: Path) -> tuple[Adapter, dict[str, object]]:
+def find_adapter(path: Path) -> tuple[Adapter, dict[str, Any]]:
     """The adapter in a folder, or all of a run's as one, and the backend settings that it was made under."""
     from ipgo.adapters import stack
     from ipgo.store import Run, adapter_facts, load_adapter

@@ -21,6 +21,7 @@ from ipgo.prompts import Prompt
 from ipgo.report import charts
 from ipgo.store import Run, load_scores
 
+VISIBLE = 0.0005  # the page shows three digits
 LARGEST = 512  # pixels; larger images are shown smaller, so that the page stays light
 
 
@@ -62,7 +63,7 @@ def render(run: Run) -> str:
     environment = Environment(
         loader=PackageLoader("ipgo.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters |= {"signed": lambda value: f"{value:+.3f}", "percent": lambda value: f"{value:.0%}"}
+    environment.filters |= {"signed": "{:+.3f}".format, "percent": "{:.0%}".format, "mood": mood}
     return environment.get_template("page.html.j2").render(
         title=config.prompts[0] if len(config.prompts) == 1 else f"{len(config.prompts)} prompts",
         config=config,
@@ -81,6 +82,11 @@ def render(run: Run) -> str:
         facts=run.facts,
         missing=len(run.prompts) - len(results),
     )
+
+
+def mood(gain: float) -> str:
+    """The CSS class of a gain: good, bad, or none where three digits show no change."""
+    return "" if abs(gain) < VISIBLE else "good" if gain > 0 else "bad"
 
 
 def summary(run: Run, fitted: Sequence[Gain], unseen: Sequence[Gain]) -> str:
@@ -108,7 +114,7 @@ def warnings(reward: str, gains: Sequence[Gain]) -> list[str]:
         return []
     texts = []
     for each in gains:
-        if each.held_out and each.gain.value < 0:
+        if each.held_out and each.gain.value <= -VISIBLE:
             sure = each.gain.high < 0
             strength = (
                 "fell" if sure else "fell, though not clearly" if each.gain.n > 1 else "fell on this prompt"
@@ -178,7 +184,7 @@ def _mean_curve(run: Run) -> tuple[str, list[float | None], list[float | None], 
 
 
 def _scatters(scores: Sequence[Score], reward: str, seeds: Collection[int]) -> list[tuple[str, Markup, int]]:
-    """For each held-out reward its gains against the raised one's, and how many images fell while that rose."""
+    """For each held-out reward: its gains against the raised one's, and how many fell while that rose."""
     values: dict[tuple[str, int], dict[tuple[str, bool], float]] = defaultdict(dict)
     for each in scores:
         if each.seed in seeds:

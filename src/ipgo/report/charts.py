@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from markupsafe import Markup
 
 WIDTH, HEIGHT = 360, 190
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 12, 30  # margins around the plot, room for the labels
+LEFT, RIGHT, TOP, BOTTOM = 50, 10, 12, 30  # margins around the plot, room for the labels
 
 Values = Sequence[float | None]
 
@@ -64,7 +64,7 @@ def scatter(points: Sequence[tuple[float, float]]) -> Markup:
     hacking = f'x="{x(0)}" y="{y(0)}" width="{x(right) - x(0):.1f}" height="{y(low) - y(0):.1f}"'
     parts = [
         f'<rect class="hacking" {hacking}/>',
-        _axes(low, high, y, [(left, f"{left:+.2f}"), (right, f"{right:+.2f}")], x),
+        _axes(low, high, y, [(left, _number(left, right - left)), (right, _number(right, right - left))], x),
         f'<line class="zero" x1="{x(0)}" x2="{x(0)}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>',
         f'<line class="zero" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(0)}" y2="{y(0)}"/>',
         *(
@@ -105,6 +105,11 @@ class _scale:  # noqa: N801 - used as a function
         return round(self.start + (value - self.low) * self.factor, 1)
 
 
+def _number(value: float, span: float) -> str:
+    """As many digits as tell the labels of an axis apart."""
+    return f"{value:.{max(0, 2 - math.floor(math.log10(span)))}f}" if span < 100 else f"{value:.0f}"
+
+
 def _padded(low: float, high: float) -> tuple[float, float]:
     margin = 0.08 * (high - low) or 0.5
     return low - margin, high + margin
@@ -115,7 +120,9 @@ def _axes(low: float, high: float, y: _scale, ticks: Sequence[tuple[float, str]]
     parts = []
     for value in (low, (low + high) / 2, high):
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(value)}" y2="{y(value)}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y(value) + 4}" text-anchor="end">{value:.2f}</text>')
+        parts.append(
+            f'<text x="{LEFT - 6}" y="{y(value) + 4}" text-anchor="end">{_number(value, high - low)}</text>'
+        )
     for (value, label), anchor in zip(ticks, ("start", "end"), strict=True):
         parts.append(f'<text x="{x(value)}" y="{HEIGHT - 8}" text-anchor="{anchor}">{label}</text>')
     return "".join(parts)
