@@ -1,0 +1,86 @@
+"""The bundled world's rewards (`emoji-clip`, `emoji-aesthetic`, `emoji-preference`) and its held-out judge.
+
+All are trained by tools/emoji on drawn scenes; docs/emoji-model.md says how well they do.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer, CLIPModel, CLIPTokenizer
+
+from ipgo.images import resize
+from ipgo.rewards.emoji.judge import Judge, load_judge
+
+__all__ = ["Judge", "load_aesthetic", "load_clip", "load_judge", "load_preference"]
+
+FOLDER = Path(__file__).parent
+
+
+class EmojiClip(nn.Module):
+    """Cosine between the image and its prompt, in [-1, 1]: the alignment reward, as the CLIP score is for photographs.
+
+    `name` is the folder of a CLIPModel beside this file.
+    """
+
+    differentiable = True
+
+    def __init__(self, name: str, folder: Path) -> None:
+        super().__init__()
+        self.name = name
+        self.model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+        self.tokenizer: CLIPTokenizer = AutoTokenizer.from_pretrained(FOLDER / "clip")
+        self._text = lru_cache(maxsize=512)(self._embed_text)
+
+    def _embed_text(self, prompt: str) -> Tensor:
+        """(D,) normalised; a prompt longer than the tower is cut, since a reward must not refuse to judge."""
+        inputs = self.tokenizer([prompt], truncation=True, return_tensors="pt").to(self.model.device)
+        with torch.no_grad():
+            return F.normalize(self.model.get_text_features(**inputs).pooler_output[0], dim=-1)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] to (B, D), normalised."""
+        size = self.model.config.vision_config.image_size
+        pixels = resize(images.float(), size) * 2 - 1
+        return F.normalize(self.model.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
+
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        text = torch.stack([self._text(prompt) for prompt in prompts])
+        return (self.embed(images) * text).sum(dim=-1)
+
+
+class EmojiAesthetic(nn.Module):
+    """Predicted picture quality, about 0 (spoilt) to 1 (clean): linear on the image embedding, as LAION's predictor."""
+
+    name = "emoji-aesthetic"
+    differentiable = True
+
+    def __init__(self, clip: EmojiClip, head: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.clip = clip
+        self.register_buffer("weight", head["weight"].float())
+        self.register_buffer("bias", head["bias"].float())
+
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        quality: Tensor = self.clip.embed(images) @ self.weight + self.bias
+        return quality
+
+
+def load_clip(device: str | torch.device = "cpu") -> EmojiClip:
+    """The alignment reward: does the picture show what the prompt says?"""
+    return EmojiClip("emoji-clip", FOLDER / "clip").to(device)
+
+
+def load_preference(device: str | torch.device = "cpu") -> EmojiClip:
+    """The preference reward: a CLIP tuned on pairs, where the better aligned and cleaner picture wins (as HPSv2)."""
+    return EmojiClip("emoji-preference", FOLDER / "preference").to(device)
+
+
+def load_aesthetic(device: str | torch.device = "cpu") -> EmojiAesthetic:
+    """The quality reward; it never looks at the prompt."""
+    clip = EmojiClip("emoji-clip", FOLDER / "clip")
+    return EmojiAesthetic(clip, load_file(FOLDER / "aesthetic.safetensors")).to(device)

@@ -1,0 +1,165 @@
+"""Print what the shipped weights can do: `python -m tools.emoji.evaluate --count 500`.
+
+Reads the package's own files through stock diffusers and transformers classes, on scenes that no training ever saw.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from ipgo.images import grid
+from ipgo.rewards.emoji import EmojiClip, Judge, load_aesthetic, load_clip, load_judge, load_preference
+from tools.emoji import sprites, world
+from tools.emoji.export import BACKEND, PACKAGE
+
+STEPS = 20
+GUIDANCE = 4.0
+BATCH = 50
+
+
+def unit(images: np.ndarray) -> Tensor:
+    """uint8 (B, H, W, 3) to (B, 3, H, W) in [0, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255
+
+
+def generate(
+    pipe: StableDiffusionPipeline, prompts: Sequence[str], seed: int = 0, steps: int = STEPS
+) -> Tensor:
+    """One image per prompt, each from a seed of its own."""
+    images = []
+    for start in range(0, len(prompts), BATCH):
+        part = list(prompts[start : start + BATCH])
+        noise = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
+        images.append(
+            pipe(
+                part, num_inference_steps=steps, guidance_scale=GUIDANCE, generator=noise, output_type="pt"
+            ).images
+        )
+    return torch.cat(images)
+
+
+def judged(judge: Judge, images: Tensor, prompts: Sequence[str]) -> dict[str, float]:
+    """Share of right objects, colours, styles, relations, where the prompts name them."""
+    return {key: value.nanmean().item() for key, value in judge.accuracy(images, prompts).items()}
+
+
+def test_scenes(count: int, objects: int, seed: int) -> list[world.Scene]:
+    """Clean held-out scenes."""
+    rng = np.random.default_rng(seed)
+    return [world.sample_scene(rng, split="test", count=objects, clean=True) for _ in range(count)]
+
+
+def drawn(scenes: Sequence[world.Scene], seed: int = 7) -> Tensor:
+    """The scenes as pictures, (B, 3, 64, 64) in [0, 1]."""
+    rng, art = np.random.default_rng(seed), sprites.load()
+    return unit(np.stack([world.draw(rng, scene, art) for scene in scenes]))
+
+
+def generator_figures(pipe: StableDiffusionPipeline, judge: Judge, count: int) -> dict[str, object]:
+    """What the judge sees in generated images, and whether quality words work."""
+    figures: dict[str, object] = {}
+    for objects, name in ((1, "one object"), (2, "two objects")):
+        prompts = [world.plain_caption(scene) for scene in test_scenes(count, objects, seed=objects)]
+        figures[name] = judged(judge, generate(pipe, prompts), prompts)
+    prompts = [f"a {word} on a blue background" for _, words in world.OBJECTS.values() for word in words]
+    figures["synonyms"] = judged(judge, generate(pipe, prompts), prompts)["object"]
+    prompts = [world.plain_caption(scene) for scene in test_scenes(100, 1, seed=3)]
+    quality = load_aesthetic()
+    plain = quality(generate(pipe, prompts), prompts)
+    for words in ("high quality, sharp", "blurry"):
+        gain = quality(generate(pipe, [f"{p}, {words}" for p in prompts]), prompts) - plain
+        figures[f'"{words}" adds'] = [gain.mean().item(), 1.96 * gain.std().item() / len(gain) ** 0.5]
+    return figures
+
+
+def vae_figures(pipe: StableDiffusionPipeline, count: int) -> dict[str, float]:
+    """Reconstruction of held-out clean scenes."""
+    images = drawn(test_scenes(count, 1, 11) + test_scenes(count // 2, 2, 12))
+    again = pipe.vae.decode(pipe.vae.encode(images * 2 - 1).latent_dist.mode()).sample / 2 + 0.5
+    error = (again.clamp(0, 1) - images).square().mean(dim=(1, 2, 3))
+    return {"psnr": (-10 * error.log10()).mean().item()}
+
+
+def reward_figures(judge: Judge, count: int) -> dict[str, object]:
+    """The rewards and the judge on held-out drawn scenes."""
+    clip, preference, aesthetic = load_clip(), load_preference(), load_aesthetic()
+    clean = test_scenes(count, 1, 21) + test_scenes(count // 2, 2, 22)
+    rng = np.random.default_rng(23)
+    kinds = tuple(world.DEGRADATIONS)
+    spoilt = [
+        replace(s, degradation=str(rng.choice(kinds)), strength=float(rng.uniform(0.2, 1))) for s in clean
+    ]
+    prompts = [world.plain_caption(scene) for scene in clean]
+    pictures, spoilt_pictures = drawn(clean), drawn(spoilt)
+    both = torch.cat([pictures, spoilt_pictures])
+    quality = [s.quality for s in clean + spoilt]
+    order = {
+        reward.name: (reward(pictures, prompts) > reward(spoilt_pictures, prompts)).float().mean().item()
+        for reward in (clip, aesthetic, preference)
+    }
+    return {
+        "judge on clean scenes": judged(judge, pictures, prompts),
+        "clean above degraded": order,
+        "aesthetic, Spearman with quality": float(spearmanr(aesthetic(both, prompts * 2), quality).statistic),
+        "retrieval among 500": {r.name: retrieval(r) for r in (clip, preference)},
+    }
+
+
+def retrieval(reward: EmojiClip, count: int = 500) -> list[float]:
+    """Top-1 image to text and text to image among scenes with distinct captions."""
+    scenes = {
+        world.plain_caption(scene): scene for scene in test_scenes(count, 1, 31) + test_scenes(count, 2, 32)
+    }
+    texts = list(scenes)[:: max(1, len(scenes) // count)][:count]
+    image = reward.embed(drawn([scenes[text] for text in texts]))
+    scores = image @ torch.stack([reward._text(text) for text in texts]).T
+    right = torch.arange(len(texts))
+    return [(scores.argmax(d) == right).float().mean().item() for d in (1, 0)]
+
+
+def speed_figures(pipe: StableDiffusionPipeline) -> dict[str, float]:
+    """Seconds on this machine, and megabytes of weights."""
+    seconds = {}
+    for batch in (1, 8):
+        generate(pipe, ["a fox"] * batch, steps=2)
+        start = time.perf_counter()
+        generate(pipe, ["a fox"] * batch)
+        seconds[f"seconds for {batch}"] = time.perf_counter() - start
+    size = sum(path.stat().st_size for path in Path(PACKAGE).rglob("*.safetensors"))
+    return {**seconds, "megabytes": size / 1e6}
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=500, help="held-out captions of each kind")
+    parser.add_argument(
+        "--sheet", type=Path, help="also write a contact sheet of the first 100 one-object prompts"
+    )
+    options = parser.parse_args()
+    pipe = StableDiffusionPipeline.from_pretrained(BACKEND, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    judge = load_judge()
+    figures = {
+        "speed": speed_figures(pipe),
+        "vae": vae_figures(pipe, options.count),
+        "rewards": reward_figures(judge, options.count),
+        "generator": generator_figures(pipe, judge, options.count),
+    }
+    print(json.dumps(figures, indent=1))
+    if options.sheet:
+        prompts = [world.plain_caption(scene) for scene in test_scenes(100, 1, seed=1)]
+        grid(generate(pipe, prompts), columns=10).save(options.sheet)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""Write what was trained into the package, in fp16 safetensors: the pipeline folder, the rewards, the judge."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import save_file
+from torch import nn
+from transformers import CLIPTextModel
+
+from ipgo.rewards.emoji.judge import Network
+from tools.emoji import parts, world
+from tools.emoji.loop import trained
+from tools.emoji.networks import load_clip
+from tools.emoji.scorers import JUDGE_SIZES
+from tools.emoji.sprites import BUILD
+
+PACKAGE = Path("src/ipgo")
+BACKEND = PACKAGE / "backends/emoji"
+REWARDS = PACKAGE / "rewards/emoji"
+
+
+def pipeline() -> StableDiffusionPipeline:
+    """The trained parts as one ordinary Stable Diffusion pipeline."""
+    model, tokens = load_clip()
+    vae = trained("vae", parts.vae())
+    scale = json.loads((BUILD / "latents.json").read_text())["scaling_factor"]
+    vae.register_to_config(scaling_factor=scale)
+    text_encoder = CLIPTextModel(model.config.text_config)
+    text_encoder.load_state_dict(model.text_model.state_dict())
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokens,
+        unet=trained("denoiser", parts.denoiser()),
+        scheduler=parts.scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def vocabulary() -> dict[str, object]:
+    """What the model can draw and which words it has seen."""
+    relations = {name: list(words) for name, words in world.RELATION_WORDS.items()}
+    quality = [
+        *world.CLEAN_WORDS,
+        world.POOR_WORD,
+        *(word for words in world.DEGRADATIONS.values() for word in words),
+    ]
+    return {
+        "objects": {name: list(synonyms) for name, (_, synonyms) in world.OBJECTS.items()},
+        "colours": list(world.COLOURS),
+        "styles": {name: list(words) for name, words in world.STYLES.items()},
+        "relations": relations,
+        "quality": quality,
+        "words": json.loads((BUILD / "words.json").read_text()),
+    }
+
+
+def _half(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.half().cpu().contiguous() for name, tensor in module.state_dict().items()}
+
+
+def export_rewards() -> None:
+    """The two CLIPs, the aesthetic head and the judge."""
+    for folder, name in (("clip", "clip"), ("preference", "preference")):
+        model, tokens = load_clip(name)
+        shutil.rmtree(REWARDS / folder, ignore_errors=True)
+        model.half().save_pretrained(REWARDS / folder)
+        if name == "clip":
+            tokens.save_pretrained(REWARDS / folder)
+    head = nn.Module()
+    for name, size in (("weight", (parts.TEXT_WIDTH,)), ("bias", ())):
+        head.register_buffer(name, torch.zeros(size))
+    save_file(
+        {k: v.cpu() for k, v in trained("aesthetic", head).state_dict().items()},
+        REWARDS / "aesthetic.safetensors",
+    )
+    judge = trained("judge", Network(JUDGE_SIZES))
+    save_file(_half(judge), REWARDS / "judge.safetensors")
+    labels = {
+        "sizes": JUDGE_SIZES,
+        **{k: vocabulary()[k] for k in ("objects", "colours", "styles", "relations")},
+    }
+    (REWARDS / "judge.json").write_text(json.dumps(labels, indent=1) + "\n")
+
+
+def export() -> None:
+    """Everything, into the package."""
+    shutil.rmtree(BACKEND, ignore_errors=True)
+    pipeline().to(dtype=torch.float16).save_pretrained(BACKEND, safe_serialization=True)
+    (BACKEND / "vocabulary.json").write_text(json.dumps(vocabulary(), indent=1) + "\n")
+    export_rewards()

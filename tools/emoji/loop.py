@@ -1,0 +1,146 @@
+"""One training loop for all parts: seeded by step, checkpointed in safetensors, resumable at any moment."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tools.emoji.sprites import BUILD
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CHECKPOINT_SECONDS = 120
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast a part trains: linear warm-up, then cosine decay to zero."""
+
+    steps: int
+    batch: int
+    lr: float
+    warmup: int = 200
+    weight_decay: float = 0.01
+    ema: float = 0.0  # decay of the averaged weights that are kept; 0: none
+
+    def rate(self, step: int) -> float:
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        return (
+            self.lr * 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(1, self.steps - self.warmup)))
+        )
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"optimizer.{index}.{key}": value
+        for index, state in optimizer.state_dict()["state"].items()
+        for key, value in state.items()
+    }
+
+
+def _save(path: Path, tensors: dict[str, Tensor], step: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, path.with_suffix(".tmp"), metadata={"step": str(step)})
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def _resume(
+    path: Path, module: nn.Module, average: dict[str, Tensor], optimizer: torch.optim.Optimizer
+) -> int:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        step = int(file.metadata()["step"])
+    tensors = load_file(path)
+    module.load_state_dict(
+        {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+    )
+    for name in average:
+        average[name].copy_(tensors[f"average.{name}"])
+    state = optimizer.state_dict()
+    state["state"] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".")
+            state["state"].setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict(state)
+    return step
+
+
+def train(
+    name: str,
+    module: nn.Module,
+    loss: Callable[[np.random.Generator, int], tuple[Tensor, dict[str, float]]],
+    schedule: Schedule,
+    seed: int = 0,
+) -> None:
+    """Train `module` in place; `loss(rng, batch)` gives the loss of one step and figures for the log.
+
+    The random numbers of a step depend on `seed` and the step alone, so a resumed run equals a straight one.
+    """
+    path = BUILD / "checkpoints" / f"{name}.safetensors"
+    log = BUILD / "logs" / f"{name}.jsonl"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    module.to(DEVICE).train()
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, schedule.lr, betas=(0.9, 0.98), weight_decay=schedule.weight_decay
+    )
+    average = {k: v.detach().clone() for k, v in module.state_dict().items()} if schedule.ema else {}
+    start = _resume(path, module, average, optimizer) if path.exists() else 0
+    saved = shown = time.monotonic()
+    for step in range(start, schedule.steps):
+        rng = np.random.default_rng((seed, step))
+        torch.manual_seed(seed * 1_000_003 + step)
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.rate(step)
+        value, figures = loss(rng, schedule.batch)
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        if schedule.ema:
+            with torch.no_grad():
+                for key, tensor in module.state_dict().items():
+                    average[key].lerp_(tensor, 1 - min(schedule.ema, (step + 1) / (step + 10)))
+        now, last = time.monotonic(), step + 1 == schedule.steps
+        if (step + 1) % 50 == 0 or last:
+            row = {"step": step + 1, "loss": float(value), "norm": float(norm), **figures}
+            row["per_second"] = 50 * schedule.batch / (now - shown)
+            shown = now
+            with open(log, "a") as lines:
+                lines.write(json.dumps({k: round(v, 5) for k, v in row.items()}) + "\n")
+        if now - saved > CHECKPOINT_SECONDS or last:
+            tensors = {f"model.{k}": v for k, v in module.state_dict().items()}
+            tensors |= {f"average.{k}": v for k, v in average.items()}
+            _save(path, tensors | _optimizer_tensors(optimizer), step + 1)
+            saved = now
+    if schedule.ema:
+        module.load_state_dict(average)
+    module.eval().requires_grad_(False)
+
+
+def save(name: str, module: nn.Module) -> None:
+    """Keep a part of a larger network under a name of its own, for `trained`."""
+    state = {f"model.{k}": v.clone() for k, v in module.state_dict().items()}
+    _save(BUILD / "checkpoints" / f"{name}.safetensors", state, 0)
+
+
+def trained(name: str, module: nn.Module) -> nn.Module:
+    """Load the latest checkpoint of a part (its averaged weights, where it has them), frozen."""
+    path = BUILD / "checkpoints" / f"{name}.safetensors"
+    if not path.exists():
+        raise FileNotFoundError(f"no {path}: train the stage {name!r} first")
+    tensors = load_file(path)
+    prefix = "average." if any(k.startswith("average.") for k in tensors) else "model."
+    module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+    return module.to(DEVICE).eval().requires_grad_(False)

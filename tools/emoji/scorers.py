@@ -1,0 +1,145 @@
+"""The bundled rewards and the judge: trained on drawn scenes only."""
+
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ipgo.rewards.emoji.judge import Network
+from tools.emoji import data, parts, sprites, world
+from tools.emoji.loop import DEVICE, Schedule, save, train, trained
+from tools.emoji.networks import embed, load_clip, pixels
+
+SCHEDULES = {
+    "judge": Schedule(steps=1_400, batch=64, lr=1.5e-3, warmup=50),
+    "preference": Schedule(steps=350, batch=64, lr=1e-4, warmup=30, weight_decay=0.05),
+}
+
+# ------------------------------------------------------------------------------------------------------ judge
+
+JUDGE_SIZES = (3, len(world.NAMES), len(world.NAMES) + 1, len(world.COLOURS), len(world.STYLES), 1)
+
+
+def train_judge() -> None:
+    """Facts and quality from pictures; half of them through the VAE, so that it reads what the generator can draw.
+
+    Another seed, order and architecture than CLIP's, and no network but the frozen VAE touches it.
+    """
+    images, scenes = data.load("train")
+    known = np.array([world.facts(scene) for scene in scenes])
+    quality = np.array([scene.quality for scene in scenes], np.float32)
+    vae, judge = trained("vae", parts.vae()), Network(JUDGE_SIZES)
+
+    def loss(rng: np.random.Generator, batch: int) -> tuple[Tensor, dict[str, float]]:
+        rows = np.sort(rng.integers(len(images), size=batch))
+        x = pixels(images[rows])
+        with torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16):
+            half = batch // 2
+            x[half:] = vae.decode(vae.encode(x[half:]).latent_dist.sample()).sample.float().clamp(-1, 1)
+        shift = rng.integers(-3, 4, size=2)
+        x = F.pad(x, (3, 3, 3, 3), mode="replicate")[
+            ..., 3 + shift[0] : 67 + shift[0], 3 + shift[1] : 67 + shift[1]
+        ]
+        facts = torch.from_numpy(known[rows]).to(DEVICE)
+        facts[:, 2] += 1
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            *logits, clean = judge(x)
+        value = sum(F.cross_entropy(a.float(), facts[:, i]) for i, a in enumerate(logits))
+        clean_error = F.mse_loss(clean.float()[:, 0], torch.from_numpy(quality[rows]).to(DEVICE))
+        right = (logits[1].argmax(-1) == facts[:, 1]).float().mean()
+        return value + 4 * clean_error, {"object": right.item(), "quality": clean_error.item()}
+
+    train("judge", judge, loss, SCHEDULES["judge"], seed=77)
+
+
+# -------------------------------------------------------------------------------------------------- aesthetic
+
+
+@torch.no_grad()
+def fit_aesthetic() -> None:
+    """Ridge regression of quality on the normalised image embedding: closed form, as small as LAION's head."""
+    images, scenes = data.load("train")
+    model, tokens = load_clip()
+    rows = np.arange(0, len(images), 3)
+    x = torch.cat(
+        [embed(model, tokens, pixels(images[rows[i : i + 256]]), [""])[0] for i in range(0, len(rows), 256)]
+    )
+    y = torch.tensor([scenes[i].quality for i in rows], device=x.device)
+    center, mean = x.mean(0), y.mean()
+    x = (x - center).double()
+    gram = x.T @ x + 1e-3 * len(x) / x.shape[1] * x.square().sum(1).mean() * torch.eye(
+        x.shape[1], device=x.device
+    )
+    weight = torch.linalg.solve(gram, x.T @ (y - mean).double()).float()
+    head = nn.Module()
+    head.register_buffer("weight", weight)
+    head.register_buffer("bias", mean - center @ weight)
+    save("aesthetic", head)
+
+
+# ------------------------------------------------------------------------------------------------- preference
+
+PAIR_BLOCK = 1_000
+
+
+def _draw_pairs(block: int) -> tuple[list[str], np.ndarray]:
+    """Captions with a preferred and another picture, uint8 (N, 2, 64, 64, 3): cleaner, or better aligned, or both."""
+    rng = np.random.default_rng(5_000_000 + block)
+    art, texts, drawn = sprites.load(), [], []
+    while len(texts) < PAIR_BLOCK:
+        scene = replace(world.sample_scene(rng, clean=True))
+        text, claims = world.caption(rng, scene)
+        other = _worse(rng, scene, claims)
+        if claims[5] != world.UNSAID:
+            text = text if claims[5] == 0 else world.plain_caption(scene)
+        texts.append(text)
+        drawn.append(np.stack([world.draw(rng, scene, art), world.draw(rng, other, art)]))
+    return texts, np.stack(drawn)
+
+
+def _worse(rng: np.random.Generator, scene: world.Scene, claims: tuple[int, ...]) -> world.Scene:
+    """The scene spoilt: degraded in half of the cases, else with one claimed fact made false (sometimes both)."""
+    kind = rng.random()
+    if kind < 0.45:
+        damage = str(rng.choice(tuple(world.DEGRADATIONS)))
+        return replace(scene, degradation=damage, strength=float(rng.uniform(0.2, 1.0)))
+    changes = ["object"]
+    changes += ["colour"] * (claims[3] != world.UNSAID) + ["style"] * (claims[4] != world.UNSAID)
+    changes += ["swap"] * (len(scene.objects) == 2)
+    change = rng.choice(changes)
+    if change == "object":
+        place = int(rng.integers(len(scene.objects)))
+        fresh = str(rng.choice([name for name in world.NAMES if name not in scene.objects]))
+        return replace(scene, objects=tuple(fresh if i == place else o for i, o in enumerate(scene.objects)))
+    if change == "colour":
+        return replace(scene, colour=str(rng.choice([c for c in world.COLOURS if c != scene.colour])))
+    if change == "style":
+        return replace(scene, style="flat" if scene.style == "3d" else "3d")
+    return replace(scene, objects=scene.objects[::-1])
+
+
+def train_preference(blocks: int = 24) -> None:
+    """CLIP tuned so that the preferred of two pictures with one caption has the larger cosine (as HPSv2)."""
+    with ProcessPoolExecutor() as pool:
+        drawn = list(pool.map(_draw_pairs, range(blocks)))
+    texts = [text for block, _ in drawn for text in block]
+    images = np.concatenate([pictures for _, pictures in drawn])
+    model, tokens = load_clip()
+    model.requires_grad_(True)
+
+    def loss(rng: np.random.Generator, batch: int) -> tuple[Tensor, dict[str, float]]:
+        rows = rng.integers(len(texts), size=batch)
+        both = pixels(np.concatenate([images[rows, 0], images[rows, 1]]))
+        both = both + 0.02 * torch.randn_like(both)
+        image, text = embed(model, tokens, both, [texts[i] for i in rows])
+        margin = ((image[:batch] - image[batch:]) * text).sum(-1)
+        others = image[:batch] @ text.T * 15  # keeps the captions apart while it learns the pairs
+        value = F.softplus(-15 * margin).mean() + 0.3 * F.cross_entropy(
+            others, torch.arange(batch, device=DEVICE)
+        )
+        return value, {"pairs": (margin > 0).float().mean().item()}
+
+    train("preference", model, loss, SCHEDULES["preference"])

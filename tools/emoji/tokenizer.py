@@ -1,0 +1,56 @@
+"""A CLIP byte-pair tokenizer of our own, learned from the world's captions: `python -m tools.emoji.tokenizer`."""
+
+import json
+
+import numpy as np
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import CLIPTokenizer
+
+from tools.emoji import data, world
+from tools.emoji.sprites import BUILD
+
+FOLDER = BUILD / "tokenizer"
+SIZE = 1_500
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+LENGTH = 77
+
+
+def _clip_tokenizer(merges: list[tuple[str, str]]) -> CLIPTokenizer:
+    """CLIP's vocabulary layout: bytes, bytes at a word's end, one entry per merge, the two special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    entries = [*alphabet, *(letter + "</w>" for letter in alphabet), *(a + b for a, b in merges), BOS, EOS]
+    vocab = {entry: index for index, entry in enumerate(dict.fromkeys(entries))}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=LENGTH)
+
+
+def captions(count: int = 60_000, seed: int = 0) -> list[str]:
+    """Training captions in all their variants."""
+    _, scenes = data.load("train")
+    rng = np.random.default_rng(seed)
+    return [world.caption(rng, scenes[i % len(scenes)])[0] for i in range(count)]
+
+
+def build() -> None:
+    """Learn the merges and save the tokenizer and the list of words that training captions use."""
+    texts = captions()
+    clip = _clip_tokenizer([]).backend_tokenizer
+    learner = Tokenizer(models.BPE(unk_token=EOS, end_of_word_suffix="</w>"))
+    learner.normalizer, learner.pre_tokenizer = clip.normalizer, clip.pre_tokenizer
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=SIZE, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False
+    )
+    learner.train_from_iterator(texts, trainer)
+    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    _clip_tokenizer(merges).save_pretrained(FOLDER)
+    words = sorted({word for text in texts for word in text.replace(",", " ").split()})
+    (BUILD / "words.json").write_text(json.dumps(words))
+
+
+def load() -> CLIPTokenizer:
+    """The saved tokenizer."""
+    return CLIPTokenizer.from_pretrained(FOLDER)
+
+
+if __name__ == "__main__":
+    build()

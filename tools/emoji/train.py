@@ -1,0 +1,172 @@
+"""Train the bundled model from nothing, stage by stage: `python -m tools.emoji.train all`.
+
+Every stage resumes from its checkpoint in `build/emoji/checkpoints`; figures are logged to `build/emoji/logs`.
+"""
+
+import argparse
+import json
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import CLIPModel
+
+from tools.emoji import data, export, parts, scorers, sprites, tokenizer, world
+from tools.emoji.loop import DEVICE, Schedule, save, train, trained
+from tools.emoji.networks import embed, load_clip, pixels
+from tools.emoji.sprites import BUILD
+
+SCHEDULES = {
+    "vae": Schedule(steps=7_000, batch=8, lr=1.5e-3, ema=0.995),
+    "clip": Schedule(steps=900, batch=128, lr=1e-3, warmup=60, weight_decay=0.05),
+    "denoiser": Schedule(steps=4_500, batch=64, lr=1e-3, warmup=150, ema=0.995),
+}
+
+
+LATENTS = BUILD / "latents.npy"
+
+
+def _edges(images: Tensor) -> tuple[Tensor, Tensor]:
+    return images.diff(dim=-1), images.diff(dim=-2)
+
+
+def train_vae() -> None:
+    """L1 on pixels and on their differences (crisp edges), and a very small KL weight, as usual for latents."""
+    images, _ = data.load("train")
+    vae = parts.vae()
+
+    def loss(rng: np.random.Generator, batch: int) -> tuple[Tensor, dict[str, float]]:
+        x = pixels(images[np.sort(rng.integers(len(images), size=batch))])
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            posterior = vae.encode(x).latent_dist
+            y = vae.decode(posterior.sample()).sample
+        y = y.float()
+        l1 = (y - x).abs().mean()
+        edge = sum((a - b).abs().mean() for a, b in zip(_edges(y), _edges(x), strict=True))
+        kl = posterior.kl().float().mean() / parts.LATENT_CHANNELS / parts.LATENT_SIZE**2
+        psnr = -10 * torch.log10(((y.detach() - x) / 2).square().mean())
+        return l1 + 0.5 * edge + 1e-5 * kl, {"l1": l1.item(), "kl": kl.item(), "psnr": psnr.item()}
+
+    train("vae", vae, loss, SCHEDULES["vae"])
+
+
+# ------------------------------------------------------------------------------------------------------- CLIP
+
+
+class Probe(nn.Module):
+    """CLIP while it trains: linear heads read the scene's content off the image embedding, and are thrown away."""
+
+    SIZES = (3, len(world.NAMES), len(world.NAMES) + 1, len(world.COLOURS), len(world.STYLES), 6)
+
+    def __init__(self, model: CLIPModel) -> None:
+        super().__init__()
+        self.clip = model
+        self.heads = nn.Linear(parts.TEXT_WIDTH, sum(self.SIZES))
+
+    def loss(self, embeds: Tensor, facts: Tensor) -> tuple[Tensor, float]:
+        """Cross-entropy of every fact, and how often the first object is right."""
+        logits = self.heads(embeds).split(self.SIZES, dim=-1)
+        targets = facts.clone()
+        targets[:, 2] += 1  # no second object is a class of its own
+        value = sum(F.cross_entropy(a, b) for a, b in zip(logits, targets.T, strict=True))
+        return value, (logits[1].argmax(-1) == targets[:, 1]).float().mean().item()
+
+
+def contrast(image: Tensor, text: Tensor, scale: Tensor, claims: np.ndarray, facts: np.ndarray) -> Tensor:
+    """CLIP's symmetric loss; a caption that happens to be true of another picture does not count as a negative."""
+    wrong = torch.from_numpy(world.contradicts(claims, facts)).to(image.device)
+    logits = scale.exp() * text @ image.T
+    logits = logits.masked_fill(
+        ~wrong & ~torch.eye(len(logits), dtype=torch.bool, device=logits.device), -1e4
+    )
+    target = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def train_clip() -> None:
+    """Contrastive, on captions drawn anew each time, helped by what is known of each scene."""
+    images, scenes = data.load("train")
+    facts = np.array([world.facts(scene) for scene in scenes])
+    tokens = tokenizer.load()
+    probe = Probe(parts.clip(len(tokens), tokens.bos_token_id, tokens.eos_token_id))
+
+    def loss(rng: np.random.Generator, batch: int) -> tuple[Tensor, dict[str, float]]:
+        rows = np.sort(rng.integers(len(images), size=batch))
+        texts, claims = zip(*(world.caption(rng, scenes[i]) for i in rows), strict=True)
+        image, text = embed(probe.clip, tokens, pixels(images[rows]), texts)
+        match = contrast(image, text, probe.clip.logit_scale, np.array(claims), facts[rows])
+        known, object_right = probe.loss(image * 14, torch.from_numpy(facts[rows]).to(DEVICE))
+        return match + 0.3 * known, {"match": match.item(), "known": known.item(), "object": object_right}
+
+    train("clip-probe", probe, loss, SCHEDULES["clip"])
+    save("clip", probe.clip)
+
+
+# --------------------------------------------------------------------------------------------------- denoiser
+
+
+@torch.no_grad()
+def build_latents() -> None:
+    """Encode every training scene once: float16 (N, 4, 16, 16), normalised by the scaling factor beside it."""
+    images, _ = data.load("train")
+    vae = trained("vae", parts.vae())
+    out = np.lib.format.open_memmap(
+        LATENTS, "w+", np.float16, (len(images), parts.LATENT_CHANNELS, parts.LATENT_SIZE, parts.LATENT_SIZE)
+    )
+    for start in range(0, len(images), 250):
+        posterior = vae.encode(pixels(images[start : start + 250])).latent_dist
+        out[start : start + 250] = posterior.mode().cpu().numpy()
+    scale = float(1 / np.asarray(out[:10_000], np.float32).std())
+    LATENTS.with_suffix(".json").write_text(json.dumps({"scaling_factor": round(scale, 5)}))
+
+
+def train_denoiser() -> None:
+    """v-prediction at stratified timesteps; a tenth of the captions empty, for classifier-free guidance."""
+    if not LATENTS.with_suffix(".json").exists():
+        build_latents()
+    _, scenes = data.load("train")
+    latents = np.load(LATENTS, mmap_mode="r")
+    scale = json.loads(LATENTS.with_suffix(".json").read_text())["scaling_factor"]
+    model, tokens = load_clip()
+    encoder, unet, noising = model.text_model, parts.denoiser(), parts.scheduler()
+    levels = noising.config.num_train_timesteps
+
+    def loss(rng: np.random.Generator, batch: int) -> tuple[Tensor, dict[str, float]]:
+        rows = np.sort(rng.integers(len(latents), size=batch))
+        texts = ["" if rng.random() < 0.1 else world.caption(rng, scenes[i])[0] for i in rows]
+        ids = tokens(texts, padding="max_length", return_tensors="pt").input_ids.to(DEVICE)
+        x = torch.from_numpy(np.asarray(latents[rows], np.float32)).to(DEVICE) * scale
+        noise = torch.randn_like(x)
+        t = torch.from_numpy((rng.permutation(batch) + rng.random(batch)) / batch * levels).long().to(DEVICE)
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            with torch.no_grad():
+                states = encoder(ids).last_hidden_state
+            predicted = unet(noising.add_noise(x, noise, t), t, states).sample
+        error = (predicted.float() - noising.get_velocity(x, noise, t)).square().mean(dim=(1, 2, 3))
+        late, early = error[t < levels // 2].mean().item(), error[t >= levels // 2].mean().item()
+        return error.mean(), {"late": late, "early": early}
+
+    train("denoiser", unet, loss, SCHEDULES["denoiser"])
+
+
+STAGES = {
+    "sprites": sprites.build,
+    "data": data.build_all,
+    "tokenizer": tokenizer.build,
+    "vae": train_vae,
+    "clip": train_clip,
+    "judge": scorers.train_judge,
+    "aesthetic": scorers.fit_aesthetic,
+    "preference": scorers.train_preference,
+    "latents": build_latents,
+    "denoiser": train_denoiser,
+    "export": export.export,
+}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("stage", choices=[*STAGES, "all"])
+    stage = parser.parse_args().stage
+    for name in STAGES if stage == "all" else [stage]:
+        STAGES[name]()
