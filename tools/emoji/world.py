@@ -178,7 +178,8 @@ def sample_scene(
     )
 
 
-def _article(noun: str) -> str:
+def article(noun: str) -> str:
+    """The noun with "a" or "an", or bare where English wants it so."""
     if noun in ("grapes", "cherries", "corn", "cheese"):
         return noun
     return ("an " if noun[0] in "aeiou" and not noun.startswith("un") else "a ") + noun
@@ -188,7 +189,7 @@ def noun(rng: np.random.Generator, name: str) -> str:
     """The object's name, or in a quarter of cases one of its synonyms, with its article."""
     synonyms = OBJECTS[name][1]
     word = str(rng.choice(synonyms)) if synonyms and rng.random() < 0.25 else name
-    return _article(word)
+    return article(word)
 
 
 def facts(scene: Scene) -> tuple[int, ...]:
@@ -259,10 +260,10 @@ def caption(rng: np.random.Generator, scene: Scene) -> tuple[str, tuple[int, ...
 
 def plain_caption(scene: Scene) -> str:
     """The one-sentence caption of a scene that the evaluation uses."""
-    text = _article(scene.objects[0])
+    text = article(scene.objects[0])
     if len(scene.objects) == 2:
         assert scene.relation is not None
-        text += f" {RELATION_WORDS[scene.relation][0]} {_article(scene.objects[1])}"
+        text += f" {RELATION_WORDS[scene.relation][0]} {article(scene.objects[1])}"
     return f"{text} on a {scene.colour} background, {scene.style} style"
 
 
