@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -59,6 +60,10 @@ def tiny_pipeline(seed: int = 0, prediction_type: str = "epsilon") -> StableDiff
         attention_head_dim=4,
         norm_num_groups=4,
     )
+    with torch.no_grad():  # make the text matter, as it does in a trained model
+        for name, parameter in unet.named_parameters():
+            if "attn2.to_out" in name or "attn2.to_v" in name:
+                parameter.mul_(4)
     vae = AutoencoderKL(
         block_out_channels=(8, 16),
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -95,6 +100,12 @@ def tiny_pipeline(seed: int = 0, prediction_type: str = "epsilon") -> StableDiff
 def pipe() -> StableDiffusionPipeline:
     """Shared by all tests: leave it as it is."""
     return tiny_pipeline()
+
+
+@pytest.fixture(scope="session")
+def make_pipe() -> Callable[..., StableDiffusionPipeline]:
+    """`tiny_pipeline`, for a test that needs one of its own."""
+    return tiny_pipeline
 
 
 @pytest.fixture

@@ -143,7 +143,7 @@ class InsertionAdapter(Adapter):
 
     def condition(self, backend: Backend, prompts: Sequence[str], original: PromptEmbeds) -> PromptEmbeds:
         self._check(backend)
-        rows = self.rows(prompts).to(original.embeds.device)
+        rows = self.rows(prompts)
         return original.insert(
             self._embeds(self.prefix, rows, original), self._embeds(self.suffix, rows, original)
         )
@@ -151,7 +151,7 @@ class InsertionAdapter(Adapter):
     def _embeds(self, side: InsertedEmbeddings | None, rows: Tensor, original: PromptEmbeds) -> Tensor:
         if side is None:
             return original.embeds.new_empty(len(rows), 0, self.width)
-        inserted: Tensor = side(rows)  # (B, n, D)
+        inserted: Tensor = side(rows.to(side.scale.device)).to(original.embeds.device)  # (B, n, D)
         if self.insertion.cross_attention == "none":
             return inserted
         attended = cross_attend(inserted, original)

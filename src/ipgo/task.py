@@ -61,7 +61,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a fit stands after a step. Tensors are on the CPU, with one entry for each of P prompts.
+    """Where a fit stands after a step. Tensors have one entry for each of P prompts and are on the CPU.
 
     Attributes:
         step, total: steps done, and to do in all.
@@ -70,7 +70,8 @@ class Progress:
             latest where rewards of different steps cannot be compared (shared, or fresh noise).
         penalty, grad_norm: (P,) of this step, before weighting and clipping.
         failed: (P,) bool, rows that were given up.
-        images: (P, 3, H, W) of this step, detached; None where a step draws some prompts only (shared).
+        images: (P, 3, H, W) of this step, detached, on the backend's device; None where a step draws some
+            prompts only (shared).
         adapter: each row's best so far (or the latest, as in `best`), ready for `generate`. The same object
             at each step: copy it to keep it.
         state: all that resume needs, read before the next step begins.

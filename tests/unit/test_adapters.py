@@ -1,0 +1,121 @@
+"""Adapters: rows, copies, and what they do to a pipeline."""
+
+import pytest
+import torch
+
+from ipgo.adapters import ADAPTERS, Adapter, InsertionAdapter, generate, stack
+from ipgo.backends import load_backend
+from ipgo.errors import InputError
+from ipgo.insertion import Insertion
+from ipgo.sampling import Sampling
+
+PROMPTS = ("a red cat", "a dog on the moon", "sun")
+INSERTION = Insertion(num_prefix=4, num_suffix=7, rank=8)  # 77 + 11: the two halves repeat 7 and 8 times
+SAMPLING = Sampling(steps=3, guidance_scale=3.0)
+
+
+@pytest.fixture
+def adapter():
+    return InsertionAdapter(PROMPTS, 32, INSERTION)
+
+
+def same(left, right):
+    return all(torch.equal(value, right.state_dict()[name]) for name, value in left.state_dict().items())
+
+
+def test_the_identity_changes_nothing(backend):
+    images = generate(backend, PROMPTS[:2], [1, 1], Adapter(), SAMPLING)
+    assert images.shape == (2, 3, 16, 16)
+    assert torch.equal(images, generate(backend, PROMPTS[:2], [1, 1], Adapter(), SAMPLING))
+    assert not images.requires_grad
+
+
+def test_rows_of_a_prompt_do_not_depend_on_its_neighbours(adapter):
+    alone = InsertionAdapter(PROMPTS[1:2], 32, INSERTION)
+    assert same(adapter.row(1), alone)
+    assert adapter.rows(["sun", "a red cat", "sun"]).tolist() == [2, 0, 2]
+
+
+def test_a_prompt_never_fitted_is_refused(adapter):
+    with pytest.raises(InputError, match="not fitted to prompt 'a red hat'; nearest: 'a red cat'"):
+        adapter.rows(["a red hat"])
+    assert InsertionAdapter(None, 32, INSERTION).rows(["anything", "at all"]).tolist() == [0, 0]
+
+
+def test_an_adapter_is_its_options_and_tensors(adapter):
+    with torch.no_grad():
+        adapter.prefix.coefficients.add_(0.1)
+    again = ADAPTERS[adapter.kind](adapter.prompts, **adapter.options)
+    again.load_state_dict(adapter.state_dict())
+    assert same(adapter, again)
+    assert again.options == adapter.options
+
+
+def test_stacking_undoes_row(adapter):
+    assert same(stack([adapter.row(number) for number in range(3)]), adapter)
+    with pytest.raises(InputError, match="one kind"):
+        stack([adapter, Adapter()])
+
+
+def test_the_norm_is_that_of_the_prompt(backend):
+    adapter = InsertionAdapter.start(backend, PROMPTS, Insertion(num_prefix=60), seed=0, shared=False)
+    own = backend.encode(PROMPTS).norm()
+    inserted = adapter.prefix(torch.arange(3)).norm(dim=-1).mean(1)
+    torch.testing.assert_close(inserted, own, rtol=0.05, atol=0)
+    shared = InsertionAdapter.start(backend, PROMPTS, Insertion(), seed=0, shared=True)
+    assert len(shared.prefix.scale) == 1
+    paper = InsertionAdapter.start(backend, PROMPTS, Insertion(norm=0), seed=0, shared=False)
+    assert paper.prefix.scale.tolist() == [1, 1, 1]
+
+
+def test_one_side_may_be_empty(backend):
+    adapter = InsertionAdapter(PROMPTS, 32, Insertion(num_prefix=0, num_suffix=2))
+    cond = adapter.condition(backend, PROMPTS, backend.encode(PROMPTS))
+    assert cond.embeds.shape == (3, 79, 32)
+
+
+def test_attention_modes(backend):
+    original = backend.encode(PROMPTS[:1])
+    conds = {
+        mode: InsertionAdapter(PROMPTS[:1], 32, Insertion(2, 0, cross_attention=mode, norm=5.0)).condition(
+            backend, PROMPTS[:1], original
+        )
+        for mode in ("none", "replace", "residual")
+    }
+    inserted = {mode: cond.embeds[:, :2] for mode, cond in conds.items()}
+    torch.testing.assert_close(inserted["residual"], inserted["none"] + inserted["replace"])
+    text = original.embeds[original.mask]  # what attention returns lies within the states' range
+    assert (inserted["replace"] <= text.max(0).values + 1e-6).all()
+    assert (inserted["replace"] >= text.min(0).values - 1e-6).all()
+
+
+def test_another_width_or_padding_is_refused(backend, pipe):
+    with pytest.raises(InputError, match="64 wide; backend 'StableDiffusionPipeline' takes 32"):
+        generate(backend, PROMPTS[:1], [0], InsertionAdapter(PROMPTS, 64, INSERTION), SAMPLING)
+    unpadded = load_backend(pipe, device="cpu", padding="none")
+    with pytest.raises(InputError, match="padding='max_length'; the backend has 'none'"):
+        generate(unpadded, PROMPTS[:1], [0], InsertionAdapter(PROMPTS, 32, INSERTION), SAMPLING)
+
+
+def test_generate_wants_a_seed_for_each_prompt(backend):
+    with pytest.raises(InputError, match="2 prompts, 1 seeds"):
+        generate(backend, PROMPTS[:2], [0], Adapter(), SAMPLING)
+
+
+@pytest.mark.parametrize("padding", ["max_length", "none"])
+@pytest.mark.parametrize("negative", ["", "blurry"])
+def test_a_plain_pipeline_draws_the_same_picture(pipe, padding, negative):
+    backend = load_backend(pipe, device="cpu", padding=padding)
+    adapter = InsertionAdapter(PROMPTS, 32, INSERTION, padding)
+    sampling = Sampling(steps=3, guidance_scale=3.0, negative_prompt=negative)
+    ours = generate(backend, ["sun"], [7], adapter, sampling)
+    kwargs = adapter.prompt_kwargs(pipe, "sun", negative)
+    theirs = pipe(
+        **kwargs,
+        num_inference_steps=3,
+        guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(7),
+        output_type="pt",
+    ).images
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+    assert kwargs["prompt_embeds"].shape[1] == (616 if padding == "max_length" else 16)

@@ -1,0 +1,144 @@
+"""Opening a backend, and what is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from ipgo.backends import BACKENDS, load_backend
+from ipgo.embeds import PromptEmbeds
+from ipgo.errors import InputError
+from ipgo.sampling import Sampling, sample
+
+
+@pytest.fixture
+def folder(pipeline_folder, tmp_path):
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(pipeline_folder, tmp_path / "model"))
+
+
+def test_a_folder_and_its_pipeline_are_one_backend(pipeline_folder, backend):
+    opened = load_backend(pipeline_folder, device="cpu")
+    assert opened.name == pipeline_folder
+    assert (opened.embed_dim, opened.latent_shape, opened.dtype) == (32, (4, 8, 8), torch.float32)
+    prompts = ["a red cat", "sun"]
+    torch.testing.assert_close(opened.encode(prompts).embeds, backend.encode(prompts).embeds)
+
+
+def test_everything_is_frozen(backend):
+    for module in backend.modules.values():
+        assert not module.training
+        assert not any(parameter.requires_grad for parameter in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "model_index.json").unlink(), "no model_index.json"),
+        (lambda f: (f / "model_index.json").write_text("{"), "damaged model_index.json"),
+        (
+            lambda f: (f / "model_index.json").write_text('{"_class_name": "FluxPipeline"}'),
+            "holds a FluxPipeline",
+        ),
+        (lambda f: shutil.rmtree(f / "vae"), "vae/config.json is missing"),
+        (lambda f: shutil.rmtree(f / "tokenizer"), "tokenizer is missing"),
+        (lambda f: (f / "unet/diffusion_pytorch_model.safetensors").unlink(), "weights are missing"),
+        (
+            lambda f: (f / "text_encoder/model.safetensors").rename(f / "text_encoder/pytorch_model.bin"),
+            "are a pickle",
+        ),
+        (
+            lambda f: (f / "vae/diffusion_pytorch_model.safetensors").write_bytes(
+                (f / "vae/diffusion_pytorch_model.safetensors").read_bytes()[:-100]
+            ),
+            "damaged or half-written",
+        ),
+    ],
+)
+def test_a_damaged_folder_is_refused_in_one_sentence(folder, damage, message):
+    damage(folder)
+    with pytest.raises(InputError, match=message) as caught:
+        load_backend(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_shard_is_named(folder):
+    file = folder / "unet/diffusion_pytorch_model.safetensors"
+    file.rename(folder / "unet/part-1.safetensors")
+    index = {"weight_map": {"a": "part-1.safetensors", "b": "part-2.safetensors"}}
+    Path(f"{file}.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=r"part-2\.safetensors"):
+        load_backend(folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"source": "emojy"}, "unknown backend 'emojy'; did you mean 'emoji'"),
+        ({"source": "weights/model.ckpt"}, "is a pickle"),
+        ({"source": "/no/such/folder"}, "does not exist"),
+        ({"scheduler": "eular"}, "unknown scheduler 'eular'; did you mean 'euler'"),
+        ({"padding": "max"}, "unknown padding 'max'"),
+        ({"long_prompts": "cut"}, "unknown long_prompts 'cut'"),
+        ({"image_size": 15}, "image_size 15 must be a positive multiple of 2"),
+    ],
+)
+def test_wrong_options_are_refused(pipe, options, message):
+    with pytest.raises(InputError, match=message):
+        load_backend(**{"source": pipe, "device": "cpu", **options})
+
+
+def test_names_lead_to_places():
+    assert {"emoji", "sd15"} <= BACKENDS.keys()
+
+
+def test_a_long_prompt_is_refused_with_its_length_or_truncated(pipe, backend):
+    prompt = "very " * 30 + "long"  # 124 letters, one token each, and the two marks
+    with pytest.raises(InputError, match="has 126 tokens and the encoder takes 77"):
+        backend.encode([prompt])
+    cut = load_backend(pipe, device="cpu", long_prompts="truncate").encode([prompt])
+    assert cut.embeds.shape == (1, 77, 32)
+    assert cut.mask.all()
+
+
+def test_noise_is_that_of_a_stock_generator(backend):
+    noise = backend.noise([5, 6], steps=2)
+    assert noise.shape == (2, 3, 4, 8, 8)
+    stock = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(5))
+    assert torch.equal(noise[:1, 0], stock)
+    assert torch.equal(backend.noise([6])[:, 0], noise[1:, 0])
+
+
+def test_a_scheduler_is_fresh_each_time(backend):
+    latents = torch.zeros(1, 4, 8, 8)
+    assert backend.scheduler(4, latents) is not backend.scheduler(4, latents)
+
+
+def test_image_size(pipe):
+    wide = load_backend(pipe, device="cpu", image_size=24)
+    assert wide.latent_shape == (4, 12, 12)
+    assert wide.decode(wide.noise([0])[:, 0]).shape == (1, 3, 24, 24)
+
+
+def test_the_ledger_counts_rows(backend):
+    cond = backend.encode(["a", "b"])
+    cond = PromptEmbeds(cond.embeds.requires_grad_(), cond.mask)
+    uncond = backend.unconditional("", cond)
+    sample(backend, cond, uncond, backend.noise([0, 1]), Sampling(steps=3), backprop_steps=2)
+    assert dict(backend.calls) == {"denoiser": 6, "denoiser_grad": 4, "decoder": 2}
+
+
+def test_the_unconditional_half_builds_no_graph_where_it_carries_none(backend):
+    """With K = 1 the latents are constants, so only the conditional half may keep activations."""
+    cond = backend.encode(["a"])
+    cond = PromptEmbeds(cond.embeds.requires_grad_(), cond.mask)
+    uncond = backend.unconditional("", cond)
+    modes = []
+    hook = backend.modules["denoiser"].register_forward_pre_hook(
+        lambda *_: modes.append(torch.is_grad_enabled())
+    )
+    sample(backend, cond, uncond, backend.noise([0]), Sampling(steps=3), backprop_steps=2)
+    hook.remove()
+    assert modes == [False, True, False, True, True]

@@ -1,0 +1,82 @@
+"""Errors, seeds, embeddings and images."""
+
+import pytest
+import torch
+
+from ipgo.devices import choose_device, choose_dtype
+from ipgo.embeds import PromptEmbeds
+from ipgo.errors import InputError, unknown
+from ipgo.images import center_crop, grid, normalise, resize, to_pil
+from ipgo.seeding import derive
+
+
+def test_an_unknown_name_gets_the_nearest_spelling():
+    assert str(unknown("reward", "asthetic", ["aesthetic", "clip"])) == (
+        "unknown reward 'asthetic'; did you mean 'aesthetic'?"
+    )
+    assert str(unknown("reward", "xyz", ["clip", "aesthetic"])) == (
+        "unknown reward 'xyz'; choose from aesthetic, clip"
+    )
+
+
+def test_derived_seeds_never_change():
+    assert derive(0) == 7210762507766007076
+    assert derive(0, "a red cat", 3) == 1578788654073231487
+    assert derive(0, "a", 1) != derive(0, "a1") != derive(1, "a", 1)
+    assert all(0 <= derive(seed) < 2**63 for seed in range(200))
+
+
+def test_devices_and_formats():
+    cpu = choose_device("cpu")
+    assert choose_dtype("auto", cpu) == torch.float32
+    assert choose_dtype("bfloat16", cpu) == torch.bfloat16
+    with pytest.raises(InputError, match="unknown dtype 'float23'; did you mean 'float32'"):
+        choose_dtype("float23", cpu)
+    with pytest.raises(InputError, match="unknown device 'gpu'"):
+        choose_device("gpu")
+    with pytest.raises(InputError, match="cuda:99"):
+        choose_device("cuda:99")
+
+
+def test_inserting_embeddings():
+    states = torch.arange(12.0).view(1, 3, 4)
+    prompt = PromptEmbeds(states, torch.tensor([[True, True, False]]))
+    prefix, suffix = torch.full((1, 1, 4), -1.0), torch.full((1, 2, 4), -2.0)
+    longer = prompt.insert(prefix, suffix)
+    assert longer.embeds.tolist() == torch.cat([prefix, states, suffix], 1).tolist()
+    assert longer.mask.tolist() == [[True, True, True, False, True, True]]
+    assert prompt.mean().tolist() == [[2.0, 3.0, 4.0, 5.0]]  # the padding does not count
+    assert prompt.norm().item() == pytest.approx((14**0.5 + 126**0.5) / 2)
+    assert prompt.select(torch.tensor([0, 0])).embeds.shape == (2, 3, 4)
+
+
+def test_inserted_embeddings_take_the_format_of_the_prompt():
+    prompt = PromptEmbeds(torch.zeros(2, 3, 4, dtype=torch.bfloat16), torch.ones(2, 3, dtype=torch.bool))
+    longer = prompt.insert(torch.ones(2, 1, 4), torch.ones(2, 0, 4))
+    assert longer.embeds.dtype == torch.bfloat16
+    assert longer.mean().dtype == torch.float32
+
+
+def test_resize_crop_and_normalise():
+    images = torch.rand(2, 3, 20, 30, requires_grad=True)
+    small = resize(images, 10)
+    assert small.shape == (2, 3, 10, 15)
+    assert center_crop(small, 10).shape == (2, 3, 10, 10)
+    assert resize(images, 20) is images
+    small.sum().backward()
+    assert images.grad is not None
+    ones = normalise(torch.ones(1, 3, 2, 2), (0.5, 0.0, 1.0), (0.5, 2.0, 1.0))
+    assert ones[0, :, 0, 0].tolist() == [1.0, 0.5, 0.0]
+
+
+def test_pictures():
+    images = torch.zeros(3, 3, 4, 6)
+    images[1, 0] = 1.0
+    pictures = to_pil(images)
+    assert [picture.size for picture in pictures] == [(6, 4)] * 3
+    assert pictures[1].getpixel((0, 0)) == (255, 0, 0)
+    sheet = grid(images)
+    assert sheet.size == (12, 8)
+    assert sheet.getpixel((6, 0)) == (255, 0, 0)
+    assert sheet.getpixel((6, 4)) == (255, 255, 255)  # the empty place
+    assert grid(images, columns=3).size == (18, 4)

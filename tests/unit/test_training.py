@@ -1,0 +1,261 @@
+"""The loop: what it keeps, what it refuses, and how it survives a bad row."""
+
+import math
+
+import pytest
+import torch
+from torch import distributed
+
+from ipgo.adapters import InsertionAdapter, generate
+from ipgo.backends import load_backend
+from ipgo.errors import InputError, ResumeError, RewardError
+from ipgo.insertion import Insertion
+from ipgo.methods import IPGO, METHODS, Raw
+from ipgo.rewards import as_reward, load_reward, score
+from ipgo.sampling import Sampling
+from ipgo.task import Task
+from ipgo.training import Ascent, maximize
+
+PROMPTS = ("a red cat", "a dog on the moon", "sun")
+SAMPLING = Sampling(steps=2, guidance_scale=3.0)
+INSERTION = Insertion(num_prefix=2, num_suffix=2, rank=8)
+REWARD = load_reward("colorfulness", device="cpu")
+
+
+def task(backend, reward=REWARD, **options):
+    return Task(backend, reward, PROMPTS, SAMPLING, **options)
+
+
+def fit(task, **ascent):
+    return IPGO(INSERTION, Ascent(**{"steps": 6, "lr": 0.03, "penalty_weight": 0.0, **ascent})).fit(task)
+
+
+def test_the_reward_rises_and_the_adapter_holds_the_best(backend):
+    progress = None
+    rewards = []
+    for progress in fit(task(backend), steps=12):
+        rewards.append(progress.rewards)
+        torch.testing.assert_close(progress.best, torch.stack(rewards).max(0).values)
+    assert progress.step == progress.total == 12
+    raw = next(Raw().fit(task(backend))).rewards
+    assert (progress.best > rewards[0] + 1e-3).all()
+    assert (progress.best > raw).all()
+    images = generate(backend, PROMPTS, [0, 0, 0], progress.adapter, SAMPLING)
+    torch.testing.assert_close(score(REWARD, images, PROMPTS), progress.best, atol=1e-5, rtol=0)
+
+
+def test_what_a_step_reports(backend):
+    progress = next(fit(task(backend)))
+    for values in (progress.rewards, progress.best, progress.penalty, progress.grad_norm):
+        assert values.shape == (3,)
+        assert values.isfinite().all()
+    assert progress.failed.tolist() == [False] * 3
+    assert progress.images.shape == (3, 3, 16, 16)
+    assert not progress.images.requires_grad
+    assert torch.is_grad_enabled()
+
+
+def test_with_several_seeds_a_candidate_needs_a_reward_on_each(backend):
+    steps = list(fit(task(backend, seeds=(3, 4, 5))))
+    rewards = torch.stack([step.rewards for step in steps])  # (6, P)
+    means = rewards.unfold(0, 3, 1).mean(-1)  # (4, P): after steps 3 to 6
+    assert steps[1].best.isnan().all()
+    torch.testing.assert_close(steps[2].best, means[0])
+    torch.testing.assert_close(steps[-1].best, means.max(0).values)
+
+
+def test_fresh_noise_keeps_the_latest(backend):
+    steps = list(fit(task(backend, seeds=()), lr=1e-9))
+    rewards = torch.stack([step.rewards for step in steps])
+    assert (rewards.std(0) > 1e-4).all()  # nothing was learned, so it is the noise that differs
+    torch.testing.assert_close(steps[-1].best, rewards[-1])
+
+
+def test_the_penalty_pulls_the_mean_back(backend):
+    free, bound = (list(fit(task(backend), penalty_weight=weight, steps=10))[-1] for weight in (0.0, 1e3))
+    assert (bound.penalty < free.penalty - 0.005).all()
+
+
+def test_prompt_batch_visits_every_prompt_and_shares_one_row(backend):
+    steps = list(fit(task(backend, shared=True), batch_size=1, accumulate=1))
+    assert len(steps[0].adapter.prefix.scale) == 1
+    assert [int(step.rewards.isnan().sum()) for step in steps[:3]] == [2, 1, 0]
+    assert steps[0].images is None
+    assert steps[-1].grad_norm.shape == steps[-1].failed.shape == (3,)
+    images = generate(backend, ["never seen"], [0], steps[-1].adapter, SAMPLING)
+    assert images.shape == (1, 3, 16, 16)
+
+
+def test_accumulation_is_a_larger_batch(backend64):
+    """Three prompts in one batch, or one by one, give the same gradient."""
+    rows = []
+    for batch_size, accumulate in ((3, 1), (1, 3)):
+        shared = task(backend64, shared=True)
+        adapter = InsertionAdapter(None, 32, INSERTION).double()
+        ascent = Ascent(steps=4, lr=0.03, batch_size=batch_size, accumulate=accumulate)
+        rows.append(list(maximize(shared, adapter, ascent))[-1].adapter.state_dict())
+    for name, value in rows[0].items():
+        torch.testing.assert_close(value, rows[1][name], atol=1e-9, rtol=0)
+
+
+def test_recomputing_changes_nothing(backend):
+    kept, recomputed = (list(fit(task(backend), recompute=recompute))[-1] for recompute in (False, True))
+    torch.testing.assert_close(kept.rewards, recomputed.rewards)
+
+
+def test_float16_survives_small_gradients(make_pipe):
+    """Each row's loss is scaled up and its gradient down again."""
+    steps = []
+    for dtype in ("float32", "float16"):
+        backend = load_backend(make_pipe(), device="cpu", dtype=dtype)
+        steps.append(next(fit(task(backend))))
+    assert steps[1].state()["memory.loss_scale"].tolist() == [1024.0] * 3
+    torch.testing.assert_close(steps[0].grad_norm, steps[1].grad_norm, rtol=0.05, atol=0)
+    assert steps[1].images.dtype == torch.float32
+
+
+def test_gradients_are_averaged_over_processes(backend, tmp_path):
+    """With a world of one process the average is the gradient itself."""
+    alone = list(fit(task(backend, shared=True)))[-1]
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        averaged = list(fit(task(backend, shared=True)))[-1]
+    finally:
+        distributed.destroy_process_group()
+    assert torch.equal(averaged.rewards, alone.rewards)
+
+
+def test_the_basis_can_have_its_own_learning_rate(backend):
+    start = InsertionAdapter.start(backend, PROMPTS, INSERTION, seed=0, shared=False)
+    end = list(fit(task(backend, seeds=()), lr_basis=1e-12))[-1].adapter
+    torch.testing.assert_close(end.prefix.raw_basis, start.prefix.raw_basis)
+    assert not torch.allclose(end.prefix.coefficients, start.prefix.coefficients)
+
+
+def nan_gradient_for(bad):
+    """Finite values, but no finite gradient where `bad(prompt)`: the root of zero."""
+
+    def reward(images, prompts):
+        values = images.mean((1, 2, 3))
+        trouble = torch.tensor([float(bad(prompt)) for prompt in prompts])
+        return values + (trouble * (values - values.detach()).abs() + 1 - trouble).sqrt()
+
+    return as_reward(reward, "troubled")
+
+
+def test_a_bad_row_fails_alone(backend):
+    troubled = list(fit(task(backend, nan_gradient_for(lambda prompt: prompt == "sun"))))
+    healthy = list(fit(task(backend, nan_gradient_for(lambda prompt: False))))
+    assert [step.failed.tolist() for step in troubled[:3]] == [[False] * 3, [False] * 3, [False, False, True]]
+    torch.testing.assert_close(troubled[-1].rewards[:2], healthy[-1].rewards[:2])
+    start = InsertionAdapter.start(backend, PROMPTS, INSERTION, seed=0, shared=False)
+    kept = troubled[-1].adapter
+    torch.testing.assert_close(kept.prefix.coefficients[2], start.prefix.coefficients[2])
+
+
+def test_a_row_recovers_from_its_best(backend):
+    calls = iter(range(100))
+
+    def twice(prompt):
+        return prompt == "sun" and 6 <= next(calls) < 8  # asked at each of its steps
+
+    steps = list(fit(task(backend, nan_gradient_for(twice)), steps=12))
+    assert not steps[-1].failed.any()
+    assert steps[-1].best[2] > steps[0].best[2]
+
+
+def test_a_fit_ends_when_no_row_is_left(backend):
+    steps = list(fit(task(backend, nan_gradient_for(lambda prompt: True))))
+    assert len(steps) == 3
+    assert steps[-1].failed.all()
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda images, prompts: images.detach().mean((1, 2, 3)), "'mine' gives no gradient"),
+        (lambda images, prompts: images.mean(), "'mine' must return a tensor of shape"),
+        (lambda images, prompts: images.mean((1, 2, 3)) / 0 * 0, "'mine' is not a finite number"),
+    ],
+)
+def test_a_broken_reward_is_named(backend, function, message):
+    with pytest.raises(RewardError, match=message):
+        next(fit(task(backend, as_reward(function, "mine"))))
+
+
+def test_settings_are_refused_before_anything_is_drawn(backend):
+    with pytest.raises(InputError, match="backprop_steps is 3; sampling has only 2"):
+        fit(task(backend), backprop_steps=3)
+    with pytest.raises(InputError, match="steps is 2; 3 seeds"):
+        fit(task(backend, seeds=(1, 2, 3)), steps=2)
+    with pytest.raises(RewardError, match="'mine' has no gradient"):
+        fit(task(backend, as_reward(lambda images, prompts: 0, "mine", differentiable=False)))
+    with pytest.raises(InputError, match=r"insertion\.rank is 99"):
+        IPGO(Insertion(rank=99)).fit(task(backend))
+    assert backend.calls["denoiser"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompts": ()}, "prompts is empty"),
+        ({"prompts": ("a", " ")}, "a prompt is empty"),
+        ({"prompts": ("a", "a")}, "prompt 'a' is given twice"),
+        ({"seeds": (1, 1)}, "has duplicates"),
+        ({"reward": print}, "is not a reward"),
+    ],
+)
+def test_wrong_tasks_are_refused(backend, options, message):
+    with pytest.raises(InputError, match=message):
+        Task(**{"backend": backend, "reward": REWARD, "prompts": ("a",), **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "ascent.steps is 0"),
+        ({"lr": math.nan}, "ascent.lr is nan"),
+        ({"max_grad_norm": 0.0}, "ascent.max_grad_norm is 0"),
+        ({"penalty_weight": -1.0}, "ascent.penalty_weight is -1"),
+    ],
+)
+def test_wrong_ascents_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        Ascent(**options)
+
+
+@pytest.mark.parametrize("options", [{}, {"seeds": (1, 2)}, {"seeds": ()}, {"shared": True}])
+def test_resuming_gives_the_same_bits(backend, options):
+    straight = list(fit(task(backend, **options)))
+    fitting = fit(task(backend, **options))
+    next(fitting)
+    next(fitting)
+    state = next(fitting).state()
+    method = IPGO(INSERTION, Ascent(steps=6, lr=0.03, penalty_weight=0.0))
+    resumed = list(method.fit(task(backend, **options), resume=state))
+    assert [step.step for step in resumed] == [4, 5, 6]
+    for name, value in straight[-1].state().items():
+        assert torch.equal(value.nan_to_num(-1), resumed[-1].state()[name].nan_to_num(-1)), name
+    assert torch.equal(straight[-1].best, resumed[-1].best)
+
+
+def test_a_state_of_another_fit_is_refused(backend):
+    state = next(fit(task(backend))).state()
+    for other in (Insertion(num_prefix=3, rank=8), Insertion(2, 2, rank=8, rotations="none")):
+        with pytest.raises(ResumeError, match="other settings"):
+            IPGO(other).fit(task(backend), resume=state)
+
+
+def test_raw_scores_the_prompts_as_they_are(backend):
+    (progress,) = Raw().fit(task(backend, seeds=(3, 4)))
+    images = torch.stack(
+        [generate(backend, PROMPTS, [seed] * 3, progress.adapter, SAMPLING) for seed in (3, 4)]
+    )
+    expected = torch.stack([REWARD(each, PROMPTS) for each in images]).mean(0)
+    torch.testing.assert_close(progress.rewards, expected)
+    assert progress.state() == {}
+
+
+def test_the_methods_have_names():
+    assert METHODS["raw"] is Raw
+    assert METHODS["ipgo"] is IPGO
