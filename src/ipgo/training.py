@@ -227,7 +227,7 @@ class _Climb:
         )
         if self.task.shared or not self.task.seeds:
             # Rewards of different steps come from different prompts or noise: keep the latest.
-            memory["best"] = memory["rewards"].clone()
+            memory["best"] = torch.where(good, memory["rewards"], memory["best"])
             self._copy(self.adapter, self.kept, good)
             return good
         recent = torch.cat([memory["recent"], memory["rewards"][:, None]], dim=1)[:, 1:]

@@ -79,6 +79,7 @@ def test_a_missing_shard_is_named(folder):
         ({"source": "emojy"}, "unknown backend 'emojy'; did you mean 'emoji'"),
         ({"source": "weights/model.ckpt"}, "is a pickle"),
         ({"source": "/no/such/folder"}, "does not exist"),
+        ({"source": 3}, "not int"),
         ({"scheduler": "eular"}, "unknown scheduler 'eular'; did you mean 'euler'"),
         ({"padding": "max"}, "unknown padding 'max'"),
         ({"long_prompts": "cut"}, "unknown long_prompts 'cut'"),

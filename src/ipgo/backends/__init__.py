@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import pkgutil
 from pathlib import Path
 
 from ipgo.backends.base import Backend
-from ipgo.backends.stable_diffusion import StableDiffusion
 from ipgo.errors import unknown
 
-__all__ = ["BACKENDS", "Backend", "StableDiffusion", "load_backend"]
+__all__ = ["BACKENDS", "Backend", "load_backend"]
 
-BACKENDS: dict[str, tuple[type[Backend], str]] = {
-    "emoji": (StableDiffusion, str(Path(__file__).parent / "emoji")),
-    "sd15": (StableDiffusion, "stable-diffusion-v1-5/stable-diffusion-v1-5"),
+STABLE_DIFFUSION = "ipgo.backends.stable_diffusion:StableDiffusion"
+
+# name -> "module:class" and what it opens; imported when asked for, because diffusers takes seconds.
+BACKENDS: dict[str, tuple[str, str]] = {
+    "emoji": (STABLE_DIFFUSION, str(Path(__file__).parent / "emoji")),
+    "sd15": (STABLE_DIFFUSION, "stable-diffusion-v1-5/stable-diffusion-v1-5"),
 }
 
 
@@ -41,14 +44,14 @@ def load_backend(
     Raises:
         InputError: an unknown name or option, or a folder that is incomplete, damaged or holds a pickle.
     """
-    kind: type[Backend] = StableDiffusion
+    kind = STABLE_DIFFUSION
     place = source
     if isinstance(source, str):
         if source in BACKENDS:
             kind, place = BACKENDS[source]
         elif "/" not in source and not Path(source).exists():
             raise unknown("backend", source, BACKENDS)
-    backend = kind.load(
+    backend: Backend = pkgutil.resolve_name(kind).load(
         place,
         device=device,
         dtype=dtype,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,8 +18,10 @@ from diffusers import (
     PNDMScheduler,
     StableDiffusionPipeline,
 )
+from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers.utils import logging as transformers_logging
 
 from ipgo.backends.base import Backend, classifier_free
 from ipgo.devices import choose_device, choose_dtype
@@ -68,7 +71,9 @@ class StableDiffusion(Backend):
         self.padding = padding
         self.scheduler_name = scheduler
         self.long_prompts = long_prompts
-        self.max_tokens: int = pipe.tokenizer.model_max_length
+        self.max_tokens = min(
+            pipe.tokenizer.model_max_length, pipe.text_encoder.config.max_position_embeddings
+        )
         self.latent_shape = _latent_shape(pipe, image_size)
         self.modules = {"denoiser": pipe.unet, "text_encoder": pipe.text_encoder, "decoder": pipe.vae}
         self.calls = Counter()
@@ -102,6 +107,10 @@ class StableDiffusion(Backend):
         if isinstance(source, str | Path):
             place = choose_device(device)
             pipe = _open(source, choose_dtype(dtype, place)).to(place)
+        elif not isinstance(source, StableDiffusionPipeline):
+            raise InputError(
+                f"a backend opens a name, a folder or a StableDiffusionPipeline, not {type(source).__name__}"
+            )
         else:
             if device != "auto":
                 pipe.to(choose_device(device))
@@ -215,19 +224,31 @@ def _latent_shape(pipe: Any, image_size: int | None) -> tuple[int, int, int]:
 
 def _open(source: str | Path, dtype: torch.dtype) -> Any:
     path = Path(source)
-    if path.exists() or path.suffix in PICKLES or str(source).count("/") != 1:  # else it is a hub id
+    local = path.exists() or path.suffix in PICKLES or str(source).count("/") != 1  # else it is a hub id
+    if local:
         check_folder(path)
     try:
-        return StableDiffusionPipeline.from_pretrained(
-            str(source),
-            torch_dtype=dtype,
-            use_safetensors=True,
-            safety_checker=None,
-            requires_safety_checker=False,
-        )
-    except (OSError, ValueError) as error:
+        with _no_bars() if local else nullcontext():
+            pipe = StableDiffusionPipeline.from_pretrained(
+                str(source), use_safetensors=True, safety_checker=None, requires_safety_checker=False
+            )
+            return pipe.to(dtype)
+    except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"cannot open backend {str(source)!r}: {reason}") from error
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without the progress bars of diffusers and transformers, which run while a folder is read."""
+    loggings = [each for each in (diffusers_logging, transformers_logging) if each.is_progress_bar_enabled()]
+    for each in loggings:
+        each.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for each in loggings:
+            each.enable_progress_bar()
 
 
 def check_folder(path: Path) -> None:
