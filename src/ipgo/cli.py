@@ -79,7 +79,8 @@ def fit(argv: list[str]) -> int:
     """`ipgo fit`: settings from a preset, then a file, then flags, checked as early as possible."""
     from ipgo.config import build, method_of, parse, presets, read_settings, run_parser
     from ipgo.methods import METHODS
-    from ipgo.runner import load_models, run, warn_of_unseen_words
+    from ipgo.rewards import check_reward
+    from ipgo.runner import held_out, load_models, run, warn_of_unseen_words
     from ipgo.store import Run
 
     # These decide which other options there are.
@@ -111,6 +112,8 @@ def fit(argv: list[str]) -> int:
 
     texts = [*parsed.text, *(read_prompts(parsed.prompts) if parsed.prompts else [])]
     config = build(parsed, tuple(texts))
+    for name in (config.reward, *held_out(config)):
+        check_reward(name)
     place = Path(parsed.out or Path("runs") / (slug(parsed.prompts or texts[0]) or "run"))
     folder = Run.open(place, config)
     warn_of_unseen_words(config)

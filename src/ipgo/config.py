@@ -246,8 +246,10 @@ def _explain(error: ArgumentError, parser: ArgumentParser) -> InputError:
         return _unknown_option(f"{found[1]}.{found[2]}", [option.lstrip("-") for option in options])
     if found := re.search(r"Option '(.+)' is not accepted", text):
         return _unknown_option(found[1], [option.lstrip("-") for option in options])
-    if found := re.search(r'Parser key "(.+?)": (.*)', text):
-        return InputError(f"{found[1]}: {found[2]}")
+    if found := re.search(r'Parser key "(.+?)".*?: .* [Vv]alue: (.*)', text):
+        types = re.findall(r"Expected an? (?:<class '(\w+)'>|typing\.Literal\[(.*?)\])", text)
+        allowed = " or ".join(kind.replace("NoneType", "null") or choices for kind, choices in types)
+        return InputError(f"{found[1]} is {found[2]!r}; it must be {allowed or 'of another type'}")
     return InputError(text)
 
 

@@ -28,7 +28,7 @@ from ipgo.evaluation import Gain, Judge, Score, draw, score, summarise
 from ipgo.images import to_pil
 from ipgo.methods.ipgo import IPGO
 from ipgo.prompts import Prompt, unseen_words
-from ipgo.rewards import Reward, as_reward, check_reward, load_reward
+from ipgo.rewards import Reward, as_reward, load_reward
 from ipgo.sampling import Sampling
 from ipgo.store import Chunk, Cost, Run
 from ipgo.task import Method, Progress, Task
@@ -50,9 +50,6 @@ class Models:
 
 def load_models(config: RunConfig, backend: Backend | None = None, reward: Reward | None = None) -> Models:
     """Load what the settings name, or take what is given; refuse prompts that the backend cannot take."""
-    names = BUNDLED_REWARDS.get(config.backend, ()) if config.held_out is None else config.held_out
-    for name in names if reward is not None else (config.reward, *names):
-        check_reward(name)
     backend = backend or load_backend(
         config.backend,
         device=config.device,
@@ -65,8 +62,14 @@ def load_models(config: RunConfig, backend: Backend | None = None, reward: Rewar
     backend.check_prompts(config.prompts)
     reward = reward or load_reward(config.reward, device=config.device)
     rewards = {config.reward: reward}
-    rewards |= {name: load_reward(name, device=config.device) for name in names if name != config.reward}
+    others = [name for name in held_out(config) if name != config.reward]
+    rewards |= {name: load_reward(name, device=config.device) for name in others}
     return Models(backend, reward, rewards, load_judge(config))
+
+
+def held_out(config: RunConfig) -> tuple[str, ...]:
+    """The rewards that only judge: those asked for, or those that come with the backend."""
+    return BUNDLED_REWARDS.get(config.backend, ()) if config.held_out is None else config.held_out
 
 
 def load_judge(config: RunConfig) -> Judge | None:

@@ -229,10 +229,13 @@ def _open(source: str | Path, dtype: torch.dtype) -> Any:
         check_folder(path)
     try:
         with _no_bars() if local else nullcontext():
-            pipe = StableDiffusionPipeline.from_pretrained(
-                str(source), use_safetensors=True, safety_checker=None, requires_safety_checker=False
+            return StableDiffusionPipeline.from_pretrained(
+                str(source),
+                dtype=dtype,
+                use_safetensors=True,
+                safety_checker=None,
+                requires_safety_checker=False,
             )
-            return pipe.to(dtype)
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"cannot open backend {str(source)!r}: {reason}") from error
