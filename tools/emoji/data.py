@@ -32,7 +32,7 @@ def build(split: str, count: int) -> None:
     images = np.lib.format.open_memmap(
         FOLDER / f"{split}.npy", "w+", np.uint8, (blocks * BLOCK, world.SIZE, world.SIZE, 3)
     )
-    with ProcessPoolExecutor() as pool, open(FOLDER / f"{split}.jsonl", "w") as lines:
+    with ProcessPoolExecutor() as pool, (FOLDER / f"{split}.jsonl").open("w") as lines:
         for block, (scenes, drawn) in enumerate(pool.map(_draw_block, [split] * blocks, range(blocks))):
             images[block * BLOCK : (block + 1) * BLOCK] = drawn
             lines.writelines(json.dumps(asdict(scene)) + "\n" for scene in scenes)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,7 +49,7 @@ def _save(path: Path, tensors: dict[str, Tensor], step: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(tensors, path.with_suffix(".tmp"), metadata={"step": str(step)})
-    os.replace(path.with_suffix(".tmp"), path)
+    path.with_suffix(".tmp").replace(path)
 
 
 def _resume(
@@ -117,7 +116,7 @@ def train(
             row = {"step": step + 1, "loss": float(value), "norm": float(norm), **figures}
             row["per_second"] = 50 * schedule.batch / (now - shown)
             shown = now
-            with open(log, "a") as lines:
+            with log.open("a") as lines:
                 lines.write(json.dumps({k: round(v, 5) for k, v in row.items()}) + "\n")
         if now - saved > CHECKPOINT_SECONDS or last:
             tensors = {f"model.{k}": v for k, v in module.state_dict().items()}

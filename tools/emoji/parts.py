@@ -1,4 +1,4 @@
-"""The networks of the bundled model at the sizes we ship; all but the judge are classes of diffusers and transformers."""
+"""The networks of the bundled model at the sizes we ship: classes of diffusers and transformers."""
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
@@ -45,17 +45,17 @@ def clip(vocab_size: int, bos: int, eos: int) -> CLIPModel:
 
 
 def denoiser() -> UNet2DConditionModel:
-    """A UNet on 8 x 8 latents that attends to the text at 8 x 8 and in the middle; predicts v."""
+    """A UNet on 16 x 16 latents that attends to the text at 8 x 8 and in the middle; predicts v."""
     return UNet2DConditionModel(
-        sample_size=8,
+        sample_size=LATENT_SIZE,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
-        block_out_channels=(160, 320),
+        block_out_channels=(64, 160, 320),
         layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=TEXT_WIDTH,
-        attention_head_dim=5,
+        attention_head_dim=(1, 4, 4),
         norm_num_groups=16,
     )
 

@@ -11,7 +11,13 @@ from tools.emoji import world
 
 FOLDER = Path("src/ipgo/prompt_sets")
 HALF = 30
-OPENINGS = ("a beautiful {}", "a masterpiece digital art {}", "a cute little {}", "an award winning {}", "a lovely {}")
+OPENINGS = (
+    "a beautiful {}",
+    "a masterpiece digital art {}",
+    "a cute little {}",
+    "an award winning {}",
+    "a lovely {}",
+)
 CLOSINGS = (
     "highly detailed, vibrant, studio lighting",
     "professional illustration, trending, colorful",

@@ -217,7 +217,7 @@ def contradicts(claims: np.ndarray, facts: np.ndarray) -> np.ndarray:
 
 
 def caption(rng: np.random.Generator, scene: Scene) -> tuple[str, tuple[int, ...]]:
-    """A caption that is true of the scene, in varying words, parts left out at random; and what it claims, as `facts`."""
+    """A caption that is true of the scene, in varying words, parts left out at random; and its claims, as `facts`."""
     claims = list(facts(scene))
     subject = noun(rng, scene.objects[0])
     if len(scene.objects) == 2:

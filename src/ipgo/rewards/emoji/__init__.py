@@ -58,6 +58,8 @@ class EmojiAesthetic(nn.Module):
 
     name = "emoji-aesthetic"
     differentiable = True
+    weight: Tensor  # (D,)
+    bias: Tensor  # ()
 
     def __init__(self, clip: EmojiClip, head: dict[str, Tensor]) -> None:
         super().__init__()

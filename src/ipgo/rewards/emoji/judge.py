@@ -31,8 +31,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.conv1(torch.relu(self.norm1(x)))
         hidden = self.conv2(torch.relu(self.norm2(hidden)))
-        shortcut: Tensor = self.shortcut(x)
-        return shortcut + hidden
+        out: Tensor = self.shortcut(x) + hidden
+        return out
 
 
 class Network(nn.Module):
