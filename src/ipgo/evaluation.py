@@ -17,6 +17,7 @@ from ipgo.adapters import Adapter, generate
 from ipgo.backends import Backend
 from ipgo.errors import InputError
 from ipgo.rewards import Reward
+from ipgo.rewards import score as checked
 from ipgo.sampling import Sampling
 
 BATCH = 8  # images made at once
@@ -102,7 +103,7 @@ def score(
         part = drawings[start : start + BATCH]
         images, prompts = torch.stack([each.image for each in part]), [each.prompt for each in part]
         with torch.no_grad():
-            columns = {name: reward(images, prompts) for name, reward in rewards.items()}
+            columns = {name: checked(reward, images, prompts) for name, reward in rewards.items()}
             verdicts = judge.accuracy(images, prompts) if judge is not None else {}
         columns.update({f"judge-{name}": column for name, column in verdicts.items()})
         for name, column in columns.items():

@@ -23,6 +23,7 @@ from ipgo import __version__
 from ipgo.adapters import Adapter
 from ipgo.backends import BACKENDS, Backend, load_backend
 from ipgo.config import RunConfig
+from ipgo.devices import choose_device
 from ipgo.errors import InputError
 from ipgo.evaluation import Gain, Judge, Score, draw, score, summarise
 from ipgo.images import to_pil
@@ -78,7 +79,7 @@ def load_judge(config: RunConfig) -> Judge | None:
         return None
     from ipgo.rewards import emoji
 
-    judge: Judge = emoji.load_judge(config.device)
+    judge: Judge = emoji.load_judge(choose_device(config.device))
     return judge
 
 

@@ -182,7 +182,7 @@ class Run:
             "step": progress.step,
             "prompts": chunk.texts,
             "digest": self.config.digest(),
-            **asdict(cost),
+            **vars(cost),
         }
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in progress.state().items()}
         files.write(self._checkpoint_file(chunk), save(state, metadata={"about": json.dumps(about)}))

@@ -1,0 +1,362 @@
+"""The command line on a tiny random pipeline: what a user types, sees and finds in the folder."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import ipgo
+from ipgo import cli, files, runner
+from ipgo.store import Run
+
+PROMPTS = ("a fox", "a <b>lemon</b> & more")
+SETTINGS = (
+    *("--reward", "colorfulness", "--held-out", "contrast", "--sampling.steps", "2", "--unseen-seeds", "2"),
+    *("--method.ascent.steps", "4", "--method.ascent.lr", "0.01", "--method.insertion.num_prefix", "2"),
+)
+TIMINGS = ("history.jsonl", "report.html", "run.json", "curve.png")  # files that tell the time
+
+
+def fit(pipeline_folder: str, out: Path, prompts: Sequence[str], *flags: str) -> int:
+    return cli.main(["fit", *prompts, "--backend", pipeline_folder, *SETTINGS, "--out", str(out), *flags])
+
+
+@pytest.fixture(scope="module")
+def fitted(pipeline_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "two"
+    assert fit(pipeline_folder, out, PROMPTS) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def shared(pipeline_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "shared"
+    assert fit(pipeline_folder, out, ["a fox", "a lemon"], "--shared", "--seeds") == 0
+    return out
+
+
+def test_the_folder_holds_what_was_promised(fitted: Path) -> None:
+    run = Run.open(fitted)
+    for prompt in run.prompts:
+        folder = run.folder(prompt)
+        assert {file.name for file in folder.iterdir()} == {
+            *(f"{when}-{seed}.png" for when in ("before", "after") for seed in (0, 1000, 1001)),
+            *("adapter.safetensors", "adapter.json", "history.jsonl", "result.json"),
+        }
+        assert [line["step"] for line in run.history(prompt)] == [1, 2, 3, 4]
+    result = run.results()[0]
+    assert result["status"] == "finished"
+    # 4 steps of 2 calls for each row, of which the last 2 have gradient
+    assert result["cost"]["calls"] == {"decoder": 4, "denoiser": 8, "denoiser_grad": 8}
+    scores = [(each["method"], each["seed"], each["reward"], each["held_out"]) for each in result["scores"]]
+    assert ("ipgo", 1001, "contrast", True) in scores
+    assert ("raw", 0, "colorfulness", False) in scores
+    assert len(scores) == 2 * 3 * 2
+    assert len((fitted / "scores.jsonl").read_text().splitlines()) == 2 * len(scores)
+    assert list((fitted / "chunks").iterdir()) == []
+
+
+def test_images_and_scores_are_those_of_the_stored_adapter(fitted: Path, pipeline_folder: str) -> None:
+    run = Run.open(fitted)
+    prompt, backend = run.prompts[0], ipgo.load_backend(pipeline_folder, device="cpu")
+    for when, adapter in (("before", ipgo.Adapter()), ("after", run.load_adapter(prompt))):
+        seeds = [0, 1000, 1001]
+        images = ipgo.generate(backend, [prompt.text] * 3, seeds, adapter, run.config.sampling)
+        stored = [Image.open(run.image(prompt, when, seed)) for seed in seeds]
+        pixels = torch.stack(
+            [torch.frombuffer(bytearray(each.tobytes()), dtype=torch.uint8) for each in stored]
+        )
+        drawn = (images.permute(0, 2, 3, 1).flatten(1) * 255).round()
+        assert (pixels - drawn).abs().max() == 0
+        value = ipgo.load_reward("colorfulness")(images, [prompt.text] * 3)[1].item()
+        method = "raw" if when == "before" else "ipgo"
+        found = [
+            each.value
+            for each in run.scores()
+            if (each.method, each.prompt, each.seed) == (method, prompt.text, 1000)
+        ]
+        assert found[0] == pytest.approx(value, abs=1e-6)
+
+
+def test_the_same_command_again_does_nothing(
+    fitted: Path, pipeline_folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {file: file.read_bytes() for file in fitted.rglob("*.safetensors")}
+    assert fit(pipeline_folder, fitted, PROMPTS) == 0
+    assert {file: file.read_bytes() for file in fitted.rglob("*.safetensors")} == before
+    out = capsys.readouterr().out
+    assert "colorfulness *" in out
+    assert "unseen seeds" in out
+    assert str(fitted / "report.html") in out
+
+
+def test_another_setting_is_refused_with_its_name(
+    fitted: Path, pipeline_folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit(pipeline_folder, fitted, PROMPTS, "--seed", "5") == 2
+    error = capsys.readouterr().err
+    assert "seed 0 there, 5 now" in error
+    assert error.count("\n") == 1
+
+
+def test_the_report_is_one_page_with_escaped_prompts(fitted: Path) -> None:
+    page = (fitted / "report.html").read_text()
+    assert "a &lt;b&gt;lemon&lt;/b&gt; &amp; more" in page
+    assert "<b>lemon</b>" not in page
+    for outside in ("http://", "https://", 'src="/', "url("):
+        assert outside not in page
+    assert page.count("data:image/png;base64,") == 2 * 3 * 2
+    assert "prefers-color-scheme: dark" in page
+    assert "IPGO" in page
+
+
+def test_generate_draws_what_fit_drew(
+    fitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Run.open(fitted)
+    assert cli.main(["generate", str(fitted), "--seeds", "0", "1000", "1001", "--out", str(tmp_path)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 6
+    for prompt in run.prompts:
+        ours = Image.open(tmp_path / f"{prompt.id}-1001.png").tobytes()
+        assert ours == Image.open(run.image(prompt, "after", 1001)).tobytes()
+    folder = run.folder(run.prompts[0])
+    assert cli.main(["generate", str(folder), "a fox", "--out", str(tmp_path / "one")]) == 0
+    assert cli.main(["generate", str(folder), "a dog", "--out", str(tmp_path / "none")]) == 2
+    assert "not fitted to prompt 'a dog'" in capsys.readouterr().err
+
+
+def test_a_shared_adapter_is_for_any_prompt(
+    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert {file.name for file in (shared / "shared").iterdir()} == {
+        "adapter.json",
+        "adapter.safetensors",
+        "history.jsonl",
+    }
+    assert cli.main(["generate", str(shared), "never seen", "--out", str(tmp_path)]) == 0
+    prompts = tmp_path / "new.txt"
+    prompts.write_text("a bus\na cup\n")
+    capsys.readouterr()
+    command = [
+        "evaluate",
+        str(shared),
+        "--prompts",
+        str(prompts),
+        "--seeds",
+        "5",
+        "6",
+        "--rewards",
+        "contrast",
+    ]
+    assert cli.main(command) == 0
+    out = capsys.readouterr().out
+    assert "2 prompts, never fitted, seeds 5, 6" in out
+    assert "contrast" in out
+    lines = [json.loads(line) for line in (shared / "evaluation.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 * 2 * 2 * 2
+    assert {line["prompt"] for line in lines} == {"a bus", "a cup"}
+    assert "Judged again" in (shared / "report.html").read_text()
+
+
+def test_python_gives_the_same_numbers(fitted: Path, pipeline_folder: str) -> None:
+    config = Run.open(fitted).config
+    result = ipgo.fit(
+        list(config.prompts),
+        reward=ipgo.load_reward("colorfulness"),
+        backend=ipgo.load_backend(pipeline_folder, device="cpu"),
+        method=config.method,
+        sampling=config.sampling,
+        unseen_seeds=2,
+    )
+    assert result.path is None
+    assert [each.prompt for each in result] == list(config.prompts)
+    stored = [each for each in Run.open(fitted).scores() if each.reward == "colorfulness"]
+    assert [each.value for one in result for each in one.scores] == [each.value for each in stored]
+    assert result[0].after[1000].size == (16, 16)
+    assert {gain.reward for gain in result.on_unseen_seeds} == {"colorfulness"}
+    assert len(result[1].history) == 4
+
+
+def test_a_function_is_a_reward(pipeline_folder: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def warmth(images, prompts):\n    return images[:, 0].mean((1, 2))\n")
+    spec = f"{tmp_path / 'mine.py'}:warmth"
+    for reward in (spec, f"{spec}+0.5*contrast"):
+        out = tmp_path / reward[-4:]
+        assert fit(pipeline_folder, out, ["a fox"], "--reward", reward) == 0
+        assert {each.reward for each in Run.open(out).scores()} == {reward, "contrast"}
+
+
+@pytest.mark.parametrize(
+    ("prompts", "flags", "message"),
+    [
+        ([], [], "prompts is empty"),
+        (["a", "a"], [], "prompt 2 repeats prompt 1"),
+        (["x " * 100], [], "tokens"),
+        (["x"], ["--prompts", "nowhere.txt"], "does not exist"),
+        (["x"], ["--method", "igpo"], "unknown method 'igpo'; did you mean 'ipgo'"),
+        (["x"], ["--reward", "colourfulness"], "unknown reward 'colourfulness'; did you mean 'colorfulness'"),
+        (["x"], ["--held-out", "contrats"], "unknown reward 'contrats'; did you mean 'contrast'"),
+        (["x"], ["--backend", "sd155"], "unknown backend 'sd155'; did you mean 'sd15'"),
+        (["x"], ["--backend", "no/such/folder"], "does not exist"),
+        (["x"], ["--method.ascent.backprop-steps", "9"], "sampling.steps allows at most 2"),
+        (["x"], ["--method.insertion.rank", "999"], "wide"),
+        (["x"], ["--preset", "paper"], "unknown preset 'paper'"),
+        (["x"], ["--bogus"], "unknown option '--bogus'"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing(
+    prompts: list[str],
+    flags: list[str],
+    message: str,
+    pipeline_folder: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert fit(pipeline_folder, tmp_path / "run", prompts, *flags) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("ipgo: ")
+    assert error.count("\n") == 1
+    assert list(tmp_path.rglob("*.png")) == []
+
+
+def test_a_failed_prompt_does_not_stop_its_neighbour(
+    pipeline_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken(torch.autograd.Function):
+        @staticmethod
+        def forward(context: object, values: torch.Tensor, broken: torch.Tensor) -> torch.Tensor:
+            context.broken = broken  # type: ignore[attr-defined]
+            return values.clone()
+
+        @staticmethod
+        def backward(context: object, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+            return grad.masked_fill(context.broken, float("nan")), None  # type: ignore[attr-defined]
+
+    def reward(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        broken = torch.tensor(["fox" in prompt for prompt in prompts])
+        return Broken.apply(images.mean((1, 2, 3)), broken)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(runner, "load_reward", lambda spec, device: ipgo.as_reward(reward, spec))
+    assert fit(pipeline_folder, tmp_path / "run", ["a fox", "a lemon"]) == 1
+    assert "1 of 2 prompts failed: 'a fox'" in capsys.readouterr().err
+    assert [result["status"] for result in Run.open(tmp_path / "run").results()] == ["failed", "finished"]
+
+
+def test_ctrl_c_says_how_to_go_on(
+    pipeline_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "record", interrupt)
+    assert fit(pipeline_folder, tmp_path / "run", ["a fox"]) == 130
+    assert capsys.readouterr().err == "ipgo: stopped; the same command continues it\n"
+
+
+class Killed(BaseException):
+    """Not caught by anything, like a kill."""
+
+
+def test_any_write_may_be_the_last(
+    fitted: Path, pipeline_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Die at a later write each time, go on, and end with the bits of an undisturbed run."""
+    write, out, deaths = files.write, tmp_path / "run", 0
+    monkeypatch.setattr(runner, "CHECKPOINT_SECONDS", -1.0)
+
+    def deadly(allowed: int) -> Callable[[Path, bytes], None]:
+        left: Iterator[int] = iter(range(allowed))
+
+        def write_or_die(file: Path, content: bytes) -> None:
+            if next(left, None) is None:
+                raise Killed
+            write(file, content)
+
+        return write_or_die
+
+    for allowed in range(1, 99, 3):
+        monkeypatch.setattr(files, "write", deadly(allowed))
+        try:
+            assert fit(pipeline_folder, out, PROMPTS) == 0
+            break
+        except Killed:
+            deaths += 1
+    assert deaths >= 5
+    assert_same_bits(fitted, out)
+
+
+def assert_same_bits(undisturbed: Path, other: Path) -> None:
+    """Equal trees, but for what tells the time."""
+    names = [
+        sorted(str(f.relative_to(root)) for f in root.rglob("*") if f.is_file())
+        for root in (undisturbed, other)
+    ]
+    assert names[0] == names[1]
+    for name in names[0]:
+        ours, theirs = ((root / name) for root in (undisturbed, other))
+        if name.endswith("result.json"):
+            a, b = (files.read_json(file) for file in (ours, theirs))
+            del a["cost"]["measured"], b["cost"]["measured"]
+            assert a == b
+        elif name.endswith("history.jsonl"):
+            a, b = ([line | {"seconds": 0} for line in files.read_lines(file)] for file in (ours, theirs))
+            assert a == b
+        elif Path(name).name not in TIMINGS:
+            assert ours.read_bytes() == theirs.read_bytes(), name
+
+
+COMMAND = """
+import sys
+from ipgo import cli, runner
+runner.CHECKPOINT_SECONDS = 0.05
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_kill_minus_nine_at_random_moments(pipeline_folder: str, tmp_path: Path) -> None:
+    """Ten kills at moments drawn once for all; the last run is left alone."""
+    out = {name: tmp_path / name for name in ("undisturbed", "killed")}
+    flags = [
+        "a fox",
+        "a lemon",
+        "--chunk",
+        "1",
+        "--backend",
+        pipeline_folder,
+        *SETTINGS,
+        "--method.ascent.steps",
+        "150",
+    ]
+
+    def start(name: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-c", COMMAND, "fit", *flags, "--out", str(out[name])]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+    whole = start("undisturbed")
+    assert whole.wait() == 0
+    moments = torch.rand(10, generator=torch.Generator().manual_seed(0)).tolist()
+    kills = 0
+    for moment in moments:
+        process = start("killed")
+        while not list(out["killed"].rglob("*.safetensors")) and process.poll() is None:
+            time.sleep(0.01)  # imports take seconds; the first kill waits for the first checkpoint
+        deadline = time.monotonic() + (0.2 if kills == 0 else 5.5) + 1.5 * moment
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        kills += process.poll() is None
+        process.kill()
+        process.wait()
+    assert kills >= 5  # the others found nothing left to do
+    last = start("killed")
+    assert last.wait() == 0, last.stderr.read().decode() if last.stderr else ""
+    assert_same_bits(out["undisturbed"], out["killed"])

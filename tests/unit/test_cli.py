@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import ipgo
+from ipgo import cli
+from ipgo.evaluation import Gain, Interval
+
+NAN = float("nan")
+
+
+def test_help_and_version_need_no_torch() -> None:
+    code = "import sys, ipgo.cli as c; c.main(['--help']); c.main(['--version']); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "ipgo fit" in done.stdout
+    assert done.stdout.endswith(f"ipgo {ipgo.__version__}\n")
+
+
+def test_fit_help_names_every_setting_and_needs_no_diffusers() -> None:
+    code = "import sys, ipgo.cli as c\ntry: c.main(['fit', '--help'])\nfinally: assert 'diffusers' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for option in (
+        "--preset",
+        "--config",
+        "--seeds",
+        "--shared",
+        "--sampling.steps",
+        "--method.insertion.num_prefix",
+    ):
+        assert option in done.stdout
+    assert "Path to a configuration file" not in done.stdout
+
+
+@pytest.mark.parametrize("command", ["generate", "evaluate", "report", "list"])
+def test_other_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_code:
+        cli.main([command, "--help"])
+    assert exit_code.value.code == 0
+    assert f"usage: ipgo {command}" in capsys.readouterr().out
+
+
+def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 0
+    assert "commands:" in capsys.readouterr().out
+
+
+def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["list"]) == 0
+    out = capsys.readouterr().out
+    for name in ("one:train", "emoji-clip", "sd15", "ipgo", "paper-code"):
+        assert name in out
+    assert cli.main(["list", "prompts", "two:test"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 31
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["ftt"], "unknown command 'ftt'; did you mean 'fit'"),
+        (["list", "reward"], "unknown kind 'reward'; did you mean 'rewards'"),
+        (["evaluate"], "the following arguments are required: run; see `ipgo evaluate --help`"),
+        (["report", "/nowhere"], "'/nowhere' is not a run folder"),
+        (["generate", "/nowhere"], "'/nowhere' is not an adapter folder"),
+        (["generate", "x", "--seeds", "one"], "invalid int value: 'one'"),
+    ],
+)
+def test_bad_words(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(words) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_full_disk_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(argv: list[str]) -> int:
+        raise OSError(28, "No space left on device", "runs/a/run.json")
+
+    monkeypatch.setitem(cli.COMMANDS, "fit", full)
+    assert cli.main(["fit"]) == 1
+    expected = (
+        "ipgo: cannot read or write 'runs/a/run.json': No space left on device; nothing finished is lost\n"
+    )
+    assert capsys.readouterr().err == expected
+
+
+def test_table() -> None:
+    sure = Gain(
+        "ipgo", "emoji-clip", True, 0.25, 0.5, Interval(0.25, 0.125, 0.375, 9), Interval(0.75, 0.5, 1.0, 9)
+    )
+    alone = Gain("ipgo", "mine", False, 1.0, 0.5, Interval(-0.5, NAN, NAN, 1), Interval(0.0, NAN, NAN, 1))
+    lines = cli.table([sure, alone]).splitlines()
+    assert " ".join(lines[1].split()) == "emoji-clip 0.250 0.500 +0.250 +0.125 to +0.375 75% (50% to 100%)"
+    assert " ".join(lines[2].split()) == "mine * 1.000 0.500 -0.500 one prompt 0%"
+
+
+def test_every_public_name_is_there() -> None:
+    for name in ipgo.__all__:
+        assert getattr(ipgo, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'ftt'"):
+        _ = ipgo.ftt

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ipgo import IPGO, Ascent, Insertion, Raw, Sampling
+from ipgo.config import RunConfig, build, flatten, merge, method_of, parse, presets, read_settings, run_parser
+from ipgo.errors import InputError
+
+PROMPTS = ("a fox", "a lemon")
+
+
+def read(settings: dict[str, Any], *flags: str) -> RunConfig:
+    return build(parse(run_parser(method_of(settings)), settings, list(flags)), PROMPTS)
+
+
+def test_defaults_are_those_of_the_dataclass() -> None:
+    assert read({}) == RunConfig(PROMPTS)
+
+
+def test_flags_override_settings_and_settings_defaults() -> None:
+    settings = {
+        "sampling": {"steps": 9, "eta": 0.5},
+        "method": {"name": "ipgo", "ascent": {"lr": 0.5}},
+        "seeds": [3],
+    }
+    config = read(settings, "--sampling.steps", "7", "--method.insertion.num_prefix", "4", "--shared")
+    assert config == RunConfig(
+        PROMPTS,
+        IPGO(Insertion(num_prefix=4), Ascent(lr=0.5)),
+        sampling=Sampling(steps=7, eta=0.5),
+        seeds=(3,),
+        shared=True,
+    )
+    assert read(settings, "--seeds", "1", "2").seeds == (1, 2)
+    assert read(settings, "--seeds").seeds == ()
+
+
+def test_json_round_trip_and_identity() -> None:
+    for config in (
+        RunConfig(PROMPTS, held_out=("contrast",), scheduler="lms", seeds=()),
+        RunConfig(PROMPTS, Raw(), image_size=64),
+        RunConfig(PROMPTS, IPGO(Insertion(rank=3, norm=0.0)), shared=True),
+    ):
+        assert RunConfig.from_json(config.to_json()) == config
+    config = RunConfig(PROMPTS)
+    assert replace(config, chunk=9, device="cpu").digest() == config.digest()
+    assert replace(config, seed=1).digest() != config.digest()
+    assert config.identity()["method.ascent.lr"] == Ascent().lr
+
+
+@pytest.mark.parametrize("name", presets())
+def test_presets_are_valid(name: str) -> None:
+    config = read(read_settings(name, None))
+    assert RunConfig.from_json(config.to_json()) == config
+
+
+def test_paper_code_is_the_notebook() -> None:
+    config = read(read_settings("paper-code", None))
+    insertion = config.method.insertion  # type: ignore[attr-defined]
+    assert insertion == Insertion(10, 10, insertion.rank, "unused", bias=True, norm=0.0)
+    assert insertion.rank_of(10, 768) == 300
+    assert (config.scheduler, config.padding, config.seeds) == ("lms", "none", (0,))
+    assert config.sampling == Sampling(steps=50, guidance_scale=7.5)
+
+
+def test_a_file_overrides_the_preset(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("method: ipgo\nsampling: {steps: 3}\n")
+    settings = read_settings("fast", str(file))
+    assert settings["sampling"]["steps"] == 3
+    assert settings["method"]["name"] == "ipgo"
+    assert settings["unseen_seeds"] == 2
+    file.write_text("method: {ascent: {steps: 4}}\n")
+    assert read(read_settings("fast", str(file))).method.ascent.backprop_steps == 1  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"chunk": 0}, "chunk is 0; it must be at least 1"),
+        ({"unseen_seeds": -1}, "unseen_seeds is -1"),
+        ({"seeds": (1, 1)}, r"seeds is \[1, 1\]; they must be different"),
+        ({"seeds": (-1,)}, "at least 0"),
+        ({"seeds": (1001,)}, "kept for judging"),
+        ({"seeds": (), "unseen_seeds": 0}, "at least one seed"),
+        ({"sampling": Sampling(steps=1)}, "backprop_steps is .*; sampling.steps allows at most 1"),
+        ({"prompts": ()}, "prompts is empty"),
+    ],
+)
+def test_settings_that_cannot_work(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        RunConfig(**{"prompts": PROMPTS, **values})
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--stepz", "3"], "unknown option '--stepz'"),
+        (["--sampling.stepz", "3"], "unknown option '--sampling.stepz'; did you mean '--sampling.steps'"),
+        (["--sampling.steps", "four"], "sampling.steps is 'four'; it must be int"),
+        (["--method.insertion.rank", "x"], "method.insertion.rank is 'x'; it must be int or null"),
+        (["--method.insertion.rotations", "up"], "is 'up'; it must be 'applied', 'unused', 'none'"),
+        (["--seeds", "x"], "seeds is 'x'"),
+        (["--sampling.steps", "0"], "sampling.steps is 0; it must be at least 1"),
+        (["--seed"], "argument --seed: expected one argument"),
+        (["a prompt"], "unexpected 'a'; give prompts first, in quotes"),
+    ],
+)
+def test_bad_flags_are_one_sentence(flags: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message) as error:
+        read({}, *flags)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sampling: {stepz: 3}", "unknown option 'sampling.stepz'; did you mean 'sampling.steps'"),
+        ("samplin: {steps: 3}", "unknown option 'samplin.*did you mean 'sampling"),
+        ("method: {name: ipgo, ascent: {lrr: 3}}", "did you mean 'method.ascent.lr'"),
+        ("method: ipgoo", "unknown method 'ipgoo'; did you mean 'ipgo'"),
+        ("sampling: {steps: many}", "sampling.steps is 'many'"),
+        ("- a\n- b", "holds no 'key: value' settings"),
+        ("a: [", "cannot be read"),
+    ],
+)
+def test_bad_files_are_one_sentence(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(InputError, match=message) as error:
+        read(read_settings(None, str(file)))
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_preset_and_missing_file() -> None:
+    with pytest.raises(InputError, match="unknown preset 'papercode'; did you mean 'paper-code'"):
+        read_settings("papercode", None)
+    with pytest.raises(InputError, match=r"config file 'none\.yaml' does not exist"):
+        read_settings(None, "none.yaml")
+
+
+def test_merge_and_flatten() -> None:
+    merged = merge({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 4}, "d": {"e": 5}})
+    assert flatten(merged) == {"a.b": 4, "a.c": 2, "d.e": 5}

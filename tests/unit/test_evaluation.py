@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ipgo import InputError, Score, summarise, win_rate
+
+
+def scores(table: dict[str, list[tuple[float, float]]], reward: str = "r") -> list[Score]:
+    """{"prompt": [(ours, raw), ...]} with one pair a seed."""
+    found = []
+    for prompt, pairs in table.items():
+        for seed, (ours, raw) in enumerate(pairs):
+            found.append(Score("ipgo", prompt, seed, reward, ours, False))
+            found.append(Score("raw", prompt, seed, reward, raw, False))
+    return found
+
+
+def test_win_rate_is_a_mean_over_prompts_of_means_over_seeds() -> None:
+    table = scores({"a": [(2, 1), (2, 1), (1, 2), (1, 1)], "b": [(5, 0)]})
+    rate = win_rate(table, "ipgo", "raw", "r")
+    assert rate.value == pytest.approx((2.5 / 4 + 1) / 2)
+    assert rate.n == 2
+    assert rate.low <= rate.value <= rate.high
+    assert rate.low >= 0.625
+    assert rate == win_rate(table, "ipgo", "raw", "r")
+
+
+def test_interval_of_a_sure_thing_and_of_one_prompt() -> None:
+    sure = win_rate(scores({str(n): [(1, 0)] for n in range(20)}), "ipgo", "raw", "r")
+    assert (sure.low, sure.value, sure.high, sure.n) == (1, 1, 1, 20)
+    alone = win_rate(scores({"a": [(1, 0)]}), "ipgo", "raw", "r")
+    assert alone.value == 1
+    assert math.isnan(alone.low)
+
+
+def test_interval_has_its_coverage() -> None:
+    half = win_rate(scores({str(n): [(n % 2, 0.5)] for n in range(100)}), "ipgo", "raw", "r")
+    assert half.value == 0.5
+    assert half.high - half.low == pytest.approx(2 * 1.96 * 0.05, rel=0.1)  # of a mean of 100 coin throws
+
+
+@given(
+    st.lists(
+        st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=4),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_wins_of_both_sides_add_to_one(pairs: list[list[tuple[float, float]]]) -> None:
+    table = scores({str(number): pair for number, pair in enumerate(pairs)})
+    ours, theirs = win_rate(table, "ipgo", "raw", "r"), win_rate(table, "raw", "ipgo", "r")
+    assert ours.value + theirs.value == pytest.approx(1)
+
+
+def test_summarise_by_reward_and_seed() -> None:
+    table = scores({"a": [(2, 1), (0, 4)], "b": [(3, 1), (1, 1)]}) + scores({"a": [(1, 3)]}, "held")
+    gains = {gain.reward: gain for gain in summarise(table, seeds=[0])}
+    assert (gains["r"].before, gains["r"].after, gains["r"].gain.value) == (1, 2.5, 1.5)
+    assert gains["held"].gain.value == -2
+    assert gains["held"].wins.value == 0
+    everything = summarise(table)[0]
+    assert everything.gain.value == pytest.approx(((1 - 4) / 2 + (2 + 0) / 2) / 2)
+    assert summarise([each for each in table if each.method == "raw"]) == []
+
+
+def test_nothing_in_common_is_an_error() -> None:
+    with pytest.raises(InputError, match="share no prompt and seed"):
+        win_rate(scores({"a": [(1, 0)]}), "draft", "raw", "r")

@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ipgo import (
+    IPGO,
+    Adapter,
+    Ascent,
+    InputError,
+    Insertion,
+    InsertionAdapter,
+    Progress,
+    ResumeError,
+    Run,
+    Score,
+    files,
+    load_adapter,
+    save_adapter,
+)
+from ipgo.config import RunConfig
+from ipgo.store import Chunk, Cost, load_scores, save_scores
+
+CONFIG = RunConfig(("a fox", "a lemon", "an owl"), IPGO(ascent=Ascent(steps=4)), chunk=2)
+
+
+def adapter(prompts: tuple[str, ...] | None = ("a fox", "a lemon")) -> InsertionAdapter:
+    return InsertionAdapter(prompts, 8, Insertion(1, 2, rank=2, norm=1.0))
+
+
+def progress(step: int, rewards: tuple[float, ...] = (1.0, 2.0)) -> Progress:
+    values = torch.tensor(rewards)
+    return Progress(
+        step=step,
+        total=4,
+        rewards=values,
+        best=values,
+        penalty=values / 10,
+        grad_norm=values * 10,
+        failed=torch.zeros(len(rewards), dtype=torch.bool),
+        images=None,
+        adapter=adapter(),
+        state=lambda: {"step": torch.tensor(step), "values": values},
+    )
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    run = Run.open(tmp_path / "run", CONFIG)
+    run.start({"device": "test"})
+    return run
+
+
+def test_a_killed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "x.json"
+    files.write_json(file, {"a": 1})
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        files.write_json(file, {"a": 2})
+    assert files.read_json(file) == {"a": 1}
+    monkeypatch.undo()
+    files.write_json(file, {"a": 3})
+    assert files.read_json(file) == {"a": 3}
+    assert [each.name for each in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_lines_up_to_a_broken_one(tmp_path: Path) -> None:
+    file = tmp_path / "x.jsonl"
+    assert files.read_lines(file) == []
+    files.append_line(file, {"step": 1})
+    files.append_line(file, {"step": 2})
+    with file.open("a") as stream:
+        stream.write('{"step": 3, "rew')
+    assert files.read_lines(file) == [{"step": 1}, {"step": 2}]
+
+
+def test_chunks_and_what_is_pending(run: Run) -> None:
+    assert [chunk.texts for chunk in run.chunks(stackable=True)] == [("a fox", "a lemon"), ("an owl",)]
+    assert [len(chunk.prompts) for chunk in run.chunks(stackable=False)] == [1, 1, 1]
+    shared = Run(run.path, replace(CONFIG, shared=True))
+    assert [chunk.texts for chunk in shared.chunks(stackable=True)] == [CONFIG.prompts]
+    run.finish(run.prompts[0], [], {}, failed=False)
+    assert len(run.pending(stackable=True)) == 2
+    run.finish(run.prompts[1], [], {}, failed=True)
+    assert [chunk.texts for chunk in run.pending(stackable=True)] == [("an owl",)]
+    assert [result["status"] for result in run.results()] == ["finished", "failed"]
+
+
+def test_checkpoint_round_trip_cuts_the_history_back(run: Run) -> None:
+    chunk = run.chunks(stackable=True)[0]
+    for step in (1, 2):
+        run.record(chunk, progress(step), seconds=float(step))
+    run.save_checkpoint(chunk, progress(2), Cost(Counter(denoiser=8), 2.0, 100.0))
+    run.record(chunk, progress(3, (float("nan"), 2.0)), seconds=3.0)
+    assert run.history(chunk.prompts[0])[-1]["reward"] is None
+
+    found = run.checkpoint(chunk)
+    assert found is not None
+    assert (found.step, found.cost.calls, found.cost.seconds, found.cost.sessions) == (
+        2,
+        {"denoiser": 8},
+        2.0,
+        2,
+    )
+    assert found.state["values"].tolist() == [1.0, 2.0]
+    assert [line["step"] for line in run.history(chunk.prompts[1])] == [1, 2]
+    assert run.history(chunk.prompts[1])[0]["reward"] == 2.0
+
+
+def test_without_a_checkpoint_the_history_starts_again(run: Run) -> None:
+    chunk = run.chunks(stackable=True)[0]
+    run.record(chunk, progress(1), seconds=1.0)
+    assert run.checkpoint(chunk) is None
+    assert run.history(chunk.prompts[0]) == []
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda content: content[:-5], lambda content: b"", lambda content: b"x" * 100]
+)
+def test_a_damaged_checkpoint_is_set_aside(run: Run, caplog: pytest.LogCaptureFixture, damage: Any) -> None:
+    chunk = run.chunks(stackable=True)[0]
+    run.record(chunk, progress(1), seconds=1.0)
+    run.save_checkpoint(chunk, progress(1), Cost())
+    (file,) = (run.path / "chunks").iterdir()
+    file.write_bytes(damage(file.read_bytes()))
+    with caplog.at_level(logging.WARNING, logger="ipgo"):
+        assert run.checkpoint(chunk) is None
+    assert "is damaged; set aside" in caplog.text
+    assert [each.suffix for each in (run.path / "chunks").iterdir()] == [".damaged"]
+    assert run.history(chunk.prompts[0]) == []
+
+
+def test_a_checkpoint_of_other_prompts_or_settings_is_not_taken(run: Run) -> None:
+    chunk = run.chunks(stackable=True)[0]
+    run.record(chunk, progress(1), seconds=1.0)
+    run.save_checkpoint(chunk, progress(1), Cost())
+    assert Run(run.path, replace(CONFIG, seed=7)).checkpoint(chunk) is None
+    renamed = Chunk((replace(chunk.prompts[0], text="another"), chunk.prompts[1]))
+    assert run.checkpoint(renamed) is None
+
+
+def test_opening_checks_the_settings(run: Run, tmp_path: Path) -> None:
+    assert Run.open(run.path).config == CONFIG
+    assert Run.open(run.path, replace(CONFIG, chunk=1, device="cpu")).prompts == run.prompts
+    other = replace(CONFIG, seed=3, sampling=replace(CONFIG.sampling, steps=7))
+    with pytest.raises(ResumeError, match=r"sampling\.steps \d+ there, 7 now; seed 0 there, 3 now"):
+        Run.open(run.path, other)
+    with pytest.raises(ResumeError, match="prompts"):
+        Run.open(run.path, replace(CONFIG, prompts=("a fox",)))
+    with pytest.raises(InputError, match="is not a run folder"):
+        Run.open(tmp_path)
+    with pytest.raises(InputError, match="holds something else"):
+        Run.open(tmp_path, CONFIG)
+    about = json.loads((run.path / "run.json").read_text())
+    (run.path / "run.json").write_text(json.dumps({**about, "schema": 99}))
+    with pytest.raises(ResumeError, match="schema 99"):
+        Run.open(run.path, CONFIG)
+    (run.path / "run.json").write_text("{half")
+    with pytest.raises(InputError, match="cannot be read"):
+        Run.open(run.path, CONFIG)
+
+
+def test_opening_writes_nothing(tmp_path: Path) -> None:
+    Run.open(tmp_path / "new", CONFIG)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="which cannot be written: Not a directory"):
+        Run.open(tmp_path / "file" / "run", CONFIG).start({})
+
+
+def test_adapters_round_trip(tmp_path: Path) -> None:
+    for each in (adapter(), adapter(None), adapter().row(1), Adapter()):
+        save_adapter(each, tmp_path, {"backend": "emoji"})
+        loaded = load_adapter(tmp_path)
+        assert (loaded.kind, loaded.prompts, loaded.options) == (each.kind, each.prompts, each.options)
+        for name, tensor in each.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], tensor)
+
+
+def test_bad_adapters_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no adapter\.json"):
+        load_adapter(tmp_path)
+    save_adapter(adapter(), tmp_path)
+    tensors = tmp_path / "adapter.safetensors"
+    whole = tensors.read_bytes()
+    tensors.write_bytes(whole[:-3])
+    with pytest.raises(InputError, match="cannot be read"):
+        load_adapter(tmp_path)
+    broken = adapter()
+    with torch.no_grad():
+        next(broken.parameters())[0, 0] = float("nan")
+    save_adapter(broken, tmp_path)
+    with pytest.raises(InputError, match="not finite"):
+        load_adapter(tmp_path)
+    about = json.loads((tmp_path / "adapter.json").read_text())
+    (tmp_path / "adapter.json").write_text(json.dumps({**about, "kind": "insertoin"}))
+    with pytest.raises(InputError, match="unknown adapter kind 'insertoin'; did you mean 'insertion'"):
+        load_adapter(tmp_path)
+
+
+def test_scores_round_trip(tmp_path: Path) -> None:
+    scores = [
+        Score("ipgo", "a fox", 0, "r", 0.1 + 0.2, True),
+        Score("raw", "ein süßer Fuchs", 1, "r", 1e-9, False),
+    ]
+    save_scores(tmp_path / "s.jsonl", scores)
+    assert load_scores(tmp_path / "s.jsonl") == scores
