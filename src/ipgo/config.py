@@ -205,7 +205,7 @@ def run_parser(method: str, prog: str = "ipgo fit") -> ArgumentParser:
         parser.add_argument(f"--{name}", **options)
     parser.add_class_arguments(METHODS[method], "method")
     for action in parser._actions:
-        if action.metavar is None and action.help == "Path to a configuration file.":
+        if action.help == "Path to a configuration file.":
             action.help = SUPPRESS  # jsonargparse's files for parts of the settings: one --config is enough
     return parser
 

@@ -6,7 +6,7 @@ import pkgutil
 from pathlib import Path
 
 from ipgo.backends.base import Backend
-from ipgo.errors import unknown
+from ipgo.errors import InputError, unknown
 
 __all__ = ["BACKENDS", "Backend", "load_backend"]
 
@@ -51,6 +51,8 @@ def load_backend(
             kind, place = BACKENDS[source]
         elif "/" not in source and not Path(source).exists():
             raise unknown("backend", source, BACKENDS)
+        elif (source[0] in "/.~" or source.count("/") > 1) and not Path(source).exists():
+            raise InputError(f"backend folder {source!r} does not exist")
     backend: Backend = pkgutil.resolve_name(kind).load(
         place,
         device=device,

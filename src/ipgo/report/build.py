@@ -225,10 +225,10 @@ def _uri(file: Path) -> str | None:
     """A picture as text: small ones as they are, large ones as WebP."""
     if not file.is_file():
         return None
-    picture = Image.open(file)
-    if max(picture.size) <= LARGEST // 2:
-        return f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}"
-    picture.thumbnail((LARGEST, LARGEST))
-    stream = io.BytesIO()
-    picture.save(stream, "WEBP", quality=88)
+    with Image.open(file) as picture:
+        if max(picture.size) <= LARGEST // 2:
+            return f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}"
+        picture.thumbnail((LARGEST, LARGEST))
+        stream = io.BytesIO()
+        picture.save(stream, "WEBP", quality=88)
     return f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode()}"
