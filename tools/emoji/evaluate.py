@@ -4,7 +4,6 @@ Reads the package's own files through stock diffusers and transformers classes, 
 """
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,7 +21,7 @@ from tools.emoji import sprites, world
 from tools.emoji.export import BACKEND, PACKAGE
 
 STEPS = 20
-GUIDANCE = 4.0
+GUIDANCE = 5.0
 BATCH = 50
 
 
@@ -138,6 +137,16 @@ def speed_figures(pipe: StableDiffusionPipeline) -> dict[str, float]:
     return {**seconds, "megabytes": size / 1e6}
 
 
+def rows(figures: object, name: str = "") -> list[str]:
+    """Nested figures as the lines of a table."""
+    if isinstance(figures, dict):
+        return [
+            line for key, value in figures.items() for line in rows(value, f"{name}, {key}" if name else key)
+        ]
+    values = figures if isinstance(figures, list) else [figures]
+    return [f"| {name} | {', '.join(f'{value:.3g}' for value in values)} |"]
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -155,7 +164,10 @@ def main() -> None:
         "rewards": reward_figures(judge, options.count),
         "generator": generator_figures(pipe, judge, options.count),
     }
-    print(json.dumps(figures, indent=1))
+    table = "\n".join(["| figure | value |", "|---|---|", *rows(figures)])
+    print(table)
+    if options.out:
+        options.out.write_text(f"`python -m tools.emoji.evaluate --count {options.count}`\n\n{table}\n")
     if options.sheet:
         prompts = [world.plain_caption(scene) for scene in test_scenes(100, 1, seed=1)]
         grid(generate(pipe, prompts), columns=10).save(options.sheet)
