@@ -159,7 +159,8 @@ def show_run(folder: Run) -> int:
 
 def table(gains: Sequence[Gain]) -> str:
     """One line a reward; the raised one is marked with a star."""
-    rows = [("reward", "raw", gains[0].method, "gain", "95% interval", "wins over raw")]
+    over = f"95% over {gains[0].gain.n} {gains[0].gain.over}"
+    rows = [("reward", "raw", gains[0].method, "gain", over, "wins over raw")]
     for each in gains:
         some = each.gain.n > 1
         rows.append(
@@ -168,7 +169,7 @@ def table(gains: Sequence[Gain]) -> str:
                 f"{each.before:.3f}",
                 f"{each.after:.3f}",
                 f"{each.gain.value:+.3f}",
-                f"{each.gain.low:+.3f} to {each.gain.high:+.3f}" if some else "one prompt",
+                f"{each.gain.low:+.3f} to {each.gain.high:+.3f}" if some else "one image",
                 f"{each.wins.value:.0%}"
                 + (f" ({each.wins.low:.0%} to {each.wins.high:.0%})" if some else ""),
             )

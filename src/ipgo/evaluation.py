@@ -38,12 +38,16 @@ class Score:
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with its 95% bootstrap interval over `n` prompts (NaN below two prompts)."""
+    """An estimate with its 95% bootstrap interval over `n` prompts, or over the seeds of a single prompt.
+
+    One prompt and one seed have no interval: `low` and `high` are NaN.
+    """
 
     value: float
     low: float
     high: float
     n: int
+    over: str
 
 
 @dataclass(frozen=True)
@@ -143,14 +147,14 @@ def evaluate(
 def win_rate(scores: Iterable[Score], method: str, baseline: str, reward: str) -> Interval:
     """How often `method` scores above `baseline` on the same prompt and seed; a tie is half a win.
 
-    The rate is the mean over prompts of the mean over seeds; the interval resamples prompts.
+    The rate is the mean over prompts of the mean over seeds; the interval resamples prompts (or seeds, if there
+    is one prompt).
 
     Raises:
         InputError: the two methods share no prompt and seed.
     """
     pairs = _pairs(scores, method, baseline, reward)
-    wins = {prompt: [(a > b) + 0.5 * (a == b) for a, b in values] for prompt, values in pairs.items()}
-    return _bootstrap([float(np.mean(values)) for values in wins.values()])
+    return _bootstrap([[(a > b) + 0.5 * (a == b) for a, b in values] for values in pairs.values()])
 
 
 def summarise(
@@ -162,9 +166,9 @@ def summarise(
     gains = []
     for (method, reward), unseen in held_out.items():
         pairs = _pairs(chosen, method, baseline, reward)
-        means = [tuple(np.mean(values, axis=0)) for values in pairs.values()]
+        means = [np.mean(values, axis=0) for values in pairs.values()]
         after, before = (float(column) for column in np.mean(means, axis=0))
-        difference = _bootstrap([float(a - b) for a, b in means])
+        difference = _bootstrap([[a - b for a, b in values] for values in pairs.values()])
         gains.append(
             Gain(
                 method, reward, unseen, before, after, difference, win_rate(chosen, method, baseline, reward)
@@ -192,11 +196,13 @@ def _pairs(
     return dict(pairs)
 
 
-def _bootstrap(values: Sequence[float]) -> Interval:
-    """Mean of one value a prompt, with percentiles of the resampled means (Efron 1979)."""
-    mean, n = float(np.mean(values)), len(values)
+def _bootstrap(values: Sequence[Sequence[float]]) -> Interval:
+    """Mean over prompts of the mean over seeds, with percentiles of the resampled means (Efron 1979)."""
+    over = "prompts" if len(values) > 1 else "seeds"
+    units = np.array([np.mean(each) for each in values] if over == "prompts" else values[0], dtype=float)
+    n = len(units)
     if n < 2:
-        return Interval(mean, math.nan, math.nan, n)
+        return Interval(float(units.mean()), math.nan, math.nan, n, over)
     draws = np.random.default_rng(0).integers(n, size=(RESAMPLES, n))
-    low, high = np.quantile(np.asarray(values)[draws].mean(axis=1), [0.025, 0.975])
-    return Interval(mean, float(low), float(high), n)
+    low, high = np.quantile(units[draws].mean(axis=1), [0.025, 0.975])
+    return Interval(float(units.mean()), float(low), float(high), n, over)

@@ -90,12 +90,26 @@ def test_a_full_disk_is_one_sentence(
 
 def test_table() -> None:
     sure = Gain(
-        "ipgo", "emoji-clip", True, 0.25, 0.5, Interval(0.25, 0.125, 0.375, 9), Interval(0.75, 0.5, 1.0, 9)
+        "ipgo",
+        "emoji-clip",
+        True,
+        0.25,
+        0.5,
+        Interval(0.25, 0.125, 0.375, 9, "prompts"),
+        Interval(0.75, 0.5, 1.0, 9, "prompts"),
     )
-    alone = Gain("ipgo", "mine", False, 1.0, 0.5, Interval(-0.5, NAN, NAN, 1), Interval(0.0, NAN, NAN, 1))
+    alone = Gain(
+        "ipgo",
+        "mine",
+        False,
+        1.0,
+        0.5,
+        Interval(-0.5, NAN, NAN, 1, "seeds"),
+        Interval(0.0, NAN, NAN, 1, "seeds"),
+    )
     lines = cli.table([sure, alone]).splitlines()
     assert " ".join(lines[1].split()) == "emoji-clip 0.250 0.500 +0.250 +0.125 to +0.375 75% (50% to 100%)"
-    assert " ".join(lines[2].split()) == "mine * 1.000 0.500 -0.500 one prompt 0%"
+    assert " ".join(lines[2].split()) == "mine * 1.000 0.500 -0.500 one image 0%"
 
 
 def test_every_public_name_is_there() -> None:

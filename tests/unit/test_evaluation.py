@@ -31,10 +31,13 @@ def test_win_rate_is_a_mean_over_prompts_of_means_over_seeds() -> None:
 
 def test_interval_of_a_sure_thing_and_of_one_prompt() -> None:
     sure = win_rate(scores({str(n): [(1, 0)] for n in range(20)}), "ipgo", "raw", "r")
-    assert (sure.low, sure.value, sure.high, sure.n) == (1, 1, 1, 20)
-    alone = win_rate(scores({"a": [(1, 0)]}), "ipgo", "raw", "r")
-    assert alone.value == 1
-    assert math.isnan(alone.low)
+    assert (sure.low, sure.value, sure.high, sure.n, sure.over) == (1, 1, 1, 20, "prompts")
+    alone = win_rate(scores({"a": [(1, 0), (0, 1), (1, 1)]}), "ipgo", "raw", "r")
+    assert (alone.value, alone.n, alone.over) == (0.5, 3, "seeds")
+    assert alone.low == 0
+    image = win_rate(scores({"a": [(1, 0)]}), "ipgo", "raw", "r")
+    assert image.value == 1
+    assert math.isnan(image.low)
 
 
 def test_interval_has_its_coverage() -> None:

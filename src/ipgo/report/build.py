@@ -68,7 +68,7 @@ def render(run: Run) -> str:
         title=config.prompts[0] if len(config.prompts) == 1 else f"{len(config.prompts)} prompts",
         config=config,
         summary=summary(run, fitted, unseen),
-        warnings=warnings(config.reward, unseen or fitted),
+        fallen=fallen(config.reward, unseen or fitted),
         rows=_rows(fitted, unseen),
         later=summarise(later) if later else [],
         later_seeds=len({each.seed for each in later}),
@@ -90,7 +90,7 @@ def mood(gain: float) -> str:
 
 
 def summary(run: Run, fitted: Sequence[Gain], unseen: Sequence[Gain]) -> str:
-    """The result in one sentence, with the noise it was fitted to and the noise it was not."""
+    """The result in words: on the noise it was fitted to, on noise it was not, and to the judge's eye."""
     reward = run.config.reward
     found = [
         (title, _of(gains, reward))
@@ -104,23 +104,32 @@ def summary(run: Run, fitted: Sequence[Gain], unseen: Sequence[Gain]) -> str:
     last = next(gain for _, gain in reversed(found) if gain is not None)
     verb = "raised" if last.gain.value > 0 else "did not raise"
     wins = f", and beats the raw prompt in {last.wins.value:.0%} of the images there"
-    return f"{run.config.method_name.upper()} {verb} {reward} {' and '.join(parts)}{wins}."
+    text = f"{run.config.method_name.upper()} {verb} {reward} {' and '.join(parts)}{wins}."
+    judged = _of(unseen or fitted, "judge-object")
+    if judged is not None:
+        text += f" An independent judge finds the object in {judged.before:.0%} of the images before and in"
+        text += f" {judged.after:.0%} after."
+    return text
 
 
-def warnings(reward: str, gains: Sequence[Gain]) -> list[str]:
-    """Reward hacking in words: held-out rewards that fall while the raised one rises."""
+@dataclass(frozen=True)
+class Fallen:
+    """A held-out reward that fell while the raised one rose; `sure` if its whole interval is below zero."""
+
+    text: str
+    sure: bool
+
+
+def fallen(reward: str, gains: Sequence[Gain]) -> list[Fallen]:
+    """What may be the price of the gain; a sure fall is what reward hacking looks like."""
     raised = _of(gains, reward)
     if raised is None or raised.gain.value <= 0:
         return []
-    texts = []
-    for each in gains:
-        if each.held_out and each.gain.value <= -VISIBLE:
-            sure = each.gain.high < 0
-            strength = (
-                "fell" if sure else "fell, though not clearly" if each.gain.n > 1 else "fell on this prompt"
-            )
-            texts.append(f"{each.reward} {strength}: {each.before:.3f} to {each.after:.3f}")
-    return texts
+    return [
+        Fallen(f"{each.reward}: {each.before:.3f} to {each.after:.3f}", each.gain.high < 0)
+        for each in gains
+        if each.held_out and each.gain.value <= -VISIBLE
+    ]
 
 
 def _of(gains: Sequence[Gain], reward: str) -> Gain | None:
