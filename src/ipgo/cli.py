@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ipgo import __version__
 from ipgo.errors import InputError, IpgoError, unknown
-from ipgo.prompts import prompt_sets, read_prompts, slug
+from ipgo.prompts import READERS, prompt_sets, read_prompts, slug
 
 if TYPE_CHECKING:
     from ipgo.adapters import Adapter
@@ -110,15 +110,30 @@ def fit(argv: list[str]) -> int:
     parser.add_argument("--out", help="the run's folder (default: runs/ and the first words)")
     parsed = parse(parser, settings, rest)
 
-    texts = [*parsed.text, *(read_prompts(parsed.prompts) if parsed.prompts else [])]
+    texts = read_texts(parsed.text, parsed.prompts)
     config = build(parsed, tuple(texts))
     for name in (config.reward, *held_out(config)):
         check_reward(name)
     place = Path(parsed.out or Path("runs") / (slug(parsed.prompts or texts[0]) or "run"))
     folder = Run.open(place, config)
     warn_of_unseen_words(config)
+    loading(config.backend)
     run(folder, load_models(config))
     return show_run(folder)
+
+
+def read_texts(texts: Sequence[str], spec: str | None) -> list[str]:
+    """The prompts in the command, then those of a file or set."""
+    for text in texts:
+        if Path(text).suffix.lower() in READERS and Path(text).is_file():
+            raise InputError(f"{text!r} is a file; read its prompts with --prompts {text}")
+    return [*texts, *(read_prompts(spec) if spec else [])]
+
+
+def loading(name: str) -> None:
+    """Say on a terminal why nothing moves for some seconds."""
+    if sys.stderr.isatty():
+        print(f"loading {name} ...", file=sys.stderr)
 
 
 def _underscores(word: str) -> str:
@@ -211,12 +226,13 @@ def generate(argv: list[str]) -> int:
 
     check_seeds(tuple(args.seeds))
     adapter, settings = find_adapter(args.adapter)
-    texts = [*args.text, *(read_prompts(args.prompts) if args.prompts else [])] or list(adapter.prompts or ())
+    texts = read_texts(args.text, args.prompts) or list(adapter.prompts or ())
     check_prompts(texts)
     adapter.rows(texts)
     sampling = Sampling(**settings.pop("sampling"))
     source = args.backend or settings.pop("backend")
     settings.pop("backend", None)
+    loading(source)
     backend = load_backend(source, device=args.device, **settings)
     backend.check_prompts(texts)
     adapter.to(backend.device)
@@ -279,6 +295,7 @@ def evaluate(argv: list[str]) -> int:
     config = dataclasses.replace(folder.config, device=args.device)
     if args.rewards:
         config = dataclasses.replace(config, held_out=tuple(args.rewards))
+    loading(config.backend)
     models = load_models(config)
     models.backend.check_prompts(prompts)
     adapters = {"raw": Adapter(), config.method_name: adapter.to(models.backend.device)}

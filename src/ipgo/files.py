@@ -15,11 +15,15 @@ def write(file: Path, content: bytes) -> None:
     """Replace a file in one step: whoever looks, now or after a crash, sees the old one or the new one."""
     file.parent.mkdir(parents=True, exist_ok=True)
     draft = file.with_name(f".{file.name}.draft")
-    with draft.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    draft.replace(file)
+    try:
+        with draft.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        draft.replace(file)
+    except OSError as error:  # a full disk: make room, and name the file, which the system does not
+        draft.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(file)) from error
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:

@@ -147,9 +147,9 @@ def finish_chunk(folder: Run, models: Models, chunk: Chunk, progress: Progress, 
 
 def progress_bar(chunk: Chunk, folder: Run) -> tqdm[Any]:
     """A bar on a terminal, nothing elsewhere."""
-    numbers = f"{int(chunk.prompts[0].id[:4]) + 1}-{int(chunk.prompts[-1].id[:4]) + 1}"
-    several = f"prompts {numbers} of {len(folder.prompts)}"
-    title = several if len(folder.prompts) > 1 else chunk.prompts[0].text[:40]
+    first, last = (folder.prompts.index(prompt) + 1 for prompt in (chunk.prompts[0], chunk.prompts[-1]))
+    several = f"prompts {first}-{last}" if last > first else f"prompt {first}"
+    title = f"{several} of {len(folder.prompts)}" if len(folder.prompts) > 1 else chunk.texts[0][:40]
     return tqdm(desc=title, unit="step", disable=None)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -226,6 +228,53 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
     assert error.startswith("ipgo: ")
     assert error.count("\n") == 1
     assert list(tmp_path.rglob("*.png")) == []
+
+
+def test_words_that_the_model_never_saw_are_named(
+    pipeline_folder: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "backend"
+    shutil.copytree(pipeline_folder, folder)
+    words = {
+        "objects": {"fox": ["vixen"], "lemon": []},
+        "colours": ["blue"],
+        "words": ["a", "blue", "fox", "lemon"],
+    }
+    (folder / "vocabulary.json").write_text(json.dumps(words))
+    assert fit(str(folder), tmp_path / "run", ["a blue lemmon", "a xylophone"]) == 0
+    assert (
+        caplog.text.count("the model has never seen 'lemmon' (nearest: 'lemon'), 'xylophone'; `ipgo list")
+        == 1
+    )
+    capsys.readouterr()
+    assert cli.main(["list", "objects", str(folder)]) == 0
+    assert capsys.readouterr().out == "objects:\n  fox (vixen)\n  lemon\n  -- colours: blue\n"
+
+
+def test_a_full_disk_loses_nothing_and_the_run_goes_on(
+    fitted: Path,
+    pipeline_folder: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    replace, out = Path.replace, tmp_path / "run"
+
+    def full(self: Path, target: Path) -> Path:
+        if "0001-" in str(target) and target.suffix == ".png":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", full)
+    assert fit(pipeline_folder, out, PROMPTS, "--chunk", "2") == 1
+    error = capsys.readouterr().err
+    assert "before-0.png': No space left on device; nothing finished is lost" in error
+    assert error.count("\n") == 1
+    assert not list(out.rglob(".*.draft"))
+    assert len(Run.open(out).results()) == 1
+    monkeypatch.setattr(Path, "replace", replace)
+    assert fit(pipeline_folder, out, PROMPTS) == 0
+    assert_same_bits(fitted, out)
 
 
 def test_a_failed_prompt_does_not_stop_its_neighbour(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -72,6 +73,14 @@ def test_bad_words(words: list[str], message: str, capsys: pytest.CaptureFixture
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_a_file_in_place_of_a_prompt(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("a fox")
+    with pytest.raises(ipgo.InputError, match=r"is a file; read its prompts with --prompts"):
+        cli.read_texts([str(file)], None)
+    assert cli.read_texts(["a fox.txt"], str(file)) == ["a fox.txt", "a fox"]
 
 
 def test_a_full_disk_is_one_sentence(
