@@ -145,7 +145,7 @@ def _underscores(word: str) -> str:
 def show_run(folder: Run) -> int:
     """Write the report, and print what came out and where it is."""
     from ipgo.evaluation import summarise
-    from ipgo.report import write_report
+    from ipgo.report import total_cost, write_report
 
     page, curve = write_report(folder)
     config, scores = folder.config, folder.scores()
@@ -164,6 +164,10 @@ def show_run(folder: Run) -> int:
     else:
         print(f"{'prompts:':<12}{folder.path / 'prompts'}")
     print(f"{'curve:':<12}{curve}\n{'report:':<12}{page}")
+    cost = total_cost(folder.results())
+    print(
+        f"{'cost:':<12}{cost['seconds']:.0f} s of fitting, {cost['calls'].get('denoiser', 0):,} denoiser calls"
+    )
     failed = [result["prompt"] for result in folder.results() if result["status"] == "failed"]
     if failed:
         return _fail(

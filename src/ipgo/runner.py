@@ -84,12 +84,12 @@ def load_judge(config: RunConfig) -> Judge | None:
 
 
 def run(folder: Run, models: Models) -> None:
-    """Fit every prompt that has no result yet, and collect the scores. Safe to stop and to call again."""
+    """Fit every prompt that has no result yet. Safe to stop at any moment, and to call again."""
     folder.start(facts(models.backend))
     for chunk in folder.pending(folder.config.method.stackable):
         progress, cost = fit_chunk(folder, models, chunk)
         finish_chunk(folder, models, chunk, progress, cost)
-    folder.save_scores()
+    folder.close()
 
 
 def fit_chunk(folder: Run, models: Models, chunk: Chunk) -> tuple[Progress, Cost]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -89,7 +90,8 @@ class Run:
         if not found.is_file():
             if config is None:
                 raise InputError(f"{str(path)!r} is not a run folder: it has no run.json")
-            if path.is_file() or (path.is_dir() and any(path.iterdir())):
+            others = [file for file in path.iterdir() if file.suffix != ".draft"] if path.is_dir() else []
+            if path.is_file() or others:
                 raise InputError(
                     f"out is {str(path)!r}, which holds something else; give a new or empty folder"
                 )
@@ -111,16 +113,15 @@ class Run:
 
     def start(self, facts: Mapping[str, Any]) -> None:
         """Make the folder if it is new; `facts` are the versions and the device that the run began with."""
+        if (self.path / "run.json").exists():
+            return
+        about = {"schema": SCHEMA, "digest": self.config.digest(), **facts, "config": self.config.to_json()}
         try:
-            (self.path / "prompts").mkdir(parents=True, exist_ok=True)
-            (self.path / "chunks").mkdir(exist_ok=True)
+            files.write_json(self.path / "run.json", about)
         except OSError as error:
             raise InputError(
                 f"out is {str(self.path)!r}, which cannot be written: {error.strerror}"
             ) from None
-        if not (self.path / "run.json").exists():
-            identity = {"schema": SCHEMA, "digest": self.config.digest(), **facts}
-            files.write_json(self.path / "run.json", {**identity, "config": self.config.to_json()})
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -139,9 +140,12 @@ class Run:
     def adapter_folder(self, prompt: Prompt) -> Path:
         return self.path / "shared" if self.config.shared else self.folder(prompt)
 
-    def _histories(self, chunk: Chunk) -> list[Path]:
-        folders = dict.fromkeys(self.adapter_folder(prompt) for prompt in chunk.prompts)
-        return [folder / "history.jsonl" for folder in folders]
+    def _histories(self, chunk: Chunk) -> dict[int, Path]:
+        """The history files of a chunk's unfinished prompts by their rows; shared: the one of row 0."""
+        if self.config.shared:
+            return {0: self.path / "shared" / "history.jsonl"}
+        rows = {row: prompt for row, prompt in enumerate(chunk.prompts) if not self.done(prompt)}
+        return {row: self.folder(prompt) / "history.jsonl" for row, prompt in rows.items()}
 
     def _checkpoint_file(self, chunk: Chunk) -> Path:
         return self.path / "chunks" / f"{chunk.key}.safetensors"
@@ -164,19 +168,18 @@ class Run:
 
     def record(self, chunk: Chunk, progress: Progress, seconds: float) -> None:
         """Append a line to the history of each prompt (shared: one line, the mean over prompts)."""
-        columns = (
-            torch.stack([progress.rewards, progress.penalty, progress.grad_norm]).double().cpu()
-        )  # (3, P)
+        columns = torch.stack([progress.rewards, progress.penalty, progress.grad_norm]).double().cpu()
         if self.config.shared:
-            columns = columns.nanmean(1, keepdim=True)
-        for file, values in zip(self._histories(chunk), columns.T.tolist(), strict=True):
+            columns = columns.nanmean(1, keepdim=True)  # (3, P) to (3, 1)
+        for row, file in self._histories(chunk).items():
+            values = columns[:, row].tolist()
             reward, penalty, grad_norm = (value if value == value else None for value in values)
             line = {"step": progress.step, "reward": reward, "penalty": penalty, "grad_norm": grad_norm}
             files.append_line(file, {**line, "seconds": round(seconds, 3)})
 
     def save_checkpoint(self, chunk: Chunk, progress: Progress, cost: Cost) -> None:
         """All that `checkpoint` needs. The histories go to the disk before it, so they never lag behind."""
-        for file in self._histories(chunk):
+        for file in self._histories(chunk).values():
             files.sync(file)
         about = {
             "step": progress.step,
@@ -194,7 +197,7 @@ class Run:
         """
         file = self._checkpoint_file(chunk)
         found = self._read_checkpoint(file, chunk) if file.is_file() else None
-        for history in self._histories(chunk):
+        for history in self._histories(chunk).values():
             _cut(history, found.step if found is not None else 0)
         return found
 
@@ -260,9 +263,10 @@ class Run:
         """The scores of all results."""
         return [Score(**each) for result in self.results() for each in result["scores"]]
 
-    def save_scores(self) -> None:
-        """Collect all scores in scores.jsonl, one a line."""
+    def close(self) -> None:
+        """When all is done: collect the scores in scores.jsonl, and drop what only a continuation needs."""
         save_scores(self.path / "scores.jsonl", self.scores())
+        shutil.rmtree(self.path / "chunks", ignore_errors=True)
 
     def history(self, prompt: Prompt) -> list[dict[str, Any]]:
         """The lines of a prompt's history (the shared one, if it is shared)."""

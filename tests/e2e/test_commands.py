@@ -63,7 +63,7 @@ def test_the_folder_holds_what_was_promised(fitted: Path) -> None:
     assert ("raw", 0, "colorfulness", False) in scores
     assert len(scores) == 2 * 3 * 2
     assert len((fitted / "scores.jsonl").read_text().splitlines()) == 2 * len(scores)
-    assert list((fitted / "chunks").iterdir()) == []
+    assert not (fitted / "chunks").exists()
 
 
 def test_images_and_scores_are_those_of_the_stored_adapter(fitted: Path, pipeline_folder: str) -> None:
@@ -332,7 +332,7 @@ def test_any_write_may_be_the_last(
 
         return write_or_die
 
-    for allowed in range(1, 99, 3):
+    for allowed in range(0, 99, 3):
         monkeypatch.setattr(files, "write", deadly(allowed))
         try:
             assert fit(pipeline_folder, out, PROMPTS) == 0

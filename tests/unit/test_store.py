@@ -178,6 +178,21 @@ def test_opening_writes_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_that_was_just_begun_can_be_opened(tmp_path: Path) -> None:
+    (tmp_path / ".run.json.draft").write_text("{")
+    Run.open(tmp_path, CONFIG).start({})
+    assert Run.open(tmp_path).config == CONFIG
+
+
+def test_what_is_finished_is_left_alone(run: Run) -> None:
+    chunk = run.chunks(stackable=True)[0]
+    run.record(chunk, progress(1), seconds=1.0)
+    run.finish(chunk.prompts[0], [], {}, failed=False)
+    run.record(chunk, progress(2), seconds=2.0)
+    assert run.checkpoint(chunk) is None
+    assert [len(run.history(prompt)) for prompt in chunk.prompts] == [1, 0]
+
+
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="which cannot be written: Not a directory"):

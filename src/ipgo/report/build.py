@@ -77,7 +77,7 @@ def render(run: Run) -> str:
         curve_name=name,
         scatters=_scatters(scores, config.reward, config.new_seeds or config.seeds),
         cards=[_card(run, prompt, result) for prompt, result in zip(_done(run), results, strict=True)],
-        cost=_cost(results),
+        cost=total_cost(results),
         settings={key: value for key, value in flatten(config.to_json()).items() if key != "prompts"},
         facts=run.facts,
         missing=len(run.prompts) - len(results),
@@ -211,7 +211,7 @@ def _scatters(scores: Sequence[Score], reward: str, seeds: Collection[int]) -> l
     return [(name, charts.scatter(each), sum(a > 0 > b for a, b in each)) for name, each in points.items()]
 
 
-def _cost(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def total_cost(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Totals over all prompts; memory and parameters are not additive."""
     calls: Counter[str] = Counter()
     for result in results:
