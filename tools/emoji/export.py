@@ -5,14 +5,14 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
-from safetensors.torch import save_file
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import CLIPTextModel
+from transformers import CLIPModel, CLIPTextModel
 
 from ipgo.rewards.emoji.judge import Network
 from tools.emoji import parts, world
-from tools.emoji.loop import trained
+from tools.emoji.loop import keep, save, trained
 from tools.emoji.networks import load_clip
 from tools.emoji.scorers import JUDGE_SIZES
 from tools.emoji.sprites import BUILD
@@ -58,6 +58,21 @@ def vocabulary() -> dict[str, object]:
         "quality": quality,
         "words": json.loads((BUILD / "words.json").read_text()),
     }
+
+
+def restore() -> None:
+    """The reverse of `export`: checkpoints from the package's weights, so that a part can be trained further."""
+    vae = AutoencoderKL.from_pretrained(BACKEND / "vae")
+    (BUILD / "latents.json").write_text(json.dumps({"scaling_factor": vae.config.scaling_factor}))
+    save("vae", vae)
+    save("denoiser", UNet2DConditionModel.from_pretrained(BACKEND / "unet"))
+    for name in ("clip", "preference"):
+        save(name, CLIPModel.from_pretrained(REWARDS / name))
+    probe = nn.Module()
+    probe.clip = CLIPModel.from_pretrained(REWARDS / "clip")
+    save("clip-probe", probe)
+    for name in ("aesthetic", "judge"):
+        keep(name, load_file(REWARDS / f"{name}.safetensors"))
 
 
 def _half(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,11 +60,12 @@ def _resume(
     with safe_open(path, "pt") as file:
         step = int(file.metadata()["step"])
     tensors = load_file(path)
-    module.load_state_dict(
-        {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-    )
+    weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+    module.load_state_dict(weights, strict=step > 0)  # the package's weights lack what only training needs
     for name in average:
-        average[name].copy_(tensors[f"average.{name}"])
+        average[name].copy_(tensors.get(f"average.{name}", module.state_dict()[name]))
+    if step == 0:
+        return step
     state = optimizer.state_dict()
     state["state"] = {}
     for name, tensor in tensors.items():
@@ -130,7 +131,12 @@ def train(
 
 def save(name: str, module: nn.Module) -> None:
     """Keep a part of a larger network under a name of its own, for `trained`."""
-    state = {f"model.{k}": v.clone() for k, v in module.state_dict().items()}
+    keep(name, module.state_dict())
+
+
+def keep(name: str, weights: Mapping[str, Tensor]) -> None:
+    """The same for bare tensors. A stage of this name starts its schedule from them."""
+    state = {f"model.{k}": v.float().clone() for k, v in weights.items()}
     _save(BUILD / "checkpoints" / f"{name}.safetensors", state, 0)
 
 

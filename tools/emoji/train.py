@@ -166,7 +166,12 @@ STAGES = {
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stage", choices=[*STAGES, "all"])
+    parser.add_argument(
+        "stage", choices=[*STAGES, "all", "restore"], help="restore: start from the package's weights"
+    )
     stage = parser.parse_args().stage
-    for name in STAGES if stage == "all" else [stage]:
-        STAGES[name]()
+    if stage == "restore":
+        export.restore()
+    else:
+        for name in STAGES if stage == "all" else [stage]:
+            STAGES[name]()
