@@ -93,7 +93,7 @@ def train(
     module.to(DEVICE).train()
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        parameters, schedule.lr, betas=(0.9, 0.98), weight_decay=schedule.weight_decay
+        parameters, schedule.lr, betas=(0.9, 0.98), weight_decay=schedule.weight_decay, fused=True
     )
     average = {k: v.detach().clone() for k, v in module.state_dict().items()} if schedule.ema else {}
     start = _resume(path, module, average, optimizer) if path.exists() else 0
