@@ -1,0 +1,95 @@
+"""What a fit costs beyond the network passes that it must do, as a ratio measured in one run.
+
+    python benchmarks/overhead.py [--backend emoji] [--rows 1 4]
+
+The bare passes are written here without ipgo's loop, adapters or optimiser: T - K guided denoiser calls without a
+graph, K with one (the first of them needs none in its unconditional half), one decoding, one reward, one backward.
+Both are timed in turns, and the medians compared.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+import ipgo
+from ipgo.adapters import InsertionAdapter
+from ipgo.prompts import read_prompts
+from ipgo.training import maximize
+
+
+def bare_step(task: ipgo.Task, embeds: Tensor, uncond: Tensor, backprop_steps: int) -> None:
+    """The passes of one step, on the pipeline's own modules."""
+    pipe = task.backend.pipe  # type: ignore[attr-defined]
+    guidance, rows = task.sampling.guidance_scale, len(embeds)
+    embeds = embeds.detach().requires_grad_(True)
+    latents = task.backend.noise([0] * rows)[:, 0]
+    scheduler = task.backend.scheduler(task.sampling.steps, latents)
+    first = task.sampling.steps - backprop_steps
+    for index, timestep in enumerate(scheduler.timesteps):
+        if index < first:
+            with torch.no_grad():
+                u = pipe.unet(latents, timestep, uncond).sample
+                c = pipe.unet(latents, timestep, embeds).sample
+        else:
+            c = pipe.unet(latents, timestep, embeds).sample
+            with torch.set_grad_enabled(index > first):
+                u = pipe.unet(latents, timestep, uncond).sample
+        latents = scheduler.step(u + guidance * (c - u), timestep, latents).prev_sample
+    images = (pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+    torch.autograd.grad(task.reward(images, task.prompts).sum(), embeds)
+
+
+def steps_of(task: ipgo.Task, ascent: ipgo.Ascent) -> Iterator[None]:
+    """A fit, one step each time."""
+    adapter = InsertionAdapter.start(task.backend, task.prompts, ipgo.Insertion(), seed=0, shared=False)
+    for _ in maximize(task, adapter, ascent):
+        yield
+
+
+def seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def measure(task: ipgo.Task, repeats: int) -> tuple[float, float]:
+    """Median seconds of our step and of the bare passes."""
+    ascent = ipgo.Ascent(steps=repeats + 2)
+    fit = steps_of(task, ascent)
+    backend = task.backend
+    with torch.no_grad():
+        original = backend.encode(task.prompts)
+        adapter = InsertionAdapter.start(backend, task.prompts, ipgo.Insertion(), seed=0, shared=False)
+        embeds = adapter.condition(backend, task.prompts, original).embeds
+        uncond = backend.encode([""] * len(task.prompts)).embeds
+    ours, bare = [], []
+    for turn in range(repeats + 2):
+        mine = seconds(lambda: next(fit))
+        theirs = seconds(lambda: bare_step(task, embeds, uncond, ascent.backprop_steps))
+        if turn >= 2:  # warm-up
+            ours.append(mine)
+            bare.append(theirs)
+    return statistics.median(ours), statistics.median(bare)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--backend", default="emoji")
+    parser.add_argument("--reward", default="emoji-preference")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--repeats", type=int, default=15)
+    options = parser.parse_args()
+    backend, reward = ipgo.load_backend(options.backend), ipgo.load_reward(options.reward)
+    print("| rows | a step of the fit | its network passes alone | ratio |\n|---|---|---|---|")
+    for rows in options.rows:
+        task = ipgo.Task(backend, reward, tuple(read_prompts("one:train")[:rows]))
+        ours, bare = measure(task, options.repeats)
+        print(f"| {rows} | {ours:.3f} s | {bare:.3f} s | {ours / bare:.3f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
