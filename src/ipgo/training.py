@@ -110,6 +110,8 @@ class _Climb:
         self.kept = copy.deepcopy(self.adapter).requires_grad_(False)
         with torch.no_grad():
             self.original = task.backend.encode(task.prompts)
+            cond = self.adapter.condition(task.backend, task.prompts, self.original)
+            self.uncond = unconditional(task.backend, cond, task.sampling)
         count = 1 if task.shared else len(task.prompts)
         nan = torch.full((len(task.prompts),), math.nan)
         scale = FLOAT16_SCALE if task.backend.dtype == torch.float16 else 1.0
@@ -165,7 +167,8 @@ class _Climb:
     def _score(self, batch: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
         task, backend = self.task, self.task.backend
         prompts = [task.prompts[number] for number in batch]
-        original = self.original.select(batch.to(backend.device))
+        numbers = batch.to(backend.device)
+        original = self.original.select(numbers)
         cond = self.adapter.condition(backend, prompts, original)
         noise = self.adapter.noise(
             backend, prompts, task.noise_seeds(prompts, step), task.sampling.noise_steps
@@ -173,7 +176,7 @@ class _Climb:
         images = sample(
             backend,
             cond,
-            unconditional(backend, cond, task.sampling),
+            None if self.uncond is None else self.uncond.select(numbers),
             noise,
             task.sampling,
             backprop_steps=self.ascent.backprop_steps,
