@@ -26,8 +26,8 @@ class Sampling:
         negative_prompt: what guidance moves away from.
     """
 
-    steps: int = 50
-    guidance_scale: float = 7.5
+    steps: int = 20
+    guidance_scale: float = 5.0
     eta: float = 0.0
     negative_prompt: str = ""
 
