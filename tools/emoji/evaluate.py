@@ -71,7 +71,7 @@ def generator_figures(pipe: StableDiffusionPipeline, judge: Judge, count: int) -
         figures[name] = judged(judge, generate(pipe, prompts), prompts)
     prompts = [f"a {word} on a blue background" for _, words in world.OBJECTS.values() for word in words]
     figures["synonyms"] = judged(judge, generate(pipe, prompts), prompts)["object"]
-    prompts = [world.plain_caption(scene) for scene in test_scenes(100, 1, seed=3)]
+    prompts = [world.plain_caption(scene) for scene in test_scenes(min(count, 100), 1, seed=3)]
     quality = load_aesthetic()
     plain = quality(generate(pipe, prompts), prompts)
     for words in ("high quality, sharp", "blurry"):
@@ -152,7 +152,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=500, help="held-out captions of each kind")
     parser.add_argument(
-        "--sheet", type=Path, help="also write a contact sheet of the first 100 one-object prompts"
+        "--sheet", type=Path, help="also write a contact sheet of 100 one-object prompts"
     )
     options = parser.parse_args()
     pipe = StableDiffusionPipeline.from_pretrained(BACKEND, torch_dtype=torch.float32)
