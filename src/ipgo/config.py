@@ -83,7 +83,7 @@ class RunConfig:
                 "unseen_seeds is 0 and seeds is empty; the result needs at least one seed to be judged on"
             )
         ascent = getattr(self.method, "ascent", None)
-        if ascent is not None and ascent.backprop_steps > self.sampling.steps:
+        if ascent is not None and (ascent.backprop_steps or 1) > self.sampling.steps:
             raise InputError(
                 f"method.ascent.backprop_steps is {ascent.backprop_steps}; "
                 f"sampling.steps allows at most {self.sampling.steps}"

@@ -118,13 +118,48 @@ def sample(
 ) -> Tensor:
     """Exhaust `denoise` and decode: (B, 3, H, W) images in [0, 1]."""
     walk = denoise(backend, cond, uncond, noise, sampling, backprop_steps=backprop_steps, recompute=recompute)
+    latents = last_latents(walk)
+    with torch.set_grad_enabled(backprop_steps > 0):
+        return decode(backend, latents, recompute=recompute)
+
+
+def last_latents(walk: Iterator[Step]) -> Tensor:
+    """Exhaust `denoise`: the clean latents (B, C, h, w)."""
     for step in walk:
         latents = step.next_latents
-    with torch.set_grad_enabled(backprop_steps > 0):
-        if recompute and backprop_steps > 0:
-            images: Tensor = checkpoint(backend.decode, latents, use_reentrant=False)
-            return images
-        return backend.decode(latents)
+    return latents
+
+
+def decode(backend: Backend, latents: Tensor, *, recompute: bool = False) -> Tensor:
+    """`Backend.decode`, without keeping activations if `recompute`; the caller's grad mode decides."""
+    if recompute and torch.is_grad_enabled():
+        images: Tensor = checkpoint(backend.decode, latents, use_reentrant=False)
+        return images
+    return backend.decode(latents)
+
+
+def redo_last_step(
+    backend: Backend,
+    cond: PromptEmbeds,
+    uncond: PromptEmbeds | None,
+    latents: Tensor,
+    noise: Tensor,
+    sampling: Sampling,
+) -> Tensor:
+    """Noise clean latents up to the last timestep again, and take that step: (B, C, h, w) (DRaFT-LV).
+
+    Gradient reaches `cond` and the denoiser's weights, not `latents`.
+
+    Raises:
+        InputError: the scheduler is not DDIM; others need the steps before the last one.
+    """
+    scheduler = backend.scheduler(sampling.steps, latents)
+    _need_ddim(scheduler, "ascent.renoised")
+    timestep = scheduler.timesteps[-1]
+    noisy = scheduler.add_noise(latents.detach(), noise.to(latents), timestep)
+    prediction = backend.predict(noisy, timestep, cond, uncond, sampling.guidance_scale)
+    clean: Tensor = scheduler.step(prediction, timestep, noisy).prev_sample
+    return clean
 
 
 def ddim_step(
@@ -135,8 +170,7 @@ def ddim_step(
     Raises:
         InputError: the scheduler is not DDIM, the only one here that defines a stochastic step.
     """
-    if type(scheduler).__name__ != "DDIMScheduler":
-        raise InputError(f"sampling.eta above 0 needs the ddim scheduler, not {type(scheduler).__name__}")
+    _need_ddim(scheduler, "sampling.eta")
     no_noise = torch.zeros_like(latents)
     mean = scheduler.step(prediction, timestep, latents, eta=eta, variance_noise=no_noise).prev_sample
     previous = timestep - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
@@ -144,3 +178,8 @@ def ddim_step(
     alpha_previous = scheduler.alphas_cumprod[previous] if previous >= 0 else scheduler.final_alpha_cumprod
     std = eta * ((1 - alpha_previous) / (1 - alpha) * (1 - alpha / alpha_previous)).sqrt()
     return mean, std.to(mean)
+
+
+def _need_ddim(scheduler: Any, field: str) -> None:
+    if type(scheduler).__name__ != "DDIMScheduler":
+        raise InputError(f"{field} above 0 needs the ddim scheduler, not {type(scheduler).__name__}")

@@ -6,33 +6,40 @@ import copy
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from ipgo.adapters import Adapter
-from ipgo.errors import InputError, ResumeError, RewardError
+from ipgo.errors import InputError, ResumeError, RewardError, unknown
 from ipgo.rewards import score
-from ipgo.sampling import sample, unconditional
+from ipgo.sampling import decode, denoise, last_latents, redo_last_step, unconditional
 from ipgo.seeding import derive, generator
 from ipgo.task import Progress, Task
 
+Optimizer = Literal["adam", "sgd"]
+
 PATIENCE = 3  # steps in a row without a finite gradient before a row is given up
+MOMENTUM = 0.9  # Nesterov's, of optimizer="sgd"
 FLOAT16_SCALE = 2.0**10  # a float16 backend loses small gradients; a row that overflows halves its own
 
 
 @dataclass(frozen=True)
 class Ascent:
-    """How the reward is climbed: Adam, with each row on its own.
+    """How the reward is climbed, with each row on its own.
 
     Attributes:
         steps: optimiser steps.
-        lr: learning rate of Adam.
+        optimizer: adam, or sgd with Nesterov's momentum of 0.9.
+        lr: learning rate.
         lr_basis: learning rate of the orthonormal basis; None is `lr`.
         lr_decay: factor on the learning rates after every `decay_every` steps.
         decay_every: steps between decays.
         max_grad_norm: each row's gradient is shortened to this norm; inf never shortens.
-        backprop_steps: last denoising steps that carry gradient (DRaFT's K).
+        backprop_steps: last denoising steps that carry gradient (DRaFT's K); None is all of them.
+        random_backprop: draw their number from 1 to backprop_steps, anew for each trajectory (AlignProp).
+        renoised: further gradients of the last step alone, each from fresh noise (DRaFT-LV; 0 is none).
         penalty_weight: weight of the adapter's penalty, for IPGO the conformity penalty.
         batch_size: prompt-batch: prompts in one forward pass.
         accumulate: prompt-batch: forward passes in one optimiser step.
@@ -40,12 +47,15 @@ class Ascent:
     """
 
     steps: int = 50
+    optimizer: Optimizer = "adam"
     lr: float = 1e-3
     lr_basis: float | None = None
     lr_decay: float = 0.9
     decay_every: int = 10
     max_grad_norm: float = 1.0
-    backprop_steps: int = 2
+    backprop_steps: int | None = 2
+    random_backprop: bool = False
+    renoised: int = 0
     penalty_weight: float = 1e-3
     batch_size: int = 1
     accumulate: int = 4
@@ -53,14 +63,18 @@ class Ascent:
 
     def __post_init__(self) -> None:
         for field in ("steps", "decay_every", "backprop_steps", "batch_size", "accumulate"):
-            if getattr(self, field) < 1:
-                raise InputError(f"ascent.{field} is {getattr(self, field)}; it must be at least 1")
+            count = getattr(self, field)
+            if count is not None and count < 1:
+                raise InputError(f"ascent.{field} is {count}; it must be at least 1")
+        if self.optimizer not in get_args(Optimizer):
+            raise unknown("ascent.optimizer", self.optimizer, get_args(Optimizer))
         for field in ("lr", "lr_basis", "lr_decay", "max_grad_norm"):
             value = getattr(self, field)
             if value is not None and not value > 0:
                 raise InputError(f"ascent.{field} is {value}; it must be above 0")
-        if not self.penalty_weight >= 0:
-            raise InputError(f"ascent.penalty_weight is {self.penalty_weight}; it must be at least 0")
+        for field in ("penalty_weight", "renoised"):
+            if not getattr(self, field) >= 0:
+                raise InputError(f"ascent.{field} is {getattr(self, field)}; it must be at least 0")
 
 
 def maximize(
@@ -69,8 +83,9 @@ def maximize(
     """Maximise reward - penalty_weight * penalty over the parameters of `adapter`; yield each step.
 
     Prompt-wise, each step draws all P prompts, one row each. Rows do not touch each other: losses are summed,
-    gradients clipped by row, Adam works by element, the best rewards are kept by row. With S > 1 seeds a
-    row's candidate is scored by its last S rewards, one for each seed. The raw prompt is never a candidate.
+    gradients clipped by row, optimisers work by element, the best rewards are kept by row. With S > 1 seeds a
+    row's candidate is scored by its last S rewards, one for each seed. The raw prompt is a candidate only if
+    the adapter starts as it.
 
     Prompt-batch (`task.shared`), each step draws batch_size x accumulate prompts, in an order that is
     derived for each pass over the prompts, and averages their gradients (over all processes, if
@@ -86,9 +101,13 @@ def maximize(
         InputError: settings that do not fit together. RewardError: a reward that breaks its contract.
         ResumeError: a state of another fit.
     """
-    if ascent.backprop_steps > task.sampling.steps:
+    depth, total = ascent.backprop_steps, task.sampling.steps
+    if depth is not None and depth > total:
+        raise InputError(f"ascent.backprop_steps is {depth}; sampling has only {total} steps")
+    if adapter.needs_all_steps and (ascent.random_backprop or (depth or total) < total):
         raise InputError(
-            f"ascent.backprop_steps is {ascent.backprop_steps}; sampling has only {task.sampling.steps} steps"
+            f"ascent.backprop_steps is {depth}; the initial noise gets its gradient through all {total} steps "
+            "(null), without ascent.random_backprop"
         )
     if not task.shared and ascent.steps < len(task.seeds):
         raise InputError(f"ascent.steps is {ascent.steps}; {len(task.seeds)} seeds need at least as many")
@@ -115,7 +134,7 @@ class _Climb:
         count = 1 if task.shared else len(task.prompts)
         nan = torch.full((len(task.prompts),), math.nan)
         scale = FLOAT16_SCALE if task.backend.dtype == torch.float16 else 1.0
-        # Everything that lives from step to step beside the parameters and Adam's moments.
+        # Everything that lives from step to step beside the parameters and the optimiser's moments.
         self.memory = {
             "step": torch.zeros((), dtype=torch.long),
             "rewards": nan.clone(),
@@ -128,19 +147,11 @@ class _Climb:
         self.parameters = dict(self.adapter.named_parameters())
         basis = ascent.lr if ascent.lr_basis is None else ascent.lr_basis
         self.lr = {name: basis if name.endswith("raw_basis") else ascent.lr for name in self.parameters}
-        self.adam = torch.optim.Adam(
-            [{"params": [parameter], "name": name} for name, parameter in self.parameters.items()]
-        )
-        for parameter in self.parameters.values():
-            self.adam.state[parameter] = {
-                "step": torch.zeros(()),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+        self.optimizer = _optimizer(self.parameters, ascent.optimizer)
 
     def run(self) -> Iterator[Progress]:
         for step in range(int(self.memory["step"]), self.ascent.steps):
-            with torch.enable_grad(), self.adapter.attached(self.task.backend):
+            with torch.enable_grad(), self.adapter.attached(self.task.backend, self.task.prompts):
                 images = self._ascend(step)
             norms, finite = self._clip()
             good = self._remember(finite)
@@ -152,40 +163,61 @@ class _Climb:
 
     def _ascend(self, step: int) -> Tensor | None:
         """Draw, score and differentiate the prompts of this step; return the images if all were drawn."""
-        self.adam.zero_grad()
+        self.optimizer.zero_grad()
         batches = self._batches(step)
         drawn = sum(len(batch) for batch in batches) if self.task.shared else 1
-        for batch in batches:
-            rewards, penalty, images = self._score(batch, step)
-            scale = self.memory["loss_scale"].to(rewards)
-            objective = rewards - self.ascent.penalty_weight * penalty  # (B,)
+        for number, batch in enumerate(batches):
+            objective, rewards, penalty, images = self._score(batch, step, self._backprop_steps(step, number))
+            scale = self.memory["loss_scale"].to(objective)
             torch.autograd.backward(-(objective * scale).sum() / drawn)
             self.memory["rewards"][batch] = rewards.detach().cpu().float()
             self.memory["penalty"][batch] = penalty.detach().cpu().float()
         return None if self.task.shared else images.detach()
 
-    def _score(self, batch: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        task, backend = self.task, self.task.backend
+    def _backprop_steps(self, step: int, number: int) -> int:
+        """K of the trajectories of a step's batch."""
+        most = self.ascent.backprop_steps or self.task.sampling.steps
+        if not self.ascent.random_backprop:
+            return most
+        source = generator(derive(self.task.seed, "backprop", step, number))
+        return int(torch.randint(1, most + 1, (), generator=source))
+
+    def _score(self, batch: Tensor, step: int, backprop_steps: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What to differentiate, the rewards and penalties of a batch (B,), and its images."""
+        task, backend, ascent = self.task, self.task.backend, self.ascent
         prompts = [task.prompts[number] for number in batch]
         numbers = batch.to(backend.device)
         original = self.original.select(numbers)
         cond = self.adapter.condition(backend, prompts, original)
+        uncond = None if self.uncond is None else self.uncond.select(numbers)
         noise = self.adapter.noise(
             backend, prompts, task.noise_seeds(prompts, step), task.sampling.noise_steps
         )
-        images = sample(
+        walk = denoise(
             backend,
             cond,
-            None if self.uncond is None else self.uncond.select(numbers),
+            uncond,
             noise,
             task.sampling,
-            backprop_steps=self.ascent.backprop_steps,
-            recompute=self.ascent.recompute,
+            backprop_steps=backprop_steps,
+            recompute=ascent.recompute,
         )
-        rewards = score(task.reward, images, prompts)
+        latents = last_latents(walk)
+        images = decode(backend, latents, recompute=ascent.recompute)
+        rewards = self._reward(images, prompts)
+        penalty = self.adapter.penalty(original, cond, noise)
+        objective = rewards - ascent.penalty_weight * penalty
+        for number in range(ascent.renoised):
+            seeds = [derive(task.seed, "renoised", prompt, step, number) for prompt in prompts]
+            again = redo_last_step(backend, cond, uncond, latents, backend.noise(seeds)[:, 0], task.sampling)
+            objective = objective + self._reward(decode(backend, again, recompute=ascent.recompute), prompts)
+        return objective, rewards, penalty, images
+
+    def _reward(self, images: Tensor, prompts: list[str]) -> Tensor:
+        rewards = score(self.task.reward, images, prompts)
         if not rewards.requires_grad:
-            raise RewardError(f"reward {task.reward.name!r} gives no gradient, which this method needs")
-        return rewards, self.adapter.penalty(original, cond), images
+            raise RewardError(f"reward {self.task.reward.name!r} gives no gradient, which this method needs")
+        return rewards
 
     def _batches(self, step: int) -> list[Tensor]:
         """Prompt numbers: all at once, or the next ones of an endless sequence of shuffled passes."""
@@ -243,18 +275,16 @@ class _Climb:
 
     @torch.no_grad()
     def _update(self, step: int, good: Tensor) -> None:
-        """An Adam step for the good rows; the others go back to what was kept, without momentum."""
+        """An optimiser step for the good rows; the others go back to what was kept, without momentum."""
         self._copy(self.kept, self.adapter, ~good)
         bad = ~good.to(self.task.backend.device)
-        for group in self.adam.param_groups:
+        for group in self.optimizer.param_groups:
             (parameter,) = group["params"]
             group["lr"] = self.lr[group["name"]] * self.ascent.lr_decay ** (step // self.ascent.decay_every)
-            for rows in (
-                parameter.grad,
-                *(self.adam.state[parameter][key] for key in ("exp_avg", "exp_avg_sq")),
-            ):
+            moments = (value for value in self.optimizer.state[parameter].values() if value.dim() > 0)
+            for rows in (parameter.grad, *moments):
                 rows[bad] = 0
-        self.adam.step()
+        self.optimizer.step()
         self.adapter.project_()
 
     @torch.no_grad()
@@ -287,7 +317,8 @@ class _Climb:
         for prefix, adapter in (("adapter", self.adapter), ("kept", self.kept)):
             tensors |= {f"{prefix}.{name}": value for name, value in adapter.state_dict().items()}
         for name, parameter in self.parameters.items():
-            tensors |= {f"adam.{key}.{name}": value for key, value in self.adam.state[parameter].items()}
+            state = self.optimizer.state[parameter]
+            tensors |= {f"optimizer.{key}.{name}": value for key, value in state.items()}
         return tensors
 
     def state(self) -> dict[str, Tensor]:
@@ -303,6 +334,24 @@ class _Climb:
             raise ResumeError("this checkpoint belongs to a fit with other settings or prompts")
         for name, value in state.items():
             tensors[name].copy_(value)
+
+
+def _optimizer(parameters: Mapping[str, nn.Parameter], kind: Optimizer) -> torch.optim.Optimizer:
+    """One group for each parameter, with all the state that it will ever have, for `load` to fill."""
+    groups = [{"params": [parameter], "name": name} for name, parameter in parameters.items()]
+    if kind == "sgd":
+        sgd = torch.optim.SGD(groups, momentum=MOMENTUM, nesterov=True)
+        for parameter in parameters.values():
+            sgd.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
+        return sgd
+    adam = torch.optim.Adam(groups)
+    for parameter in parameters.values():
+        adam.state[parameter] = {
+            "step": torch.zeros(()),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return adam
 
 
 def _rows(values: Tensor, like: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ def test_image_penalty_and_gradient_are_the_notebooks(make_pipe):
         Sampling(STEPS, GUIDANCE),
         backprop_steps=K,
     )
-    penalty = adapter.penalty(original, cond).sum()
+    penalty = adapter.penalty(original, cond, noise).sum()
     (ours.square().sum() - 0.001 * penalty).backward()
 
     (prefix, linear), (suffix, _) = notebook_side(adapter.prefix), notebook_side(adapter.suffix)

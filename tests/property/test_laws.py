@@ -49,10 +49,10 @@ def test_the_penalty_is_zero_where_the_means_agree(seed, count):
     mask = torch.arange(5) < count
     original = PromptEmbeds(random(1, 5, 6, seed=seed), mask[None])
     mean = original.mean()[:, None]
-    assert adapter.penalty(original, original.insert(mean, mean)).item() == pytest.approx(0, abs=1e-12)
+    assert adapter.penalty(original, original.insert(mean, mean), mean).item() == pytest.approx(0, abs=1e-12)
     moved = original.insert(mean + 1, mean)
     expected = 1 / (count + 2)
-    assert adapter.penalty(original, moved).item() == pytest.approx(expected)
+    assert adapter.penalty(original, moved, mean).item() == pytest.approx(expected)
 
 
 @few

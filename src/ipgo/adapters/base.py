@@ -1,12 +1,11 @@
-"""What a method learns: the identity, and embeddings inserted around the prompt's."""
+"""What a method learns, and how it takes part in drawing."""
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
 from typing import Any, ClassVar
 
 import torch
@@ -15,9 +14,7 @@ from torch import Tensor, nn
 from ipgo.backends import Backend, load_backend
 from ipgo.embeds import PromptEmbeds
 from ipgo.errors import InputError
-from ipgo.insertion import InsertedEmbeddings, Insertion, cross_attend
 from ipgo.sampling import Sampling, sample, unconditional
-from ipgo.seeding import derive
 
 
 class Adapter(nn.Module):
@@ -25,6 +22,8 @@ class Adapter(nn.Module):
 
     Attributes:
         kind: its name in `ADAPTERS`.
+        transfers: "seeds" if it serves noise that it was not fitted to, "nothing" if it is tied to one seed.
+        needs_all_steps: does a gradient reach it only through every denoising step?
         options: JSON values: `ADAPTERS[kind](prompts, **options)` builds an adapter that the tensors fit
             into.
         prompts: one for each row; None if one row is shared by every prompt.
@@ -32,6 +31,8 @@ class Adapter(nn.Module):
     """
 
     kind: ClassVar[str] = "identity"
+    transfers: ClassVar[str] = "seeds"
+    needs_all_steps: ClassVar[bool] = False
     options: dict[str, Any]
     prompts: tuple[str, ...] | None
     padding: str = "max_length"
@@ -60,12 +61,12 @@ class Adapter(nn.Module):
         """(B, 1 + steps, C, h, w), as `Backend.noise`."""
         return backend.noise(seeds, steps)
 
-    def attached(self, backend: Backend) -> AbstractContextManager[None]:
-        """While open, the backend's weights are the adapter's."""
+    def attached(self, backend: Backend, prompts: Sequence[str]) -> AbstractContextManager[None]:
+        """While open, the backend's weights are those that `prompts` are drawn with."""
         return nullcontext()
 
-    def penalty(self, original: PromptEmbeds, conditioned: PromptEmbeds) -> Tensor:
-        """(B,): what a method may hold against this adapter."""
+    def penalty(self, original: PromptEmbeds, conditioned: PromptEmbeds, noise: Tensor) -> Tensor:
+        """(B,): what a method may hold against what `condition` and `noise` returned."""
         return original.embeds.new_zeros(len(original.embeds))
 
     def project_(self) -> None:
@@ -83,10 +84,8 @@ class Adapter(nn.Module):
 
         The pipeline wants both halves of guidance equally long. Repeating all states of a prompt k times
         leaves attention as it is (every softmax weight splits into k equal ones), so both are repeated to
-        their least
-        common multiple: exact at any length, and cheap when it is small. With 77 states, 11 + 11 inserted
-            ones
-        give 693, but 10 + 10 give 7,469. Parameters of `pipe` are frozen by this call.
+        their least common multiple: exact at any length, and cheap when it is small. With 77 states, 11 + 11
+        inserted ones give 693, but 10 + 10 give 7,469. Parameters of `pipe` are frozen by this call.
 
         Raises:
             InputError: the adapter was not fitted to `prompt`, or does not fit the pipeline.
@@ -100,92 +99,6 @@ class Adapter(nn.Module):
             "prompt_embeds": cond.embeds.repeat(1, length // cond.length, 1),
             "negative_prompt_embeds": uncond.embeds.repeat(1, length // uncond.length, 1),
         }
-
-
-class InsertionAdapter(Adapter):
-    """A prefix and a suffix of embeddings for each prompt, or one pair shared by all (arXiv 2503.21812)."""
-
-    kind: ClassVar[str] = "insertion"
-
-    def __init__(
-        self,
-        prompts: Sequence[str] | None,
-        width: int,
-        insertion: Insertion | Mapping[str, Any],
-        padding: str = "max_length",
-        seed: int = 0,
-    ) -> None:
-        super().__init__(prompts)
-        self.width = width
-        self.insertion = insertion if isinstance(insertion, Insertion) else Insertion(**insertion)
-        self.padding = padding
-        self.options = {"width": width, "insertion": asdict(self.insertion), "padding": padding}
-        seeds = [seed] if prompts is None else [derive(seed, prompt) for prompt in prompts]
-        self.prefix = _side(seeds, "prefix", self.insertion.num_prefix, width, self.insertion)
-        self.suffix = _side(seeds, "suffix", self.insertion.num_suffix, width, self.insertion)
-
-    @classmethod
-    def start(
-        cls, backend: Backend, prompts: Sequence[str], insertion: Insertion, *, seed: int, shared: bool
-    ) -> InsertionAdapter:
-        """The point where a fit to `prompts` begins, with `insertion.norm` resolved for each row."""
-        adapter = cls(None if shared else prompts, backend.embed_dim, insertion, backend.padding, seed)
-        if insertion.norm is None:
-            with torch.no_grad():
-                norms = backend.encode(prompts).norm().cpu()  # (P,)
-            for side in adapter.sides():
-                side.scale_to_(norms.mean() if shared else norms)
-        return adapter
-
-    def sides(self) -> list[InsertedEmbeddings]:
-        """The prefix and the suffix, as far as there are any."""
-        return [side for side in (self.prefix, self.suffix) if side is not None]
-
-    def condition(self, backend: Backend, prompts: Sequence[str], original: PromptEmbeds) -> PromptEmbeds:
-        self._check(backend)
-        rows = self.rows(prompts)
-        return original.insert(
-            self._embeds(self.prefix, rows, original), self._embeds(self.suffix, rows, original)
-        )
-
-    def _embeds(self, side: InsertedEmbeddings | None, rows: Tensor, original: PromptEmbeds) -> Tensor:
-        if side is None:
-            return original.embeds.new_empty(len(rows), 0, self.width)
-        inserted: Tensor = side(rows.to(side.scale.device)).to(original.embeds.device)  # (B, n, D)
-        if self.insertion.cross_attention == "none":
-            return inserted
-        attended = cross_attend(inserted, original)
-        return attended if self.insertion.cross_attention == "replace" else inserted + attended
-
-    def _check(self, backend: Backend) -> None:
-        if backend.embed_dim != self.width:
-            raise InputError(
-                f"this adapter holds embeddings {self.width} wide; "
-                f"backend {backend.name!r} takes {backend.embed_dim}"
-            )
-        if backend.padding != self.padding:
-            raise InputError(
-                f"this adapter was learned with padding={self.padding!r}; the backend has {backend.padding!r}"
-            )
-
-    def penalty(self, original: PromptEmbeds, conditioned: PromptEmbeds) -> Tensor:
-        """Conformity: the mean over D of |mean(conditioned) - mean(original)|, means over text positions."""
-        return (conditioned.mean() - original.mean()).abs().mean(-1)
-
-    def project_(self) -> None:
-        for side in self.sides():
-            side.project_()
-
-
-ADAPTERS: dict[str, type[Adapter]] = {kind.kind: kind for kind in (Adapter, InsertionAdapter)}
-
-
-def _side(
-    seeds: Sequence[int], name: str, count: int, width: int, insertion: Insertion
-) -> InsertedEmbeddings | None:
-    if count == 0:
-        return None
-    return InsertedEmbeddings([derive(seed, name) for seed in seeds], count, width, insertion)
 
 
 def stack(adapters: Sequence[Adapter]) -> Adapter:
@@ -222,7 +135,7 @@ def generate(
         raise InputError(
             f"generate needs one seed for each prompt, not {len(prompts)} prompts, {len(seeds)} seeds"
         )
-    with torch.set_grad_enabled(backprop_steps > 0), adapter.attached(backend):
+    with torch.set_grad_enabled(backprop_steps > 0), adapter.attached(backend, prompts):
         cond = adapter.condition(backend, prompts, backend.encode(prompts))
         noise = adapter.noise(backend, prompts, seeds, sampling.noise_steps)
         uncond = unconditional(backend, cond, sampling)

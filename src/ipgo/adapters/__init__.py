@@ -1,0 +1,24 @@
+"""What a method learns. A new kind is a file here and a name in `ADAPTERS`."""
+
+from __future__ import annotations
+
+from ipgo.adapters.base import Adapter, generate, stack
+from ipgo.adapters.embedding import EmbeddingAdapter
+from ipgo.adapters.insertion import InsertionAdapter
+from ipgo.adapters.noise import NoiseAdapter
+from ipgo.adapters.weights import LoRA, WeightAdapter
+
+__all__ = [
+    "ADAPTERS",
+    "Adapter",
+    "EmbeddingAdapter",
+    "InsertionAdapter",
+    "LoRA",
+    "NoiseAdapter",
+    "WeightAdapter",
+    "generate",
+    "stack",
+]
+
+KINDS: tuple[type[Adapter], ...] = (Adapter, InsertionAdapter, EmbeddingAdapter, NoiseAdapter, WeightAdapter)
+ADAPTERS: dict[str, type[Adapter]] = {kind.kind: kind for kind in KINDS}

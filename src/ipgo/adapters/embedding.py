@@ -1,0 +1,67 @@
+"""Whole prompts, as free embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from ipgo.adapters.base import Adapter
+from ipgo.backends import Backend
+from ipgo.embeds import PromptEmbeds
+from ipgo.errors import InputError
+
+
+class EmbeddingAdapter(Adapter):
+    """States of the text encoder's whole length in place of each prompt's, padding included (PEO)."""
+
+    kind: ClassVar[str] = "embedding"
+
+    embeds: nn.Parameter  # (N, L, D)
+
+    def __init__(self, prompts: Sequence[str], length: int, width: int) -> None:
+        super().__init__(prompts)
+        self.options = {"length": length, "width": width}
+        self.embeds = nn.Parameter(torch.zeros(len(prompts), length, width))
+
+    @classmethod
+    def start(cls, backend: Backend, prompts: Sequence[str], *, shared: bool) -> Self:
+        """The prompts' own states.
+
+        Raises:
+            InputError: `shared`, or a backend without padding, whose prompts differ in length.
+        """
+        if shared:
+            raise InputError(
+                "shared is true; whole prompts cannot be shared, so this method is prompt-wise only"
+            )
+        _check_padding(backend)
+        with torch.no_grad():
+            own = backend.encode(prompts).embeds
+            adapter = cls(prompts, *own.shape[1:])
+            adapter.embeds.copy_(own)
+        return adapter
+
+    def condition(self, backend: Backend, prompts: Sequence[str], original: PromptEmbeds) -> PromptEmbeds:
+        _check_padding(backend)
+        if original.embeds.shape[1:] != self.embeds.shape[1:]:
+            raise InputError(
+                f"this adapter holds states of shape {tuple(self.embeds.shape[1:])}; "
+                f"backend {backend.name!r} takes {tuple(original.embeds.shape[1:])}"
+            )
+        learned = self.embeds[self.rows(prompts)]
+        return PromptEmbeds(learned.to(original.embeds), original.mask, original.pooled)
+
+    def penalty(self, original: PromptEmbeds, conditioned: PromptEmbeds, noise: Tensor) -> Tensor:
+        """1 - the cosine of the states at the end of the text, before and after (PEO's preservation)."""
+        rows = torch.arange(len(original.mask), device=original.mask.device)
+        end = original.mask.sum(1) - 1
+        before, after = original.embeds[rows, end], conditioned.embeds[rows, end]
+        return 1 - torch.cosine_similarity(before, after, dim=-1)
+
+
+def _check_padding(backend: Backend) -> None:
+    if backend.padding != "max_length":
+        raise InputError(f"padding is {backend.padding!r}; whole prompts are learned with 'max_length' only")

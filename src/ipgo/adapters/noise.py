@@ -1,0 +1,139 @@
+"""Noise that was learned: the initial latents, and with a stochastic sampler the noise of every step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, Self, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ipgo.adapters.base import Adapter
+from ipgo.backends import Backend
+from ipgo.embeds import PromptEmbeds
+from ipgo.errors import InputError, unknown
+from ipgo.seeding import derive, generator
+
+Penalty = Literal["none", "norm", "whiteness"]
+
+PATCH = 4  # DNO looks at the noise in vectors of this length ...
+PERMUTATIONS = 100  # ... as it is, and shuffled so often
+
+
+class NoiseAdapter(Adapter):
+    """For each prompt the noise in place of one seed's: (N, h, C, h, w), of which the first is the initial one.
+
+    It is tied to that seed: any other gets its plain noise, so on other seeds this adapter is the raw prompt.
+    """
+
+    kind: ClassVar[str] = "noise"
+    transfers: ClassVar[str] = "nothing"
+    needs_all_steps: ClassVar[bool] = True
+
+    latents: nn.Parameter  # (N, 1 or 1 + steps, C, h, w)
+
+    def __init__(
+        self, prompts: Sequence[str], shape: Sequence[int], seed: int, penalty: Penalty = "none"
+    ) -> None:
+        super().__init__(prompts)
+        if penalty not in get_args(Penalty):
+            raise unknown("noise penalty", penalty, get_args(Penalty))
+        self.seed, self.penalised_by = seed, penalty
+        self.options = {"shape": list(shape), "seed": seed, "penalty": penalty}
+        self.latents = nn.Parameter(torch.zeros(len(prompts), *shape))
+
+    @classmethod
+    def start(
+        cls,
+        backend: Backend,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        shared: bool,
+        steps: int = 0,
+        penalty: Penalty = "none",
+    ) -> Self:
+        """The seed's own noise for every prompt; `steps` draws of it beside the initial one.
+
+        Raises:
+            InputError: `shared`, or seeds that are not a single one.
+        """
+        if shared:
+            raise InputError(
+                "shared is true; noise belongs to one prompt, so this method is prompt-wise only"
+            )
+        if len(seeds) != 1:
+            raise InputError(f"seeds is {list(seeds)}; this method replaces the noise of exactly one seed")
+        plain = backend.noise(seeds, steps)  # (1, 1 + steps, C, h, w)
+        adapter = cls(prompts, plain.shape[1:], seeds[0], penalty)
+        with torch.no_grad():
+            adapter.latents.copy_(plain)
+        return adapter
+
+    def noise(self, backend: Backend, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> Tensor:
+        plain = backend.noise(seeds, steps)
+        learned = self.latents[self.rows(prompts)].to(plain.device)
+        held = learned.shape[1]
+        if learned.shape[2:] != plain.shape[2:] or held not in (1, 1 + steps):
+            raise InputError(
+                f"this adapter holds noise of shape {tuple(self.latents.shape[1:])}; "
+                f"the backend and sampling need {tuple(plain.shape[1:])}"
+            )
+        own = torch.tensor([seed == self.seed for seed in seeds], device=plain.device)
+        first = torch.where(own[:, None, None, None, None], learned, plain[:, :held])
+        return torch.cat([first, plain[:, held:]], dim=1)
+
+    def penalty(self, original: PromptEmbeds, conditioned: PromptEmbeds, noise: Tensor) -> Tensor:
+        if self.penalised_by == "none":
+            return super().penalty(original, conditioned, noise)
+        learned = noise[:, : self.latents.shape[1]].flatten(1)
+        if self.penalised_by == "norm":
+            return norm_penalty(learned)
+        return torch.stack([whiteness_penalty(row) for row in learned])
+
+    def prompt_kwargs(self, pipe: Any, prompt: str, negative_prompt: str = "") -> dict[str, Tensor]:
+        """As `Adapter.prompt_kwargs`, with the initial noise; a pipeline takes no noise for later steps."""
+        if self.latents.shape[1] > 1:
+            raise InputError("a pipeline takes the initial noise only; this adapter holds that of every step")
+        kwargs = super().prompt_kwargs(pipe, prompt, negative_prompt)
+        latents = self.latents[self.rows([prompt])][:, 0].detach()
+        return {**kwargs, "latents": latents.to(kwargs["prompt_embeds"])}
+
+
+def norm_penalty(noise: Tensor) -> Tensor:
+    """(B, d) to (B,): |z|^2 / 2 - (d - 1) log |z|, least where |z|^2 = d - 1 (ReNO, arXiv 2406.04312).
+
+    Up to a constant it is minus the log-density of the norm of d standard normal numbers.
+    """
+    norm: Tensor = torch.linalg.vector_norm(noise, dim=1)
+    return norm.square() / 2 - (noise.shape[1] - 1) * norm.log()
+
+
+def whiteness_penalty(noise: Tensor) -> Tensor:
+    """(M,) to (): how surprising the noise is as M standard normal numbers (DNO, arXiv 2405.18881).
+
+    Minus the log-probability bounds of `tail_bound`, of the noise as it is and on average over permutations
+    of it. These are the same at every step, so that the objective does not change while it is climbed.
+    """
+    shuffled = torch.zeros((), dtype=noise.dtype, device=noise.device)
+    for number in range(PERMUTATIONS):
+        order = torch.randperm(len(noise), generator=generator(derive(0, "permutation", number)))
+        shuffled = shuffled + tail_bound(noise[order.to(noise.device)])
+    return -(tail_bound(noise) + shuffled / PERMUTATIONS)
+
+
+def tail_bound(noise: Tensor) -> Tensor:
+    """() log of the bounds on how likely the mean and the covariance of (M,) stray as far as they do.
+
+    The noise is taken as n vectors of k numbers, with mean m, and c = |covariance - 1| (spectral). Bounds
+    are exp(-n |m|^2 / 2k) and exp(-n max(sqrt(1 + c) - 1 - sqrt(k / n), 0)^2 / 2), each at most 1/2.
+    """
+    n = len(noise) // PATCH
+    vectors = noise[: n * PATCH].view(n, PATCH)
+    mean = vectors.mean(0).square().sum()
+    unit = torch.eye(PATCH, dtype=noise.dtype, device=noise.device)
+    spread = torch.linalg.matrix_norm(vectors.mT @ vectors / n - unit, ord=2)
+    stray = ((1 + spread).sqrt() - 1 - math.sqrt(PATCH / n)).clamp(min=0)
+    bounds = torch.stack([-n * mean / (2 * PATCH), -n * stray.square() / 2])
+    return bounds.clamp(max=-math.log(2)).sum()

@@ -1,0 +1,152 @@
+"""Weights of the denoiser that were learned: LoRA, through peft."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ipgo.adapters.base import Adapter
+from ipgo.backends import Backend
+from ipgo.errors import InputError
+from ipgo.seeding import derive, generator
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank changes of the denoiser's linear layers: W + alpha / rank * B A (arXiv 2106.09685).
+
+    Attributes:
+        rank: of each change.
+        alpha: scale of the changes; None is the rank, so that it is 1.
+        targets: last parts of the names of the layers that are changed, by default those of attention.
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise InputError(f"lora.rank is {self.rank}; it must be at least 1")
+        if self.alpha is not None and not self.alpha > 0:
+            raise InputError(f"lora.alpha is {self.alpha}; it must be above 0")
+
+
+class WeightAdapter(Adapter):
+    """A LoRA of the denoiser for each prompt, or one for all.
+
+    `layers` are the names of the layers that are changed, with their input and output widths. A batch is drawn
+    with one set of weights, so it cannot mix prompts with rows of their own.
+    """
+
+    kind: ClassVar[str] = "weights"
+
+    def __init__(
+        self,
+        prompts: Sequence[str] | None,
+        layers: Mapping[str, Sequence[int]],
+        lora: LoRA | Mapping[str, Any],
+        seed: int = 0,
+    ) -> None:
+        super().__init__(prompts)
+        self.layers = {name: (inputs, outputs) for name, (inputs, outputs) in layers.items()}
+        self.lora = lora if isinstance(lora, LoRA) else LoRA(**lora)
+        self.options = {
+            "layers": {name: list(widths) for name, widths in self.layers.items()},
+            "lora": {**asdict(self.lora), "targets": list(self.lora.targets)},
+        }
+        seeds = [seed] if prompts is None else [derive(seed, prompt) for prompt in prompts]
+        rank = self.lora.rank
+        down = {name: _uniform(seeds, name, (rank, inputs)) for name, (inputs, _) in self.layers.items()}
+        up = {name: torch.zeros(len(seeds), outputs, rank) for name, (_, outputs) in self.layers.items()}
+        self.down = nn.ParameterDict({_key(name): nn.Parameter(value) for name, value in down.items()})
+        self.up = nn.ParameterDict({_key(name): nn.Parameter(value) for name, value in up.items()})
+
+    @classmethod
+    def start(cls, backend: Backend, prompts: Sequence[str], lora: LoRA, *, seed: int, shared: bool) -> Self:
+        """The point where a fit begins: B is 0, so nothing is changed yet.
+
+        Raises:
+            InputError: no linear layer of the denoiser has such a name.
+        """
+        layers = {
+            name: (layer.in_features, layer.out_features)
+            for name, layer in backend.modules["denoiser"].named_modules()
+            if isinstance(layer, nn.Linear) and any(f".{name}".endswith(f".{end}") for end in lora.targets)
+        }
+        if not layers:
+            raise InputError(f"lora.targets is {list(lora.targets)}; no linear layer of the denoiser ends so")
+        return cls(None if shared else prompts, layers, lora, seed)
+
+    @contextmanager
+    def attached(self, backend: Backend, prompts: Sequence[str]) -> Iterator[None]:
+        rows = torch.unique(self.rows(prompts)).tolist()
+        if len(rows) > 1:
+            raise InputError(
+                f"a batch is drawn with one set of weights; these {len(rows)} prompts have their own, "
+                "so draw them one by one"
+            )
+        from peft import LoraConfig, LoraModel  # here, because it takes a second
+
+        denoiser = backend.modules["denoiser"]
+        self._check(denoiser)
+        alpha = self.lora.rank if self.lora.alpha is None else self.lora.alpha
+        config = LoraConfig(r=self.lora.rank, lora_alpha=alpha, target_modules=list(self.layers))
+        # On the meta device: peft's own initial values would be drawn for nothing.
+        tuner = LoraModel(denoiser, config, "ipgo", low_cpu_mem_usage=True)
+        try:
+            for name in self.layers:
+                layer: Any = denoiser.get_submodule(name)
+                layer.lora_A["ipgo"] = _Factor(self.down[_key(name)], rows[0])
+                layer.lora_B["ipgo"] = _Factor(self.up[_key(name)], rows[0])
+            yield
+        finally:
+            tuner.unload()
+            vars(denoiser).pop("peft_config", None)  # which some versions of peft leave behind
+
+    def _check(self, denoiser: nn.Module) -> None:
+        if hasattr(denoiser, "peft_config"):
+            raise InputError("the denoiser carries a LoRA already; fuse or unload it first")
+        found = dict(denoiser.named_modules())
+        for name, widths in self.layers.items():
+            layer = found.get(name)
+            if not isinstance(layer, nn.Linear) or (layer.in_features, layer.out_features) != widths:
+                raise InputError(f"this adapter changes layer {name!r} {widths}, which the backend lacks")
+
+    def prompt_kwargs(self, pipe: Any, prompt: str, negative_prompt: str = "") -> dict[str, Tensor]:
+        """Refused: this adapter is not in the prompt. Call the pipeline while `attached`."""
+        raise InputError("an adapter of weights has no prompt_kwargs; call the pipeline inside `attached`")
+
+
+class _Factor(nn.Module):
+    """Half of a LoRA: peft's linear layer, with its weight in a row of an adapter's parameter."""
+
+    def __init__(self, rows: nn.Parameter, number: int) -> None:
+        super().__init__()
+        self.rows = rows
+        self.number = number
+
+    @property
+    def weight(self) -> Tensor:
+        return self.rows[self.number]
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return F.linear(inputs, self.weight.to(inputs.device))
+
+
+def _key(name: str) -> str:
+    """A parameter's name cannot hold dots."""
+    return name.replace(".", "/")
+
+
+def _uniform(seeds: Sequence[int], name: str, shape: tuple[int, int]) -> Tensor:
+    """(N, *shape): A of peft's initial LoRA, uniform within 1 / sqrt(inputs); each row from its own seed."""
+    rows = [torch.rand(shape, generator=generator(derive(seed, name))) for seed in seeds]
+    return (torch.stack(rows) * 2 - 1) / math.sqrt(shape[1])
