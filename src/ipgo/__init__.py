@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 from ipgo.errors import InputError, IpgoError, MissingExtraError, ResumeError, RewardError
 
 if TYPE_CHECKING:
-    from ipgo.adapters import Adapter, InsertionAdapter, generate
+    from ipgo.adapters import Adapter, InsertionAdapter, LoRA, generate
     from ipgo.backends import Backend, load_backend
     from ipgo.embeds import PromptEmbeds
     from ipgo.evaluation import Gain, Interval, Score, evaluate, summarise, win_rate
     from ipgo.insertion import Insertion
-    from ipgo.methods import IPGO, Raw
+    from ipgo.methods import DNO, IPGO, BestOfN, DRaFT, Embedding, Raw, ReNO
     from ipgo.rewards import Reward, as_reward, load_reward
     from ipgo.runner import Fitted, Result, fit
     from ipgo.sampling import Sampling
@@ -31,12 +31,12 @@ __version__ = "0.1.0"
 
 # Names that need torch are imported when first used, so that `import ipgo` and `ipgo --help` are quick.
 _HOME = {
-    "adapters": ("Adapter", "InsertionAdapter", "generate"),
+    "adapters": ("Adapter", "InsertionAdapter", "LoRA", "generate"),
     "backends": ("Backend", "load_backend"),
     "embeds": ("PromptEmbeds",),
     "evaluation": ("Gain", "Interval", "Score", "evaluate", "summarise", "win_rate"),
     "insertion": ("Insertion",),
-    "methods": ("IPGO", "Raw"),
+    "methods": ("DNO", "IPGO", "BestOfN", "DRaFT", "Embedding", "Raw", "ReNO"),
     "rewards": ("Reward", "as_reward", "load_reward"),
     "runner": ("Fitted", "Result", "fit"),
     "sampling": ("Sampling",),
@@ -47,10 +47,14 @@ _HOME = {
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
+    "DNO",
     "IPGO",
     "Adapter",
     "Ascent",
     "Backend",
+    "BestOfN",
+    "DRaFT",
+    "Embedding",
     "Fitted",
     "Gain",
     "InputError",
@@ -58,10 +62,12 @@ __all__ = [
     "InsertionAdapter",
     "Interval",
     "IpgoError",
+    "LoRA",
     "MissingExtraError",
     "Progress",
     "PromptEmbeds",
     "Raw",
+    "ReNO",
     "Result",
     "ResumeError",
     "Reward",

@@ -358,7 +358,7 @@ def _names(kind: str, name: str | None) -> list[str]:
     from ipgo.rewards import REWARDS
 
     if kind == "methods":
-        return [f"{each:<8}{(method.__doc__ or '').splitlines()[0]}" for each, method in METHODS.items()]
+        return [f"{each:<11}{(method.__doc__ or '').splitlines()[0]}" for each, method in METHODS.items()]
     return {"rewards": list(REWARDS), "backends": list(BACKENDS), "presets": presets()}[kind]
 
 

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from ipgo.methods.best_of_n import BestOfN
+from ipgo.methods.dno import DNO
+from ipgo.methods.draft import DRaFT
+from ipgo.methods.embedding import Embedding
 from ipgo.methods.ipgo import IPGO
 from ipgo.methods.raw import Raw
+from ipgo.methods.reno import ReNO
 from ipgo.task import Method
 
-__all__ = ["IPGO", "METHODS", "Raw"]
+__all__ = ["DNO", "IPGO", "METHODS", "BestOfN", "DRaFT", "Embedding", "Raw", "ReNO"]
 
-METHODS: dict[str, type[Method]] = {"raw": Raw, "ipgo": IPGO}
+METHODS: dict[str, type[Method]] = {
+    "raw": Raw,
+    "ipgo": IPGO,
+    "embedding": Embedding,
+    "draft": DRaFT,
+    "reno": ReNO,
+    "dno": DNO,
+    "best-of-n": BestOfN,
+}

@@ -1,0 +1,40 @@
+"""DNO: the noise of every step, found by gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from ipgo.adapters import NoiseAdapter
+from ipgo.errors import InputError
+from ipgo.task import Progress, Task
+from ipgo.training import Ascent, maximize
+
+
+@dataclass(frozen=True)
+class DNO:
+    """Learn the initial noise of each prompt and that of all steps, kept like noise (arXiv 2405.18881).
+
+    Needs a stochastic sampler: `sampling.eta` above 0, as published 1.
+
+    Attributes:
+        ascent: how it is found; the penalty is how surprising the noise is as a standard normal draw.
+    """
+
+    stackable: ClassVar[bool] = True
+
+    ascent: Ascent = Ascent(
+        steps=100, lr=0.01, lr_decay=1.0, backprop_steps=None, penalty_weight=1.0, recompute=True
+    )
+
+    def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
+        steps = task.sampling.noise_steps
+        if steps == 0:
+            raise InputError("sampling.eta is 0; dno learns the noise of every step, so it must be above 0")
+        adapter = NoiseAdapter.start(
+            task.backend, task.prompts, task.seeds, shared=task.shared, steps=steps, penalty="whiteness"
+        )
+        return maximize(task, adapter, self.ascent, resume)

@@ -1,0 +1,30 @@
+"""The whole prompt as free embeddings: IPGO without its parameterisation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from ipgo.adapters import EmbeddingAdapter
+from ipgo.task import Progress, Task
+from ipgo.training import Ascent, maximize
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """Learn all states of each prompt, freely (PEO, arXiv 2510.02599).
+
+    Attributes:
+        ascent: how they are found; the penalty is how far the state at the end of the text turns.
+    """
+
+    stackable: ClassVar[bool] = True
+
+    ascent: Ascent = Ascent(lr=0.01, lr_decay=1.0, penalty_weight=0.5)
+
+    def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
+        adapter = EmbeddingAdapter.start(task.backend, task.prompts, shared=task.shared)
+        return maximize(task, adapter, self.ascent, resume)

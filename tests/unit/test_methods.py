@@ -1,0 +1,397 @@
+"""The methods beside IPGO: their arithmetic, and that each one climbs, resumes and can be stored."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from ipgo import cli
+from ipgo.adapters import Adapter, EmbeddingAdapter, LoRA, NoiseAdapter, WeightAdapter, generate, stack
+from ipgo.adapters.noise import PATCH, norm_penalty, tail_bound, whiteness_penalty
+from ipgo.backends import load_backend
+from ipgo.errors import InputError, ResumeError
+from ipgo.methods import DNO, METHODS, BestOfN, DRaFT, Embedding, ReNO
+from ipgo.rewards import as_reward, load_reward, score
+from ipgo.sampling import Sampling
+from ipgo.seeding import derive
+from ipgo.store import Run, load_adapter, save_adapter
+from ipgo.task import Task
+from ipgo.training import Ascent, maximize
+
+PROMPTS = ("a red cat", "sun")
+SAMPLING = Sampling(steps=2, guidance_scale=3.0)
+STOCHASTIC = dataclasses.replace(SAMPLING, eta=1.0)
+REWARD = load_reward("colorfulness", device="cpu")
+LORA = LoRA(rank=2, alpha=4.0)
+
+
+def quick(method, **ascent):
+    """The method with few and long steps."""
+    return dataclasses.replace(method, ascent=dataclasses.replace(method.ascent, steps=6, **ascent))
+
+
+CASES = {
+    "embedding": (quick(Embedding(), lr=0.05), SAMPLING),
+    "draft": (quick(DRaFT(lora=LORA), lr=0.02), SAMPLING),
+    "draft-lv": (quick(DRaFT(lora=LORA), lr=0.02, renoised=2), SAMPLING),
+    "alignprop": (quick(DRaFT(lora=LORA), lr=0.02, backprop_steps=None, random_backprop=True), SAMPLING),
+    "reno": (quick(ReNO()), SAMPLING),
+    "dno": (quick(DNO(), lr=0.05), STOCHASTIC),
+    "best-of-n": (BestOfN(n=6), STOCHASTIC),
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request, backend):
+    """A method, and the prompts that it takes at once."""
+    method, sampling = CASES[request.param]
+    return method, Task(backend, REWARD, PROMPTS if method.stackable else PROMPTS[:1], sampling)
+
+
+# -- every method ------------------------------------------------------------------------------------------
+
+
+def test_each_method_climbs_and_its_adapter_draws_what_it_promised(case, tmp_path):
+    method, task = case
+    last = list(method.fit(task))[-1]
+    seeds = [0] * len(task.prompts)
+    raw = score(REWARD, generate(task.backend, task.prompts, seeds, Adapter(), task.sampling), task.prompts)
+    assert (last.best > raw + 1e-4).all()
+    for row, prompt in enumerate(task.prompts):  # one by one, and from the disk
+        save_adapter(last.adapter.row(row), tmp_path / str(row))
+        stored = load_adapter(tmp_path / str(row))
+        images = generate(task.backend, [prompt], [0], stored, task.sampling)
+        torch.testing.assert_close(score(REWARD, images, [prompt]), last.best[row : row + 1])
+    assert stack([last.adapter.row(row) for row in range(len(task.prompts))]).prompts == task.prompts
+
+
+def test_each_method_resumes_with_the_same_bits(case):
+    method, task = case
+    states = [step.state() for step in method.fit(task)]
+    resumed = list(method.fit(task, resume=states[3]))
+    assert [step.step for step in resumed] == [5, 6]
+    end = resumed[-1].state()
+    assert end.keys() == states[-1].keys()
+    for name, value in states[-1].items():
+        assert torch.equal(value.nan_to_num(-1), end[name].nan_to_num(-1)), name
+
+
+@pytest.mark.parametrize("name", ["embedding", "draft", "reno", "dno", "best-of-n"])
+def test_each_method_runs_from_the_command_line(name, pipeline_folder, tmp_path):
+    steps = "n" if name == "best-of-n" else "ascent.steps"
+    flags = ["--sampling.steps", "2", "--sampling.eta", "1"] if name == "dno" else ["--sampling.steps", "2"]
+    command = [
+        "fit",
+        *PROMPTS,
+        "--method",
+        name,
+        "--backend",
+        pipeline_folder,
+        f"--method.{steps}",
+        "2",
+        *flags,
+    ]
+    judged = ["--reward", "colorfulness", "--held-out", "contrast", "--unseen-seeds", "1"]
+    assert cli.main([*command, *judged, "--out", str(tmp_path / "run")]) == 0
+    run = Run.open(tmp_path / "run")
+    assert type(run.config.method) is METHODS[name]
+    assert [result["status"] for result in run.results()] == ["finished"] * 2
+    unseen = [each for each in run.scores() if each.seed == 1000 and each.reward == "colorfulness"]
+    same = {prompt: len({each.value for each in unseen if each.prompt == prompt}) == 1 for prompt in PROMPTS}
+    assert all(same.values()) == (run.load_adapter(run.prompts[0]).transfers == "nothing")
+
+
+# -- noise -------------------------------------------------------------------------------------------------
+
+
+def test_noise_belongs_to_its_seed(backend):
+    adapter = NoiseAdapter.start(backend, PROMPTS, (7,), shared=False, steps=2)
+    assert torch.equal(adapter.noise(backend, PROMPTS, [7, 7], 2), backend.noise([7, 7], 2))
+    with torch.no_grad():
+        adapter.latents.add_(1)
+    noise = adapter.noise(backend, ["sun", "a red cat"], [7, 8], 2)
+    assert torch.equal(noise, backend.noise([7, 8], 2) + torch.tensor([1, 0]).view(2, 1, 1, 1, 1))
+    with pytest.raises(InputError, match=r"holds noise of shape \(3, 4, 8, 8\); .* need \(4, 4, 8, 8\)"):
+        adapter.noise(backend, PROMPTS, [7, 7], 3)
+    first = NoiseAdapter.start(backend, PROMPTS, (7,), shared=False)
+    assert first.noise(backend, PROMPTS, [7, 7], 2).shape == (2, 3, 4, 8, 8)
+
+
+def test_a_plain_pipeline_starts_from_learned_noise(pipe):
+    backend = load_backend(pipe, device="cpu")
+    adapter = NoiseAdapter.start(backend, PROMPTS, (7,), shared=False)
+    with torch.no_grad():
+        adapter.latents.mul_(0.8)
+    ours = generate(backend, ["sun"], [7], adapter, SAMPLING)
+    kwargs = adapter.prompt_kwargs(pipe, "sun")
+    theirs = pipe(**kwargs, num_inference_steps=2, guidance_scale=3.0, output_type="pt").images
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+    every = NoiseAdapter.start(backend, PROMPTS, (7,), shared=False, steps=2)
+    with pytest.raises(InputError, match="takes the initial noise only"):
+        every.prompt_kwargs(pipe, "sun")
+
+
+def test_the_norm_penalty_is_minus_the_log_density_of_the_norm():
+    noise = torch.randn(5, 64, dtype=torch.float64) * torch.tensor([[0.5], [0.9], [1.0], [1.1], [2.0]])
+    density = stats.chi(df=64).logpdf(noise.norm(dim=1).numpy())
+    difference = norm_penalty(noise) + torch.from_numpy(density)
+    torch.testing.assert_close(difference, difference[:1].expand(5))
+    least = (noise * (63**0.5 / noise.norm(dim=1, keepdim=True))).requires_grad_()
+    (slope,) = torch.autograd.grad(norm_penalty(least).sum(), least)
+    assert slope.abs().max() < 1e-12
+    assert (norm_penalty(least * 1.01) > norm_penalty(least)).all()
+    assert (norm_penalty(least * 0.99) > norm_penalty(least)).all()
+
+
+def test_the_whiteness_bounds_are_those_of_numpy():
+    noise = np.random.default_rng(0).normal(0.5, 1.5, size=801)  # one number more than whole vectors
+    vectors = noise[:800].reshape(200, PATCH)
+    mean = sum(vectors.mean(0) ** 2)
+    spread = np.abs(np.linalg.eigvalsh(sum(np.outer(each, each) for each in vectors) / 200 - np.eye(4))).max()
+    stray = max(math.sqrt(1 + spread) - 1 - math.sqrt(4 / 200), 0)
+    bounds = min(-200 * mean / 8, -math.log(2)) + min(-200 * stray**2 / 2, -math.log(2))
+    assert bounds < -10
+    assert tail_bound(torch.from_numpy(noise)).item() == pytest.approx(bounds)
+
+
+def test_whiteness_knows_noise_from_what_is_none():
+    noise = torch.randn(4096, generator=torch.Generator().manual_seed(0))
+    assert whiteness_penalty(noise).item() == pytest.approx(4 * math.log(2), abs=0.1)
+    for other in (noise + 0.3, noise * 1.5, noise.sort().values, noise[:2048].repeat_interleave(2)):
+        strange = other.clone().requires_grad_()
+        penalty = whiteness_penalty(strange)
+        (slope,) = torch.autograd.grad(penalty, strange)
+        assert penalty > 10
+        assert whiteness_penalty(other - 0.01 * slope / slope.norm() * other.norm()) < penalty
+
+
+@pytest.mark.parametrize("method", [ReNO(), DNO(), BestOfN()])
+def test_noise_methods_refuse_what_noise_cannot_do(backend, method):
+    for options, message in (
+        ({"shared": True}, "shared is true; noise belongs to one prompt"),
+        ({"seeds": (1, 2)}, r"seeds is \[1, 2\]; this method replaces the noise of exactly one seed"),
+        ({"seeds": ()}, r"seeds is \[\]"),
+    ):
+        with pytest.raises(InputError, match=message):
+            method.fit(Task(backend, REWARD, PROMPTS, STOCHASTIC, **options))
+    if not isinstance(method, BestOfN):
+        for ascent in ({"backprop_steps": 1}, {"random_backprop": True}):
+            with pytest.raises(InputError, match="gets its gradient through all 2 steps"):
+                quick(method, **ascent).fit(Task(backend, REWARD, PROMPTS, STOCHASTIC))
+    with pytest.raises(InputError, match=r"sampling\.eta is 0; dno"):
+        DNO().fit(Task(backend, REWARD, PROMPTS, SAMPLING))
+    assert backend.calls["denoiser"] == 0
+
+
+def test_a_step_of_sgd(backend):
+    """With Nesterov's momentum the first one is 1.9 times a plain one, along the clipped gradient."""
+    task = Task(backend, REWARD, PROMPTS, SAMPLING)
+    adapter = NoiseAdapter.start(backend, PROMPTS, (0,), shared=False, penalty="norm")
+    start = adapter.latents.detach().clone()
+    images = generate(backend, PROMPTS, [0, 0], adapter, SAMPLING, backprop_steps=2)
+    objective = score(REWARD, images, PROMPTS) - 0.01 * norm_penalty(adapter.latents.flatten(1))
+    (slope,) = torch.autograd.grad(objective.sum(), adapter.latents)
+    norms = slope.flatten(1).norm(dim=1)
+    step = next(quick(ReNO(), lr=2.0, max_grad_norm=0.03).fit(task))
+    torch.testing.assert_close(step.grad_norm, norms, rtol=1e-4, atol=0)
+    factor = (0.03 / norms).clamp(max=1).view(2, 1, 1, 1, 1)
+    expected = start + 2.0 * 1.9 * factor * slope
+    torch.testing.assert_close(step.state()["adapter.latents"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_best_of_n_is_the_best_of_n(backend):
+    """By hand, with a reward that has no gradient at all."""
+    bright = as_reward(
+        lambda images, prompts: (images > 0.5).float().mean((1, 2, 3)), "bright", differentiable=False
+    )
+    task = Task(backend, bright, PROMPTS, SAMPLING, seeds=(5,), seed=3)
+    steps = list(BestOfN(budget=11).fit(task))
+    assert len(steps) == 5  # of 2 calls each
+    assert backend.calls["denoiser"] == 5 * 2 * len(PROMPTS)
+    for row, prompt in enumerate(PROMPTS):
+        seeds = [5, *(derive(3, "candidate", prompt, number) for number in range(1, 5))]
+        values = [
+            bright(generate(backend, [prompt], [seed], Adapter(), SAMPLING), [prompt]) for seed in seeds
+        ]
+        best = int(torch.cat(values).argmax())
+        assert steps[-1].best[row] == pytest.approx(values[best].item(), abs=1e-6)
+        assert torch.equal(steps[-1].adapter.latents[row], backend.noise([seeds[best]])[0])
+    with pytest.raises(InputError, match="budget is 1; one image takes 2 denoiser calls"):
+        BestOfN(budget=1).fit(task)
+    with pytest.raises(InputError, match="n is 0; it must be at least 1"):
+        BestOfN(n=0)
+    with pytest.raises(ResumeError, match="other settings"):
+        BestOfN().fit(task, resume={"step": torch.tensor(1)})
+
+
+# -- weights -----------------------------------------------------------------------------------------------
+
+
+def lora(backend, prompts=PROMPTS[:1], shared=False):
+    """One that changes something."""
+    adapter = WeightAdapter.start(backend, prompts, LORA, seed=0, shared=shared).to(backend.dtype)
+    with torch.no_grad():
+        for number, value in enumerate(adapter.up.values()):
+            value.copy_(torch.randn(value.shape, generator=torch.Generator().manual_seed(number)))
+    return adapter
+
+
+def test_a_lora_is_a_change_of_weights_and_leaves_no_trace(make_pipe):
+    backend = load_backend(make_pipe(), device="cpu")
+    denoiser = backend.modules["denoiser"]
+    names = [name for name, _ in denoiser.named_modules()]
+    raw = generate(backend, ["sun"], [1], Adapter(), SAMPLING)
+    adapter = lora(backend, shared=True)
+    changed = generate(backend, ["sun"], [1], adapter, SAMPLING)
+    assert [name for name, _ in denoiser.named_modules()] == names
+    assert not hasattr(denoiser, "peft_config")
+    assert not any(parameter.requires_grad for parameter in denoiser.parameters())
+    assert torch.equal(generate(backend, ["sun"], [1], Adapter(), SAMPLING), raw)
+    with torch.no_grad():  # the same change, written into the weights
+        for name in adapter.layers:
+            key = name.replace(".", "/")
+            denoiser.get_submodule(name).weight += 4.0 / 2 * adapter.up[key][0] @ adapter.down[key][0]
+    torch.testing.assert_close(changed, generate(backend, ["sun"], [1], Adapter(), SAMPLING))
+    assert not torch.allclose(changed, raw, atol=1e-3)
+
+
+def test_a_lora_starts_at_nothing_and_comes_off_after_an_error(backend):
+    adapter = WeightAdapter.start(backend, PROMPTS, LORA, seed=0, shared=True)
+    raw = generate(backend, PROMPTS, [1, 1], Adapter(), SAMPLING)
+    torch.testing.assert_close(generate(backend, PROMPTS, [1, 1], adapter, SAMPLING), raw)
+    assert len(adapter.layers) == 4 * 2 * 4  # projections, self- and cross-attention, blocks
+    with pytest.raises(ZeroDivisionError), lora(backend, shared=True).attached(backend, PROMPTS):
+        _ = 1 / 0
+    assert torch.equal(generate(backend, PROMPTS, [1, 1], Adapter(), SAMPLING), raw)
+
+
+def test_the_gradient_of_a_lora_flows_through_both_halves_of_guidance(backend64):
+    adapter = lora(backend64)
+
+    def reward(backprop_steps=0):
+        images = generate(backend64, PROMPTS[:1], [1], adapter, SAMPLING, backprop_steps=backprop_steps)
+        return images.square().mean()
+
+    parameters = list(adapter.parameters())
+    with torch.no_grad():
+        for parameter in adapter.up.values():
+            parameter.mul_(0.1)
+    slopes = torch.autograd.grad(reward(backprop_steps=2), parameters)
+    length = torch.stack([slope.square().sum() for slope in slopes]).sum()
+    values = []
+    for step in (1e-6, -1e-6):
+        with torch.no_grad():
+            for parameter, slope in zip(parameters, slopes, strict=True):
+                parameter.add_(slope / length.sqrt(), alpha=step)
+            values.append(reward())
+            for parameter, slope in zip(parameters, slopes, strict=True):
+                parameter.sub_(slope / length.sqrt(), alpha=step)
+    assert ((values[0] - values[1]) / 2e-6).item() == pytest.approx(length.sqrt().item(), rel=1e-5)
+
+
+def test_weights_refuse_what_they_cannot_do(backend, pipe):
+    own = lora(backend, PROMPTS)
+    with pytest.raises(InputError, match="these 2 prompts have their own"):
+        generate(backend, PROMPTS, [0, 0], own, SAMPLING)
+    with pytest.raises(InputError, match="call the pipeline inside `attached`"):
+        own.prompt_kwargs(pipe, "sun")
+    with pytest.raises(InputError, match=r"lora\.targets is \['to_w'\]"):
+        WeightAdapter.start(backend, PROMPTS, LoRA(targets=("to_w",)), seed=0, shared=True)
+    with pytest.raises(InputError, match=r"layer 'mid\.to_q' \(3, 3\), which the backend lacks"):
+        generate(backend, ["sun"], [0], WeightAdapter(None, {"mid.to_q": (3, 3)}, LORA), SAMPLING)
+    with pytest.raises(InputError, match="carries a LoRA already"), own.attached(backend, ["sun"]):
+        generate(backend, ["sun"], [0], own, SAMPLING)
+    for options, message in (({"rank": 0}, "rank is 0"), ({"alpha": 0.0}, "alpha is 0")):
+        with pytest.raises(InputError, match=message):
+            LoRA(**options)
+
+
+def test_a_shared_lora_draws_prompts_that_it_never_saw(backend):
+    method = quick(DRaFT(lora=LORA), lr=0.02)
+    last = list(method.fit(Task(backend, REWARD, PROMPTS, SAMPLING, shared=True)))[-1]
+    before, after = (
+        REWARD(generate(backend, ["a dog"], [4], adapter, SAMPLING), ["a dog"])
+        for adapter in (Adapter(), last.adapter)
+    )
+    assert after > before
+
+
+def test_random_truncation_is_drawn_once_for_each_trajectory(backend):
+    sampling = dataclasses.replace(SAMPLING, steps=4)
+    task = Task(backend, REWARD, PROMPTS[:1], sampling)
+    fitting = quick(DRaFT(lora=LORA), backprop_steps=3, random_backprop=True).fit(task)
+    assert {backend.calls.pop("denoiser_grad") for _ in fitting} == {1, 2, 3}
+
+
+def test_the_gradient_of_draft_lv(backend64):
+    """Of the reward of the image, and of the image made once more from its noised latents: in closed form."""
+    backend = backend64
+    scheduler = backend.scheduler(2, backend.noise([0])[:, 0])
+    last = int(scheduler.timesteps[-1])
+    alpha, final = scheduler.alphas_cumprod[last].double(), scheduler.final_alpha_cumprod.double()
+    fresh = backend.noise([derive(0, "renoised", "sun", 0, 0)])[:, 0].double()
+    adapter = lora(backend, ["sun"])
+    cond = backend.encode(["sun"])
+    uncond = backend.unconditional("", cond)
+    latents = []
+    decode = backend.decode
+    backend.decode = lambda clean: latents.append(clean) or decode(clean)
+    image = generate(backend, ["sun"], [0], adapter, SAMPLING, backprop_steps=1)
+    backend.decode = decode
+    noisy = alpha.sqrt() * latents[0].detach() + (1 - alpha).sqrt() * fresh
+    with adapter.attached(backend, ["sun"]):
+        epsilon = backend.predict(noisy, torch.tensor(last), cond, uncond, SAMPLING.guidance_scale)
+        clean = (noisy - (1 - alpha).sqrt() * epsilon) / alpha.sqrt()
+        again = backend.decode(final.sqrt() * clean + (1 - final).sqrt() * epsilon)
+        objective = REWARD(image, ["sun"]) + REWARD(again, ["sun"])
+        slopes = torch.autograd.grad(objective.sum(), list(adapter.parameters()))
+    norm = torch.cat([slope.flatten() for slope in slopes]).norm()
+    ascent = Ascent(steps=1, backprop_steps=1, renoised=1, penalty_weight=0.0)
+    step = next(maximize(Task(backend, REWARD, ("sun",), SAMPLING), adapter, ascent))
+    torch.testing.assert_close(step.grad_norm[0].double(), norm, rtol=1e-6, atol=0)
+    torch.testing.assert_close(step.rewards.double(), REWARD(image, ["sun"]).detach(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"renoised": -1}, r"ascent\.renoised is -1; it must be at least 0"),
+        ({"backprop_steps": 0}, r"ascent\.backprop_steps is 0"),
+        ({"optimizer": "adma"}, r"unknown ascent\.optimizer 'adma'; did you mean 'adam'"),
+    ],
+)
+def test_wrong_ascents_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        Ascent(**options)
+
+
+def test_draft_lv_needs_ddim(pipe):
+    backend = load_backend(pipe, device="cpu", scheduler="euler")
+    with pytest.raises(InputError, match=r"ascent\.renoised above 0 needs the ddim scheduler, not Euler"):
+        next(quick(DRaFT(lora=LORA), renoised=1).fit(Task(backend, REWARD, PROMPTS[:1], SAMPLING)))
+
+
+# -- whole prompts -----------------------------------------------------------------------------------------
+
+
+def test_an_embedding_starts_as_the_prompt(backend, pipe):
+    adapter = EmbeddingAdapter.start(backend, PROMPTS, shared=False)
+    raw = generate(backend, PROMPTS, [1, 1], Adapter(), SAMPLING)
+    assert torch.equal(generate(backend, PROMPTS, [1, 1], adapter, SAMPLING), raw)
+    original = backend.encode(PROMPTS)
+    cond = adapter.condition(backend, PROMPTS, original)
+    assert adapter.penalty(original, cond, raw).abs().max() < 1e-6
+    with torch.no_grad():
+        adapter.embeds[0, 0] += 1  # at the start of the text, which the penalty does not look at
+        adapter.embeds[1] *= -1
+    turned = adapter.penalty(original, adapter.condition(backend, PROMPTS, original), raw)
+    torch.testing.assert_close(turned, torch.tensor([0.0, 2.0]), atol=1e-6, rtol=0)
+    with pytest.raises(InputError, match="prompt-wise only"):
+        EmbeddingAdapter.start(backend, PROMPTS, shared=True)
+    with pytest.raises(InputError, match="padding is 'none'"):
+        EmbeddingAdapter.start(load_backend(pipe, device="cpu", padding="none"), PROMPTS, shared=False)
+    with pytest.raises(InputError, match=r"states of shape \(5, 32\); .* takes \(77, 32\)"):
+        generate(backend, PROMPTS[:1], [0], EmbeddingAdapter(PROMPTS, 5, 32), SAMPLING)
