@@ -85,7 +85,6 @@ def load_judge(config: RunConfig) -> Judge | None:
 
 def run(folder: Run, models: Models) -> None:
     """Fit every prompt that has no result yet. Safe to stop at any moment, and to call again."""
-    folder.start(facts(models.backend))
     for chunk in folder.pending(folder.config.method.stackable):
         progress, cost = fit_chunk(folder, models, chunk)
         finish_chunk(folder, models, chunk, progress, cost)
@@ -104,10 +103,11 @@ def fit_chunk(folder: Run, models: Models, chunk: Chunk) -> tuple[Progress, Cost
     found = folder.checkpoint(chunk)
     earlier = found.cost if found is not None else Cost()
     started = saved = time.monotonic()
-    counted = Counter(backend.calls)
+    counted, about = Counter(backend.calls), facts(backend)
     progress, cost = None, earlier
     with progress_bar(chunk, folder) as bar:
         for progress in config.method.fit(task, found.state if found is not None else None):
+            folder.start(about)  # not sooner: settings that the method refuses leave no run behind
             now = time.monotonic()
             calls = earlier.calls + (backend.calls - counted)
             memory = max(earlier.peak_memory, peak_memory(backend.device))

@@ -11,13 +11,20 @@ from ipgo.sampling import Sampling, ddim_step, sample
 
 PROMPTS = ["a red cat", "a dog on the moon", "sun"]
 STEPS = 5
+SAMPLING = Sampling(STEPS, 7.5)
 
 
 def undecorated(pipe, **kwargs):
     """`pipe(...)` with gradients."""
     return (
         type(pipe)
-        .__call__.__wrapped__(pipe, num_inference_steps=STEPS, guidance_scale=7.5, output_type="pt", **kwargs)
+        .__call__.__wrapped__(
+            pipe,
+            num_inference_steps=STEPS,
+            guidance_scale=SAMPLING.guidance_scale,
+            output_type="pt",
+            **kwargs,
+        )
         .images
     )
 
@@ -60,7 +67,7 @@ def test_the_models_own_scheduler_and_a_negative_prompt(pipe):
 def test_velocity_prediction_of_stable_diffusion_2(make_pipe, name):
     pipe = make_pipe(prediction_type="v_prediction")
     backend = load_backend(pipe, device="cpu", scheduler=name)
-    ours = generate(backend, PROMPTS[:1], [3], Adapter(), Sampling(STEPS))
+    ours = generate(backend, PROMPTS[:1], [3], Adapter(), SAMPLING)
     pipe.scheduler = backend.scheduler(STEPS, torch.zeros(1))
     theirs = pipe(
         PROMPTS[:1],
@@ -94,7 +101,7 @@ def test_our_gradient_is_that_of_the_undecorated_pipeline(make_pipe, backprop_st
     noise = backend.noise([0, 1])
 
     def ours(cond, uncond):
-        return sample(backend, cond, uncond, noise, Sampling(STEPS), backprop_steps=backprop_steps)
+        return sample(backend, cond, uncond, noise, SAMPLING, backprop_steps=backprop_steps)
 
     def detach(pipe, index, timestep, tensors):
         latents = tensors["latents"]
@@ -120,7 +127,7 @@ def test_the_full_gradient_through_every_scheduler(make_pipe, name):
     noise = backend.noise([0, 1])
 
     def ours(cond, uncond):
-        return sample(backend, cond, uncond, noise, Sampling(STEPS), backprop_steps=STEPS)
+        return sample(backend, cond, uncond, noise, SAMPLING, backprop_steps=STEPS)
 
     def theirs(cond, uncond):
         return undecorated(
@@ -160,7 +167,7 @@ def test_recomputation_changes_no_gradient(make_pipe, padding):
         gradient_of(
             backend,
             lambda cond, uncond, again=again: sample(
-                backend, cond, uncond, noise, Sampling(STEPS), backprop_steps=2, recompute=again
+                backend, cond, uncond, noise, SAMPLING, backprop_steps=2, recompute=again
             ),
         )
         for again in (False, True)

@@ -132,7 +132,10 @@ def test_the_ledger_counts_rows(backend):
 
 
 def test_the_unconditional_half_builds_no_graph_where_it_carries_none(backend):
-    """With K = 1 the latents are constants, so only the conditional half may keep activations."""
+    """With K = 1 the latents are constants, so only the conditional half may keep activations.
+
+    Elsewhere one call computes both halves.
+    """
     cond = backend.encode(["a"])
     cond = PromptEmbeds(cond.embeds.requires_grad_(), cond.mask)
     uncond = backend.unconditional("", cond)
@@ -142,4 +145,4 @@ def test_the_unconditional_half_builds_no_graph_where_it_carries_none(backend):
     )
     sample(backend, cond, uncond, backend.noise([0]), Sampling(steps=3), backprop_steps=2)
     hook.remove()
-    assert modes == [False, True, False, True, True]
+    assert modes == [False, True, False, True]

@@ -20,7 +20,7 @@ from tools.emoji.sprites import BUILD
 SCHEDULES = {
     "vae": Schedule(steps=4_500, batch=8, lr=1.5e-3, ema=0.995),
     "clip": Schedule(steps=750, batch=128, lr=1e-3, warmup=60, weight_decay=0.05),
-    "denoiser": Schedule(steps=2_050, batch=40, lr=8e-4, warmup=150, ema=0.997),
+    "denoiser": Schedule(steps=1_750, batch=40, lr=8e-4, warmup=150, ema=0.997),
 }
 
 

@@ -102,29 +102,44 @@ class Backend(ABC):
 
 
 def classifier_free(
-    denoise: Callable[[Tensor, PromptEmbeds], Tensor],
+    denoise: Callable[[Tensor, Tensor, Tensor | None], Tensor],
     latents: Tensor,
-    cond: PromptEmbeds,
-    uncond: PromptEmbeds | None,
+    cond: tuple[Tensor, Tensor],
+    uncond: tuple[Tensor, Tensor] | None,
     guidance_scale: float,
     uncond_grad: bool,
 ) -> Tensor:
     """u + g (c - u): classifier-free guidance (Ho and Salimans, arXiv 2207.12598, eq. 6 with g = 1 + w).
 
-    Without `uncond`, or with g <= 1, it is c. One network call computes both halves when they have the same
-    length and nothing needs a gradient. Otherwise there are two, and the unconditional one builds a graph
-    only if `uncond_grad` says that a gradient can flow through it.
+    Without `uncond`, or with g <= 1, it is c. One network call computes both halves, the shorter one padded with
+    states that are not attended to, unless a gradient is wanted and cannot flow through the unconditional half:
+    that half is then called alone, and builds no graph.
+
+    Args:
+        denoise: (latents, states (B, L, D), attended (B, L) bool, or None for all) to the model output.
+        cond, uncond: states (B, L, D) and which of them are attended to (B, L); L may differ.
+        uncond_grad: can a gradient flow through the unconditional half?
     """
     if uncond is None or guidance_scale <= 1:
-        return denoise(latents, cond)
-    if cond.length == uncond.length and not torch.is_grad_enabled():
-        both = PromptEmbeds(
-            torch.cat([uncond.embeds, cond.embeds]),
-            torch.cat([uncond.mask, cond.mask]),
-        )
-        u, c = denoise(torch.cat([latents, latents]), both).chunk(2)
+        return denoise(latents, cond[0], _hidden(cond[1]))
+    if torch.is_grad_enabled() and not uncond_grad:
+        c = denoise(latents, cond[0], _hidden(cond[1]))
+        with torch.no_grad():
+            u = denoise(latents, uncond[0], _hidden(uncond[1]))
     else:
-        c = denoise(latents, cond)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and uncond_grad):
-            u = denoise(latents, uncond)
+        length = max(cond[0].shape[1], uncond[0].shape[1])
+        states = torch.cat([_padded(uncond[0], length), _padded(cond[0], length)])
+        attended = torch.cat([_padded(uncond[1], length), _padded(cond[1], length)])
+        u, c = denoise(torch.cat([latents, latents]), states, _hidden(attended)).chunk(2)
     return u + guidance_scale * (c - u)
+
+
+def _hidden(attended: Tensor) -> Tensor | None:
+    """None where nothing is hidden: attention without a mask is faster."""
+    return None if bool(attended.all()) else attended
+
+
+def _padded(values: Tensor, length: int) -> Tensor:
+    """(B, L, ...) with zeros up to `length` in the second dimension."""
+    missing = values.new_zeros(len(values), length - values.shape[1], *values.shape[2:])
+    return torch.cat([values, missing], dim=1)

@@ -179,20 +179,28 @@ class StableDiffusion(Backend):
         self.calls["denoiser_grad"] += len(latents) * torch.is_grad_enabled()
         trained = any(parameter.requires_grad for parameter in self.pipe.unet.parameters())
 
-        def denoise(latents: Tensor, prompt: PromptEmbeds) -> Tensor:
-            hide = self.padding == "none" and not bool(prompt.mask.all())
+        def denoise(latents: Tensor, states: Tensor, attended: Tensor | None) -> Tensor:
             output: Tensor = self.pipe.unet(
                 latents.to(self.dtype),
                 timestep,
-                encoder_hidden_states=prompt.embeds,
-                encoder_attention_mask=prompt.mask if hide else None,
+                encoder_hidden_states=states,
+                encoder_attention_mask=attended,
                 return_dict=False,
             )[0]
             return output.to(latents.dtype)
 
         return classifier_free(
-            denoise, latents, cond, uncond, guidance_scale, uncond_grad=latents.requires_grad or trained
+            denoise,
+            latents,
+            self._attended(cond),
+            None if uncond is None else self._attended(uncond),
+            guidance_scale,
+            uncond_grad=latents.requires_grad or trained,
         )
+
+    def _attended(self, prompt: PromptEmbeds) -> tuple[Tensor, Tensor]:
+        """The states, and which of them the denoiser looks at: padding too, unless padding="none"."""
+        return prompt.embeds, prompt.mask if self.padding == "none" else torch.ones_like(prompt.mask)
 
     def scheduler(self, steps: int, latents: Tensor) -> Any:
         config = self.pipe.scheduler.config
