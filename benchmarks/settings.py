@@ -25,7 +25,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "K = 1": {"ascent.backprop_steps": 1},
     "K = 2": {"ascent.backprop_steps": 2},
     "K = 4": {"ascent.backprop_steps": 4},
-    "T = 8": {"sampling.steps": 8},
+    "norm 1": {"insertion.norm": 1.0},
+    "norm 4": {"insertion.norm": 4.0},
     "norm as in the paper": {"insertion.norm": 0.0},
     "no rotations": {"insertion.rotations": "none"},
     "free basis": {"insertion.basis": "free"},
@@ -35,19 +36,36 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "10 + 10": {"insertion.num_prefix": 10, "insertion.num_suffix": 10},
     "no conformity": {"ascent.penalty_weight": 0.0},
     "conformity 1": {"ascent.penalty_weight": 1.0},
+    "norm 1, lr 1e-1": {"insertion.norm": 1.0, "ascent.lr": 1e-1},
+    "norm 1, lr 3e-2, K = 4": {"insertion.norm": 1.0, "ascent.lr": 3e-2, "ascent.backprop_steps": 4},
+    "2 + 2, K = 4": {"insertion.num_prefix": 2, "insertion.num_suffix": 2, "ascent.backprop_steps": 4},
+    "2 + 2, norm 1, lr 1e-1, K = 4": {
+        "insertion.num_prefix": 2,
+        "insertion.num_suffix": 2,
+        "insertion.norm": 1.0,
+        "ascent.lr": 1e-1,
+        "ascent.backprop_steps": 4,
+    },
+    "2 + 2, norm 4, lr 3e-2, K = 4": {
+        "insertion.num_prefix": 2,
+        "insertion.num_suffix": 2,
+        "insertion.norm": 4.0,
+        "ascent.lr": 3e-2,
+        "ascent.backprop_steps": 4,
+    },
     "four seeds": {"seeds": (0, 1, 2, 3)},
     "fresh noise": {"seeds": ()},
 }
 
 
-def measure(overrides: dict[str, Any], reward: str, prompts: list[str]) -> str:
+def measure(base: dict[str, Any], overrides: dict[str, Any], reward: str, prompts: list[str]) -> str:
     """One line of the table."""
     parts: dict[str, Any] = {
         "insertion": ipgo.Insertion(),
         "ascent": ipgo.Ascent(),
         "sampling": ipgo.Sampling(),
     }
-    for key, value in overrides.items():
+    for key, value in (base | overrides).items():
         part, _, field = key.partition(".")
         if field:
             parts[part] = replace(parts[part], **{field: value})
@@ -80,8 +98,12 @@ def main() -> None:
     parser.add_argument("--reward", default="emoji-preference", choices=BUNDLED_REWARDS["emoji"])
     parser.add_argument("--prompts", default="one:train")
     parser.add_argument("--count", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=ipgo.Ascent().steps, help="optimiser steps of the base")
+    parser.add_argument("--lr", type=float, default=ipgo.Ascent().lr, help="learning rate of the base")
+    parser.add_argument("--sampling-steps", type=int, default=ipgo.Sampling().steps, help="of the base")
     parser.add_argument("--out", type=Path, help="write the table there, under the command that made it")
     options = parser.parse_args()
+    base = {"ascent.steps": options.steps, "ascent.lr": options.lr, "sampling.steps": options.sampling_steps}
     prompts = read_prompts(options.prompts)[: options.count]
     others = [name for name in BUNDLED_REWARDS["emoji"] if name != options.reward]
     lines = [
@@ -91,11 +113,15 @@ def main() -> None:
     ]
     print("\n".join(lines))
     for name in options.variants:
-        lines.append(f"| {name} | {measure(VARIANTS[name], options.reward, prompts)} |")
+        lines.append(f"| {name} | {measure(base, VARIANTS[name], options.reward, prompts)} |")
         print(lines[-1], flush=True)
     if options.out:
-        command = f"python benchmarks/settings.py --reward {options.reward} --prompts {options.prompts}"
-        options.out.write_text(f"`{command} --count {options.count}`\n\n" + "\n".join(lines) + "\n")
+        command = (
+            f"python benchmarks/settings.py --reward {options.reward} --prompts {options.prompts} "
+            f"--count {options.count} --steps {options.steps} --lr {options.lr} "
+            f"--sampling-steps {options.sampling_steps}"
+        )
+        options.out.write_text(f"`{command}`\n\n" + "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

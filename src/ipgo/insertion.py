@@ -36,8 +36,9 @@ class Insertion:
         bounded: keep the coefficients within [-1, 1].
         cross_attention: IPGO+ lets the inserted embeddings attend to the prompt's and takes the answer
             ("replace"), or adds it ("residual"); "none" is IPGO.
-        norm: mean norm of an inserted embedding at the start; None is that of the prompt's own embeddings,
-            0 leaves it at sqrt(rank / 3), as the paper does.
+        norm: mean norm of an inserted embedding at the start. Small ones begin near the image of the raw
+            prompt. None is the norm of the prompt's own embeddings, 0 leaves it at sqrt(rank / 3), as the
+            paper does.
     """
 
     num_prefix: int = 10
@@ -48,7 +49,7 @@ class Insertion:
     basis: Basis = "orthonormal"
     bounded: bool = True
     cross_attention: CrossAttention = "none"
-    norm: float | None = None
+    norm: float | None = 1.0
 
     def __post_init__(self) -> None:
         if min(self.num_prefix, self.num_suffix) < 0 or self.num_prefix + self.num_suffix == 0:

@@ -89,7 +89,7 @@ def test_alignment_prefers_the_right_prompt(drawn: tuple[list[str], torch.Tensor
 
 def test_a_short_fit_raises_the_reward_on_every_prompt() -> None:
     prompts = read_prompts("one:train")[:2]
-    method = ipgo.IPGO(ascent=ipgo.Ascent(steps=8, lr=0.01))
+    method = ipgo.IPGO(ascent=ipgo.Ascent(steps=12, lr=3e-2, backprop_steps=4))
     sampling = ipgo.Sampling(steps=8)
     result = ipgo.fit(prompts, reward="emoji-preference", method=method, sampling=sampling, unseen_seeds=1)
     (gain,) = [gain for gain in result.on_fitted_seeds if not gain.held_out]

@@ -22,7 +22,8 @@ from ipgo.store import Run
 PROMPTS = ("a fox", "a <b>lemon</b> & more")
 SETTINGS = (
     *("--reward", "colorfulness", "--held-out", "contrast", "--sampling.steps", "2", "--unseen-seeds", "2"),
-    *("--method.ascent.steps", "4", "--method.ascent.lr", "0.01", "--method.insertion.num_prefix", "2"),
+    *("--method.ascent.steps", "4", "--method.ascent.lr", "0.01", "--method.ascent.backprop_steps", "2"),
+    *("--method.insertion.num_prefix", "2"),
 )
 TIMINGS = ("history.jsonl", "report.html", "run.json", "curve.png")  # files that tell the time
 

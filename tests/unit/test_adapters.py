@@ -58,11 +58,13 @@ def test_stacking_undoes_row(adapter):
 
 
 def test_the_norm_is_that_of_the_prompt(backend):
-    adapter = InsertionAdapter.start(backend, PROMPTS, Insertion(num_prefix=60), seed=0, shared=False)
+    adapter = InsertionAdapter.start(
+        backend, PROMPTS, Insertion(num_prefix=60, norm=None), seed=0, shared=False
+    )
     own = backend.encode(PROMPTS).norm()
     inserted = adapter.prefix(torch.arange(3)).norm(dim=-1).mean(1)
     torch.testing.assert_close(inserted, own, rtol=0.05, atol=0)
-    shared = InsertionAdapter.start(backend, PROMPTS, Insertion(), seed=0, shared=True)
+    shared = InsertionAdapter.start(backend, PROMPTS, Insertion(norm=None), seed=0, shared=True)
     assert len(shared.prefix.scale) == 1
     paper = InsertionAdapter.start(backend, PROMPTS, Insertion(norm=0), seed=0, shared=False)
     assert paper.prefix.scale.tolist() == [1, 1, 1]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ipgo import IPGO, Ascent, Insertion, Raw, Sampling
+from ipgo import IPGO, Insertion, Raw, Sampling
 from ipgo.config import RunConfig, build, flatten, merge, method_of, parse, presets, read_settings, run_parser
 from ipgo.errors import InputError
 
@@ -30,7 +30,7 @@ def test_flags_override_settings_and_settings_defaults() -> None:
     config = read(settings, "--sampling.steps", "7", "--method.insertion.num_prefix", "4", "--shared")
     assert config == RunConfig(
         PROMPTS,
-        IPGO(Insertion(num_prefix=4), Ascent(lr=0.5)),
+        IPGO(Insertion(num_prefix=4), replace(IPGO().ascent, lr=0.5)),
         sampling=Sampling(steps=7, eta=0.5),
         seeds=(3,),
         shared=True,
@@ -49,7 +49,7 @@ def test_json_round_trip_and_identity() -> None:
     config = RunConfig(PROMPTS)
     assert replace(config, chunk=9, device="cpu").digest() == config.digest()
     assert replace(config, seed=1).digest() != config.digest()
-    assert config.identity()["method.ascent.lr"] == Ascent().lr
+    assert config.identity()["method.ascent.lr"] == IPGO().ascent.lr
 
 
 @pytest.mark.parametrize("name", presets())

@@ -243,7 +243,7 @@ def test_a_state_of_another_fit_is_refused(backend):
     state = next(fit(task(backend))).state()
     for other in (Insertion(num_prefix=3, rank=8), Insertion(2, 2, rank=8, rotations="none")):
         with pytest.raises(ResumeError, match="other settings"):
-            IPGO(other).fit(task(backend), resume=state)
+            IPGO(other, Ascent()).fit(task(backend), resume=state)
 
 
 def test_raw_scores_the_prompts_as_they_are(backend):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
@@ -12,6 +12,9 @@ from ipgo.adapters import InsertionAdapter
 from ipgo.insertion import Insertion
 from ipgo.task import Progress, Task
 from ipgo.training import Ascent, maximize
+
+# Chosen by benchmarks/settings.py on the bundled model; `paper-code` has the notebook's.
+DEFAULT = Ascent(steps=30, lr=3e-2, backprop_steps=4)
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,8 @@ class IPGO:
 
     stackable: ClassVar[bool] = True
 
-    insertion: Insertion = field(default_factory=Insertion)
-    ascent: Ascent = field(default_factory=Ascent)
+    insertion: Insertion = Insertion()
+    ascent: Ascent = DEFAULT
 
     def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
         adapter = InsertionAdapter.start(
