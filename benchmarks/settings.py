@@ -2,8 +2,8 @@
 
     python benchmarks/settings.py --count 6 --out docs/settings.md
 
-Each variant differs from the base (the library's defaults) in what it names. Prompts are of the train halves; gains are
-over raw prompts; `unseen` are noise seeds that took no part in the fit.
+Each variant differs in what it names from the base: 10 + 10 embeddings with the norm of the prompt's own, K = 2.
+Prompts are of the train halves; gains are over raw prompts; `unseen` are noise seeds that took no part in the fit.
 """
 
 import argparse
@@ -103,7 +103,8 @@ def main() -> None:
     parser.add_argument("--sampling-steps", type=int, default=ipgo.Sampling().steps, help="of the base")
     parser.add_argument("--out", type=Path, help="write the table there, under the command that made it")
     options = parser.parse_args()
-    base = {"ascent.steps": options.steps, "ascent.lr": options.lr, "sampling.steps": options.sampling_steps}
+    base: dict[str, Any] = {"insertion.norm": None, "ascent.backprop_steps": 2}
+    base |= {"ascent.steps": options.steps, "ascent.lr": options.lr, "sampling.steps": options.sampling_steps}
     prompts = read_prompts(options.prompts)[: options.count]
     others = [name for name in BUNDLED_REWARDS["emoji"] if name != options.reward]
     lines = [

@@ -151,6 +151,7 @@ def rows(figures: object, name: str = "") -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=500, help="held-out captions of each kind")
+    parser.add_argument("--out", type=Path, help="write the table there, under the command that made it")
     parser.add_argument("--sheet", type=Path, help="also write a contact sheet of 100 one-object prompts")
     options = parser.parse_args()
     pipe = StableDiffusionPipeline.from_pretrained(BACKEND, torch_dtype=torch.float32)
