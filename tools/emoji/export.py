@@ -61,10 +61,11 @@ def vocabulary() -> dict[str, object]:
 
 
 def restore() -> None:
-    """The reverse of `export`: checkpoints from the package's weights, so that a part can be trained further."""
-    vae = AutoencoderKL.from_pretrained(BACKEND / "vae")
-    (BUILD / "latents.json").write_text(json.dumps({"scaling_factor": vae.config.scaling_factor}))
-    save("vae", vae)
+    """The reverse of `export`: checkpoints from the package's weights, so that a part can be trained further.
+
+    The scenes, the tokenizer and the latents are made again by their stages.
+    """
+    save("vae", AutoencoderKL.from_pretrained(BACKEND / "vae"))
     save("denoiser", UNet2DConditionModel.from_pretrained(BACKEND / "unet"))
     for name in ("clip", "preference"):
         save(name, CLIPModel.from_pretrained(REWARDS / name))
