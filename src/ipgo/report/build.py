@@ -92,19 +92,17 @@ def mood(gain: float) -> str:
 def summary(run: Run, fitted: Sequence[Gain], unseen: Sequence[Gain]) -> str:
     """The result in words: on the noise it was fitted to, on noise it was not, and to the judge's eye."""
     reward = run.config.reward
-    found = [
-        (title, _of(gains, reward))
-        for title, gains in (("the fitted noise", fitted), ("unseen noise", unseen))
-    ]
-    parts = [
-        f"from {gain.before:.3f} to {gain.after:.3f} on {title}" for title, gain in found if gain is not None
-    ]
-    if not parts:
+    titled = (("the fitted noise", fitted), ("unseen noise", unseen))
+    found = [(title, gain) for title, gains in titled if (gain := _of(gains, reward)) is not None]
+    if not found:
         return "No prompt is finished yet, or there is nothing to compare: the method changes nothing."
-    last = next(gain for _, gain in reversed(found) if gain is not None)
-    verb = "raised" if last.gain.value > 0 else "did not raise"
-    wins = f", and beats the raw prompt in {last.wins.value:.0%} of the images there"
-    text = f"{run.config.method_name.upper()} {verb} {reward} {' and '.join(parts)}{wins}."
+    text, last = run.config.method_name.upper(), ""
+    for title, gain in found:
+        verb = "raised" if gain.gain.value > 0 else "lowered" if gain.gain.value < 0 else "left"
+        start = " and" if verb == last else f"{' but' if last else ''} {verb} {'it' if last else reward}"
+        text += f"{start} from {gain.before:.3f} to {gain.after:.3f} on {title}"
+        last = verb
+    text += f". It beats the raw prompt in {found[-1][1].wins.value:.0%} of the images on {found[-1][0]}."
     judged = _of(unseen or fitted, "judge-object")
     if judged is not None:
         text += f" An independent judge finds the object in {judged.before:.0%} of the images before and in"
