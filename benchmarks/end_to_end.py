@@ -13,6 +13,7 @@ import argparse
 import itertools
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,8 @@ def main() -> None:
             cells = prompt_wise(name, test, reward, (0,) if mode == "one-seed" else (0, 1, 2, 3))
         else:
             insertion = ipgo.Insertion(cross_attention="residual" if mode == "plus" else "none")
-            ascent = ipgo.Ascent(steps=options.steps, lr_decay=0.95, decay_every=15)
+            # The schedule of presets/ipgo-plus.yaml, for both.
+            ascent = replace(ipgo.IPGO().ascent, steps=options.steps, lr=0.01, lr_decay=0.95, decay_every=15)
             cells = prompt_batch(name, train, test, reward, ipgo.IPGO(insertion, ascent))
         lines.append(f"| {mode} | {kind} | {reward} | {cells} |")
         print(lines[-1], flush=True)

@@ -11,6 +11,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -58,7 +59,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 def measure(task: ipgo.Task, repeats: int) -> tuple[float, float]:
     """Median seconds of our step and of the bare passes."""
-    ascent = ipgo.Ascent(steps=repeats + 2)
+    ascent = replace(ipgo.IPGO().ascent, steps=repeats + 2)
     fit = steps_of(task, ascent)
     backend = task.backend
     with torch.no_grad():

@@ -55,7 +55,7 @@ def cosines(task: ipgo.Task, insertion: ipgo.Insertion) -> dict[int | None, floa
     return {
         k: torch.cosine_similarity(embedding_gradient(task, insertion, k), full).mean().item()
         for k in BACKPROP
-        if k is not None and k <= task.sampling.steps
+        if k is not None and k < task.sampling.steps
     } | {None: 1.0}
 
 

@@ -99,7 +99,7 @@ def _draw_pairs(block: int) -> tuple[list[str], np.ndarray]:
 
 
 def _worse(rng: np.random.Generator, scene: world.Scene, claims: tuple[int, ...]) -> world.Scene:
-    """The scene spoilt: degraded in half of the cases, else with one claimed fact made false (sometimes both)."""
+    """The scene spoilt: degraded in nearly half of the cases, else with one claimed fact made false."""
     kind = rng.random()
     if kind < 0.45:
         damage = str(rng.choice(tuple(world.DEGRADATIONS)))
