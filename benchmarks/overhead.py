@@ -2,8 +2,9 @@
 
     python benchmarks/overhead.py [--backend emoji] [--rows 1 4]
 
-The bare passes are written here without ipgo's loop, adapters or optimiser: T - K guided denoiser calls without a
-graph, K with one (the first of them needs none in its unconditional half), one decoding, one reward, one backward.
+The bare passes are written here without ipgo's loop, adapters or optimiser, and batched like ipgo's: T - K guided
+denoiser calls without a graph, K with one (the first of them needs none in its unconditional half), one decoding,
+one reward, one backward.
 Both are timed in turns, and the medians compared.
 """
 
@@ -30,15 +31,19 @@ def bare_step(task: ipgo.Task, embeds: Tensor, uncond: Tensor, backprop_steps: i
     latents = task.backend.noise([0] * rows)[:, 0]
     scheduler = task.backend.scheduler(task.sampling.steps, latents)
     first = task.sampling.steps - backprop_steps
+    padded = torch.zeros_like(embeds)
+    padded[:, : uncond.shape[1]] = uncond
+    attended = torch.ones(2 * rows, embeds.shape[1], dtype=torch.bool)
+    attended[:rows, uncond.shape[1] :] = False
     for index, timestep in enumerate(scheduler.timesteps):
-        if index < first:
+        if index == first:
+            c = pipe.unet(latents, timestep, embeds).sample
             with torch.no_grad():
                 u = pipe.unet(latents, timestep, uncond).sample
-                c = pipe.unet(latents, timestep, embeds).sample
         else:
-            c = pipe.unet(latents, timestep, embeds).sample
             with torch.set_grad_enabled(index > first):
-                u = pipe.unet(latents, timestep, uncond).sample
+                states, twice = torch.cat([padded, embeds]), torch.cat([latents, latents])
+                u, c = pipe.unet(twice, timestep, states, encoder_attention_mask=attended).sample.chunk(2)
         latents = scheduler.step(u + guidance * (c - u), timestep, latents).prev_sample
     images = (pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
     torch.autograd.grad(task.reward(images, task.prompts).sum(), embeds)
