@@ -14,7 +14,7 @@ from torch import Tensor, distributed, nn
 from ipgo.adapters import Adapter
 from ipgo.errors import InputError, ResumeError, RewardError, unknown
 from ipgo.rewards import score
-from ipgo.sampling import decode, denoise, last_latents, redo_last_step, unconditional
+from ipgo.sampling import decode, denoise, last_latents, redo_last_step
 from ipgo.seeding import derive, generator
 from ipgo.task import Progress, Task
 
@@ -130,7 +130,7 @@ class _Climb:
         with torch.no_grad():
             self.original = task.backend.encode(task.prompts)
             cond = self.adapter.condition(task.backend, task.prompts, self.original)
-            self.uncond = unconditional(task.backend, cond, task.sampling)
+            self.uncond = self.adapter.unconditional(task.backend, task.prompts, cond, task.sampling)
         count = 1 if task.shared else len(task.prompts)
         nan = torch.full((len(task.prompts),), math.nan)
         scale = FLOAT16_SCALE if task.backend.dtype == torch.float16 else 1.0

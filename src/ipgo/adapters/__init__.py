@@ -6,6 +6,7 @@ from ipgo.adapters.base import Adapter, generate, stack
 from ipgo.adapters.embedding import EmbeddingAdapter
 from ipgo.adapters.insertion import InsertionAdapter
 from ipgo.adapters.noise import NoiseAdapter
+from ipgo.adapters.text import TextAdapter, shorten
 from ipgo.adapters.weights import LoRA, WeightAdapter
 
 __all__ = [
@@ -15,10 +16,19 @@ __all__ = [
     "InsertionAdapter",
     "LoRA",
     "NoiseAdapter",
+    "TextAdapter",
     "WeightAdapter",
     "generate",
+    "shorten",
     "stack",
 ]
 
-KINDS: tuple[type[Adapter], ...] = (Adapter, InsertionAdapter, EmbeddingAdapter, NoiseAdapter, WeightAdapter)
+KINDS: tuple[type[Adapter], ...] = (
+    Adapter,
+    InsertionAdapter,
+    EmbeddingAdapter,
+    NoiseAdapter,
+    TextAdapter,
+    WeightAdapter,
+)
 ADAPTERS: dict[str, type[Adapter]] = {kind.kind: kind for kind in KINDS}

@@ -57,6 +57,12 @@ class Adapter(nn.Module):
         """What the denoiser gets in place of `original`, the states of `prompts`."""
         return original
 
+    def unconditional(
+        self, backend: Backend, prompts: Sequence[str], cond: PromptEmbeds, sampling: Sampling
+    ) -> PromptEmbeds | None:
+        """What guidance moves away from when `prompts` are drawn as `cond`: as `sampling.unconditional`."""
+        return unconditional(backend, cond, sampling)
+
     def noise(self, backend: Backend, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> Tensor:
         """(B, 1 + steps, C, h, w), as `Backend.noise`."""
         return backend.noise(seeds, steps)
@@ -93,7 +99,10 @@ class Adapter(nn.Module):
         backend = load_backend(pipe, padding=self.padding)
         with torch.no_grad():
             cond = self.condition(backend, [prompt], backend.encode([prompt]))
-            uncond = backend.unconditional(negative_prompt, cond)
+            # Any scale above 1: only the prompts are wanted.
+            guided = Sampling(guidance_scale=2, negative_prompt=negative_prompt)
+            uncond = self.unconditional(backend, [prompt], cond, guided)
+        assert uncond is not None
         length = math.lcm(cond.length, uncond.length)
         return {
             "prompt_embeds": cond.embeds.repeat(1, length // cond.length, 1),
@@ -138,5 +147,5 @@ def generate(
     with torch.set_grad_enabled(backprop_steps > 0), adapter.attached(backend, prompts):
         cond = adapter.condition(backend, prompts, backend.encode(prompts))
         noise = adapter.noise(backend, prompts, seeds, sampling.noise_steps)
-        uncond = unconditional(backend, cond, sampling)
+        uncond = adapter.unconditional(backend, prompts, cond, sampling)
         return sample(backend, cond, uncond, noise, sampling, backprop_steps=backprop_steps)

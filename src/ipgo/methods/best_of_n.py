@@ -6,12 +6,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from ipgo.adapters import Adapter, NoiseAdapter, generate
-from ipgo.errors import InputError, ResumeError
-from ipgo.rewards import score
+from ipgo.adapters import Adapter, NoiseAdapter
+from ipgo.errors import InputError
+from ipgo.search import search
 from ipgo.seeding import derive
 from ipgo.task import Progress, Task
 
@@ -48,56 +47,28 @@ class BestOfN:
     def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
         steps = task.sampling.noise_steps
         adapter = NoiseAdapter.start(task.backend, task.prompts, task.seeds, shared=task.shared, steps=steps)
-        search = _Search(task, adapter.requires_grad_(False), self.candidates(task))
-        if resume is not None:
-            search.load(resume)
-        return search.run()
+        return search(task, adapter, _Noises(task), self.candidates(task), resume)
 
 
-class _Search:
-    """The state of one search: the best noise so far, its rewards (P,), and the candidates that were seen."""
+@dataclass(frozen=True)
+class _Noises:
+    """The seed's own noise, and then noise that is derived for each prompt and step."""
 
-    def __init__(self, task: Task, adapter: NoiseAdapter, total: int) -> None:
-        self.task, self.total = task, total
-        self.adapter = adapter.to(task.backend.device)
-        self.step = 0
-        self.best = torch.full((len(task.prompts),), torch.nan)
+    task: Task
 
-    def run(self) -> Iterator[Progress]:
-        task, none = self.task, torch.zeros(len(self.task.prompts))
-        while self.step < self.total:
-            seeds = [
-                derive(task.seed, "candidate", prompt, self.step) if self.step else task.seeds[0]
-                for prompt in task.prompts
-            ]
-            with torch.no_grad():
-                images = generate(task.backend, task.prompts, seeds, Adapter(), task.sampling)
-                rewards = score(task.reward, images, task.prompts).cpu().float()
-                better = rewards.isfinite() & ~(rewards <= self.best)
-                self.best = torch.where(better, rewards, self.best)
-                noise = task.backend.noise(seeds, task.sampling.noise_steps)
-                self.adapter.latents[better] = noise[better]
-            self.step += 1
-            yield Progress(
-                step=self.step,
-                total=self.total,
-                rewards=rewards,
-                best=self.best.clone(),
-                penalty=none,
-                grad_norm=none,
-                failed=self.best.isnan() if self.step == self.total else none.bool(),
-                images=images,
-                adapter=self.adapter,
-                state=self.state,
-            )
+    def propose(self, adapter: Adapter, step: int) -> None:
+        assert isinstance(adapter, NoiseAdapter)
+        task = self.task
+        seeds = [
+            derive(task.seed, "candidate", prompt, step) if step else task.seeds[0] for prompt in task.prompts
+        ]
+        adapter.latents.copy_(task.backend.noise(seeds, task.sampling.noise_steps))
+
+    def tell(self, adapter: Adapter, rewards: Tensor) -> None:
+        """Nothing is learned: candidates do not depend on one another."""
 
     def state(self) -> dict[str, Tensor]:
-        latents = self.adapter.latents.detach().cpu().clone()
-        return {"step": torch.tensor(self.step), "best": self.best.clone(), "latents": latents}
+        return {}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        shapes = {name: value.shape for name, value in self.state().items()}
-        if {name: value.shape for name, value in state.items()} != shapes:
-            raise ResumeError("this checkpoint belongs to a search with other settings or prompts")
-        self.step, self.best = int(state["step"]), state["best"].clone()
-        self.adapter.latents.copy_(state["latents"])
+        """Nothing is remembered."""

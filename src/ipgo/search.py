@@ -1,0 +1,146 @@
+"""The one loop without gradients: propose, draw, score, keep the best."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ipgo.adapters import Adapter, generate
+from ipgo.errors import ResumeError
+from ipgo.rewards import score
+from ipgo.task import Progress, Task
+
+
+class Proposer(Protocol):
+    """Where candidates come from. An adapter has N rows: one for each prompt, or one that all share."""
+
+    def propose(self, adapter: Adapter, step: int) -> None:
+        """Write the candidate of `step` (0 is the first) into the rows of `adapter`, over the one before."""
+        ...
+
+    def tell(self, adapter: Adapter, rewards: Tensor) -> None:
+        """Learn the scores (N,) of the candidate in `adapter`: on the CPU, NaN where an image was not finite."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """All that `load` needs to go on with the same bits; always the same names."""
+        ...
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` returned; `ResumeError` if that was another search's."""
+        ...
+
+
+def search(
+    task: Task, adapter: Adapter, proposer: Proposer, total: int, resume: Mapping[str, Tensor] | None = None
+) -> Iterator[Progress]:
+    """Draw and score `total` candidates, and keep the best; yield each. The reward needs no gradient.
+
+    A candidate is drawn for every prompt on every seed of the task (or, if it has none, on noise that is derived
+    for each prompt and step: luck then takes part in what is kept). A prompt's reward is the mean over seeds.
+    With one row for each prompt every row is kept or not on its own; with one row in all its score is the mean
+    over prompts. A score that is not finite never wins.
+
+    In each `Progress`, `best` holds the prompts' rewards under the candidate that is kept, `images` those of the
+    last seed, and at the last step `failed` says which prompts never had a finite score.
+
+    Args:
+        adapter: where candidates are written; as it is given, it is what a row falls back on.
+        resume: what `Progress.state()` returned; the search goes on with the same bits.
+
+    Raises:
+        RewardError: a reward that breaks its contract. ResumeError: a state of another search.
+    """
+    work = _Search(task, adapter, proposer, total)
+    if resume is not None:
+        work.load(resume)
+    return work.run()
+
+
+class _Search:
+    """The state of one search: the candidate, the best so far, and the rewards (P,) of that."""
+
+    def __init__(self, task: Task, adapter: Adapter, proposer: Proposer, total: int) -> None:
+        self.task, self.proposer, self.total = task, proposer, total
+        self.adapter = adapter.to(task.backend.device).requires_grad_(False)
+        self.kept = copy.deepcopy(self.adapter)
+        self.step = 0
+        self.best = torch.full((len(task.prompts),), torch.nan)
+
+    def run(self) -> Iterator[Progress]:
+        none = torch.zeros(len(self.task.prompts))
+        while self.step < self.total:
+            with torch.no_grad():
+                self.proposer.propose(self.adapter, self.step)
+                rewards, images = self._draw()
+                self._keep(rewards)
+                self.proposer.tell(self.adapter, self._by_row(rewards))
+            self.step += 1
+            yield Progress(
+                step=self.step,
+                total=self.total,
+                rewards=rewards,
+                best=self.best.clone(),
+                penalty=none,
+                grad_norm=none,
+                failed=self.best.isnan() if self.step == self.total else none.bool(),
+                images=images,
+                adapter=self.kept,
+                state=self.state,
+            )
+
+    def _draw(self) -> tuple[Tensor, Tensor]:
+        """The candidate's rewards (P,), and its images from the last seed."""
+        task, prompts = self.task, list(self.task.prompts)
+        fixed = [[seed] * len(prompts) for seed in task.seeds]
+        rewards = []
+        for seeds in fixed or [task.noise_seeds(prompts, self.step)]:
+            images = generate(task.backend, prompts, seeds, self.adapter, task.sampling)
+            rewards.append(score(task.reward, images, prompts).cpu().float())
+        return torch.stack(rewards).mean(0), images
+
+    def _keep(self, rewards: Tensor) -> None:
+        """Copy the rows that are better than all before."""
+        scores = self._by_row(rewards)
+        better = scores.isfinite() & ~(scores <= self._by_row(self.best))
+        self.best = torch.where(better, rewards, self.best)
+        rows = better.to(self.task.backend.device)
+        pairs = zip(self.adapter.state_dict().values(), self.kept.state_dict().values(), strict=True)
+        for theirs, ours in pairs:
+            ours[rows] = theirs[rows]
+
+    def _by_row(self, rewards: Tensor) -> Tensor:
+        """(P,) to the (N,) scores of the adapter's rows."""
+        return rewards.mean(0, keepdim=True) if self.adapter.prompts is None else rewards
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """What the loop itself remembers, by name; not copied."""
+        tensors = {"best": self.best}
+        for prefix, adapter in (("adapter", self.adapter), ("kept", self.kept)):
+            tensors |= {f"{prefix}.{name}": value for name, value in adapter.state_dict().items()}
+        return tensors
+
+    def state(self) -> dict[str, Tensor]:
+        proposed = {f"proposer.{name}": value for name, value in self.proposer.state().items()}
+        copies = {name: value.detach().cpu().clone() for name, value in (self._tensors() | proposed).items()}
+        return {"step": torch.tensor(self.step), **copies}
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        tensors = self._tensors()
+        fits = state.keys() == self.state().keys() and all(
+            state[name].shape == value.shape for name, value in tensors.items()
+        )
+        if not fits:
+            raise ResumeError("this checkpoint belongs to a search with other settings or prompts")
+        self.step = int(state["step"])
+        for name, value in tensors.items():
+            value.copy_(state[name])
+        prefix = "proposer."
+        self.proposer.load(
+            {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        )
