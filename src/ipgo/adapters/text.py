@@ -18,7 +18,7 @@ BYTES = 1024  # of UTF-8 that a text may have
 
 
 class TextAdapter(Adapter):
-    """For each prompt a text that is drawn in its place, and a negative prompt of its own.
+    """For each prompt a text that is drawn in its place, and a negative prompt; or one negative prompt for all.
 
     Texts are buffers of zero-padded UTF-8, so that rows, files and checkpoints are those of every adapter. An
     empty text stands for the user's own prompt, an empty negative prompt for the sampling's.
@@ -29,10 +29,11 @@ class TextAdapter(Adapter):
     text_bytes: Tensor  # (N, BYTES) uint8
     negative_bytes: Tensor  # (N, BYTES) uint8
 
-    def __init__(self, prompts: Sequence[str]) -> None:
+    def __init__(self, prompts: Sequence[str] | None) -> None:
         super().__init__(prompts)
+        count = 1 if prompts is None else len(prompts)
         for name in ("text_bytes", "negative_bytes"):
-            self.register_buffer(name, torch.zeros(len(prompts), BYTES, dtype=torch.uint8))
+            self.register_buffer(name, torch.zeros(count, BYTES, dtype=torch.uint8))
 
     @classmethod
     def start(cls, prompts: Sequence[str], *, shared: bool) -> Self:

@@ -177,7 +177,8 @@ class StableDiffusion(Backend):
     ) -> Tensor:
         self.calls["denoiser"] += len(latents)
         self.calls["denoiser_grad"] += len(latents) * torch.is_grad_enabled()
-        trained = any(parameter.requires_grad for parameter in self.pipe.unet.parameters())
+        learned = any(parameter.requires_grad for parameter in self.pipe.unet.parameters())
+        negative = uncond is not None and uncond.embeds.requires_grad
 
         def denoise(latents: Tensor, states: Tensor, attended: Tensor | None) -> Tensor:
             output: Tensor = self.pipe.unet(
@@ -195,7 +196,7 @@ class StableDiffusion(Backend):
             self._attended(cond),
             None if uncond is None else self._attended(uncond),
             guidance_scale,
-            uncond_grad=latents.requires_grad or trained,
+            uncond_grad=latents.requires_grad or learned or negative,
         )
 
     def _attended(self, prompt: PromptEmbeds) -> tuple[Tensor, Tensor]:
