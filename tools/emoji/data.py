@@ -14,13 +14,21 @@ import numpy as np
 from tools.emoji import sprites, world
 
 FOLDER = sprites.BUILD / "data"
+TWINS = 20_000  # how many clean training scenes are drawn once more, spoilt
+DECODED = FOLDER / "decoded.npy"  # the first training scenes, through the VAE and back
+NUM_DECODED = 24_000
 BLOCK = 2000  # scenes per seed; the picture of a scene depends on its block and place, not on the number of workers
-SEEDS = {"train": 1_000, "test": 900_000}
+SEEDS = {"train": 1_000, "test": 900_000, "twins": 400_000}
 
 
 def _draw_block(split: str, block: int) -> tuple[list[world.Scene], np.ndarray]:
     rng = np.random.default_rng(SEEDS[split] + block)
-    scenes = [world.sample_scene(rng, split=split) for _ in range(BLOCK)]
+    if split == "twins":
+        _, scenes = load("train")
+        part = clean_rows(scenes)[block * BLOCK : (block + 1) * BLOCK]
+        scenes = [world.spoilt(rng, scenes[row]) for row in part]
+    else:
+        scenes = [world.sample_scene(rng, split=split) for _ in range(BLOCK)]
     art = sprites.load()
     return scenes, np.stack([world.draw(rng, scene, art) for scene in scenes])
 
@@ -49,10 +57,26 @@ def load(split: str) -> tuple[np.ndarray, Sequence[world.Scene]]:
     return np.load(FOLDER / f"{split}.npy", mmap_mode="r"), scenes
 
 
+def clean_rows(scenes: Sequence[world.Scene]) -> np.ndarray:
+    """Which of the scenes are clean; the first `TWINS` of them have a spoilt twin."""
+    return np.flatnonzero([scene.degradation is None for scene in scenes])
+
+
+def pictures(
+    rng: np.random.Generator, images: np.ndarray, decoded: np.ndarray, rows: np.ndarray
+) -> np.ndarray:
+    """The scenes of these rows as a scorer sees them: about a third have gone through the VAE."""
+    chosen = images[rows]
+    again = (rows < len(decoded)) & (rng.random(len(rows)) < len(images) / len(decoded) / 3)
+    chosen[again] = decoded[rows[again]]
+    return chosen
+
+
 def build_all(count: int = 60_000) -> None:
-    """Both splits; `count` training scenes."""
+    """Both splits, `count` training scenes; and the twins."""
     build("train", count)
     build("test", 4_000)
+    build("twins", TWINS)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ Reads the package's own files through stock diffusers and transformers classes, 
 import argparse
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -93,10 +92,7 @@ def reward_figures(judge: Judge, count: int) -> dict[str, object]:
     clip, preference, aesthetic = load_clip(), load_preference(), load_aesthetic()
     clean = test_scenes(count, 1, 21) + test_scenes(count // 2, 2, 22)
     rng = np.random.default_rng(23)
-    kinds = tuple(world.DEGRADATIONS)
-    spoilt = [
-        replace(s, degradation=str(rng.choice(kinds)), strength=float(rng.uniform(0.2, 1))) for s in clean
-    ]
+    spoilt = [world.spoilt(rng, scene) for scene in clean]
     prompts = [world.plain_caption(scene) for scene in clean]
     pictures, spoilt_pictures = drawn(clean), drawn(spoilt)
     both = torch.cat([pictures, spoilt_pictures])

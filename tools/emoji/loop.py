@@ -114,7 +114,7 @@ def train(
                     average[key].lerp_(tensor, 1 - min(schedule.ema, (step + 1) / (step + 10)))
         now, last = time.monotonic(), step + 1 == schedule.steps
         if (step + 1) % 50 == 0 or last:
-            row = {"step": step + 1, "loss": float(value), "norm": float(norm), **figures}
+            row = {"step": step + 1, "loss": value.item(), "norm": norm.item(), **figures}
             row["per_second"] = 50 * schedule.batch / (now - shown)
             shown = now
             with log.open("a") as lines:

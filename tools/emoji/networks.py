@@ -14,8 +14,20 @@ from tools.emoji.loop import DEVICE, trained
 
 def pixels(images: np.ndarray) -> Tensor:
     """uint8 (B, H, W, 3) to float (B, 3, H, W) in [-1, 1]."""
-    tensor = torch.from_numpy(images).to(DEVICE).permute(0, 3, 1, 2)
+    tensor = torch.from_numpy(np.array(images)).to(DEVICE).permute(0, 3, 1, 2)
     return tensor.float().div(127.5).sub(1).contiguous()
+
+
+def as_bytes(pixels: Tensor) -> np.ndarray:
+    """The reverse of `pixels`: (B, 3, H, W) in [-1, 1] to uint8 (B, H, W, 3)."""
+    return pixels.add(1).mul(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def shifted(rng: np.random.Generator, pixels: Tensor, most: int = 3) -> Tensor:
+    """The pictures moved by a few pixels (all alike), their borders repeated."""
+    down, right = most + rng.integers(-most, most + 1, size=2)
+    height, width = pixels.shape[-2:]
+    return F.pad(pixels, (most,) * 4, mode="replicate")[..., down : down + height, right : right + width]
 
 
 def load_clip(name: str = "clip") -> tuple[CLIPModel, CLIPTokenizer]:

@@ -41,7 +41,11 @@ def clip(vocab_size: int, bos: int, eos: int) -> CLIPModel:
     tokens = {"vocab_size": vocab_size, "bos_token_id": bos, "eos_token_id": eos, "pad_token_id": eos}
     text = {**tower, **tokens, "num_hidden_layers": 3, "max_position_embeddings": TEXT_LENGTH}
     vision = {**tower, "num_hidden_layers": 5, "image_size": 64, "patch_size": 8}
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=TEXT_WIDTH))
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=TEXT_WIDTH))
+    model.set_attn_implementation(
+        "eager"
+    )  # on a CPU twice as fast as the fused kernel, whose backward pass is slow
+    return model
 
 
 def denoiser() -> UNet2DConditionModel:

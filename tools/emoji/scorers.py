@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ipgo.rewards.emoji.judge import Network
-from tools.emoji import data, parts, sprites, world
-from tools.emoji.loop import DEVICE, Schedule, save, train, trained
-from tools.emoji.networks import embed, load_clip, pixels
+from tools.emoji import data, sprites, world
+from tools.emoji.loop import DEVICE, Schedule, save, train
+from tools.emoji.networks import embed, load_clip, pixels, shifted
 
 SCHEDULES = {
-    "judge": Schedule(steps=900, batch=64, lr=2e-3, warmup=50),
-    "preference": Schedule(steps=260, batch=64, lr=1e-4, warmup=30, weight_decay=0.05),
+    "judge": Schedule(steps=2_500, batch=64, lr=2e-3, warmup=50),
+    "preference": Schedule(steps=600, batch=64, lr=2e-4, warmup=30, weight_decay=0.05),
 }
 
 # ------------------------------------------------------------------------------------------------------ judge
@@ -24,33 +24,29 @@ JUDGE_SIZES = (3, len(world.NAMES), len(world.NAMES) + 1, len(world.COLOURS), le
 
 
 def train_judge() -> None:
-    """Facts and quality from pictures; a third of them through the VAE, so that it reads what the generator can draw.
+    """Facts and quality from pictures, half of them of two objects; a third through the VAE, as the generator's are.
 
     Another seed, order and architecture than CLIP's, and no network but the frozen VAE touches it.
     """
     images, scenes = data.load("train")
+    decoded = np.load(data.DECODED, mmap_mode="r")
     known = np.array([world.facts(scene) for scene in scenes])
     quality = np.array([scene.quality for scene in scenes], np.float32)
-    vae, judge = trained("vae", parts.vae()), Network(JUDGE_SIZES)
+    single, pairs = (np.flatnonzero((known[:, 2] >= 0) == both) for both in (False, True))
+    judge = Network(JUDGE_SIZES)
 
     def loss(rng: np.random.Generator, batch: int) -> tuple[Tensor, dict[str, float]]:
-        rows = np.sort(rng.integers(len(images), size=batch))
-        x = pixels(images[rows])
-        with torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16):
-            kept = batch - batch // 3
-            x[kept:] = vae.decode(vae.encode(x[kept:]).latent_dist.sample()).sample.float().clamp(-1, 1)
-        shift = rng.integers(-3, 4, size=2)
-        x = F.pad(x, (3, 3, 3, 3), mode="replicate")[
-            ..., 3 + shift[0] : 67 + shift[0], 3 + shift[1] : 67 + shift[1]
-        ]
+        half = batch // 2
+        rows = np.sort(np.concatenate([rng.choice(single, batch - half), rng.choice(pairs, half)]))
+        x = shifted(rng, pixels(data.pictures(rng, images, decoded, rows)))
         facts = torch.from_numpy(known[rows]).to(DEVICE)
         facts[:, 2] += 1
         with torch.autocast(DEVICE.type, torch.bfloat16):
             *logits, clean = judge(x)
         value = sum(F.cross_entropy(a.float(), facts[:, i]) for i, a in enumerate(logits))
         clean_error = F.mse_loss(clean.float()[:, 0], torch.from_numpy(quality[rows]).to(DEVICE))
-        right = (logits[1].argmax(-1) == facts[:, 1]).float().mean()
-        return value + 4 * clean_error, {"object": right.item(), "quality": clean_error.item()}
+        right = torch.stack([logits[i].argmax(-1) == facts[:, i] for i in (1, 2)]).all(0).float().mean()
+        return value + 4 * clean_error, {"objects": right.item(), "quality": clean_error.item()}
 
     train("judge", judge, loss, SCHEDULES["judge"], seed=77)
 
@@ -62,12 +58,15 @@ def train_judge() -> None:
 def fit_aesthetic() -> None:
     """Ridge regression of quality on the normalised image embedding: closed form, as small as LAION's head."""
     images, scenes = data.load("train")
+    decoded = np.load(data.DECODED, mmap_mode="r")
     model, tokens = load_clip()
-    rows = np.arange(0, len(images), 3)
+    spoilt, twins = data.load("twins")
+    known = [*scenes[::3], *scenes[: len(decoded) : 3], *twins[::3]]
+    chosen = np.concatenate([images[::3], decoded[::3], spoilt[::3]])
     x = torch.cat(
-        [embed(model, tokens, pixels(images[rows[i : i + 256]]), [""])[0] for i in range(0, len(rows), 256)]
+        [embed(model, tokens, pixels(chosen[i : i + 256]), [""])[0] for i in range(0, len(chosen), 256)]
     )
-    y = torch.tensor([scenes[i].quality for i in rows], device=x.device)
+    y = torch.tensor([scene.quality for scene in known], device=x.device)
     center, mean = x.mean(0), y.mean()
     x = (x - center).double()
     gram = x.T @ x + 1e-3 * len(x) / x.shape[1] * x.square().sum(1).mean() * torch.eye(
@@ -102,8 +101,7 @@ def _worse(rng: np.random.Generator, scene: world.Scene, claims: tuple[int, ...]
     """The scene spoilt: degraded in nearly half of the cases, else with one claimed fact made false."""
     kind = rng.random()
     if kind < 0.45:
-        damage = str(rng.choice(tuple(world.DEGRADATIONS)))
-        return replace(scene, degradation=damage, strength=float(rng.uniform(0.2, 1.0)))
+        return world.spoilt(rng, scene)
     changes = ["object"]
     changes += ["colour"] * (claims[3] != world.UNSAID) + ["style"] * (claims[4] != world.UNSAID)
     changes += ["swap"] * (len(scene.objects) == 2)

@@ -9,18 +9,19 @@ import json
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from transformers import CLIPModel
 
 from tools.emoji import data, export, parts, scorers, sprites, tokenizer, world
 from tools.emoji.loop import DEVICE, Schedule, save, train, trained
-from tools.emoji.networks import embed, load_clip, pixels
+from tools.emoji.networks import as_bytes, embed, load_clip, pixels, shifted
 from tools.emoji.sprites import BUILD
 
 SCHEDULES = {
     "vae": Schedule(steps=4_500, batch=8, lr=1.5e-3, ema=0.995),
-    "clip": Schedule(steps=750, batch=128, lr=1e-3, warmup=60, weight_decay=0.05),
-    "denoiser": Schedule(steps=1_750, batch=40, lr=8e-4, warmup=150, ema=0.997),
+    "clip": Schedule(steps=1_600, batch=128, lr=1e-3, warmup=60, weight_decay=0.05),
+    "denoiser": Schedule(steps=9_000, batch=32, lr=7e-4, warmup=150, ema=0.998),
 }
 
 
@@ -51,11 +52,39 @@ def train_vae() -> None:
     train("vae", vae, loss, SCHEDULES["vae"])
 
 
+@torch.no_grad()
+def build_latents() -> None:
+    """Encode every training scene once: float16 (N, 4, 16, 16), and the scaling factor that normalises them beside it.
+
+    Some are decoded again, with a little noise on their latents: the scorers see what a generator's pictures are like.
+    """
+    images, _ = data.load("train")
+    vae = trained("vae", parts.vae())
+    latents = np.lib.format.open_memmap(
+        LATENTS, "w+", np.float16, (len(images), parts.LATENT_CHANNELS, parts.LATENT_SIZE, parts.LATENT_SIZE)
+    )
+    decoded = np.lib.format.open_memmap(data.DECODED, "w+", np.uint8, (data.NUM_DECODED, *images.shape[1:]))
+    noise = torch.Generator().manual_seed(99)
+    for start in range(0, len(images), 250):
+        rows = slice(start, start + 250)
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            mode = vae.encode(pixels(images[rows])).latent_dist.mode().float()
+            latents[rows] = mode.cpu().numpy()
+            if start < data.NUM_DECODED:
+                amount = 0.2 * torch.rand(len(mode), 1, 1, 1, generator=noise) * mode.std().cpu()
+                extra = (amount * torch.randn(mode.shape, generator=noise)).to(DEVICE)
+                decoded[rows] = as_bytes(vae.decode(mode + extra).sample.float())
+    decoded.flush()
+    scale = float(1 / np.asarray(latents[:10_000], np.float32).std())
+    LATENTS.with_suffix(".json").write_text(json.dumps({"scaling_factor": round(scale, 5)}))
+
+
 # ------------------------------------------------------------------------------------------------------- CLIP
 
 
 class Probe(nn.Module):
-    """CLIP while it trains: linear heads read the scene's content off the image embedding, and are thrown away."""
+    """CLIP while it trains: linear heads read the scene's content and quality off the image embedding, and are thrown
+    away."""
 
     SIZES = (3, len(world.NAMES), len(world.NAMES) + 1, len(world.COLOURS), len(world.STYLES), 6)
 
@@ -63,41 +92,62 @@ class Probe(nn.Module):
         super().__init__()
         self.clip = model
         self.heads = nn.Linear(parts.TEXT_WIDTH, sum(self.SIZES))
+        self.quality = nn.Linear(parts.TEXT_WIDTH, 1)
 
-    def loss(self, embeds: Tensor, facts: Tensor) -> tuple[Tensor, float]:
-        """Cross-entropy of every fact, and how often the first object is right."""
+    def loss(self, embeds: Tensor, facts: Tensor, quality: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """Cross-entropy of every fact, squared error of the quality; and how well both are read."""
         logits = self.heads(embeds).split(self.SIZES, dim=-1)
         targets = facts.clone()
         targets[:, 2] += 1  # no second object is a class of its own
         value = sum(F.cross_entropy(a, b) for a, b in zip(logits, targets.T, strict=True))
-        return value, (logits[1].argmax(-1) == targets[:, 1]).float().mean().item()
+        error = F.mse_loss(self.quality(embeds)[:, 0], quality)
+        right = (logits[1].argmax(-1) == targets[:, 1]).float().mean()
+        return value + 15 * error, {"object": right.item(), "quality": error.item()}
 
 
-def contrast(image: Tensor, text: Tensor, scale: Tensor, claims: np.ndarray, facts: np.ndarray) -> Tensor:
-    """CLIP's symmetric loss; a caption that happens to be true of another picture does not count as a negative."""
-    wrong = torch.from_numpy(world.contradicts(claims, facts)).to(image.device)
-    logits = scale.exp() * text @ image.T
-    logits = logits.masked_fill(
-        ~wrong & ~torch.eye(len(logits), dtype=torch.bool, device=logits.device), -1e4
-    )
-    target = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+def contrast(image: Tensor, text: Tensor, scale: Tensor, wrong: np.ndarray) -> Tensor:
+    """CLIP's symmetric loss for T texts and the first T of the images, which are theirs; further images have no text.
+
+    `wrong` (T, images): a caption that happens to be true of another picture does not count as a negative.
+    """
+    count = len(text)
+    own = torch.eye(count, len(image), dtype=torch.bool, device=image.device)
+    other = torch.from_numpy(wrong).to(image.device) | own
+    logits = (scale.exp() * text @ image.T).masked_fill(~other, -1e4)
+    target = torch.arange(count, device=image.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, :count].T, target)) / 2
 
 
 def train_clip() -> None:
-    """Contrastive, on captions drawn anew each time, helped by what is known of each scene."""
-    images, scenes = data.load("train")
-    facts = np.array([world.facts(scene) for scene in scenes])
+    """Contrastive, on captions drawn anew each time, helped by what is known of each scene.
+
+    A quarter of the pictures are spoilt twins of others in the batch, and negatives of their captions: of two pictures
+    that show what a text says, the clear one matches it better.
+    """
+    (images, scenes), (spoilt, twins) = data.load("train"), data.load("twins")
+    decoded = np.load(data.DECODED, mmap_mode="r")
+    facts, twin_facts = (np.array([world.facts(scene) for scene in each]) for each in (scenes, twins))
+    quality, twin_quality = (np.array([s.quality for s in each], np.float32) for each in (scenes, twins))
+    clean = data.clean_rows(scenes)
     tokens = tokenizer.load()
     probe = Probe(parts.clip(len(tokens), tokens.bos_token_id, tokens.eos_token_id))
 
     def loss(rng: np.random.Generator, batch: int) -> tuple[Tensor, dict[str, float]]:
-        rows = np.sort(rng.integers(len(images), size=batch))
+        pairs = batch // 4
+        chosen = rng.integers(len(twins), size=pairs)
+        rows = np.concatenate([clean[chosen], rng.integers(len(images), size=batch - 2 * pairs)])
         texts, claims = zip(*(world.caption(rng, scenes[i]) for i in rows), strict=True)
-        image, text = embed(probe.clip, tokens, pixels(images[rows]), texts)
-        match = contrast(image, text, probe.clip.logit_scale, np.array(claims), facts[rows])
-        known, object_right = probe.loss(image * 14, torch.from_numpy(facts[rows]).to(DEVICE))
-        return match + 0.3 * known, {"match": match.item(), "known": known.item(), "object": object_right}
+        known = np.concatenate([facts[rows], twin_facts[chosen]])
+        wrong = world.contradicts(np.array(claims), known)
+        wrong[np.arange(pairs), len(rows) + np.arange(pairs)] = True
+        x = pixels(np.concatenate([data.pictures(rng, images, decoded, rows), spoilt[chosen]]))
+        image, text = embed(probe.clip, tokens, shifted(rng, x), texts)
+        match = contrast(image, text, probe.clip.logit_scale, wrong)
+        clear = torch.from_numpy(np.concatenate([quality[rows], twin_quality[chosen]])).to(DEVICE)
+        told, figures = probe.loss(image * 14, torch.from_numpy(known).to(DEVICE), clear)
+        better = ((image[:pairs] - image[len(rows) :]) * text[:pairs]).sum(-1) > 0
+        figures |= {"match": match.item(), "clean_above_twin": better.float().mean().item()}
+        return match + 0.3 * told, figures
 
     train("clip-probe", probe, loss, SCHEDULES["clip"])
     save("clip", probe.clip)
@@ -106,30 +156,17 @@ def train_clip() -> None:
 # --------------------------------------------------------------------------------------------------- denoiser
 
 
-@torch.no_grad()
-def build_latents() -> None:
-    """Encode every training scene once: float16 (N, 4, 16, 16), normalised by the scaling factor beside it."""
-    images, _ = data.load("train")
-    vae = trained("vae", parts.vae())
-    out = np.lib.format.open_memmap(
-        LATENTS, "w+", np.float16, (len(images), parts.LATENT_CHANNELS, parts.LATENT_SIZE, parts.LATENT_SIZE)
-    )
-    for start in range(0, len(images), 250):
-        posterior = vae.encode(pixels(images[start : start + 250])).latent_dist
-        out[start : start + 250] = posterior.mode().cpu().numpy()
-    scale = float(1 / np.asarray(out[:10_000], np.float32).std())
-    LATENTS.with_suffix(".json").write_text(json.dumps({"scaling_factor": round(scale, 5)}))
-
-
 def train_denoiser() -> None:
     """v-prediction at stratified timesteps; a tenth of the captions empty, for classifier-free guidance."""
-    if not LATENTS.with_suffix(".json").exists():
-        build_latents()
     _, scenes = data.load("train")
     latents = np.load(LATENTS, mmap_mode="r")
     scale = json.loads(LATENTS.with_suffix(".json").read_text())["scaling_factor"]
     model, tokens = load_clip()
     encoder, unet, noising = model.text_model, parts.denoiser(), parts.scheduler()
+    if DEVICE.type == "cpu":
+        unet.set_attn_processor(
+            AttnProcessor()
+        )  # the fused kernel's backward pass is slower there by a third
     levels = noising.config.num_train_timesteps
 
     def loss(rng: np.random.Generator, batch: int) -> tuple[Tensor, dict[str, float]]:
@@ -155,11 +192,11 @@ STAGES = {
     "data": data.build_all,
     "tokenizer": tokenizer.build,
     "vae": train_vae,
+    "latents": build_latents,
     "clip": train_clip,
     "judge": scorers.train_judge,
     "aesthetic": scorers.fit_aesthetic,
     "preference": scorers.train_preference,
-    "latents": build_latents,
     "denoiser": train_denoiser,
     "export": export.export,
 }

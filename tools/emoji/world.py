@@ -171,11 +171,13 @@ def sample_scene(
         )
         if held_out(scene) == (split == "test"):
             break
-    if clean or rng.random() < 0.6:
-        return scene
-    return replace(
-        scene, degradation=str(rng.choice(tuple(DEGRADATIONS))), strength=float(rng.uniform(0.2, 1.0))
-    )
+    return scene if clean or rng.random() < 0.6 else spoilt(rng, scene)
+
+
+def spoilt(rng: np.random.Generator, scene: Scene) -> Scene:
+    """The scene, degraded in some way."""
+    kind, strength = str(rng.choice(tuple(DEGRADATIONS))), float(rng.uniform(0.2, 1.0))
+    return replace(scene, degradation=kind, strength=strength)
 
 
 def article(noun: str) -> str:

@@ -32,7 +32,9 @@ class EmojiClip(nn.Module):
     def __init__(self, name: str, folder: Path) -> None:
         super().__init__()
         self.name = name
-        self.model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+        # Plain attention: on a CPU the fused kernel's backward pass takes longer than all the rest together.
+        model = CLIPModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+        self.model = model.eval().requires_grad_(False)
         self.tokenizer: CLIPTokenizer = AutoTokenizer.from_pretrained(FOLDER / "clip")
         self._text = lru_cache(maxsize=512)(self._embed_text)
 
