@@ -80,7 +80,7 @@ def fit(argv: list[str]) -> int:
     from ipgo.config import build, method_of, parse, presets, read_settings, run_parser
     from ipgo.methods import METHODS
     from ipgo.rewards import check_reward
-    from ipgo.runner import held_out, load_models, run, warn_of_unseen_words
+    from ipgo.runner import check_method, held_out, load_models, run, warn_of_unseen_words
     from ipgo.store import Run
 
     # These decide which other options there are.
@@ -116,6 +116,7 @@ def fit(argv: list[str]) -> int:
         check_reward(name)
     place = Path(parsed.out or Path("runs") / (slug(parsed.prompts or texts[0]) or "run"))
     folder = Run.open(place, config)
+    check_method(folder)
     warn_of_unseen_words(config)
     loading(config.backend)
     run(folder, load_models(config))

@@ -22,7 +22,8 @@ from ipgo.sampling import Sampling
 from ipgo.task import Method
 
 PRESETS = Path(__file__).parent / "presets"  # {name}.yaml
-NOT_RESULTS = ("chunk", "device")  # settings of the machine, which may change when a run is continued
+# Settings of the machine and of patience, which may change when a run is continued.
+NOT_RESULTS = ("chunk", "device", *(f"method.chat.{name}" for name in ("timeout", "retries", "cache")))
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,15 @@ def load_models(config: RunConfig, backend: Backend | None = None, reward: Rewar
     return Models(backend, reward, rewards, load_judge(config))
 
 
+def check_method(folder: Run) -> None:
+    """Let the method refuse, before a model is loaded, what it sees that it cannot do (`check`, if it has one)."""
+    config = folder.config
+    check = getattr(config.method, "check", None)
+    if check is not None:
+        for chunk in folder.pending(config.method.stackable):
+            check(chunk.texts, config.reward, config.backend)
+
+
 def held_out(config: RunConfig) -> tuple[str, ...]:
     """The rewards that only judge: those asked for, or those that come with the backend."""
     return BUNDLED_REWARDS.get(config.backend, ()) if config.held_out is None else config.held_out
@@ -307,6 +316,7 @@ def fit(
     )
     with tempfile.TemporaryDirectory() as temporary:
         folder = Run.open(Path(out) if out is not None else Path(temporary) / "run", config)
+        check_method(folder)
         warn_of_unseen_words(config)
         run(folder, load_models(config, given_backend, given_reward))
         return result_of(folder, Path(out) if out is not None else None)

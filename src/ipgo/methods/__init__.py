@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 from ipgo.methods.best_of_n import BestOfN
+from ipgo.methods.chatgpt import ChatGPT
 from ipgo.methods.dno import DNO
 from ipgo.methods.draft import DRaFT
 from ipgo.methods.embedding import Embedding
 from ipgo.methods.ipgo import IPGO
+from ipgo.methods.llm_search import LLMSearch
+from ipgo.methods.promptist import Promptist
 from ipgo.methods.raw import Raw
 from ipgo.methods.reno import ReNO
 from ipgo.task import Method
 
-__all__ = ["DNO", "IPGO", "METHODS", "BestOfN", "DRaFT", "Embedding", "Raw", "ReNO"]
+__all__ = [
+    "DNO",
+    "IPGO",
+    "METHODS",
+    "BestOfN",
+    "ChatGPT",
+    "DRaFT",
+    "Embedding",
+    "LLMSearch",
+    "Promptist",
+    "Raw",
+    "ReNO",
+]
 
 METHODS: dict[str, type[Method]] = {
     "raw": Raw,
@@ -21,4 +36,7 @@ METHODS: dict[str, type[Method]] = {
     "reno": ReNO,
     "dno": DNO,
     "best-of-n": BestOfN,
+    "chatgpt": ChatGPT,
+    "llm-search": LLMSearch,
+    "promptist": Promptist,
 }

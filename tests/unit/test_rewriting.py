@@ -1,0 +1,609 @@
+"""The search loop, adapters that hold text, and the methods that rewrite prompts; chat models over loopback HTTP."""
+
+import json
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from ipgo import chat as chat_module
+from ipgo import cli
+from ipgo.adapters import ADAPTERS, Adapter, TextAdapter, generate, shorten, stack
+from ipgo.adapters.text import BYTES
+from ipgo.backends import load_backend
+from ipgo.chat import Chat, parse_texts
+from ipgo.errors import InputError, MissingExtraError, ResumeError
+from ipgo.methods import ChatGPT, LLMSearch, Promptist, promptist
+from ipgo.rewards import FunctionReward, as_reward, load_reward, score
+from ipgo.rewriting import Rewrites, ask_texts
+from ipgo.sampling import Sampling
+from ipgo.search import search
+from ipgo.store import Run, load_adapter, save_adapter
+from ipgo.task import Task
+
+PROMPTS = ("a red cat", "sun")
+SAMPLING = Sampling(steps=1, guidance_scale=3.0)
+COLOUR = load_reward("colorfulness", device="cpu")
+
+
+# -- a server that speaks the protocol ---------------------------------------------------------------------
+
+
+class Endpoint(ThreadingHTTPServer):
+    """Answers POST /chat/completions from `script`, whose entries are (status, headers, body, seconds to wait)."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.requests = []
+        self.script = []
+        self.answer = lambda request: "a rewritten prompt"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.requests.append({"path": self.path, "key": self.headers["Authorization"], **body})
+        if self.server.script:
+            status, headers, content, wait = self.server.script.pop(0)
+            threading.Event().wait(wait)
+        else:
+            status, headers, content = 200, {}, completion(self.server.answer(body))
+        try:
+            self.send_response(status)
+            for name, value in {"Content-Type": "application/json", **headers}.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+        except OSError:
+            pass  # the client has given up
+
+    def log_message(self, *args):
+        pass
+
+
+def completion(text):
+    message = {"role": "assistant", "content": text}
+    choice = {"index": 0, "finish_reason": "stop", "message": message}
+    whole = {"id": "1", "object": "chat.completion", "created": 0, "model": "test", "choices": [choice]}
+    return json.dumps(whole).encode()
+
+
+@pytest.fixture
+def endpoint(monkeypatch, tmp_path):
+    """A running server that the environment points at, with an empty store of answers."""
+    server = Endpoint()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("IPGO_CACHE", str(tmp_path / "cache"))
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """The waits between tries, which are not waited."""
+    slept = []
+    monkeypatch.setattr(chat_module.time, "sleep", slept.append)
+    return slept
+
+
+def test_an_answer_is_asked_for_once(endpoint, monkeypatch, tmp_path):
+    chat = Chat(model="tiny", temperature=0.5)
+    assert chat.ask("be kind", "hello") == "a rewritten prompt"
+    (request,) = endpoint.requests
+    assert request["path"] == "/chat/completions"
+    assert request["key"] == "Bearer secret"
+    assert (request["model"], request["temperature"]) == ("tiny", 0.5)
+    assert request["messages"] == [
+        {"role": "system", "content": "be kind"},
+        {"role": "user", "content": "hello"},
+    ]
+    monkeypatch.delenv("OPENAI_API_KEY")
+    chat.check("be kind", "hello")  # stored: no key is needed
+    assert Chat(model="tiny", temperature=0.5, timeout=1, retries=0).ask("be kind", "hello")
+    assert len(endpoint.requests) == 1
+    for other in (
+        lambda: chat.ask("be kind", "hello", index=1),
+        lambda: chat.ask("be kind", "goodbye"),
+        lambda: chat.check("be rude", "hello"),
+        lambda: Chat(model="other", temperature=0.5).check("be kind", "hello"),
+        lambda: Chat(model="tiny", temperature=0.4).check("be kind", "hello"),
+        lambda: Chat(model="tiny", temperature=0.5, cache=str(tmp_path / "x")).check("be kind", "hello"),
+    ):
+        with pytest.raises(InputError, match="OPENAI_API_KEY is not set and no answer is stored"):
+            other()
+    (file,) = (tmp_path / "cache" / "chat").iterdir()
+    assert "secret" not in file.read_text()
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    file.write_text("{")
+    assert chat.ask("be kind", "hello") == "a rewritten prompt"
+    assert len(endpoint.requests) == 2
+    assert json.loads(file.read_text())["answer"] == "a rewritten prompt"
+
+
+def test_passing_troubles_are_waited_out(endpoint, waits):
+    endpoint.script = [
+        (500, {}, b"{}", 0),
+        (429, {"Retry-After": "7"}, b'{"error": {"message": "slow down"}}', 0),
+        (200, {}, b'{"choices": [', 0),
+        (200, {}, b'{"choices": []}', 0),
+        (200, {"Content-Type": "text/html"}, b"<html>", 0),
+        (200, {}, completion(" \n"), 0),
+        (503, {"Retry-After": "Fri, 31 Dec 1999 23:59:59 GMT"}, b"", 0),
+        (429, {"Retry-After": "900"}, b"{}", 0),
+    ]
+    endpoint.answer = lambda request: "at \ud83d last"
+    assert Chat(retries=8).ask("", "hello") == "at  last"  # half a surrogate pair cannot be stored
+    assert waits == [1, 7, 4, 8, 16, 32, 60, 60]
+    assert len(endpoint.requests) == 9
+
+
+def test_troubles_that_do_not_pass_are_said(endpoint, waits, monkeypatch):
+    endpoint.script = [(401, {}, b'{"error": {"message": "wrong key"}}', 0)]
+    with pytest.raises(InputError, match=r"chat\.model 'gpt-4o' at http://127.* was refused: .*401"):
+        Chat().ask("", "hello")
+    assert waits == []
+    endpoint.script = [(500, {}, b"{}", 0)] * 3
+    with pytest.raises(InputError, match="gave no answer in 3 tries; the last one ended in status 500"):
+        Chat(retries=2).ask("", "hello")
+    assert len(endpoint.requests) == 4
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9")
+    with pytest.raises(InputError, match="ended in no connection"):
+        Chat(retries=0).ask("", "hello")
+    monkeypatch.setattr(chat_module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r'pip install "ipgo\[openai\]"'):
+        Chat().ask("", "hello")
+
+
+def test_a_slow_answer_is_given_up(endpoint):
+    endpoint.script = [(200, {}, completion("too late"), 0.6)]
+    with pytest.raises(InputError, match=r"ended in a time-out after 0\.2 s"):
+        Chat(timeout=0.2, retries=0).ask("", "hello")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": " "}, r"chat\.model is empty"),
+        ({"temperature": -1.0}, r"chat\.temperature is -1"),
+        ({"timeout": 0.0}, r"chat\.timeout is 0"),
+        ({"retries": -1}, r"chat\.retries is -1"),
+    ],
+)
+def test_wrong_settings_of_a_chat_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        Chat(**options)
+
+
+@pytest.mark.parametrize(
+    ("answer", "texts"),
+    [
+        ("a cat", ["a cat"]),
+        ('\n"A cat, 3d render."\n', ["A cat, 3d render."]),
+        ("Here are two:\n\n1. a cat\n2) “a dog”\n\nHope this helps!", ["a cat", "a dog"]),
+        ("- a cat\n* a dog\n• a cat", ["a cat", "a dog"]),
+        ("(1) **a cat**\n**2.** `a dog`", ["a cat", "a dog"]),
+        ("3d cat\n1.5 cats", ["3d cat", "1.5 cats"]),
+        ('```json\n["a cat", "a [big] dog", 3]\n```', ["a cat", "a [big] dog"]),
+        ("Sure:\nPrompt: a   cat\nRewritten prompt 2: a dog", ["a cat", "a dog"]),
+        ("**Prompt 1:** a cat", ["a cat"]),
+        ('"Tom" and "Jerry"\na cat that says "hi"', ['"Tom" and "Jerry"', 'a cat that says "hi"']),
+        ("a [red] cat", ["a [red] cat"]),
+        ('1. "a cat",\n2. ""\n3.\n', ["a cat"]),
+        ("Sure:\n```\n```", []),
+        ("", []),
+    ],
+)
+def test_answers_are_read_in_whatever_form_they_come(answer, texts):
+    assert parse_texts(answer) == texts
+
+
+# -- adapters that hold text -------------------------------------------------------------------------------
+
+
+def text_adapter(texts=("", "a dog ☀"), negatives=("blurry", "")):
+    adapter = TextAdapter.start(PROMPTS, shared=False)
+    adapter.set_texts(texts)
+    adapter.set_negatives(negatives)
+    return adapter
+
+
+def test_texts_are_rows_like_any_other(tmp_path):
+    adapter = text_adapter()
+    assert ADAPTERS["text"] is TextAdapter
+    assert (adapter.texts, adapter.negatives) == (("", "a dog ☀"), ("blurry", ""))
+    assert adapter.row(1).texts == ("a dog ☀",)
+    assert stack([adapter.row(1), adapter.row(0)]).texts == ("a dog ☀", "")
+    save_adapter(adapter, tmp_path)
+    again = load_adapter(tmp_path)
+    assert (again.prompts, again.texts, again.negatives) == (PROMPTS, adapter.texts, adapter.negatives)
+    adapter.set_texts(["x" * BYTES, "☀" * (BYTES // 3)])
+    assert [len(text) for text in adapter.texts] == [BYTES, BYTES // 3]
+    with pytest.raises(InputError, match=rf"has {BYTES + 2} bytes; at most {BYTES} are allowed"):
+        adapter.set_negatives(["", "☀" * (BYTES // 3) + "xyz"])
+    with pytest.raises(InputError, match="holds 2 texts, not 1"):
+        adapter.set_texts(["a dog"])
+    with pytest.raises(InputError, match="shared is true; a rewritten prompt replaces one prompt"):
+        TextAdapter.start(PROMPTS, shared=True)
+
+
+@pytest.mark.parametrize("padding", ["max_length", "none"])
+def test_a_text_is_drawn_in_place_of_its_prompt(pipe, padding):
+    backend = load_backend(pipe, device="cpu", padding=padding)
+    adapter = text_adapter(("", "a small dog"), ("blurry and dark", ""))
+    images = generate(backend, PROMPTS, [7, 8], adapter, SAMPLING)
+    negative = Sampling(steps=1, guidance_scale=3.0, negative_prompt="blurry and dark")
+    expected = [
+        generate(backend, ["a red cat"], [7], Adapter(), negative),
+        generate(backend, ["a small dog"], [8], Adapter(), SAMPLING),
+    ]
+    torch.testing.assert_close(images, torch.cat(expected), atol=1e-5, rtol=0)
+    assert not torch.allclose(images[0], generate(backend, PROMPTS[:1], [7], Adapter(), SAMPLING), atol=1e-3)
+    unguided = Sampling(steps=1, guidance_scale=1.0)
+    plain = generate(backend, ["a small dog"], [8], Adapter(), unguided)
+    torch.testing.assert_close(generate(backend, ["sun"], [8], adapter, unguided), plain, atol=1e-5, rtol=0)
+
+
+def test_a_plain_pipeline_draws_the_rewritten_prompt(pipe):
+    adapter = text_adapter(("", "a small dog"), ("", "blurry"))
+    options = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "pt"}
+    ours, theirs = (
+        pipe(**kwargs, **options, generator=torch.Generator().manual_seed(7)).images
+        for kwargs in (
+            adapter.prompt_kwargs(pipe, "sun"),
+            {"prompt": "a small dog", "negative_prompt": "blurry"},
+        )
+    )
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_long_texts_are_cut_at_a_word(backend, pipe):
+    word = "abcdefg"  # seven tokens; 77 less the two marks are ten words and five tokens
+    assert shorten(backend, " ".join([word] * 10)) == " ".join([word] * 10)
+    assert shorten(backend, "  ".join([word] * 12)) == " ".join([word] * 10)
+    assert shorten(backend, f"{word}, " * 12) == ", ".join([word] * 9)
+    assert shorten(backend, "x" * 80) == ""
+    lenient = load_backend(pipe, device="cpu", long_prompts="truncate")
+    assert shorten(lenient, "x" * 80) == "x" * 80
+    assert shorten(lenient, f"{'x' * 600} {'y' * 600}") == "x" * 600
+
+
+# -- the loop ----------------------------------------------------------------------------------------------
+
+
+class Script:
+    """Proposes the texts of a list, and writes down what it is told."""
+
+    def __init__(self, texts):
+        self.texts, self.told = texts, []
+
+    def propose(self, adapter, step):
+        adapter.set_texts([self.texts[step]] * len(adapter.text_bytes))
+
+    def tell(self, adapter, rewards):
+        self.told.append(rewards.tolist())
+
+    def state(self):
+        return {"seen": torch.tensor(len(self.told))}
+
+    def load(self, state):
+        self.told = [None] * int(state["seen"])
+
+
+def table_reward(values):
+    """The next of `values` for the images of each call, whatever they show; NaN may be among them."""
+    numbers = iter(values)
+    return lambda reward, images, prompts: torch.tensor(next(numbers))
+
+
+def test_each_row_keeps_its_best_candidate(backend, monkeypatch):
+    values = [
+        [1.0, 1.0],
+        [3.0, 5.0],
+        [4.0, 2.0],
+        [2.0, 2.0],
+        [torch.nan, 9.0],
+        [9.0, 9.0],
+        [4.0, 4.0],
+        [1.0, 8.0],
+    ]
+    monkeypatch.setattr("ipgo.search.score", table_reward(values))
+    proposer = Script(["one", "two", "three", "four"])
+    task = Task(backend, COLOUR, PROMPTS, SAMPLING, seeds=(0, 1))
+    steps = [(step.rewards.tolist(), step.best.tolist(), step.adapter.texts) for step in
+             search(task, TextAdapter.start(PROMPTS, shared=False), proposer, 4)]  # fmt: skip
+    assert steps[0] == ([2, 3], [2, 3], ("one", "one"))
+    assert steps[1] == ([3, 2], [3, 3], ("two", "one"))
+    assert steps[2][0][0] != steps[2][0][0]  # NaN on one seed
+    assert steps[2][1:] == ([3, 9], ("two", "three"))
+    assert steps[3] == ([2.5, 6], [3, 9], ("two", "three"))
+    assert proposer.told[0] == [2, 3]
+    assert proposer.told[3] == [2.5, 6]
+    assert backend.calls["denoiser"] == 4 * 2 * 2
+
+
+def test_one_row_for_all_prompts_is_kept_by_its_mean(backend, monkeypatch):
+    class Shared(Adapter):
+        kind = "shared-test"
+
+        def __init__(self):
+            super().__init__(None)
+            self.register_buffer("value", torch.zeros(1))
+
+    class Count(Script):
+        def propose(self, adapter, step):
+            adapter.value.fill_(step + 1)
+
+    values = [[1.0, 1.0], [9.0, -8.0], [0.0, 4.0], [torch.nan, 100.0]]
+    monkeypatch.setattr("ipgo.search.score", table_reward(values))
+    proposer = Count([])
+    task = Task(backend, COLOUR, PROMPTS, SAMPLING, seeds=(), shared=True)
+    steps = [(step.best.tolist(), step.adapter.value.item()) for step in search(task, Shared(), proposer, 4)]
+    assert steps == [([1, 1], 1), ([1, 1], 1), ([0, 4], 3), ([0, 4], 3)]
+    assert proposer.told[:3] == [[1.0], [0.5], [2.0]]
+
+
+def test_a_prompt_that_never_had_a_finite_score_is_failed(backend, monkeypatch):
+    monkeypatch.setattr("ipgo.search.score", table_reward([[torch.nan, 1.0]] * 2))
+    task = Task(backend, COLOUR, PROMPTS, SAMPLING)
+    steps = search(task, TextAdapter.start(PROMPTS, shared=False), Script(["one", "two"]), 2)
+    first, last = [(step.failed.tolist(), step.adapter.texts) for step in steps]
+    assert first == ([False, False], ("", "one"))
+    assert last == ([True, False], ("", "one"))
+
+
+def test_a_search_resumes_with_its_proposer(backend):
+    task = Task(backend, COLOUR, PROMPTS, SAMPLING)
+    texts = ["one", "two", "three"]
+    straight = [step.state() for step in search(task, text_adapter(), Script(texts), 3)]
+    proposer = Script(texts)
+    (resumed,) = search(task, text_adapter(), proposer, 3, resume=straight[1])
+    assert len(proposer.told) == 3
+    assert resumed.state().keys() == straight[2].keys()
+    assert all(torch.equal(value, resumed.state()[name]) for name, value in straight[2].items())
+    for broken in ({"step": torch.tensor(1)}, {**straight[1], "best": torch.zeros(3)}):
+        with pytest.raises(ResumeError, match="other settings"):
+            search(task, text_adapter(), Script(texts), 3, resume=broken)
+
+
+# -- methods -----------------------------------------------------------------------------------------------
+
+
+def test_chatgpt_takes_a_single_answer_as_it_is(backend, endpoint):
+    endpoint.answer = lambda request: f"Prompt: {request['messages'][1]['content']}, at dawn"
+    worse = FunctionReward(lambda images, prompts: -images.mean((1, 2, 3)), "darkness", differentiable=False)
+    (step,) = ChatGPT().fit(Task(backend, worse, PROMPTS, SAMPLING, seeds=(3, 4)))
+    assert step.adapter.texts == ("a red cat, at dawn", "sun, at dawn")
+    drawn = [generate(backend, step.adapter.texts, [seed] * 2, Adapter(), SAMPLING) for seed in (3, 4)]
+    expected = torch.stack([worse(images, PROMPTS) for images in drawn]).mean(0)
+    torch.testing.assert_close(step.rewards, expected)
+    instruction = endpoint.requests[0]["messages"][0]["content"]
+    assert "how well it shows what the prompt says" in instruction
+    assert "60 words" in instruction
+    list(ChatGPT().fit(Task(backend, worse, PROMPTS, SAMPLING)))  # again: nothing is asked
+    assert len(endpoint.requests) == 2
+
+
+def test_chatgpt_keeps_the_best_of_several(backend, endpoint, caplog):
+    long = "abcdefg " * 12
+    endpoint.answer = lambda request: f"1. a dog\n2. {long}\n3. a blue house\n4. never asked for"
+    task = Task(backend, COLOUR, PROMPTS, SAMPLING)
+    method = ChatGPT(n=3)
+    steps = list(method.fit(task))
+    texts = ["a dog", ("abcdefg " * 10).strip(), "a blue house"]
+    values = torch.stack(
+        [COLOUR(generate(backend, [text] * 2, [0, 0], Adapter(), SAMPLING), PROMPTS) for text in texts]
+    )
+    torch.testing.assert_close(torch.stack([step.rewards for step in steps]), values)
+    assert steps[-1].adapter.texts == tuple(texts[place] for place in values.argmax(0).tolist())
+    assert "is too long for the encoder; it is cut to 'abcdefg" in caplog.text
+    states = [step.state() for step in method.fit(task)]
+    resumed = list(method.fit(task, resume=states[0]))
+    assert all(torch.equal(value, resumed[-1].state()[name]) for name, value in states[-1].items())
+    assert len(endpoint.requests) == 2
+    with pytest.raises(ResumeError, match="other settings"):
+        list(ChatGPT(n=2).fit(task, resume=states[0]))
+    with pytest.raises(InputError, match="shared is true"):
+        method.fit(Task(backend, COLOUR, PROMPTS, SAMPLING, shared=True))
+    with pytest.raises(InputError, match="n is 0"):
+        ChatGPT(n=0)
+
+
+def test_answers_without_a_text_are_asked_for_anew(backend, endpoint, caplog):
+    answers = iter(["Sorry:", "```\n```", "1. a dog\n2. a dog"])
+    endpoint.answer = lambda request: next(answers)
+    assert ask_texts(Chat(), backend, "", "sun", 3) == ["a dog"] * 3
+    assert "gave 1 texts in place of 3" in caplog.text
+    assert len(endpoint.requests) == 3
+    endpoint.answer = lambda request: "Sorry:"
+    with pytest.raises(InputError, match="gave no text for 'moon' in 3 answers"):
+        ask_texts(Chat(), backend, "", "moon", 1)
+
+
+def test_each_reward_has_its_instruction():
+    said = {
+        name: ChatGPT().instruction(name) for name in ("emoji-clip", "clip", "aesthetic", "mine.py:warmth")
+    }
+    assert said["emoji-clip"] == said["clip"]
+    assert len(set(said.values())) == 3
+    both = ChatGPT(n=4).instruction("emoji-clip+0.5*emoji-aesthetic")
+    assert "faithfully" in both
+    assert "beautiful" in both
+    assert "Answer with 4 different rewritten prompts" in both
+
+
+def test_llm_search_learns_from_its_history(backend, endpoint):
+    def answer(request):
+        instruction, question = (message["content"] for message in request["messages"])
+        if "You study trials" in instruction:
+            return "Dogs score high."
+        number = question.count("\n0.") + question.count("\n-0.")
+        return f"1. a dog {number}\n2. a cat {number}"
+
+    endpoint.answer = answer
+    task = Task(backend, COLOUR, ("sun",), SAMPLING)
+    method = LLMSearch(rounds=2, n=2, shown=2)
+    steps = list(method.fit(task))
+    assert len(steps) == 5
+    raw = COLOUR(generate(backend, ["sun"], [0], Adapter(), SAMPLING), ["sun"])
+    assert steps[0].rewards.item() == pytest.approx(raw.item())
+    asked = [[message["content"] for message in request["messages"]] for request in endpoint.requests]
+    assert asked[0][1] == "The user's prompt: sun"
+    rewards = {
+        text: float(step.rewards) for text, step in zip(("sun", "a dog 0", "a cat 0"), steps, strict=False)
+    }
+    best = sorted(rewards, key=lambda text: rewards[text])[1:]
+    trials = "\n".join(["The user's prompt: sun", "", "Trials, the best one last:"]
+                       + [f"{rewards[text]:.4g}: {text}" for text in best])  # fmt: skip
+    assert asked[1][1] == trials
+    assert asked[2][1] == f"{trials}\n\nHint: Dogs score high."
+    assert "Answer with 2 new prompts" in asked[2][0]
+    assert float(steps[-1].best) == max(float(step.rewards) for step in steps)
+    # Stopped in the middle of a round and continued: the same bits, and nothing is asked again.
+    states = [step.state() for step in method.fit(task)]
+    resumed = list(method.fit(task, resume=states[1]))
+    assert all(torch.equal(value, resumed[-1].state()[name]) for name, value in states[-1].items())
+    assert len(endpoint.requests) == 3
+    with pytest.raises(InputError, match="shared is true"):
+        method.fit(Task(backend, COLOUR, PROMPTS, SAMPLING, shared=True))
+    with pytest.raises(InputError, match="rounds is 0"):
+        LLMSearch(rounds=0)
+
+
+def test_history_leaves_out_what_was_not_finite():
+    table = Rewrites(("sun",), 3, lambda table, step: [[""], ["a dog"], ["a cat"]])
+    adapter = TextAdapter(("sun",))
+    for step, reward in enumerate((0.5, torch.nan, 0.25)):
+        table.propose(adapter, step)
+        table.tell(adapter, torch.tensor([reward]))
+    assert table.history(0, 3) == [("sun", 0.5), ("a cat", 0.25)]
+    assert table.history(0, 1) == [("sun", 0.5)]
+
+
+@pytest.mark.parametrize("name", ["chatgpt", "llm-search"])
+def test_from_the_command_line_without_and_with_a_key(
+    name, endpoint, pipeline_folder, tmp_path, monkeypatch, capsys
+):
+    endpoint.answer = lambda request: "1. a dog\n2. a cat"
+    command = ["fit", *PROMPTS, "--method", name, "--method.n", "2", "--backend", pipeline_folder]
+    judged = [
+        "--reward",
+        "colorfulness",
+        "--held-out",
+        "contrast",
+        "--unseen-seeds",
+        "1",
+        "--sampling.steps",
+        "1",
+    ]
+    out = ["--out", str(tmp_path / "run")]
+    if name == "llm-search":
+        judged += ["--method.rounds", "1"]
+    monkeypatch.delenv("OPENAI_API_KEY")
+    monkeypatch.setattr("ipgo.runner.load_backend", None)  # not even looked at
+    assert cli.main([*command, *judged, *out]) == 2
+    assert "OPENAI_API_KEY is not set" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    monkeypatch.undo()
+    with patched(endpoint, tmp_path) as again:
+        assert cli.main([*command, *judged, *out]) == 0
+        run = Run.open(tmp_path / "run")
+        assert [result["status"] for result in run.results()] == ["finished"] * 2
+        assert all(run.load_adapter(prompt).texts[0] in ("", "a dog", "a cat") for prompt in run.prompts)
+        asked = len(endpoint.requests)
+        again.delenv("OPENAI_API_KEY")
+        assert cli.main([*command, *judged, "--out", str(tmp_path / "again")]) == 0
+        assert len(endpoint.requests) == asked == 2
+
+
+@contextmanager
+def patched(endpoint, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{endpoint.server_port}")
+        patch.setenv("OPENAI_API_KEY", "secret")
+        patch.setenv("NO_PROXY", "127.0.0.1")
+        patch.setenv("IPGO_CACHE", str(tmp_path / "cache"))
+        yield patch
+
+
+# -- Promptist ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def rewriter(tmp_path_factory, pipe):
+    """A folder with a tiny random GPT-2, over the characters of the tiny pipeline's tokenizer."""
+    folder = tmp_path_factory.mktemp("rewriter")
+    torch.manual_seed(0)
+    size = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
+    config = GPT2Config(vocab_size=len(pipe.tokenizer), eos_token_id=pipe.tokenizer.eos_token_id, **size)
+    model = GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)  # far from uniform, so that beams differ
+    model.save_pretrained(folder)
+    pipe.tokenizer.save_pretrained(folder)
+    return folder, model
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a red cat", "  sun, 3D \n", "rephrase: rephrase:", "☀ “sun”  sun Rephrase:"]
+)
+def test_promptist_takes_the_first_beam(rewriter, backend, pipe, prompt):
+    folder, model = rewriter
+    method = Promptist(model=str(folder), max_new_tokens=12)
+    (step,) = method.fit(Task(backend, COLOUR, (prompt,), SAMPLING))
+    tokens = pipe.tokenizer(
+        prompt.strip() + " Rephrase:", add_special_tokens=False, return_tensors="pt"
+    ).input_ids
+    beams = model.generate(
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        do_sample=False,
+        max_new_tokens=12,
+        num_beams=8,
+        num_return_sequences=8,
+        eos_token_id=pipe.tokenizer.eos_token_id,
+        pad_token_id=pipe.tokenizer.eos_token_id,
+        length_penalty=-1.0,
+    )
+    texts = [pipe.tokenizer.decode(beam[tokens.shape[1] :], skip_special_tokens=True) for beam in beams]
+    assert len(set(texts)) > 1
+    assert texts[0].strip()
+    assert step.adapter.texts == (" ".join(texts[0].split()),)
+    images = generate(backend, step.adapter.texts, [0], Adapter(), SAMPLING)
+    torch.testing.assert_close(step.rewards, score(COLOUR, images, [prompt]))
+
+
+def test_promptist_says_what_it_lacks(rewriter, backend, tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(promptist.BUNDLED, "emoji", tmp_path / "none")
+    with pytest.raises(InputError, match=r"backend 'emoji' has no rewriter yet; give method\.model"):
+        Promptist().check(["sun"], "emoji-clip", "emoji")
+    assert Promptist()._places("sd15") == ("microsoft/Promptist", "gpt2")
+    assert Promptist(model="x/y")._places("emoji") == ("x/y", "x/y")
+    with pytest.raises(InputError, match=r"method\.model .* cannot be opened"):
+        list(Promptist(model=str(tmp_path)).fit(Task(backend, COLOUR, ("sun",), SAMPLING)))
+    with pytest.raises(InputError, match="beams is 0"):
+        Promptist(beams=0)
+    monkeypatch.setattr(Promptist, "rewrite", lambda self, model, tokenizer, prompt: "")
+    (step,) = Promptist(model=str(rewriter[0])).fit(Task(backend, COLOUR, ("sun",), SAMPLING))
+    assert step.adapter.texts == ("",)
+    assert "writes nothing for 'sun', which is drawn as it is" in caplog.text
+
+
+def test_a_reward_without_a_gradient_is_enough(backend):
+    steps = as_reward(
+        lambda images, prompts: images.mean((1, 2, 3)).round(decimals=3), "steps", differentiable=False
+    )
+    task = Task(backend, steps, PROMPTS, SAMPLING)
+    last = list(search(task, TextAdapter.start(PROMPTS, shared=False), Script(["one", "two"]), 2))[-1]
+    assert last.best.isfinite().all()
