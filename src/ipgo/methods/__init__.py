@@ -5,6 +5,7 @@ from __future__ import annotations
 from ipgo.methods.best_of_n import BestOfN
 from ipgo.methods.chatgpt import ChatGPT
 from ipgo.methods.dno import DNO
+from ipgo.methods.dpo_diffusion import DPODiffusion
 from ipgo.methods.draft import DRaFT
 from ipgo.methods.embedding import Embedding
 from ipgo.methods.ipgo import IPGO
@@ -20,6 +21,7 @@ __all__ = [
     "METHODS",
     "BestOfN",
     "ChatGPT",
+    "DPODiffusion",
     "DRaFT",
     "Embedding",
     "LLMSearch",
@@ -36,6 +38,7 @@ METHODS: dict[str, type[Method]] = {
     "reno": ReNO,
     "dno": DNO,
     "best-of-n": BestOfN,
+    "dpo-diffusion": DPODiffusion,
     "chatgpt": ChatGPT,
     "llm-search": LLMSearch,
     "promptist": Promptist,

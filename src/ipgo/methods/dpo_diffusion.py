@@ -1,0 +1,316 @@
+"""DPO-Diffusion: the words of the prompt, or of its negative prompt, found by gradient or by evolution."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ipgo.adapters import Adapter, TextAdapter
+from ipgo.embeds import PromptEmbeds
+from ipgo.errors import InputError, ResumeError, RewardError, unknown
+from ipgo.relaxation import Mixture, Relaxation, shortcut
+from ipgo.rewards import score
+from ipgo.sampling import decode, unconditional
+from ipgo.search import search
+from ipgo.seeding import derive, generator
+from ipgo.substitution import (
+    PLAIN,
+    Choice,
+    Space,
+    Template,
+    load_word_list,
+    negative_slots,
+    synonym_slots,
+)
+from ipgo.task import Progress, Task
+from ipgo.training import FLOAT16_SCALE
+
+Target = Literal["positive", "negative", "both"]
+Solver = Literal["gradient", "evolutionary", "hybrid"]
+
+ATTEMPTS = 100  # draws of a candidate that was not seen before, and that the encoder takes
+# As published: RMSprop with these settings on logits that are kept within a range, gradients clipped.
+DECAY, MOMENTUM, TINY = 0.99, 0.5, 1e-8
+MAX_GRADIENT, MAX_LOGIT = 0.025, 3.0
+
+
+@dataclass(frozen=True)
+class DPODiffusion:
+    """Choose words for the prompt or its negative prompt out of a list (DPO-Diff, arXiv 2407.01606).
+
+    The prompt as it is is the first candidate. "gradient" learns how likely each word is, from the gradient of
+    the reward in mixtures of words, and draws its candidates from that; "evolutionary" mutates and crosses the
+    best ones, and needs no gradient; "hybrid" begins that with draws from what the gradient learned.
+
+    Attributes:
+        target: what is reworded: the prompt by its synonyms (positive), the negative prompt by antonyms of the
+            prompt's words and by general ones (negative), or both.
+        solver: gradient, evolutionary or hybrid.
+        word_list: a bundled word list, or a JSON file with "synonyms", "antonyms" and "negative".
+        candidates: prompts to draw and score, those of the gradient steps not counted.
+        gradient_steps: steps of the gradient; each one draws and scores a candidate as well.
+        lr: learning rate of the words' logits.
+        temperature: of the Gumbel-softmax that mixes words: the lower, the closer to single words.
+        window: the part of denoising, from 0 to 1, through which the gradient's one denoiser call moves.
+        population: candidates of a generation.
+        parents: the best candidates so far that a generation comes from.
+        mutation: how probably a mutation changes a word.
+    """
+
+    stackable: ClassVar[bool] = True
+
+    target: Target = "negative"
+    solver: Solver = "evolutionary"
+    word_list: str = "emoji"
+    candidates: int = 40
+    gradient_steps: int = 20
+    lr: float = 0.1
+    temperature: float = 1.0
+    window: tuple[float, float] = (0.3, 0.5)
+    population: int = 20
+    parents: int = 10
+    mutation: float = 0.1
+
+    def __post_init__(self) -> None:
+        for field, allowed in (("target", Target), ("solver", Solver)):
+            if getattr(self, field) not in get_args(allowed):
+                raise unknown(field, str(getattr(self, field)), get_args(allowed))
+        for field in ("candidates", "gradient_steps", "population", "parents"):
+            if getattr(self, field) < 1:
+                raise InputError(f"{field} is {getattr(self, field)}; it must be at least 1")
+        for field in ("lr", "temperature"):
+            if not getattr(self, field) > 0:
+                raise InputError(f"{field} is {getattr(self, field)}; it must be above 0")
+        if not 0 <= self.window[0] <= self.window[1] <= 1:
+            raise InputError(f"window is {list(self.window)}; it must be two rising numbers from 0 to 1")
+        if not 0 < self.mutation <= 1:
+            raise InputError(f"mutation is {self.mutation}; it must be above 0 and at most 1")
+
+    @property
+    def climbing(self) -> int:
+        """Steps with a gradient."""
+        return 0 if self.solver == "evolutionary" else self.gradient_steps
+
+    def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
+        if self.climbing and not task.reward.differentiable:
+            raise RewardError(
+                f"reward {task.reward.name!r} has no gradient, which solver={self.solver!r} needs; "
+                "use solver='evolutionary'"
+            )
+        if self.target != "positive" and task.sampling.guidance_scale <= 1:
+            raise InputError(
+                f"sampling.guidance_scale is {task.sampling.guidance_scale}; "
+                f"target={self.target!r} needs one above 1, since there is no negative prompt without guidance"
+            )
+        spaces = self.spaces(task)
+        adapter = TextAdapter(None) if task.shared else TextAdapter(task.prompts)
+        return search(task, adapter, _Words(self, task, spaces), self.climbing + self.candidates, resume)
+
+    def spaces(self, task: Task) -> list[Space]:
+        """What each row may choose between.
+
+        Raises:
+            InputError: nothing at all, or `shared` with a target that belongs to single prompts.
+        """
+        words, start = load_word_list(self.word_list), task.sampling.negative_prompt
+        if task.shared:
+            if self.target != "negative":
+                raise InputError(
+                    f"shared is true; prompts can share a negative prompt alone, so target must be 'negative', "
+                    f"not {self.target!r}"
+                )
+            spaces = [Space(negative=negative_slots("", words, start))]
+        else:
+            spaces = [
+                Space(
+                    PLAIN if self.target == "negative" else synonym_slots(prompt, words),
+                    PLAIN if self.target == "positive" else negative_slots(prompt, words, start),
+                )
+                for prompt in task.prompts
+            ]
+        for prompt, space in zip(task.prompts, spaces, strict=False):
+            if not space.slots:
+                whose = "a shared negative prompt" if task.shared else f"prompt {prompt!r}"
+                raise InputError(
+                    f"word_list {self.word_list!r} has no words for {whose} with target={self.target!r}"
+                )
+        return spaces
+
+
+class _Words:
+    """Candidates for N rows with up to S slots of up to K options. Every draw comes from a seed of its own."""
+
+    def __init__(self, method: DPODiffusion, task: Task, spaces: Sequence[Space]) -> None:
+        self.method, self.task, self.spaces = method, task, spaces
+        self.relaxation = Relaxation(task.backend)
+        self.step = 0
+        slots = max(len(space.slots) for space in spaces)
+        options = max(len(slot) for space in spaces for slot in space.slots)
+        self.allowed = torch.zeros(len(spaces), slots, options, dtype=torch.bool)
+        for row, space in enumerate(spaces):
+            for number, slot in enumerate(space.slots):
+                self.allowed[row, number, : len(slot)] = True
+        logits = torch.zeros(self.allowed.shape, dtype=torch.promote_types(task.backend.dtype, torch.float32))
+        if method.climbing:
+            logits[..., 0] = 1  # the gradient starts from the text as it is, evolution from anywhere
+        total = method.climbing + method.candidates
+        # Everything that lives from step to step.
+        self.memory = {
+            "logits": logits,
+            "squares": torch.zeros_like(logits),
+            "momentum": torch.zeros_like(logits),
+            "choices": torch.zeros(len(spaces), total, slots, dtype=torch.long),
+            "rewards": torch.full((len(spaces), total), torch.nan),
+        }
+
+    # -- candidates -------------------------------------------------------------------------------------
+
+    def propose(self, adapter: Adapter, step: int) -> None:
+        assert isinstance(adapter, TextAdapter)
+        self.step = step
+        choices = [self._choose(row, step) for row in range(len(self.spaces))]
+        if step < self.method.climbing:
+            self._climb(choices, step)
+        if step == 0:
+            choices = [[0] * len(choice) for choice in choices]  # the text as it is
+        for row, choice in enumerate(choices):
+            self.memory["choices"][row, step, : len(choice)] = torch.tensor(choice)
+        texts = [space.texts(choice) for space, choice in zip(self.spaces, choices, strict=True)]
+        adapter.set_texts([positive for positive, _ in texts])
+        adapter.set_negatives([negative for _, negative in texts])
+
+    def _choose(self, row: int, step: int) -> list[int]:
+        """A choice that is new and fits the encoder; in a space that is used up, the text as it is."""
+        count = len(self.spaces[row].slots)
+        seen = self.memory["choices"][row, :step, :count].tolist()
+        for attempt in range(ATTEMPTS):
+            choice: list[int] = self._draw(row, step, attempt)[:count].tolist()
+            # A gradient step takes the draw that its mixture belongs to, seen before or not.
+            if (step < self.method.climbing or choice not in seen) and self._fits(row, choice):
+                return choice
+        return [0] * count
+
+    def _draw(self, row: int, step: int, attempt: int) -> Tensor:
+        """(S,): the more attempts have failed, the bolder the draw, until it is uniform."""
+        method, count = self.method, len(self.spaces[row].slots)
+        first = method.climbing + method.population  # of the candidates that have parents
+        if method.solver == "gradient" or step < first:
+            logits = self.memory["logits"][row].masked_fill(~self.allowed[row], -torch.inf)
+            return (logits * (1 - attempt / ATTEMPTS) + self._gumbel(row, step, attempt)).argmax(-1)
+        born = first + (step - first) // method.population * method.population
+        ranks = self.memory["rewards"][row, :born].nan_to_num(nan=-torch.inf)
+        best = ranks.sort(descending=True, stable=True).indices[: method.parents]
+        source = self._source("evolution", row, step, attempt)
+        pair = best[torch.randint(len(best), (2,), generator=source)]
+        mother, father = self.memory["choices"][row, pair, :count]
+        if (step + attempt) % 2:  # where crossing finds nothing new, mutation does
+            return torch.where(torch.rand(count, generator=source) < 0.5, mother, father)
+        options = self.allowed[row, :count].sum(-1)
+        anything = (torch.rand(count, generator=source) * options).long()
+        rate = method.mutation + attempt / ATTEMPTS
+        return torch.where(torch.rand(count, generator=source) < rate, anything, mother)
+
+    def _gumbel(self, row: int, step: int, attempt: int = 0) -> Tensor:
+        """(S, K) standard Gumbel noise at the options that a row has."""
+        source = self._source("gumbel", row, step, attempt)
+        noise = torch.zeros_like(self.memory["logits"][row])
+        count = int(self.allowed[row].sum())
+        noise[self.allowed[row]] = -torch.empty(count, dtype=noise.dtype).exponential_(generator=source).log()
+        return noise
+
+    def _source(self, name: str, row: int, *keys: int) -> torch.Generator:
+        whose = "" if self.task.shared else self.task.prompts[row]
+        return generator(derive(self.task.seed, name, whose, *keys))
+
+    def _fits(self, row: int, choice: Choice) -> bool:
+        try:
+            self.task.backend.check_prompts(self.spaces[row].texts(choice))
+        except InputError:
+            return False
+        return True
+
+    # -- the gradient -----------------------------------------------------------------------------------
+
+    def _climb(self, choices: Sequence[Choice], step: int) -> None:
+        """One step of RMSprop along the gradient of the mixtures' rewards."""
+        count = len(self.task.prompts)
+        batches = [[number] for number in range(count)] if self.task.shared else [list(range(count))]
+        scale = FLOAT16_SCALE if self.task.backend.dtype == torch.float16 else 1.0
+        grad = torch.zeros_like(self.memory["logits"])
+        for batch in batches:
+            with torch.enable_grad():
+                logits = self.memory["logits"].clone().requires_grad_()
+                objective = self.mixed_rewards(logits, choices, batch, step).sum() / len(batches)
+                if objective.requires_grad:  # not if every slot is empty in this draw
+                    grad += torch.autograd.grad(objective * scale, logits)[0] / scale
+        grad = grad.nan_to_num(nan=0.0).clamp(-MAX_GRADIENT, MAX_GRADIENT)
+        squares, momentum = self.memory["squares"], self.memory["momentum"]
+        squares.mul_(DECAY).addcmul_(grad, grad, value=1 - DECAY)
+        momentum.mul_(MOMENTUM).add_(grad / (squares.sqrt() + TINY))
+        self.memory["logits"].add_(momentum, alpha=self.method.lr).clamp_(0, MAX_LOGIT)
+
+    def mixed_rewards(
+        self, logits: Tensor, choices: Sequence[Choice], numbers: Sequence[int], step: int
+    ) -> Tensor:
+        """(B,): the rewards of prompts by their numbers, drawn from mixtures of words, to be differentiated."""
+        task, method = self.task, self.method
+        prompts = [task.prompts[number] for number in numbers]
+        noise = torch.stack([self._gumbel(row, step) for row in range(len(self.spaces))])
+        logits = logits.masked_fill(~self.allowed, -torch.inf)
+        # A row that lacks a slot has no option there: its softmax is NaN, and nothing reads it.
+        weights = ((logits + noise) / method.temperature).softmax(-1).masked_fill(~self.allowed, 0)
+        cond, uncond = self._conditions(
+            prompts, [0 if task.shared else each for each in numbers], choices, weights
+        )
+        start, end = method.window
+        place = start + (end - start) * step / method.climbing
+        index = min(int(task.sampling.steps * place + 1e-9), task.sampling.steps - 1)
+        own = task.backend.noise(task.noise_seeds(prompts, step), task.sampling.noise_steps)
+        images = decode(task.backend, shortcut(task.backend, cond, uncond, own, task.sampling, index))
+        rewards = score(task.reward, images, prompts)
+        if images.requires_grad and not rewards.requires_grad:
+            raise RewardError(f"reward {task.reward.name!r} gives no gradient, which this method needs")
+        return rewards
+
+    def _conditions(
+        self, prompts: Sequence[str], rows: Sequence[int], choices: Sequence[Choice], weights: Tensor
+    ) -> tuple[PromptEmbeds, PromptEmbeds | None]:
+        """Both halves of guidance, each a mixture where it has slots."""
+        backend, sampling = self.task.backend, self.task.sampling
+        positive, negative = [], []
+        for row, prompt in zip(rows, prompts, strict=True):
+            space = self.spaces[row]
+            count = len(space.positive.slots)
+            template = space.positive if count else Template((prompt,))
+            chosen = space.split(choices[row])
+            positive.append(Mixture(template, chosen[0], weights[row, :count]))
+            negative.append(Mixture(space.negative, chosen[1], weights[row, count:]))
+        with self.relaxation.mixed(positive):
+            cond = backend.encode([mixture.text for mixture in positive])
+        if self.method.target == "positive":
+            return cond, unconditional(backend, cond, sampling)
+        halves = []
+        for number, mixture in enumerate(negative):
+            own = cond.select(torch.tensor([number], device=cond.mask.device))
+            with self.relaxation.mixed([mixture]):
+                halves.append(backend.unconditional(mixture.text, own))
+        embeds, mask = (torch.cat([getattr(half, name) for half in halves]) for name in ("embeds", "mask"))
+        return cond, PromptEmbeds(embeds, mask)
+
+    # -- the loop's side --------------------------------------------------------------------------------
+
+    def tell(self, adapter: Adapter, rewards: Tensor) -> None:
+        self.memory["rewards"][:, self.step] = rewards
+
+    def state(self) -> dict[str, Tensor]:
+        return dict(self.memory)
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        if any(value.shape != state[name].shape for name, value in self.memory.items()):
+            raise ResumeError("this checkpoint belongs to a search with other settings or prompts")
+        for name, value in self.memory.items():
+            value.copy_(state[name])
