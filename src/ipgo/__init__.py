@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ipgo.embeds import PromptEmbeds
     from ipgo.evaluation import Gain, Interval, Score, evaluate, summarise, win_rate
     from ipgo.insertion import Insertion
-    from ipgo.methods import DNO, IPGO, BestOfN, DRaFT, Embedding, Raw, ReNO
+    from ipgo.methods import DNO, IPGO, BestOfN, ChatGPT, DRaFT, Embedding, LLMSearch, Promptist, Raw, ReNO
     from ipgo.rewards import Reward, as_reward, load_reward
     from ipgo.runner import Fitted, Result, fit
     from ipgo.sampling import Sampling
@@ -36,7 +36,18 @@ _HOME = {
     "embeds": ("PromptEmbeds",),
     "evaluation": ("Gain", "Interval", "Score", "evaluate", "summarise", "win_rate"),
     "insertion": ("Insertion",),
-    "methods": ("DNO", "IPGO", "BestOfN", "DRaFT", "Embedding", "Raw", "ReNO"),
+    "methods": (
+        "DNO",
+        "IPGO",
+        "BestOfN",
+        "ChatGPT",
+        "DRaFT",
+        "Embedding",
+        "LLMSearch",
+        "Promptist",
+        "Raw",
+        "ReNO",
+    ),
     "rewards": ("Reward", "as_reward", "load_reward"),
     "runner": ("Fitted", "Result", "fit"),
     "sampling": ("Sampling",),
@@ -53,6 +64,7 @@ __all__ = [
     "Ascent",
     "Backend",
     "BestOfN",
+    "ChatGPT",
     "DRaFT",
     "Embedding",
     "Fitted",
@@ -62,10 +74,12 @@ __all__ = [
     "InsertionAdapter",
     "Interval",
     "IpgoError",
+    "LLMSearch",
     "LoRA",
     "MissingExtraError",
     "Progress",
     "PromptEmbeds",
+    "Promptist",
     "Raw",
     "ReNO",
     "Result",

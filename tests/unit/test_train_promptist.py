@@ -1,0 +1,113 @@
+"""The recipe of the bundled rewriter: its captions, its arithmetic, and that it runs and resumes."""
+
+import numpy as np
+import pytest
+import torch
+
+import ipgo
+from ipgo.methods import Promptist
+from ipgo.task import Task
+from tools.emoji import loop, train_promptist, world
+from tools.emoji.loop import Schedule
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return train_promptist.tokenizer()
+
+
+def test_rich_captions_keep_the_plain_ones_and_leave_nothing_open():
+    rng = np.random.default_rng(0)
+    pairs = [train_promptist.pair(rng) for _ in range(300)]
+    styles = {word for words in world.STYLES.values() for word in words}
+    for plain, rich in pairs:
+        assert rich.startswith(f"{plain}, ")
+        assert any(f"{colour} background" in rich for colour in world.COLOURS)
+        assert styles & set(rich.split(", "))
+        assert rich.endswith(world.CLEAN_WORDS)
+    assert len({plain for plain, _ in pairs}) > 250
+    assert sum("background" in plain for plain, _ in pairs) == pytest.approx(180, abs=30)
+
+
+def test_only_the_rich_caption_is_learned(tokens):
+    pairs = [
+        ("a fox", "a fox, 3d, sharp"),
+        ("a bee on a red background", "a bee on a red background, flat, clean"),
+    ]
+    ids, labels = train_promptist.encode(tokens, pairs)
+    for row, (plain, rich) in enumerate(pairs):
+        learned = labels[row] >= 0
+        assert torch.equal(ids[row][learned], labels[row][learned])
+        assert labels[row][learned][-1] == tokens.eos_token_id
+        asked = ids[row][: int(learned.long().argmax())]
+        given = tokens(f"{plain} Rephrase:", add_special_tokens=False).input_ids
+        assert asked.tolist() == given
+        written = tokens(rich, add_special_tokens=False).input_ids
+        assert labels[row][learned][:-1].tolist() == written
+
+
+def test_log_probabilities_end_with_the_text(tokens):
+    torch.manual_seed(0)
+    model = train_promptist.language_model(tokens).eval()
+    end = tokens.eos_token_id
+    ids = torch.tensor([[5, 6, 7, 8, end, end], [5, 6, 9, 10, 11, 12]])
+    with torch.no_grad():
+        found = train_promptist.log_probability(model, ids, 2)
+        for row, count in ((0, 3), (1, 4)):
+            alone = [
+                model(input_ids=ids[row : row + 1, :place]).logits[0, -1].log_softmax(0)[ids[row, place]]
+                for place in range(2, 2 + count)
+            ]
+            assert float(found[row]) == pytest.approx(float(sum(alone)), abs=1e-4)
+
+
+def test_advantages_leave_the_own_reward_out_of_the_baseline():
+    rewards = torch.tensor([[1.0, 2.0, 6.0], [0.0, 0.0, 0.0]])
+    expected = torch.tensor([[1 - 4.0, 2 - 3.5, 6 - 1.5], [0.0, 0.0, 0.0]])
+    torch.testing.assert_close(train_promptist.advantages(rewards), expected)
+
+
+def test_the_recipe_runs_resumes_and_its_model_rewrites(tmp_path, monkeypatch, tokens):
+    schedules = [Schedule(steps=steps, batch=4, lr=1e-3, warmup=1) for steps in (2, 4)]
+    weights = []
+    for number, first in enumerate((schedules[1:], schedules)):
+        monkeypatch.setattr(loop, "BUILD", tmp_path / str(number))
+        for schedule in first:
+            monkeypatch.setattr(Schedule, "rate", lambda self, step: 1e-3 / (1 + step))
+            train_promptist.train_supervised(schedule)
+        model = loop.trained(train_promptist.SUPERVISED, train_promptist.language_model(tokens))
+        weights.append(model.state_dict())
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    monkeypatch.setattr(train_promptist, "SAMPLING", ipgo.Sampling(steps=1))
+    monkeypatch.setattr(train_promptist, "LONGEST", 6)
+    train_promptist.train_policy(schedules[0])
+    climbed = loop.trained(train_promptist.FINAL, train_promptist.language_model(tokens)).state_dict()
+    change = [(value - weights[1][name]).abs().max() for name, value in climbed.items()]
+    assert 0 < max(change) < 0.01  # it began at the supervised weights
+
+    train_promptist.export(tmp_path / "rewriter")
+    method = Promptist(model=str(tmp_path / "rewriter"), max_new_tokens=8)
+    backend = ipgo.load_backend("emoji", device="cpu")
+    task = Task(backend, ipgo.load_reward("colorfulness", device="cpu"), ("a fox",), ipgo.Sampling(steps=1))
+    (step,) = method.fit(task)
+    assert step.adapter.texts[0]
+    assert step.rewards.isfinite().all()
+
+
+def test_the_reward_of_a_rewriting_is_that_of_promptist(monkeypatch):
+    judged = train_promptist.Judged.__new__(train_promptist.Judged)
+    drawn = {"a fox": 0.0, "a fox, sharp": 1.0, "a bus": 2.0}
+    quality = {0.0: 0.5, 1.0: 0.75, 2.0: 1.0}
+    relevance = {0.0: 0.5, 1.0: 0.75, 2.0: 0.25}
+
+    def generate(backend, texts, seeds, adapter, sampling):
+        assert seeds == [1, 2] * 3
+        return torch.tensor([drawn[text] for text in texts])
+
+    judged.backend = None
+    judged.quality = lambda images, prompts: torch.tensor([quality[float(image)] for image in images])
+    judged.relevance = lambda images, prompts: torch.tensor([relevance[float(image)] for image in images])
+    monkeypatch.setattr(train_promptist.ipgo, "generate", generate, raising=False)
+    monkeypatch.setattr(train_promptist, "shorten", lambda backend, text: text)
+    rewards = judged("a fox", ["a fox, sharp", "a bus"], [1, 2])
+    assert rewards.tolist() == [0.25, 0.5 - 2.0 * 0.25]
