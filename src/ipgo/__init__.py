@@ -19,7 +19,21 @@ if TYPE_CHECKING:
     from ipgo.embeds import PromptEmbeds
     from ipgo.evaluation import Gain, Interval, Score, evaluate, summarise, win_rate
     from ipgo.insertion import Insertion
-    from ipgo.methods import DNO, IPGO, BestOfN, ChatGPT, DRaFT, Embedding, LLMSearch, Promptist, Raw, ReNO
+    from ipgo.methods import (
+        DDPO,
+        DNO,
+        IPGO,
+        BestOfN,
+        ChatGPT,
+        DRaFT,
+        Embedding,
+        Joint,
+        LLMSearch,
+        Promptist,
+        Raw,
+        ReNO,
+        TextCraftor,
+    )
     from ipgo.rewards import Reward, as_reward, load_reward
     from ipgo.runner import Fitted, Result, fit
     from ipgo.sampling import Sampling
@@ -37,16 +51,19 @@ _HOME = {
     "evaluation": ("Gain", "Interval", "Score", "evaluate", "summarise", "win_rate"),
     "insertion": ("Insertion",),
     "methods": (
+        "DDPO",
         "DNO",
         "IPGO",
         "BestOfN",
         "ChatGPT",
         "DRaFT",
         "Embedding",
+        "Joint",
         "LLMSearch",
         "Promptist",
         "Raw",
         "ReNO",
+        "TextCraftor",
     ),
     "rewards": ("Reward", "as_reward", "load_reward"),
     "runner": ("Fitted", "Result", "fit"),
@@ -58,6 +75,7 @@ _HOME = {
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
+    "DDPO",
     "DNO",
     "IPGO",
     "Adapter",
@@ -74,6 +92,7 @@ __all__ = [
     "InsertionAdapter",
     "Interval",
     "IpgoError",
+    "Joint",
     "LLMSearch",
     "LoRA",
     "MissingExtraError",
@@ -90,6 +109,7 @@ __all__ = [
     "Sampling",
     "Score",
     "Task",
+    "TextCraftor",
     "__version__",
     "as_reward",
     "evaluate",

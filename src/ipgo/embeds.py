@@ -17,15 +17,24 @@ class PromptEmbeds:
         mask: (B, L) bool, True at text and False at padding. It always says which is which; whether a
             denoiser looks at it is the backend's business.
         pooled: (B, P) or None, the vector that some families add to the states.
+        early: what the denoiser gets in place of all this at the first steps; None is the same at every step.
+        late_share: with `early`, the share of the steps, the last ones, that get this; at least one does.
     """
 
     embeds: Tensor
     mask: Tensor
     pooled: Tensor | None = None
+    early: PromptEmbeds | None = None
+    late_share: float = 1.0
 
     @property
     def length(self) -> int:
         return self.embeds.shape[1]
+
+    def at(self, step: int, steps: int) -> PromptEmbeds:
+        """What the denoiser gets at a step, counted from 0, of `steps`."""
+        late = max(1, round(self.late_share * steps))
+        return self if self.early is None or step >= steps - late else self.early
 
     def insert(self, prefix: Tensor, suffix: Tensor) -> PromptEmbeds:
         """Put (B, n, D) embeddings before and after the states, in their dtype; they count as text."""
@@ -35,7 +44,8 @@ class PromptEmbeds:
         mask = torch.cat(
             [text.expand(before.shape[:2]), self.mask, text.expand(after.shape[:2])], dim=1
         )  # (B, n + L + m)
-        return PromptEmbeds(embeds, mask, self.pooled)
+        early = None if self.early is None else self.early.insert(prefix, suffix)
+        return PromptEmbeds(embeds, mask, self.pooled, early, self.late_share)
 
     def mean(self) -> Tensor:
         """(B, D): the mean state over the text positions, at least in float32."""
@@ -52,4 +62,5 @@ class PromptEmbeds:
     def select(self, rows: Tensor) -> PromptEmbeds:
         """The prompts at `rows` (B',), which may repeat."""
         pooled = None if self.pooled is None else self.pooled[rows]
-        return PromptEmbeds(self.embeds[rows], self.mask[rows], pooled)
+        early = None if self.early is None else self.early.select(rows)
+        return PromptEmbeds(self.embeds[rows], self.mask[rows], pooled, early, self.late_share)

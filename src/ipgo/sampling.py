@@ -82,15 +82,16 @@ def denoise(
     latents = noise[:, 0].to(backend.device, torch.promote_types(backend.dtype, torch.float32))
     scheduler = backend.scheduler(sampling.steps, latents)
     latents = latents * scheduler.init_noise_sigma
-    first_grad = 0 if backprop_steps >= sampling.steps else len(scheduler.timesteps) - backprop_steps
+    calls = len(scheduler.timesteps)
+    first_grad = 0 if backprop_steps >= sampling.steps else calls - backprop_steps
     for index, timestep in enumerate(scheduler.timesteps):
         # Closed before the yield: a generator's grad mode would leak into its consumer.
         with torch.set_grad_enabled(index >= first_grad):
             call = (
                 scheduler.scale_model_input(latents, timestep),
                 timestep,
-                cond,
-                uncond,
+                cond.at(index, calls),
+                None if uncond is None else uncond.at(index, calls),
                 sampling.guidance_scale,
             )
             if recompute and torch.is_grad_enabled():
@@ -154,7 +155,7 @@ def redo_last_step(
         InputError: the scheduler is not DDIM; others need the steps before the last one.
     """
     scheduler = backend.scheduler(sampling.steps, latents)
-    _need_ddim(scheduler, "ascent.renoised")
+    need_ddim(scheduler, "ascent.renoised")
     timestep = scheduler.timesteps[-1]
     noisy = scheduler.add_noise(latents.detach(), noise.to(latents), timestep)
     prediction = backend.predict(noisy, timestep, cond, uncond, sampling.guidance_scale)
@@ -170,7 +171,7 @@ def ddim_step(
     Raises:
         InputError: the scheduler is not DDIM, the only one here that defines a stochastic step.
     """
-    _need_ddim(scheduler, "sampling.eta")
+    need_ddim(scheduler, "sampling.eta")
     no_noise = torch.zeros_like(latents)
     mean = scheduler.step(prediction, timestep, latents, eta=eta, variance_noise=no_noise).prev_sample
     previous = timestep - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
@@ -180,6 +181,7 @@ def ddim_step(
     return mean, std.to(mean)
 
 
-def _need_ddim(scheduler: Any, field: str) -> None:
+def need_ddim(scheduler: Any, field: str) -> None:
+    """Raise `InputError` for a scheduler other than DDIM, in the name of the `field` that asks for it."""
     if type(scheduler).__name__ != "DDIMScheduler":
         raise InputError(f"{field} above 0 needs the ddim scheduler, not {type(scheduler).__name__}")

@@ -189,7 +189,10 @@ class _Climb:
         numbers = batch.to(backend.device)
         original = self.original.select(numbers)
         cond = self.adapter.condition(backend, prompts, original)
-        uncond = None if self.uncond is None else self.uncond.select(numbers)
+        if self.adapter.learns_unconditional:
+            uncond = self.adapter.unconditional(backend, prompts, cond, task.sampling)
+        else:
+            uncond = None if self.uncond is None else self.uncond.select(numbers)
         noise = self.adapter.noise(
             backend, prompts, task.noise_seeds(prompts, step), task.sampling.noise_steps
         )

@@ -5,8 +5,10 @@ from __future__ import annotations
 from ipgo.adapters.base import Adapter, generate, stack
 from ipgo.adapters.embedding import EmbeddingAdapter
 from ipgo.adapters.insertion import InsertionAdapter
+from ipgo.adapters.joint import JointAdapter
 from ipgo.adapters.noise import NoiseAdapter
 from ipgo.adapters.text import TextAdapter, shorten
+from ipgo.adapters.text_encoder import TextEncoderAdapter
 from ipgo.adapters.weights import LoRA, WeightAdapter
 
 __all__ = [
@@ -14,9 +16,11 @@ __all__ = [
     "Adapter",
     "EmbeddingAdapter",
     "InsertionAdapter",
+    "JointAdapter",
     "LoRA",
     "NoiseAdapter",
     "TextAdapter",
+    "TextEncoderAdapter",
     "WeightAdapter",
     "generate",
     "shorten",
@@ -30,5 +34,7 @@ KINDS: tuple[type[Adapter], ...] = (
     NoiseAdapter,
     TextAdapter,
     WeightAdapter,
+    TextEncoderAdapter,
+    JointAdapter,
 )
 ADAPTERS: dict[str, type[Adapter]] = {kind.kind: kind for kind in KINDS}

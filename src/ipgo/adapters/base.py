@@ -24,6 +24,7 @@ class Adapter(nn.Module):
         kind: its name in `ADAPTERS`.
         transfers: "seeds" if it serves noise that it was not fitted to, "nothing" if it is tied to one seed.
         needs_all_steps: does a gradient reach it only through every denoising step?
+        learns_unconditional: does what `unconditional` returns depend on the parameters?
         options: JSON values: `ADAPTERS[kind](prompts, **options)` builds an adapter that the tensors fit
             into.
         prompts: one for each row; None if one row is shared by every prompt.
@@ -33,6 +34,7 @@ class Adapter(nn.Module):
     kind: ClassVar[str] = "identity"
     transfers: ClassVar[str] = "seeds"
     needs_all_steps: ClassVar[bool] = False
+    learns_unconditional: ClassVar[bool] = False
     options: dict[str, Any]
     prompts: tuple[str, ...] | None
     padding: str = "max_length"

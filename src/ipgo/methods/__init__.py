@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from ipgo.methods.best_of_n import BestOfN
 from ipgo.methods.chatgpt import ChatGPT
+from ipgo.methods.ddpo import DDPO
 from ipgo.methods.dno import DNO
 from ipgo.methods.dpo_diffusion import DPODiffusion
 from ipgo.methods.draft import DRaFT
 from ipgo.methods.embedding import Embedding
 from ipgo.methods.ipgo import IPGO
+from ipgo.methods.joint import Joint
 from ipgo.methods.llm_search import LLMSearch
 from ipgo.methods.promptist import Promptist
 from ipgo.methods.raw import Raw
 from ipgo.methods.reno import ReNO
+from ipgo.methods.textcraftor import TextCraftor
 from ipgo.task import Method
 
 __all__ = [
+    "DDPO",
     "DNO",
     "IPGO",
     "METHODS",
@@ -24,10 +28,12 @@ __all__ = [
     "DPODiffusion",
     "DRaFT",
     "Embedding",
+    "Joint",
     "LLMSearch",
     "Promptist",
     "Raw",
     "ReNO",
+    "TextCraftor",
 ]
 
 METHODS: dict[str, type[Method]] = {
@@ -39,6 +45,9 @@ METHODS: dict[str, type[Method]] = {
     "dno": DNO,
     "best-of-n": BestOfN,
     "dpo-diffusion": DPODiffusion,
+    "ddpo": DDPO,
+    "textcraftor": TextCraftor,
+    "joint": Joint,
     "chatgpt": ChatGPT,
     "llm-search": LLMSearch,
     "promptist": Promptist,

@@ -1,0 +1,50 @@
+"""Joint: inserted embeddings and initial noise, found by one gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from ipgo.adapters import InsertionAdapter, JointAdapter, NoiseAdapter
+from ipgo.errors import InputError
+from ipgo.insertion import Insertion
+from ipgo.task import Progress, Task
+from ipgo.training import Ascent, maximize
+
+# One learning rate for both: with Adam it is the size of a step in each number, and DNO's for noise is 1e-2.
+# Not measured yet. backprop_steps=None: the noise gets its gradient through every step.
+DEFAULT = Ascent(steps=50, lr=1e-2, lr_decay=1.0, backprop_steps=None)
+
+
+@dataclass(frozen=True)
+class Joint:
+    """Learn IPGO's embeddings and ReNO's initial noise of each prompt at once (arXiv 2503.21812, 2406.04312).
+
+    One gradient through the whole trajectory moves both. PG-MAP (arXiv 2606.22958) also moves condition and
+    latents together, but afresh at each denoising step.
+
+    Attributes:
+        insertion: what is inserted.
+        noise_weight: weight of the noise's norm in the penalty, beside 1 for the conformity of the embeddings.
+        ascent: how both are found.
+    """
+
+    stackable: ClassVar[bool] = True
+
+    insertion: Insertion = Insertion()
+    noise_weight: float = 10.0  # times Ascent.penalty_weight of 1e-3 it is ReNO's 1e-2
+    ascent: Ascent = DEFAULT
+
+    def __post_init__(self) -> None:
+        if not self.noise_weight >= 0:
+            raise InputError(f"noise_weight is {self.noise_weight}; it must be at least 0")
+
+    def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
+        backend, prompts, shared = task.backend, task.prompts, task.shared
+        initial = NoiseAdapter.start(backend, prompts, task.seeds, shared=shared, penalty="norm")
+        inserted = InsertionAdapter.start(backend, prompts, self.insertion, seed=task.seed, shared=shared)
+        adapter = JointAdapter.join(inserted, initial, self.noise_weight)
+        return maximize(task, adapter, self.ascent, resume)

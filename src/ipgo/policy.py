@@ -1,0 +1,352 @@
+"""The loop of policy gradients: draw trajectories, and make the better ones likelier (arXiv 2305.13301)."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ipgo.adapters import WeightAdapter
+from ipgo.embeds import PromptEmbeds
+from ipgo.errors import InputError, ResumeError
+from ipgo.rewards import score
+from ipgo.sampling import ddim_step, decode, denoise, need_ddim
+from ipgo.seeding import derive, generator
+from ipgo.task import Progress, Task
+from ipgo.training import FLOAT16_SCALE, PATIENCE
+
+
+@dataclass(frozen=True)
+class PPO:
+    """How trajectories are drawn and learned from.
+
+    Attributes:
+        epochs: rounds of drawing trajectories and of learning from them.
+        samples: trajectories in an epoch; prompt-batch: of the prompts in shuffled passes.
+        batch_size: trajectories in one forward pass.
+        accumulate: batches, each with all its steps, in one optimiser step.
+        inner_epochs: passes over an epoch's trajectories.
+        eta: noise of the DDIM steps that are learned from, in place of the sampling's.
+        lr: learning rate of AdamW.
+        weight_decay: AdamW's.
+        max_grad_norm: the gradient is shortened to this norm; inf never shortens.
+        clip_range: how far from 1 the ratio of probabilities still pulls. It is small because log-probabilities
+            are means over the latents' dimensions.
+        max_advantage: advantages are clipped to this, and to minus this.
+        history: how many of its latest rewards a prompt's advantages are measured against.
+        min_history: a prompt with fewer is measured against the epoch's rewards.
+    """
+
+    epochs: int = 50
+    samples: int = 16
+    batch_size: int = 4
+    accumulate: int = 2
+    inner_epochs: int = 1
+    eta: float = 1.0
+    lr: float = 3e-4
+    weight_decay: float = 1e-4
+    max_grad_norm: float = 1.0
+    clip_range: float = 1e-4
+    max_advantage: float = 5.0
+    history: int = 32
+    min_history: int = 16
+
+    def __post_init__(self) -> None:
+        least = {"epochs": 1, "samples": 2, "batch_size": 1, "accumulate": 1, "inner_epochs": 1}
+        for field, count in (least | {"weight_decay": 0, "history": 1, "min_history": 1}).items():
+            if not getattr(self, field) >= count:
+                raise InputError(f"ppo.{field} is {getattr(self, field)}; it must be at least {count}")
+        for field in ("eta", "lr", "max_grad_norm", "clip_range", "max_advantage"):
+            if not getattr(self, field) > 0:
+                raise InputError(f"ppo.{field} is {getattr(self, field)}; it must be above 0")
+        if self.eta > 1:
+            raise InputError(f"ppo.eta is {self.eta}; it must be at most 1")
+        if self.min_history > self.history:
+            raise InputError(f"ppo.min_history is {self.min_history}; ppo.history keeps only {self.history}")
+
+
+def reinforce(
+    task: Task, adapter: WeightAdapter, ppo: PPO, resume: Mapping[str, Tensor] | None = None
+) -> Iterator[Progress]:
+    """Raise the probability of what was rewarded above average, with PPO; yield each epoch.
+
+    Each denoising step is an action of a Gaussian policy, whose mean depends on the weights in `adapter`. The
+    reward needs no gradient. Trajectories start from noise of their own, derived for each of them, and not from
+    the task's seeds. So rewards of different epochs cannot be compared: `Progress.rewards` are the means of an
+    epoch's images (shared: of each prompt's last visit), and its adapter is the one that drew them.
+
+    An epoch whose rewards or gradients are not finite sends the adapter back to the last one that drew finite
+    rewards; three in a row end the fit.
+
+    Args:
+        resume: what `Progress.state()` returned; the fit goes on with the same bits.
+
+    Raises:
+        InputError: a scheduler other than DDIM, or no step that draws noise. RewardError: a reward that breaks
+        its contract. ResumeError: a state of another fit.
+    """
+    training = _Training(task, adapter, ppo)
+    if resume is not None:
+        training.load(resume)
+    return training.run()
+
+
+def log_probability(latents: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """(B,): log N(latents; mean, std^2), the mean over the dimensions of (B, C, h, w) latents; std > 0 is ().
+
+    The mean in place of the sum goes with a clip range of 1e-4 (the paper's code).
+    """
+    distance = (latents - mean) / std
+    return -distance.square().flatten(1).mean(1) / 2 - std.log() - math.log(2 * math.pi) / 2
+
+
+def advantages(rewards: Tensor, numbers: Tensor, recent: Tensor, least: int) -> tuple[Tensor, Tensor]:
+    """How much better than usual rewards (S,) are, and the prompts' recent ones (P, H) with them, newest last.
+
+    (reward - mean) / standard deviation over the recent rewards of its prompt, numbers[i], or over `rewards`
+    where these are fewer than `least`. `recent` is NaN where there was none yet.
+    """
+    recent = recent.clone()
+    for number in torch.unique(numbers).tolist():
+        recent[number] = torch.cat([recent[number], rewards[numbers == number]])[-recent.shape[1] :]
+    mean = recent.nanmean(1)
+    std = (recent - mean[:, None]).square().nanmean(1).sqrt()
+    few = recent.isfinite().sum(1) < least
+    mean = torch.where(few, rewards.mean(), mean)
+    std = torch.where(few, rewards.std(correction=0), std)
+    return (rewards - mean[numbers]) / (std[numbers] + 1e-6), recent
+
+
+def surrogate(log_probability: Tensor, before: Tensor, advantage: Tensor, clip_range: float) -> Tensor:
+    """(B,): what PPO raises (arXiv 1707.06347, eq. 7), of log-probabilities now and when it was drawn (B,)."""
+    ratio = (log_probability - before).exp()
+    return torch.minimum(advantage * ratio, advantage * ratio.clamp(1 - clip_range, 1 + clip_range))
+
+
+@dataclass(frozen=True)
+class Transition:
+    """A step of B trajectories, from `latents` to `next_latents` (B, C, h, w), and its log-probability (B,)."""
+
+    timestep: Tensor
+    latents: Tensor
+    next_latents: Tensor
+    log_probability: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B trajectories that were drawn in one pass: of which prompts (B,), and what came of them.
+
+    They are learned from in one pass too. The same call gives the same numbers, so the ratio of probabilities
+    is exactly 1 before the first update, also in half precision.
+    """
+
+    numbers: Tensor
+    cond: PromptEmbeds
+    uncond: PromptEmbeds | None
+    transitions: list[Transition]
+    images: Tensor  # (B, 3, H, W)
+    rewards: Tensor  # (B,) float32, on the CPU
+
+
+class _Training:
+    """The state of one fit."""
+
+    def __init__(self, task: Task, adapter: WeightAdapter, ppo: PPO) -> None:
+        self.task, self.ppo, self.backend = task, ppo, task.backend
+        self.sampling = dataclasses.replace(task.sampling, eta=ppo.eta)
+        still = torch.zeros(1, *self.backend.latent_shape, device=self.backend.device)
+        self.scheduler = self.backend.scheduler(self.sampling.steps, still)
+        need_ddim(self.scheduler, "ppo.eta")
+        if not any(self._policy(still, time, still)[1] > 0 for time in self.scheduler.timesteps):
+            raise InputError(
+                f"sampling.steps is {self.sampling.steps}; none of them draws noise to learn from"
+            )
+        self.adapter = adapter.to(self.backend.device)
+        self.kept = copy.deepcopy(self.adapter).requires_grad_(False)
+        with torch.no_grad():
+            self.original = self.backend.encode(task.prompts)
+        nan = torch.full((len(task.prompts),), math.nan)
+        # Everything that lives from epoch to epoch beside the parameters and the optimiser's moments.
+        self.memory = {
+            "epoch": torch.zeros((), dtype=torch.long),
+            "rewards": nan.clone(),
+            "best": nan.clone(),
+            "recent": nan[:, None].repeat(1, ppo.history),
+            "misses": torch.zeros((), dtype=torch.long),
+            "loss_scale": torch.tensor(FLOAT16_SCALE if self.backend.dtype == torch.float16 else 1.0),
+        }
+        self.parameters = dict(self.adapter.named_parameters())
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=ppo.lr, weight_decay=ppo.weight_decay)
+        for parameter in self.parameters.values():  # all the state that it will ever have, for `load` to fill
+            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[parameter] = {"step": torch.zeros(()), **moments}
+
+    def run(self) -> Iterator[Progress]:
+        for epoch in range(int(self.memory["epoch"]), self.ppo.epochs):
+            with self.adapter.attached(self.backend, self.task.prompts):
+                batches = self._sample(epoch)
+                norms = self._learn(epoch, batches) if self._remember(batches) else [math.nan]
+            if all(map(math.isfinite, norms)):
+                self.memory["misses"].zero_()
+            else:
+                self._go_back()
+            self.memory["epoch"] += 1
+            yield self._progress(sum(norms) / len(norms), batches[0].images[:1])
+            if self.memory["misses"] >= PATIENCE:
+                return
+
+    def _policy(self, prediction: Tensor, timestep: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of a step; the latter is 0 for a last step that ends at alpha 1."""
+        return ddim_step(self.scheduler, prediction, timestep, latents, self.ppo.eta)
+
+    @torch.no_grad()
+    def _sample(self, epoch: int) -> list[Batch]:
+        """Draw the trajectories of an epoch, the next ones of an endless sequence of shuffled passes."""
+        count, samples = len(self.task.prompts), self.ppo.samples
+        places = torch.arange(epoch * samples, (epoch + 1) * samples)
+        passes = {
+            number: torch.randperm(count, generator=generator(derive(self.task.seed, "pass", number)))
+            for number in torch.unique(places // count).tolist()
+        }
+        numbers = torch.stack([passes[int(place) // count][int(place) % count] for place in places])
+        size = self.ppo.batch_size
+        parts = zip(torch.split(numbers, size), torch.split(places, size), strict=True)
+        return [self._draw(*part) for part in parts]
+
+    def _draw(self, numbers: Tensor, places: Tensor) -> Batch:
+        prompts = [self.task.prompts[number] for number in numbers]
+        drawn = zip(prompts, places.tolist(), strict=True)
+        seeds = [derive(self.task.seed, "trajectory", prompt, place) for prompt, place in drawn]
+        original = self.original.select(numbers.to(self.backend.device))
+        cond = self.adapter.condition(self.backend, prompts, original)
+        uncond = self.adapter.unconditional(self.backend, prompts, cond, self.sampling)
+        noise = self.backend.noise(seeds, self.sampling.noise_steps)
+        transitions = []
+        for step in denoise(self.backend, cond, uncond, noise, self.sampling):
+            mean, std = self._policy(step.prediction, step.timestep, step.latents)
+            # A step that draws no noise has no density, and so no log-probability to differentiate: it takes
+            # part in the image, not in the learning.
+            if std > 0:
+                chance = log_probability(step.next_latents, mean, std)
+                transitions.append(Transition(step.timestep, step.latents, step.next_latents, chance))
+        images = decode(self.backend, step.next_latents)
+        rewards = score(self.task.reward, images, prompts).cpu().float()
+        return Batch(numbers, cond, uncond, transitions, images, rewards)
+
+    def _remember(self, batches: list[Batch]) -> bool:
+        """Note the mean reward of each prompt; keep the parameters, and say so, if all rewards are finite."""
+        rewards, numbers = _all(batches)
+        for number in torch.unique(numbers).tolist():
+            self.memory["rewards"][number] = rewards[numbers == number].mean()
+        finite = bool(rewards.isfinite().all())
+        if finite:
+            self.memory["best"].copy_(self.memory["rewards"])
+            self.kept.load_state_dict(self.adapter.state_dict())
+        return finite
+
+    def _learn(self, epoch: int, batches: list[Batch]) -> list[float]:
+        """All updates of an epoch: the norm of each gradient; one that is not finite is the last."""
+        values, recent = advantages(*_all(batches), self.memory["recent"], self.ppo.min_history)
+        self.memory["recent"].copy_(recent)
+        limit = self.ppo.max_advantage
+        values = values.clamp(-limit, limit).to(self.backend.device)
+        parts = torch.split(values, self.ppo.batch_size)
+        norms = []
+        for inner in range(self.ppo.inner_epochs):
+            order = torch.randperm(
+                len(batches), generator=generator(derive(self.task.seed, "order", epoch, inner))
+            )
+            for group in torch.split(order, self.ppo.accumulate):
+                norms.append(self._update([(batches[number], parts[number]) for number in group.tolist()]))
+                if not math.isfinite(norms[-1]):
+                    return norms
+        return norms
+
+    def _update(self, group: list[tuple[Batch, Tensor]]) -> float:
+        """An optimiser step along the mean gradient over all trajectories and steps: its norm before clipping."""
+        scale, terms = float(self.memory["loss_scale"]), 0
+        self.optimizer.zero_grad()
+        for batch, values in group:
+            for step in batch.transitions:
+                with torch.enable_grad():
+                    now = self._log_probability(batch, step)
+                    gains = surrogate(now, step.log_probability, values, self.ppo.clip_range)
+                    torch.autograd.backward(-scale * gains.sum())
+                terms += len(gains)
+        for parameter in self.parameters.values():
+            assert parameter.grad is not None
+            parameter.grad /= scale * terms
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.ppo.max_grad_norm)
+        if norm.isfinite():
+            self.optimizer.step()
+        return norm.item()
+
+    def _log_probability(self, batch: Batch, step: Transition) -> Tensor:
+        """(B,): of a step that was taken, under the parameters as they are now; of the guided prediction."""
+        prediction = self.backend.predict(
+            self.scheduler.scale_model_input(step.latents, step.timestep),
+            step.timestep,
+            batch.cond,
+            batch.uncond,
+            self.sampling.guidance_scale,
+        )
+        mean, std = self._policy(prediction, step.timestep, step.latents)
+        return log_probability(step.next_latents, mean, std)
+
+    def _go_back(self) -> None:
+        """To the parameters that last drew finite rewards, without momentum."""
+        self.adapter.load_state_dict(self.kept.state_dict())
+        for parameter in self.parameters.values():
+            for name in ("exp_avg", "exp_avg_sq"):
+                self.optimizer.state[parameter][name].zero_()
+        self.memory["misses"] += 1
+        self.memory["loss_scale"].div_(2).clamp_(min=1)
+
+    def _progress(self, norm: float, images: Tensor) -> Progress:
+        memory, count = self.memory, len(self.task.prompts)
+        return Progress(
+            step=int(memory["epoch"]),
+            total=self.ppo.epochs,
+            rewards=memory["rewards"].clone(),
+            best=memory["best"].clone(),
+            penalty=torch.zeros(count),
+            grad_norm=torch.full((count,), norm),
+            failed=(memory["misses"] >= PATIENCE).expand(count),
+            images=None if self.task.shared else images,
+            adapter=self.kept,
+            state=self.state,
+        )
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Everything, by name; not copied."""
+        tensors = {f"memory.{name}": value for name, value in self.memory.items()}
+        for prefix, adapter in (("adapter", self.adapter), ("kept", self.kept)):
+            tensors |= {f"{prefix}.{name}": value for name, value in adapter.state_dict().items()}
+        for name, parameter in self.parameters.items():
+            state = self.optimizer.state[parameter]
+            tensors |= {f"optimizer.{key}.{name}": value for key, value in state.items()}
+        return tensors
+
+    def state(self) -> dict[str, Tensor]:
+        return {name: value.detach().cpu().clone() for name, value in self._tensors().items()}
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        tensors = self._tensors()
+        if {name: value.shape for name, value in state.items()} != {
+            name: value.shape for name, value in tensors.items()
+        }:
+            raise ResumeError("this checkpoint belongs to a fit with other settings or prompts")
+        for name, value in state.items():
+            tensors[name].copy_(value)
+
+
+def _all(batches: list[Batch]) -> tuple[Tensor, Tensor]:
+    """Rewards and prompt numbers of all trajectories (S,)."""
+    return torch.cat([batch.rewards for batch in batches]), torch.cat([batch.numbers for batch in batches])

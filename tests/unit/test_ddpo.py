@@ -1,0 +1,247 @@
+"""DDPO: its arithmetic against independent ones, and that a fit climbs, resumes and leaves no trace."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+import ipgo.policy
+from ipgo import cli
+from ipgo.adapters import Adapter, LoRA, generate
+from ipgo.backends import load_backend
+from ipgo.errors import InputError, ResumeError
+from ipgo.methods import DDPO
+from ipgo.policy import PPO, advantages, log_probability, surrogate
+from ipgo.rewards import as_reward, score
+from ipgo.sampling import Sampling
+from ipgo.store import Run, load_adapter, save_adapter
+from ipgo.task import Task
+
+PROMPTS = ("a red cat", "sun")
+SAMPLING = Sampling(steps=2, guidance_scale=3.0)
+BRIGHT = as_reward(
+    lambda images, prompts: images.mean((1, 2, 3)).detach(), "brightness", differentiable=False
+)
+LORA = LoRA(rank=2)
+QUICK = PPO(epochs=3, samples=4, batch_size=2, accumulate=1, lr=1e-2, history=4, min_history=4)
+
+
+def quick(**options):
+    return DDPO(LORA, dataclasses.replace(QUICK, **options))
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What the surrogate was called with, in order: (now, before, advantage)."""
+    seen = []
+
+    def spy(now, before, advantage, clip_range):
+        seen.append((now.detach().clone(), before, advantage))
+        return surrogate(now, before, advantage, clip_range)
+
+    monkeypatch.setattr(ipgo.policy, "surrogate", spy)
+    return seen
+
+
+# -- arithmetic --------------------------------------------------------------------------------------------
+
+
+def test_log_probabilities_are_those_of_a_normal_distribution():
+    source = torch.Generator().manual_seed(0)
+    latents, mean = torch.randn(2, 3, 4, 8, 8, generator=source, dtype=torch.float64)
+    for std in (0.02, 0.4, 1.7):
+        scale = torch.tensor(std, dtype=torch.float64)
+        expected = torch.distributions.Normal(mean, scale).log_prob(latents).flatten(1).mean(1)
+        torch.testing.assert_close(log_probability(latents, mean, scale), expected)
+
+
+def test_advantages_of_a_table():
+    """Prompt 0 has four recent rewards, of which 2 falls out; prompt 1 has none, and gets the epoch's scale."""
+    recent = torch.tensor([[2.0, 4.0, 4.0, 6.0], [math.nan] * 4])
+    rewards, numbers = torch.tensor([10.0, 1.0, 4.0]), torch.tensor([0, 1, 1])
+    values, now = advantages(rewards, numbers, recent, 3)
+    # Prompt 0: 4, 4, 6, 10 have mean 6 and variance (4 + 4 + 0 + 16) / 4 = 6; all three: 5 and 42 / 3 = 14.
+    expected = torch.tensor([4 / 6**0.5, -4 / 14**0.5, -1 / 14**0.5])
+    torch.testing.assert_close(values, expected, rtol=1e-5, atol=0)
+    assert now.nan_to_num(-1).tolist() == [[4, 4, 6, 10], [-1, -1, 1, 4]]
+    assert recent[0, 0] == 2
+    values, now = advantages(torch.tensor([4.0, 1.0]), torch.tensor([1, 1]), now, 3)
+    # Prompt 1 has 1, 4, 4, 1 by now: mean 2.5, standard deviation 1.5.
+    torch.testing.assert_close(values, torch.tensor([1.0, -1.0]), rtol=1e-5, atol=0)
+    assert now[1].tolist() == [1, 4, 4, 1]
+
+
+def test_equal_rewards_teach_nothing():
+    values, _ = advantages(torch.ones(3), torch.zeros(3, dtype=torch.long), torch.full((1, 2), math.nan), 2)
+    assert values.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("advantage", "ratio", "slope"),
+    [
+        (2.0, 1.0, 2.0),
+        (-2.0, 1.0, -2.0),
+        (2.0, 1.2, 0.0),  # likelier already, by more than the clip range
+        (2.0, 0.8, 1.6),
+        (-2.0, 0.8, 0.0),  # less likely already
+        (-2.0, 1.2, -2.4),
+    ],
+)
+def test_the_surrogate_stops_pulling_outside_its_range(advantage, ratio, slope):
+    before = torch.tensor([-0.7], dtype=torch.float64)
+    now = (before + math.log(ratio)).requires_grad_()
+    value = surrogate(now, before, torch.tensor([advantage], dtype=torch.float64), 0.1)
+    (found,) = torch.autograd.grad(value.sum(), now)
+    assert found.item() == pytest.approx(slope)
+    allowed = min(max(ratio, 0.9), 1.1)
+    assert value.item() == pytest.approx(min(advantage * ratio, advantage * allowed))
+
+
+# -- a fit -------------------------------------------------------------------------------------------------
+
+
+def test_the_ratio_is_exactly_one_before_the_first_update(backend, calls):
+    """Of every batch and step, and the log-probabilities are those of the noise that was drawn."""
+    task = Task(backend, BRIGHT, PROMPTS[:1], SAMPLING)
+    next(quick(accumulate=2).fit(task))
+    assert len(calls) == 2 * 2  # batches, steps
+    for now, before, _ in calls:
+        assert torch.equal(now, before)
+    stds = []
+    scheduler = backend.scheduler(2, torch.zeros(1))
+    for time, previous in ((501, 1), (1, -499)):
+        alphas = scheduler.alphas_cumprod
+        alpha, after = alphas[time], alphas[previous] if previous >= 0 else scheduler.final_alpha_cumprod
+        stds.append(((1 - after) / (1 - alpha) * (1 - alpha / after)).sqrt())
+    for place, std in enumerate(stds * 2):
+        # A standard normal draw of 256 numbers: its mean square is 1 give or take a tenth.
+        square = -2 * (calls[place][1] + std.log() + math.log(2 * math.pi) / 2)
+        assert (square - 1).abs().max() < 0.4
+
+
+def test_an_update_makes_the_better_trajectories_likelier(backend, calls):
+    """All of them in one update, and then again: sum of advantage x change of log-probability is positive."""
+    task = Task(backend, BRIGHT, PROMPTS[:1], SAMPLING)
+    next(quick(batch_size=4, inner_epochs=2, lr=1e-3).fit(task))
+    assert len(calls) == 2 * 2  # passes, steps
+    assert all(torch.equal(now, before) for now, before, _ in calls[:2])
+    gain = sum((advantage * (now - before)).sum() for now, before, advantage in calls[2:])
+    assert gain > 1e-5
+    values = calls[0][2]
+    assert values.sum().abs() < 1e-3
+    assert values.square().mean().item() == pytest.approx(1, rel=1e-3)
+
+
+def test_a_reward_without_gradient_rises_and_the_adapter_draws_it(make_pipe, tmp_path):
+    """On noise that was not drawn in the fit, with the sampler of the task, and from the disk."""
+    backend = load_backend(make_pipe(), device="cpu")
+    weights = {
+        part: {name: value.clone() for name, value in module.state_dict().items()}
+        for part, module in backend.modules.items()
+    }
+    seeds, prompts = list(range(16)), ["sun"] * 16
+    sampling = Sampling(steps=4, guidance_scale=1.0)  # of two steps neither draws much noise to learn from
+    raw = generate(backend, prompts, seeds, Adapter(), sampling)
+    # 256 latents in place of 16,384: a clip range of 1e-2 in place of 1e-4.
+    ppo = PPO(epochs=12, batch_size=8, accumulate=1, lr=1e-2, clip_range=1e-2, history=16)
+    steps = list(DDPO(ppo=ppo).fit(Task(backend, BRIGHT, ("sun",), sampling)))
+    assert [step.step for step in steps] == list(range(1, 13))
+    assert steps[-1].images.shape == (1, 3, 16, 16)
+    assert torch.equal(steps[-1].best, steps[-1].rewards)
+    save_adapter(steps[-1].adapter, tmp_path)
+    tuned = generate(backend, prompts, seeds, load_adapter(tmp_path), sampling)
+    gains = score(BRIGHT, tuned, prompts) - score(BRIGHT, raw, prompts)
+    assert gains.mean() > 2e-3
+    assert (gains > 0).float().mean() > 0.9
+    for part, module in backend.modules.items():  # and nothing of it stays in the backend
+        assert module.state_dict().keys() == weights[part].keys()
+        assert all(torch.equal(value, weights[part][name]) for name, value in module.state_dict().items())
+    assert torch.equal(generate(backend, prompts, seeds, Adapter(), sampling), raw)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_resuming_gives_the_same_bits(backend, shared):
+    task = Task(backend, BRIGHT, PROMPTS if shared else PROMPTS[:1], SAMPLING, shared=shared)
+    straight = list(quick(samples=3).fit(task))
+    states = [next(quick(samples=3).fit(task)).state()]
+    resumed = list(quick(samples=3).fit(task, resume=states[0]))
+    assert [step.step for step in resumed] == [2, 3]
+    assert torch.equal(resumed[-1].rewards, straight[-1].rewards)
+    end = resumed[-1].state()
+    for name, value in straight[-1].state().items():
+        assert torch.equal(value.nan_to_num(-1), end[name].nan_to_num(-1)), name
+    assert resumed[0].grad_norm[0] > 0
+    with pytest.raises(ResumeError, match="other settings"):
+        quick(samples=3, history=5).fit(task, resume=states[0])
+
+
+def test_prompts_of_a_batch_come_in_shuffled_passes(backend):
+    """Three trajectories an epoch of two prompts: each prompt three times in two epochs, with its own rewards."""
+    task = Task(backend, BRIGHT, PROMPTS, SAMPLING, shared=True)
+    steps = quick(samples=3, epochs=2).fit(task)
+    recent = []
+    for step in steps:
+        recent.append(step.state()["memory.recent"])
+        assert step.images is None
+        assert step.rewards.isfinite().all()
+    assert sorted(recent[0].isfinite().sum(1).tolist()) == [1, 2]
+    assert recent[1].isfinite().sum(1).tolist() == [3, 3]
+
+
+def test_a_step_without_noise_is_drawn_but_not_learned_from(make_pipe, calls):
+    """A schedule that ends at alpha 1: its last DDIM step has standard deviation 0."""
+    pipe = make_pipe()
+    pipe.scheduler = type(pipe.scheduler).from_config(
+        pipe.scheduler.config, set_alpha_to_one=True, timestep_spacing="trailing"
+    )
+    backend = load_backend(pipe, device="cpu")
+    step = next(quick().fit(Task(backend, BRIGHT, PROMPTS[:1], SAMPLING)))
+    assert len(calls) == 2 * 1
+    assert step.grad_norm.isfinite().all()
+    assert all(now.isfinite().all() for now, _, _ in calls)
+    with pytest.raises(InputError, match=r"sampling\.steps is 1; none of them draws noise"):
+        quick().fit(Task(backend, BRIGHT, PROMPTS[:1], Sampling(steps=1)))
+
+
+def test_images_that_are_not_finite_end_the_fit(backend, monkeypatch):
+    task = Task(backend, BRIGHT, PROMPTS[:1], SAMPLING)
+    decode = backend.decode
+    steps = quick(epochs=9).fit(task)
+    first = next(steps)
+    monkeypatch.setattr(backend, "decode", lambda latents: decode(latents) * math.nan)
+    later = list(steps)
+    assert [bool(step.failed[0]) for step in later] == [False, False, True]
+    assert torch.equal(later[-1].best, first.best)
+    state = later[-1].state()
+    for name in ("down", "up"):
+        pairs = [(state[key], state[f"kept{key[7:]}"]) for key in state if key.startswith(f"adapter.{name}")]
+        assert all(torch.equal(*pair) for pair in pairs)
+
+
+def test_settings_that_cannot_work(backend, pipe):
+    for options, message in (
+        ({"samples": 1}, r"ppo\.samples is 1; it must be at least 2"),
+        ({"eta": 0.0}, r"ppo\.eta is 0.0; it must be above 0"),
+        ({"eta": 1.5}, r"ppo\.eta is 1.5; it must be at most 1"),
+        ({"min_history": 5}, r"ppo\.min_history is 5; ppo\.history keeps only 4"),
+        ({"clip_range": math.nan}, r"ppo\.clip_range is nan"),
+    ):
+        with pytest.raises(InputError, match=message):
+            quick(**options)
+    euler = load_backend(pipe, device="cpu", scheduler="euler")
+    with pytest.raises(InputError, match=r"ppo\.eta above 0 needs the ddim scheduler"):
+        DDPO().fit(Task(euler, BRIGHT, PROMPTS[:1], SAMPLING))
+    with pytest.raises(InputError, match="these 2 prompts have their own"):
+        next(quick().fit(Task(backend, BRIGHT, PROMPTS, SAMPLING)))
+
+
+def test_it_runs_from_the_command_line(pipeline_folder, tmp_path):
+    flags = "--method ddpo --method.ppo.epochs 2 --method.ppo.samples 2 --sampling.steps 2 --unseen-seeds 1"
+    rewards = ["--reward", "colorfulness", "--held-out", "contrast"]
+    command = ["fit", "sun", "--backend", pipeline_folder, *flags.split(), *rewards]
+    assert cli.main([*command, "--out", str(tmp_path / "run")]) == 0
+    run = Run.open(tmp_path / "run")
+    assert run.config.method == DDPO(ppo=PPO(epochs=2, samples=2))
+    assert [result["status"] for result in run.results()] == ["finished"]
+    assert run.load_adapter(run.prompts[0]).kind == "weights"
