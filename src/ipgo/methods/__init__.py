@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ipgo.methods.best_of_n import BestOfN
+from ipgo.methods.black_box import BlackBoxIPGO
 from ipgo.methods.chatgpt import ChatGPT
 from ipgo.methods.ddpo import DDPO
 from ipgo.methods.dno import DNO
@@ -24,6 +25,7 @@ __all__ = [
     "IPGO",
     "METHODS",
     "BestOfN",
+    "BlackBoxIPGO",
     "ChatGPT",
     "DPODiffusion",
     "DRaFT",
@@ -45,6 +47,7 @@ METHODS: dict[str, type[Method]] = {
     "dno": DNO,
     "best-of-n": BestOfN,
     "dpo-diffusion": DPODiffusion,
+    "ipgo-black-box": BlackBoxIPGO,
     "ddpo": DDPO,
     "textcraftor": TextCraftor,
     "joint": Joint,

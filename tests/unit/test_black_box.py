@@ -1,0 +1,232 @@
+"""Optimisers that need values alone, and IPGO with them."""
+
+import io
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ipgo import cli, optimizers
+from ipgo.adapters import InsertionAdapter, generate
+from ipgo.errors import InputError, MissingExtraError, ResumeError
+from ipgo.images import to_pil
+from ipgo.insertion import Insertion
+from ipgo.methods import BlackBoxIPGO
+from ipgo.methods.black_box import _Points, searched
+from ipgo.optimizers import CMA, TuRBO
+from ipgo.rewards import as_reward, score
+from ipgo.sampling import Sampling
+from ipgo.store import Run, load_adapter, save_adapter
+from ipgo.task import Task
+
+PROMPTS = ("a red cat", "sun")
+SAMPLING = Sampling(steps=2, guidance_scale=3.0)
+SMALL = Insertion(num_prefix=1, num_suffix=1, rank=3, norm=None)
+
+
+@pytest.fixture(params=["cma", "bayes"])
+def method(request):
+    """A small search with each optimiser."""
+    pytest.importorskip({"cma": "cma", "bayes": "botorch"}[request.param])
+    return BlackBoxIPGO(SMALL, request.param, candidates=7, population=4, initial=4)
+
+
+def jpeg_size(images, prompts):
+    """Thousands of bytes: a whole number of bytes has no gradient."""
+    sizes = []
+    for picture in to_pil(images):
+        stream = io.BytesIO()
+        picture.save(stream, "JPEG", quality=90)
+        sizes.append(len(stream.getvalue()) / 1000)
+    return torch.tensor(sizes)
+
+
+JPEG = as_reward(jpeg_size, differentiable=False)
+
+
+def climb(optimizer, value, count):
+    """Ask and tell; all points and values."""
+    points, values = [], []
+    for _ in range(count):
+        points.append(optimizer.ask())
+        values.append(value(points[-1]))
+        optimizer.tell(points[-1], values[-1])
+    return points, values
+
+
+# -- optimisers --------------------------------------------------------------------------------------------
+
+
+def test_cma_finds_the_top_of_a_quadratic_in_the_box():
+    """Two coordinates of its top lie outside: the best point of the box has them at the wall."""
+    pytest.importorskip("cma")
+    top = torch.tensor([0.3, -0.7, 0.0, 0.9, 1.5, -2.0], dtype=torch.float64)
+    weights = torch.tensor([1.0, 2.0, 4.0, 1.0, 1.0, 3.0], dtype=torch.float64)
+    points, values = climb(CMA(6, 0), lambda x: float(-(weights * (x - top) ** 2).sum()), 700)
+    assert torch.stack(points).abs().max() <= 1
+    best = points[max(range(700), key=values.__getitem__)]
+    torch.testing.assert_close(best, top.clamp(-1, 1), atol=0.01, rtol=0)
+
+
+def test_turbo_finds_the_top_of_a_quadratic_in_the_box():
+    """Far better than as many points of its Sobol sequence."""
+    pytest.importorskip("botorch")
+    top = torch.tensor([0.3, -0.7, 1.5], dtype=torch.float64)
+
+    def value(x):
+        return float(-((x - top) ** 2).sum())
+
+    points, values = climb(TuRBO(3, 0, initial=6), value, 20)
+    assert torch.stack(points).abs().max() <= 1
+    _, blind = climb(TuRBO(3, 0, initial=20), value, 20)
+    most = value(top.clamp(-1, 1))
+    assert most - max(values) < 0.02
+    assert most - max(blind) > 5 * (most - max(values))
+
+
+def test_the_trust_region_by_hand():
+    pytest.importorskip("botorch")
+    turbo, point = TuRBO(2, 0, initial=2), torch.zeros(2, dtype=torch.float64)
+    lengths = []
+    for value in (1.0, 2.0, *(3.0, 4.0, 5.0), *[5.0] * 4, 5.001, *[math.nan] * 4):
+        turbo.tell(point, value)
+        lengths.append(turbo.length)
+    # Two to begin with; three successes; four failures; a gain too small to count is a fifth one.
+    assert lengths == [0.8] * 4 + [1.6] + [1.6] * 3 + [0.8] + [0.8] * 3 + [0.4] * 2
+    for _ in range(6 * 4):
+        turbo.tell(point, 0.0)
+    assert turbo.length == turbo.LENGTH  # a new region
+    assert turbo.region == 1
+    assert len(turbo.points) == 1
+
+
+@pytest.mark.parametrize("count", [0, 3, 9, 13])
+@pytest.mark.parametrize(("name", "make"), [("cma", CMA), ("botorch", lambda *at: TuRBO(*at, initial=10))])
+def test_an_optimiser_is_replayed_to_the_same_bits(name, make, count):
+    pytest.importorskip(name)
+
+    def value(x):
+        return math.nan if x[0] > 0.7 else float(-(x**2).sum())
+
+    straight, again = make(4, 5), make(4, 5)
+    points, values = climb(straight, value, count)
+    again.replay(points, values)
+    pairs = zip(climb(straight, value, 3)[0], climb(again, value, 3)[0], strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
+    assert not torch.equal(make(4, 6).ask(), make(4, 5).ask())
+
+
+def test_cma_does_not_go_on_from_another_ones_points():
+    pytest.importorskip("cma")
+    points, values = climb(CMA(4, 0), lambda x: 0.0, 3)
+    with pytest.raises(ResumeError, match="cma asks for other points"):
+        CMA(4, 1).replay(points, values)
+
+
+@pytest.mark.parametrize(("make", "extra"), [(CMA, "blackbox"), (TuRBO, "bayes")])
+def test_what_is_missing_is_named(monkeypatch, make, extra):
+    monkeypatch.setattr(optimizers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=rf'pip install "ipgo\[{extra}\]"'):
+        make(4, 0)
+
+
+# -- the method --------------------------------------------------------------------------------------------
+
+
+def test_a_point_is_coefficients_and_angles(backend):
+    """A quadratic of them, told by hand: rows have tops of their own."""
+    pytest.importorskip("cma")
+    adapter = InsertionAdapter.start(backend, PROMPTS, SMALL, seed=0, shared=False).requires_grad_(False)
+    basis = adapter.prefix.raw_basis.clone()
+    method, size = BlackBoxIPGO(SMALL), 2 * (3 + 2)
+    points = _Points([method.make(size, seed) for seed in (1, 2)], size, 600)
+    tops = torch.tensor([[0.5], [-0.25]])
+    for step in range(600):
+        points.propose(adapter, step)
+        parts = [parameter.flatten(1) / most for parameter, most in searched(adapter)]
+        assert [part.shape[1] for part in parts] == [3, 2, 3, 2]
+        points.tell(adapter, -(torch.cat(parts, dim=1) - tops).square().sum(1))
+    best = points.rewards.argmax(1)
+    found = points.points[torch.arange(2), best]
+    torch.testing.assert_close(found, tops.double().expand(2, size), atol=0.1, rtol=0)
+    assert torch.equal(adapter.prefix.raw_basis, basis)
+    angles = math.pi * points.points[:, -1, 3:5].float()
+    torch.testing.assert_close(adapter.prefix.angles.flatten(1), angles)
+
+
+def test_a_reward_without_gradient_rises(backend, method, tmp_path):
+    task = Task(backend, JPEG, PROMPTS, SAMPLING, seeds=(0, 1))
+    steps = list(method.fit(task))
+    rewards = torch.stack([step.rewards for step in steps])
+    torch.testing.assert_close(steps[-1].best, rewards.max(0).values)
+    assert steps[-1].best.mean() > rewards[0].mean()
+    save_adapter(steps[-1].adapter.row(1), tmp_path)
+    stored = load_adapter(tmp_path)
+    drawn = [score(JPEG, generate(backend, ["sun"], [seed], stored, SAMPLING), ["sun"]) for seed in (0, 1)]
+    torch.testing.assert_close(torch.stack(drawn).mean(0), steps[-1].best[1:])
+
+
+def test_it_resumes_with_the_same_bits(backend, method):
+    task = Task(backend, JPEG, PROMPTS, SAMPLING)
+    states = [step.state() for step in method.fit(task)]
+    end = list(method.fit(task, resume=states[4]))[-1].state()
+    assert end.keys() == states[-1].keys()
+    for name, value in states[-1].items():
+        assert torch.equal(value.nan_to_num(-1), end[name].nan_to_num(-1)), name
+    with pytest.raises(ResumeError, match="other settings"):
+        replace(method, candidates=9).fit(task, resume=states[4])
+
+
+def test_rows_are_searched_on_their_own(backend):
+    pytest.importorskip("cma")
+    method = BlackBoxIPGO(SMALL, candidates=7, population=4)
+    task = Task(backend, JPEG, PROMPTS, SAMPLING)
+    both, alone = list(method.fit(task)), list(method.fit(replace(task, prompts=PROMPTS[1:])))
+    points = [steps[-1].state()["proposer.points"] for steps in (both, alone)]
+    assert torch.equal(points[0][1:], points[1])
+
+
+def test_one_set_of_embeddings_for_all(backend):
+    pytest.importorskip("cma")
+    last = list(BlackBoxIPGO(SMALL, candidates=5).fit(Task(backend, JPEG, PROMPTS, SAMPLING, shared=True)))[
+        -1
+    ]
+    assert last.adapter.prompts is None
+    assert last.state()["proposer.points"].shape == (1, 5, 10)
+    assert generate(backend, ["a dog"], [1], last.adapter, SAMPLING).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"insertion": Insertion(basis="free")}, r"insertion\.basis is 'free'"),
+        ({"optimizer": "cmaes"}, "unknown optimizer 'cmaes'"),
+        ({"candidates": 0}, "candidates is 0; it must be at least 1"),
+        ({"population": 1}, "population is 1; it must be at least 4"),
+        ({"spread": 1.0}, "spread is 1.0"),
+    ],
+)
+def test_wrong_settings_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        BlackBoxIPGO(**options)
+
+
+def test_a_single_number_is_too_few_for_cma(backend):
+    pytest.importorskip("cma")
+    one = Insertion(num_prefix=1, num_suffix=0, rank=1, rotations="none")
+    with pytest.raises(InputError, match="at least 2 numbers to search for, not 1"):
+        BlackBoxIPGO(one).fit(Task(backend, JPEG, PROMPTS, SAMPLING))
+
+
+def test_it_runs_from_the_command_line(pipeline_folder, tmp_path):
+    pytest.importorskip("cma")
+    reward = tmp_path / "mine.py"
+    reward.write_text("def dark(images, prompts):\n    return (images < 0.5).float().mean((1, 2, 3))\n")
+    command = ["fit", "a cat", "--method", "ipgo-black-box", "--backend", pipeline_folder]
+    options = ["--method.candidates", "3", "--method.insertion.rank", "4", "--sampling.steps", "2"]
+    judged = ["--reward", f"{reward}:dark", "--held-out", "contrast", "--unseen-seeds", "1"]
+    assert cli.main([*command, *options, *judged, "--out", str(tmp_path / "run")]) == 0
+    run = Run.open(tmp_path / "run")
+    assert run.config.method == BlackBoxIPGO(replace(BlackBoxIPGO().insertion, rank=4), candidates=3)
+    assert [result["status"] for result in run.results()] == ["finished"]
