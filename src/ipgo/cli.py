@@ -1,4 +1,4 @@
-"""The command line: `ipgo fit`, `generate`, `evaluate`, `report` and `list`.
+"""The command line: `ipgo fit`, `generate`, `evaluate`, `report` and `list`, and what has a file of its own.
 
 Whatever needs torch is imported inside the commands, so that `ipgo --help` answers at once.
 """
@@ -11,14 +11,16 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ipgo import __version__
+from ipgo.cli_compare import compare, comparisons, show_comparison
+from ipgo.cli_explain import explain
 from ipgo.errors import InputError, IpgoError, unknown
-from ipgo.prompts import READERS, prompt_sets, read_prompts, slug
+from ipgo.prompts import prompt_sets, read_prompts, slug
+from ipgo.terminal import command_parser, find_adapter, loading, read_texts, underscores
 
 if TYPE_CHECKING:
-    from ipgo.adapters import Adapter
     from ipgo.evaluation import Gain
     from ipgo.store import Run
 
@@ -32,7 +34,9 @@ commands:
   fit        learn embeddings for one prompt or many, and judge them on new noise
   generate   draw prompts with embeddings that were learned
   evaluate   judge a finished run on more seeds, other rewards, or prompts it never saw
-  report     write the page that shows a run
+  compare    run many methods on the same prompts, seeds and budget, and make the table
+  explain    say what learned embeddings are close to, and what each of them does
+  report     write the page that shows a run or a comparison
   list       what there is: objects, prompts, rewards, backends, methods, presets
 
 `ipgo COMMAND --help` lists the options.
@@ -60,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except IpgoError as error:
         return _fail(str(error), 2)
     except KeyboardInterrupt:
-        again = "; the same command continues it" if name == "fit" else ""
+        again = "; the same command continues it" if name in ("fit", "compare") else ""
         return _fail(f"stopped{again}", 130)
     except OSError as error:
         place = f" {str(error.filename)!r}" if error.filename else ""
@@ -88,7 +92,7 @@ def fit(argv: list[str]) -> int:
     for name in ("--preset", "--config", "--method"):
         first.add_argument(name)
     try:
-        chosen, rest = first.parse_known_args([_underscores(word) for word in argv])
+        chosen, rest = first.parse_known_args([underscores(word) for word in argv])
     except argparse.ArgumentError as error:
         raise InputError(str(error)) from None
     settings = read_settings(chosen.preset, chosen.config)
@@ -121,26 +125,6 @@ def fit(argv: list[str]) -> int:
     loading(config.backend)
     run(folder, load_models(config))
     return show_run(folder)
-
-
-def read_texts(texts: Sequence[str], spec: str | None) -> list[str]:
-    """The prompts in the command, then those of a file or set."""
-    for text in texts:
-        if Path(text).suffix.lower() in READERS and Path(text).is_file():
-            raise InputError(f"{text!r} is a file; read its prompts with --prompts {text}")
-    return [*texts, *(read_prompts(spec) if spec else [])]
-
-
-def loading(name: str) -> None:
-    """Say on a terminal why nothing moves for some seconds."""
-    if sys.stderr.isatty():
-        print(f"loading {name} ...", file=sys.stderr)
-
-
-def _underscores(word: str) -> str:
-    """`--unseen-seeds=4` is `--unseen_seeds=4`."""
-    name, equals, value = word.partition("=")
-    return f"--{name[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") else word
 
 
 def show_run(folder: Run) -> int:
@@ -210,7 +194,7 @@ def _span(seeds: Sequence[int]) -> str:
 
 def generate(argv: list[str]) -> int:
     """`ipgo generate`: draw prompts with a stored adapter."""
-    parser = _parser("generate", "Draw prompts with embeddings that were learned.")
+    parser = command_parser("generate", "Draw prompts with embeddings that were learned.")
     parser.add_argument("adapter", type=Path, help="an adapter's folder, or a run's")
     parser.add_argument("text", nargs="*", help="prompts, each in quotes (default: those that were fitted)")
     parser.add_argument("--prompts", help="prompts from a file or a set, as in fit")
@@ -250,25 +234,9 @@ def generate(argv: list[str]) -> int:
     return 0
 
 
-def find_adapter(path: Path) -> tuple[Adapter, dict[str, Any]]:
-    """The adapter in a folder, or all of a run's as one, and the backend settings that it was made under."""
-    from ipgo.adapters import stack
-    from ipgo.store import Run, adapter_facts, load_adapter
-
-    if not (path / "run.json").is_file():
-        return load_adapter(path), dict(adapter_facts(path)["settings"])
-    folder = Run.open(path)
-    done = [prompt for prompt in folder.prompts if folder.done(prompt)]
-    if not done:
-        raise InputError(f"run {str(path)!r} has no finished prompt yet")
-    settings = dict(adapter_facts(folder.adapter_folder(done[0]))["settings"])
-    adapters = [folder.load_adapter(prompt) for prompt in done]
-    return (adapters[0] if adapters[0].prompts is None else stack(adapters)), settings
-
-
 def evaluate(argv: list[str]) -> int:
     """`ipgo evaluate`: more seeds, other rewards, other prompts."""
-    parser = _parser(
+    parser = command_parser(
         "evaluate", "Judge a finished run on more seeds, other rewards, or prompts it never saw."
     )
     parser.add_argument("run", type=Path, help="a run's folder")
@@ -323,21 +291,24 @@ def evaluate(argv: list[str]) -> int:
 
 def report(argv: list[str]) -> int:
     """`ipgo report`: write the page again."""
-    parser = _parser("report", "Write the page that shows a run, finished or not.")
-    parser.add_argument("run", type=Path, help="a run's folder")
+    parser = command_parser("report", "Write the page that shows a run or a comparison, finished or not.")
+    parser.add_argument("run", type=Path, help="a run's folder, or a comparison's")
     args = parser.parse_args(argv)
 
+    from ipgo.comparison import PLAN
     from ipgo.report import write_report
     from ipgo.store import Run
 
+    if (args.run / PLAN).is_file():
+        return show_comparison(args.run)
     print(write_report(Run.open(args.run))[0])
     return 0
 
 
 def list_(argv: list[str]) -> int:
     """`ipgo list`: the names that the other commands take."""
-    parser = _parser("list", "What there is.")
-    kinds = ("objects", "prompts", "rewards", "backends", "methods", "presets")
+    parser = command_parser("list", "What there is.")
+    kinds = ("objects", "prompts", "rewards", "backends", "methods", "presets", "comparisons")
     parser.add_argument("kind", nargs="?", help=f"{', '.join(kinds)}; all but the objects, if left out")
     parser.add_argument("name", nargs="?", help="one of them in full, such as `ipgo list prompts one:test`")
     args = parser.parse_args(argv)
@@ -359,7 +330,9 @@ def _names(kind: str, name: str | None) -> list[str]:
     from ipgo.rewards import REWARDS
 
     if kind == "methods":
-        return [f"{each:<11}{(method.__doc__ or '').splitlines()[0]}" for each, method in METHODS.items()]
+        return [f"{each:<16}{(method.__doc__ or '').splitlines()[0]}" for each, method in METHODS.items()]
+    if kind == "comparisons":
+        return comparisons()
     return {"rewards": list(REWARDS), "backends": list(BACKENDS), "presets": presets()}[kind]
 
 
@@ -375,20 +348,11 @@ def _objects(backend: str) -> list[str]:
     return [*lines, *(f"-- {kind}: {', '.join(known[kind])}" for kind in more if known.get(kind))]
 
 
-def _parser(command: str, description: str) -> argparse.ArgumentParser:
-    return _Parser(prog=f"ipgo {command}", description=description, allow_abbrev=False)
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse, with one sentence in place of its usage lines."""
-
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise InputError(f"{message}; see `{self.prog} --help`")
-
-
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "fit": fit,
     "generate": generate,
+    "compare": compare,
+    "explain": explain,
     "evaluate": evaluate,
     "report": report,
     "list": list_,

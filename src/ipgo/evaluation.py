@@ -157,6 +157,21 @@ def win_rate(scores: Iterable[Score], method: str, baseline: str, reward: str) -
     return _bootstrap([[(a > b) + 0.5 * (a == b) for a, b in values] for values in pairs.values()])
 
 
+def average(scores: Iterable[Score], method: str, reward: str) -> Interval:
+    """The mean over prompts of the mean over seeds; the interval is as in `win_rate`.
+
+    Raises:
+        InputError: the method has no value of this reward.
+    """
+    values: dict[str, list[float]] = defaultdict(list)
+    for each in scores:
+        if (each.method, each.reward) == (method, reward):
+            values[each.prompt].append(each.value)
+    if not values:
+        raise InputError(f"method {method!r} has no score of reward {reward!r}")
+    return _bootstrap(list(values.values()))
+
+
 def summarise(
     scores: Sequence[Score], baseline: str = "raw", seeds: Collection[int] | None = None
 ) -> list[Gain]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import logging
@@ -10,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from ipgo.task import Method, Progress, Task
 
 BUNDLED_REWARDS = {"emoji": ("emoji-preference", "emoji-clip", "emoji-aesthetic")}
 CHECKPOINT_SECONDS = 10.0
+Limit = Callable[[Iterator[Progress], Counter[str]], Iterator[Progress]]
 logger = logging.getLogger("ipgo")
 
 
@@ -100,10 +102,13 @@ def run(folder: Run, models: Models) -> None:
     folder.close()
 
 
-def fit_chunk(folder: Run, models: Models, chunk: Chunk) -> tuple[Progress, Cost]:
+def fit_chunk(folder: Run, models: Models, chunk: Chunk, limit: Limit | None = None) -> tuple[Progress, Cost]:
     """Search until the last step, from the newest checkpoint if there is one.
 
     The last step has no checkpoint: a run that dies while it draws repeats the few steps before.
+
+    Args:
+        limit: may end the search early; it gets the search, and the calls that were made before a stop.
     """
     config, backend = folder.config, models.backend
     task = Task(
@@ -114,14 +119,17 @@ def fit_chunk(folder: Run, models: Models, chunk: Chunk) -> tuple[Progress, Cost
     started = saved = time.monotonic()
     counted, about = Counter(backend.calls), facts(backend)
     progress, cost = None, earlier
+    search = config.method.fit(task, found.state if found is not None else None)
+    if limit is not None:
+        search = limit(search, earlier.calls)
     with progress_bar(chunk, folder) as bar:
-        for progress in config.method.fit(task, found.state if found is not None else None):
+        for progress in search:
             folder.start(about)  # not sooner: settings that the method refuses leave no run behind
             now = time.monotonic()
             calls = earlier.calls + (backend.calls - counted)
             memory = max(earlier.peak_memory, peak_memory(backend.device))
             cost = Cost(calls, earlier.seconds + now - started, memory, earlier.sessions)
-            folder.record(chunk, progress, cost.seconds)
+            folder.record(chunk, progress, cost)
             last = progress.step == progress.total or bool(progress.failed.all())
             if now - saved > CHECKPOINT_SECONDS and not last:
                 folder.save_checkpoint(chunk, progress, cost)
@@ -196,6 +204,15 @@ def peak_memory(device: torch.device) -> float:
         return 0.0
     unit = 1 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def forget_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory` begin anew from what is in use now, where the system can do that (CUDA, Linux)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # proc(5): the peak resident set size
 
 
 def facts(backend: Backend) -> dict[str, Any]:

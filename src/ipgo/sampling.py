@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -95,7 +96,10 @@ def denoise(
                 sampling.guidance_scale,
             )
             if recompute and torch.is_grad_enabled():
+                counted = Counter(backend.calls)
                 prediction = checkpoint(backend.predict, *call, use_reentrant=False)
+                for name in ("denoiser_grad", "denoiser_grad_both"):  # the backward pass will count them
+                    backend.calls[name] = counted[name]
             else:
                 prediction = backend.predict(*call)
             if sampling.eta > 0:

@@ -103,10 +103,10 @@ class Run:
             )
         if config is None:
             return cls(path, RunConfig.from_json(stored["config"]))
-        differences = _differences(stored["config"], config)
-        if differences:
+        differing = differences(flatten(stored["config"]), config.identity())
+        if differing:
             raise ResumeError(
-                f"{str(path)!r} was made with other settings ({differences}); "
+                f"{str(path)!r} was made with other settings ({differing}); "
                 "give the same ones to continue it, or another folder"
             )
         return cls(path, config)
@@ -166,16 +166,21 @@ class Run:
 
     # -- while a chunk is fitted ------------------------------------------------------------------------
 
-    def record(self, chunk: Chunk, progress: Progress, seconds: float) -> None:
-        """Append a line to the history of each prompt (shared: one line, the mean over prompts)."""
+    def record(self, chunk: Chunk, progress: Progress, cost: Cost) -> None:
+        """Append a line to the history of each prompt (shared: one line, the mean over prompts).
+
+        Its calls are one prompt's share of those so far, its seconds are the chunk's.
+        """
         columns = torch.stack([progress.rewards, progress.penalty, progress.grad_norm]).double().cpu()
         if self.config.shared:
             columns = columns.nanmean(1, keepdim=True)  # (3, P) to (3, 1)
+        share = len(chunk.prompts)
+        calls = {name: round(count / share, 2) for name, count in sorted(cost.calls.items())}
         for row, file in self._histories(chunk).items():
             values = columns[:, row].tolist()
             reward, penalty, grad_norm = (value if value == value else None for value in values)
             line = {"step": progress.step, "reward": reward, "penalty": penalty, "grad_norm": grad_norm}
-            files.append_line(file, {**line, "seconds": round(seconds, 3)})
+            files.append_line(file, {**line, "seconds": round(cost.seconds, 3), "calls": calls})
 
     def save_checkpoint(self, chunk: Chunk, progress: Progress, cost: Cost) -> None:
         """All that `checkpoint` needs. The histories go to the disk before it, so they never lag behind."""
@@ -327,9 +332,8 @@ def load_scores(file: Path) -> list[Score]:
     return [Score(**line) for line in files.read_lines(file)]
 
 
-def _differences(stored: dict[str, Any], config: RunConfig) -> str:
-    """The settings that differ, as `sampling.steps 20 there, 30 now`."""
-    now, there = config.identity(), flatten(stored)
+def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Which of the flat settings `now` differ, as `sampling.steps 20 there, 30 now`; "" if none does."""
     keys = [key for key in now if there.get(key) != now[key]]
     values = {key: f"{_short(there.get(key))} there, {_short(now[key])} now" for key in keys}
     return "; ".join(f"{key} {value}" for key, value in values.items())

@@ -102,9 +102,9 @@ def test_chunks_and_what_is_pending(run: Run) -> None:
 def test_checkpoint_round_trip_cuts_the_history_back(run: Run) -> None:
     chunk = run.chunks(stackable=True)[0]
     for step in (1, 2):
-        run.record(chunk, progress(step), seconds=float(step))
+        run.record(chunk, progress(step), Cost(Counter(denoiser=8 * step), float(step)))
     run.save_checkpoint(chunk, progress(2), Cost(Counter(denoiser=8), 2.0, 100.0))
-    run.record(chunk, progress(3, (float("nan"), 2.0)), seconds=3.0)
+    run.record(chunk, progress(3, (float("nan"), 2.0)), Cost(seconds=3.0))
     assert run.history(chunk.prompts[0])[-1]["reward"] is None
 
     found = run.checkpoint(chunk)
@@ -117,12 +117,13 @@ def test_checkpoint_round_trip_cuts_the_history_back(run: Run) -> None:
     )
     assert found.state["values"].tolist() == [1.0, 2.0]
     assert [line["step"] for line in run.history(chunk.prompts[1])] == [1, 2]
-    assert run.history(chunk.prompts[1])[0]["reward"] == 2.0
+    first = run.history(chunk.prompts[1])[0]
+    assert (first["reward"], first["seconds"], first["calls"]) == (2.0, 1.0, {"denoiser": 4.0})
 
 
 def test_without_a_checkpoint_the_history_starts_again(run: Run) -> None:
     chunk = run.chunks(stackable=True)[0]
-    run.record(chunk, progress(1), seconds=1.0)
+    run.record(chunk, progress(1), Cost(seconds=1.0))
     assert run.checkpoint(chunk) is None
     assert run.history(chunk.prompts[0]) == []
 
@@ -132,7 +133,7 @@ def test_without_a_checkpoint_the_history_starts_again(run: Run) -> None:
 )
 def test_a_damaged_checkpoint_is_set_aside(run: Run, caplog: pytest.LogCaptureFixture, damage: Any) -> None:
     chunk = run.chunks(stackable=True)[0]
-    run.record(chunk, progress(1), seconds=1.0)
+    run.record(chunk, progress(1), Cost(seconds=1.0))
     run.save_checkpoint(chunk, progress(1), Cost())
     (file,) = (run.path / "chunks").iterdir()
     file.write_bytes(damage(file.read_bytes()))
@@ -145,7 +146,7 @@ def test_a_damaged_checkpoint_is_set_aside(run: Run, caplog: pytest.LogCaptureFi
 
 def test_a_checkpoint_of_other_prompts_or_settings_is_not_taken(run: Run) -> None:
     chunk = run.chunks(stackable=True)[0]
-    run.record(chunk, progress(1), seconds=1.0)
+    run.record(chunk, progress(1), Cost(seconds=1.0))
     run.save_checkpoint(chunk, progress(1), Cost())
     assert Run(run.path, replace(CONFIG, seed=7)).checkpoint(chunk) is None
     renamed = Chunk((replace(chunk.prompts[0], text="another"), chunk.prompts[1]))
@@ -186,9 +187,9 @@ def test_a_folder_that_was_just_begun_can_be_opened(tmp_path: Path) -> None:
 
 def test_what_is_finished_is_left_alone(run: Run) -> None:
     chunk = run.chunks(stackable=True)[0]
-    run.record(chunk, progress(1), seconds=1.0)
+    run.record(chunk, progress(1), Cost(seconds=1.0))
     run.finish(chunk.prompts[0], [], {}, failed=False)
-    run.record(chunk, progress(2), seconds=2.0)
+    run.record(chunk, progress(2), Cost(seconds=2.0))
     assert run.checkpoint(chunk) is None
     assert [len(run.history(prompt)) for prompt in chunk.prompts] == [1, 0]
 

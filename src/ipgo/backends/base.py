@@ -29,7 +29,9 @@ class Backend(ABC):
         modules: "denoiser", "text_encoder", "decoder": frozen, in eval mode.
         calls: the cost ledger, in rows: "denoiser" counts one for each image row of each `predict` call,
             whether guidance makes that one network evaluation or two; "denoiser_grad" counts those under
-            grad among them, "decoder" the rows decoded. Recomputed calls count again: they are work done.
+            grad among them, "denoiser_grad_both" those of them that carry gradient into both halves of
+            guidance, "decoder" the rows decoded. A recomputed call counts twice, first as one without gradient
+            and then as one under it: that is the work it is.
     """
 
     name: str

@@ -175,10 +175,13 @@ class StableDiffusion(Backend):
         uncond: PromptEmbeds | None,
         guidance_scale: float,
     ) -> Tensor:
-        self.calls["denoiser"] += len(latents)
-        self.calls["denoiser_grad"] += len(latents) * torch.is_grad_enabled()
         learned = any(parameter.requires_grad for parameter in self.pipe.unet.parameters())
         negative = uncond is not None and uncond.embeds.requires_grad
+        both = latents.requires_grad or learned or negative
+        self.calls["denoiser"] += len(latents)
+        if torch.is_grad_enabled():
+            self.calls["denoiser_grad"] += len(latents)
+            self.calls["denoiser_grad_both"] += len(latents) * both
 
         def denoise(latents: Tensor, states: Tensor, attended: Tensor | None) -> Tensor:
             output: Tensor = self.pipe.unet(
@@ -196,7 +199,7 @@ class StableDiffusion(Backend):
             self._attended(cond),
             None if uncond is None else self._attended(uncond),
             guidance_scale,
-            uncond_grad=latents.requires_grad or learned or negative,
+            uncond_grad=both,
         )
 
     def _attended(self, prompt: PromptEmbeds) -> tuple[Tensor, Tensor]:

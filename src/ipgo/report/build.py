@@ -60,11 +60,8 @@ def render(run: Run) -> str:
     fitted, unseen = (summarise(scores, seeds=seeds) for seeds in (config.seeds, config.new_seeds))
     later = load_scores(run.path / "evaluation.jsonl")
     name, rewards, bold, before = _mean_curve(run)
-    environment = Environment(
-        loader=PackageLoader("ipgo.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    environment.filters |= {"signed": "{:+.3f}".format, "percent": "{:.0%}".format, "mood": mood}
-    return environment.get_template("page.html.j2").render(
+    template = environment().get_template("page.html.j2")
+    return template.render(
         title=config.prompts[0] if len(config.prompts) == 1 else f"{len(config.prompts)} prompts",
         config=config,
         summary=summary(run, fitted, unseen),
@@ -82,6 +79,15 @@ def render(run: Run) -> str:
         facts=run.facts,
         missing=len(run.prompts) - len(results),
     )
+
+
+def environment() -> Environment:
+    """Templates that escape whatever is put into them."""
+    made = Environment(
+        loader=PackageLoader("ipgo.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    made.filters |= {"signed": "{:+.3f}".format, "percent": "{:.0%}".format, "mood": mood}
+    return made
 
 
 def mood(gain: float) -> str:
@@ -155,8 +161,8 @@ def _card(run: Run, prompt: Prompt, result: dict[str, Any]) -> Card:
         Pair(
             seed,
             seed in result["seeds"],
-            _uri(run.image(prompt, "before", seed)) or "",
-            _uri(run.image(prompt, "after", seed)),
+            picture_uri(run.image(prompt, "before", seed)) or "",
+            picture_uri(run.image(prompt, "after", seed)),
             (values.get((True, seed)), values.get((False, seed))),
         )
         for seed in seeds
@@ -228,14 +234,14 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _uri(file: Path) -> str | None:
-    """A picture as text: small ones as they are, large ones as WebP."""
+def picture_uri(file: Path, largest: int = LARGEST) -> str | None:
+    """A picture as text, if there is one: small ones as they are, large ones as WebP of `largest` pixels."""
     if not file.is_file():
         return None
     with Image.open(file) as picture:
-        if max(picture.size) <= LARGEST // 2:
+        if max(picture.size) <= largest // 2:
             return f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}"
-        picture.thumbnail((LARGEST, LARGEST))
+        picture.thumbnail((largest, largest))
         stream = io.BytesIO()
         picture.save(stream, "WEBP", quality=88)
     return f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode()}"

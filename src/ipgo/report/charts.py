@@ -55,12 +55,18 @@ def curve(rewards: Values, bold: Values, before: float | None) -> Markup:
     return _svg(parts, "reward against step")
 
 
-def scatter(points: Sequence[tuple[float, float]]) -> Markup:
-    """Gain in the raised reward (across) against gain in a held-out one (up); the lower right is hacking."""
+def scatter(points: Sequence[tuple[float, float]], hues: Sequence[int] = ()) -> Markup:
+    """Gain in the raised reward (across) against gain in a held-out one (up); the lower right is hacking.
+
+    With `hues` each point has its own; without, it is good or bad.
+    """
     if not points:
         return Markup("")
     (left, right), (low, high) = (_padded(min(0, *axis), max(0, *axis)) for axis in zip(*points, strict=True))
     x, y = _scale(left, right, LEFT, WIDTH - RIGHT), _scale(low, high, HEIGHT - BOTTOM, TOP)
+    looks = [f'class="series" style="--hue: {each}"' for each in hues] or [
+        f'class="{"good" if b >= 0 else "bad"}"' for _, b in points
+    ]
     hacking = f'x="{x(0)}" y="{y(0)}" width="{x(right) - x(0):.1f}" height="{y(low) - y(0):.1f}"'
     parts = [
         f'<rect class="hacking" {hacking}/>',
@@ -68,11 +74,36 @@ def scatter(points: Sequence[tuple[float, float]]) -> Markup:
         f'<line class="zero" x1="{x(0)}" x2="{x(0)}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>',
         f'<line class="zero" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(0)}" y2="{y(0)}"/>',
         *(
-            f'<circle class="{"good" if b >= 0 else "bad"}" cx="{x(a)}" cy="{y(b)}" r="4"/>'
-            for a, b in points
+            f'<circle {look} cx="{x(a)}" cy="{y(b)}" r="4"/>'
+            for look, (a, b) in zip(looks, points, strict=True)
         ),
     ]
     return _svg(parts, "gain in the raised reward against gain in a held-out reward")
+
+
+def hue(number: int) -> int:
+    """A colour for each of any number of series, in degrees: far from those before it."""
+    return round(number * 137.5) % 360
+
+
+def lines(series: Sequence[Sequence[tuple[float, float]]], unit: str, before: float | None) -> Markup:
+    """Several curves over one axis, each with the hue of its number; dashed: `before`."""
+    points = [point for each in series for point in each]
+    if len(points) < 2:
+        return Markup("")
+    values = [value for _, value in points] + ([] if before is None else [before])
+    low, high = _padded(min(values), max(values))
+    end = max(place for place, _ in points) or 1.0
+    x, y = _scale(0, end, LEFT, WIDTH - RIGHT), _scale(low, high, HEIGHT - BOTTOM, TOP)
+    parts = [_axes(low, high, y, [(0, "0"), (end, f"{end:,.0f} {unit}")], x)]
+    if before is not None:
+        parts.append(
+            f'<line class="before" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(before)}" y2="{y(before)}"/>'
+        )
+    for number, each in enumerate(series):
+        path = " ".join(f"{x(place)},{y(value)}" for place, value in each)
+        parts.append(f'<polyline class="series" style="--hue: {hue(number)}" points="{path}"/>')
+    return _svg(parts, f"reward against {unit}")
 
 
 def curve_png(rewards: Values, bold: Values, name: str, reward: str, before: float | None) -> bytes:

@@ -1,0 +1,206 @@
+"""What a search may spend, in denoiser calls, and how it is held to that."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ipgo.backends import Backend
+from ipgo.config import RunConfig
+from ipgo.embeds import PromptEmbeds
+from ipgo.errors import InputError
+from ipgo.sampling import Sampling, unconditional
+from ipgo.task import Method, Progress
+from ipgo.training import Ascent
+
+REPEATS = 5  # timings of each kind of call, of which the median counts
+SLACK = 1e-6  # of a call: weights are no whole numbers
+LENGTH = "ascent.steps"  # of methods that climb; what others call theirs is in comparisons/methods.yaml
+
+
+class BudgetSpent(Exception):  # noqa: N818 - no error: it ends a search
+    """The next denoiser call is not paid for."""
+
+
+@dataclass(frozen=True)
+class Price:
+    """What a differentiated denoiser call, backward pass included, costs in calls without gradient.
+
+    Attributes:
+        gradient: if the gradient flows through the conditional half of guidance alone, as to embeddings.
+        both: if it flows through both halves, as to the noise or the weights.
+    """
+
+    gradient: float
+    both: float
+
+    def __post_init__(self) -> None:
+        for field, value in (("gradient", self.gradient), ("both", self.both)):
+            if not value >= 1:
+                raise InputError(f"price.{field} is {value}; it must be at least 1")
+
+    def of(self, calls: Mapping[str, float]) -> float:
+        """The weighted calls of a ledger (`Backend.calls`)."""
+        both = calls.get("denoiser_grad_both", 0)
+        gradient = calls.get("denoiser_grad", 0) - both
+        return calls.get("denoiser", 0) + (self.gradient - 1) * gradient + (self.both - 1) * both
+
+
+def measure(backend: Backend, prompts: tuple[str, ...], sampling: Sampling) -> Price:
+    """Time denoiser calls of a batch of `prompts` with and without gradient. The ledger stays as it is."""
+    counted = Counter(backend.calls)
+    with torch.no_grad():
+        original = backend.encode(prompts)
+        uncond = unconditional(backend, original, sampling)
+    noise = backend.noise(range(len(prompts)))[:, 0].to(torch.promote_types(backend.dtype, torch.float32))
+    timestep = backend.scheduler(sampling.steps, noise).timesteps[-1]
+
+    def seconds(to_embeds: bool, to_latents: bool) -> float:
+        embeds = original.embeds.detach().clone().requires_grad_(to_embeds)
+        latents = noise.clone().requires_grad_(to_latents)
+        cond = PromptEmbeds(embeds, original.mask, original.pooled)
+        started = _now(backend)
+        with torch.set_grad_enabled(to_embeds):
+            output = backend.predict(latents, timestep, cond, uncond, sampling.guidance_scale)
+        if to_embeds:
+            torch.autograd.backward(output.sum())
+        return _now(backend) - started
+
+    kinds = {"plain": (False, False), "gradient": (True, False), "both": (True, True)}
+    times: dict[str, list[float]] = {name: [] for name in kinds}
+    for turn in range(1 + REPEATS):  # by turns, so that a slow moment of the machine strikes all three
+        for name, kind in kinds.items():
+            taken = seconds(*kind)
+            if turn:  # the first ones warm up
+                times[name].append(taken)
+    backend.calls = counted
+    plain, gradient, both = (statistics.median(times[name]) for name in kinds)
+    return Price(*(max(1.0, round(each / plain, 2)) for each in (gradient, both)))
+
+
+def _now(backend: Backend) -> float:
+    if backend.device.type == "cuda":
+        torch.cuda.synchronize(backend.device)
+    return time.perf_counter()
+
+
+# -- how long a method searches ----------------------------------------------------------------------------
+
+
+def calls_of_an_image(backend: Backend, sampling: Sampling) -> int:
+    """Denoiser calls of one trajectory: some schedulers make more than steps."""
+    return len(backend.scheduler(sampling.steps, backend.noise([0])[:, 0]).timesteps)
+
+
+def length_of(method: Method, path: str) -> int | None:
+    """How long a method searches, by its field's name such as "ascent.steps"; None if it has no such number."""
+    value: Any = method
+    for name in path.split("."):
+        value = getattr(value, name, None)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def step_cost(config: RunConfig, image: int, price: Price) -> float:
+    """Weighted calls for each prompt that one step of a search takes at least, as far as its settings tell.
+
+    A search by gradient draws one image for each prompt and differentiates its last K calls; any other draws one
+    on each seed. Where a method works otherwise, `watch` alone holds it to the budget.
+
+    Args:
+        image: denoiser calls of one image.
+    """
+    ascent = getattr(config.method, "ascent", None)
+    if not isinstance(ascent, Ascent):
+        return float(image * max(1, len(config.seeds)))
+    every = ascent.backprop_steps is None or ascent.backprop_steps >= config.sampling.steps
+    depth = float(image if every else ascent.backprop_steps or 0)
+    if ascent.random_backprop:
+        depth = (1 + depth) / 2
+    # After the first differentiated call the latents carry gradient too, into both halves of the next.
+    differentiated = price.gradient - 1 + (price.both - 1) * (depth - 1)
+    cost = image + differentiated + price.gradient * ascent.renoised
+    return cost * ascent.batch_size * ascent.accumulate / len(config.prompts) if config.shared else cost
+
+
+def fit_to(config: RunConfig, path: str, steps: int) -> RunConfig:
+    """The settings with the method's length at `steps`."""
+    outer, _, inner = path.rpartition(".")
+    method: Any = config.method
+    if outer:
+        changed = dataclasses.replace(getattr(method, outer), **{inner: steps})
+        return dataclasses.replace(config, method=dataclasses.replace(method, **{outer: changed}))
+    return dataclasses.replace(config, method=dataclasses.replace(method, **{inner: steps}))
+
+
+def paid(config: RunConfig, budget: int, cost: float) -> int:
+    """How many steps `budget` pays for, at `cost` weighted calls each; `InputError` if it is none."""
+    steps = int((budget + SLACK) // cost)
+    if steps < 1:
+        raise InputError(
+            f"budget is {budget}; one step of {config.method_name!r} takes {cost:.1f} denoiser calls"
+        )
+    return steps
+
+
+# -- while it searches -------------------------------------------------------------------------------------
+
+
+class Ledger(Counter[str]):
+    """`Backend.calls` that refuses the call beyond a limit: the denoiser is then not run."""
+
+    def __init__(self, calls: Mapping[str, int], price: Price, limit: float) -> None:
+        self.price, self.limit = price, float("inf")
+        super().__init__(calls)
+        self.limit = price.of(self) + limit
+
+    def __setitem__(self, name: str, count: int) -> None:
+        if count > self[name] and self.price.of({**self, name: count}) > self.limit + SLACK:
+            raise BudgetSpent
+        super().__setitem__(name, count)
+
+
+def watch(
+    search: Iterator[Progress], backend: Backend, price: Price, limit: float, earlier: Mapping[str, float]
+) -> Iterator[Progress]:
+    """Pass on the steps of a search as long as they are paid for; the last one is marked as the last.
+
+    A search ends before a step that costs as much as the one before and is not paid for. A step that turns out
+    dearer is broken off at the call beyond the limit, and what it did is dropped.
+
+    Args:
+        limit: weighted calls for all prompts of the search together.
+        earlier: the ledger of the search before it was interrupted.
+
+    Raises:
+        BudgetSpent: not even one step was paid for.
+    """
+    begun, left = Counter(backend.calls), limit - price.of(earlier)
+    backend.calls = ledger = Ledger(begun, price, left)
+    spent, steps = 0.0, 0
+    try:
+        for progress in search:
+            steps += 1
+            before, spent = spent, price.of(ledger) - price.of(begun)
+            if spent + (spent - before) > left + SLACK and progress.step < progress.total:
+                yield _last(progress)
+                return
+            yield progress
+    except BudgetSpent:
+        if not steps:
+            raise
+    finally:
+        backend.calls = Counter(ledger)
+
+
+def _last(progress: Progress) -> Progress:
+    """The same step as the end of its search; a prompt that has no candidate by now has failed."""
+    shared = progress.adapter.prompts is None  # where a prompt may just not have been visited yet
+    failed = progress.failed if shared else progress.failed | progress.best.isnan()
+    return dataclasses.replace(progress, total=progress.step, failed=failed)

@@ -1,0 +1,207 @@
+"""`ipgo compare`: many methods on one task, and the table of what came out."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ipgo.errors import InputError, unknown
+from ipgo.prompts import read_prompts, slug
+from ipgo.terminal import loading, read_texts, underscores
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+    from ipgo.comparison import Plan
+    from ipgo.report.comparison import Table
+
+COMPARISONS = Path(__file__).parent / "comparisons"  # {name}.yaml; methods.yaml has what methods need
+Settings = dict[str, Any]
+
+
+def compare(argv: list[str]) -> int:
+    """`ipgo compare`: settings from a file, then flags; every entry is checked before a model is loaded."""
+    from ipgo.comparison import Comparison
+    from ipgo.config import parse
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--config")
+    first.add_argument("--out")
+    first.add_argument("--redraw", action="store_true")
+    try:
+        chosen, rest = first.parse_known_args([underscores(word) for word in argv])
+    except argparse.ArgumentError as error:
+        raise InputError(str(error)) from None
+    if chosen.redraw:
+        if chosen.out is None:
+            raise InputError("--redraw needs the comparison's folder: --out FOLDER")
+        return show_comparison(Path(chosen.out))
+    settings = read_comparison(chosen.config) if chosen.config else {}
+    entries = settings.pop("entries", None) or {}
+    method = settings.pop("method", None) or {}
+    parsed = parse(_parser(), settings, rest)
+    plan = plan_of(parsed, entries, method)
+    place = Path(chosen.out or Path("runs") / f"compare-{slug(parsed.prompts or plan.prompts[0])}")
+    folder = Comparison.open(place, plan)
+
+    from ipgo.compare import compare as run_all
+    from ipgo.rewards import check_reward
+    from ipgo.runner import held_out, warn_of_unseen_words
+
+    some = plan.config(next(iter(plan.entries)))
+    for name in (some.reward, *held_out(some)):
+        check_reward(name)
+    warn_of_unseen_words(some)
+    loading(some.backend)
+    run_all(folder)
+    return show_comparison(place)
+
+
+def _parser() -> ArgumentParser:
+    from ipgo.config import run_parser
+    from ipgo.methods import METHODS
+
+    parser = run_parser("raw", "ipgo compare")
+    parser.usage = "ipgo compare PROMPT... --methods NAME,NAME,... [options]"
+    parser.description = (
+        "Run many methods on the same prompts, seeds, rewards and budget, and make the table."
+    )
+    parser.epilog = f"Methods: {', '.join(METHODS)}. Docs: docs/compare.md."
+    parser.add_argument("text", nargs="*", default=[], metavar="PROMPT", help="prompts, each in quotes")
+    parser.add_argument("--prompts", help="prompts from a .txt, .csv or .jsonl file, or a set such as styled")
+    parser.add_argument("--methods", help="methods, or labels of the file's entries, with commas between")
+    parser.add_argument(
+        "--budget",
+        type=int,
+        help="denoiser calls for each prompt, those with gradient weighted by their time; "
+        "default: as long as methods search by themselves",
+    )
+    parser.add_argument(
+        "--price",
+        nargs=2,
+        type=float,
+        help="what a call with gradient weighs, through one half of guidance and both; default: measured",
+    )
+    parser.add_argument(
+        "--unseen_prompts",
+        help="a file or set to judge shared entries on; for --prompts NAME:train it is NAME:test",
+    )
+    parser.add_argument("--config", help=f"a YAML file with entries, or one of {', '.join(comparisons())}")
+    parser.add_argument("--out", help="the comparison's folder (default: runs/compare- and the prompts)")
+    parser.add_argument(
+        "--redraw", action="store_true", help="make the table of --out again, without a model"
+    )
+    return parser
+
+
+def comparisons() -> list[str]:
+    """The names of the bundled comparisons."""
+    return sorted(path.stem for path in COMPARISONS.glob("*.yaml") if path.stem != "methods")
+
+
+def read_comparison(spec: str) -> Settings:
+    """The settings of a bundled comparison or a YAML file."""
+    from ipgo.config import read_settings
+
+    if Path(spec).suffix in (".yaml", ".yml"):
+        return read_settings(None, spec)
+    if spec not in comparisons():
+        raise InputError(f"{unknown('comparison', spec, comparisons())}; a file must end in .yaml or .yml")
+    return read_settings(None, str(COMPARISONS / f"{spec}.yaml"))
+
+
+def plan_of(parsed: Namespace, entries: Mapping[str, Any], method: Mapping[str, Any]) -> Plan:
+    """The plan that flags and a file's entries make."""
+    from ipgo.budget import Price
+    from ipgo.comparison import Plan
+    from ipgo.config import build
+
+    prompts = tuple(read_texts(parsed.text, parsed.prompts))
+    unseen = parsed.unseen_prompts
+    if unseen is None and (parsed.prompts or "").endswith(":train"):
+        unseen = parsed.prompts.replace(":train", ":test")
+    common = build(parsed, prompts).to_json()
+    return Plan(
+        prompts=prompts,
+        common={key: value for key, value in common.items() if key not in ("prompts", "method")},
+        entries=entries_of(parsed.methods, entries, method),
+        budget=parsed.budget,
+        price=Price(*parsed.price) if parsed.price else None,
+        unseen_prompts=tuple(read_prompts(unseen)) if unseen else (),
+    )
+
+
+def entries_of(
+    names: str | None, entries: Mapping[str, Any], method: Mapping[str, Any]
+) -> dict[str, Settings]:
+    """The entries that are asked for by label: a file's, or methods with the settings that they need.
+
+    Args:
+        names: labels and methods with commas between; None is all of the file's entries.
+        entries: the file's, by label.
+        method: what the file's entries of one method have in common, with its name.
+
+    Raises:
+        InputError: nothing to compare, or a name that is neither.
+    """
+    from ipgo.config import merge, read_settings
+    from ipgo.methods import METHODS
+
+    if not isinstance(entries, Mapping):
+        raise InputError("entries must be a mapping of labels to settings")
+    entries = {str(label): own for label, own in entries.items()}
+    labels = [name.strip() for name in names.split(",")] if names else list(entries)
+    if not labels:
+        raise InputError("methods is empty; name some with --methods, or give a --config with entries")
+    twice = [label for label in labels if labels.count(label) > 1]
+    if twice:
+        raise InputError(f"{twice[0]!r} is compared twice; give each entry a label of its own")
+    needed = read_settings(None, str(COMPARISONS / "methods.yaml"))
+    found: dict[str, Settings] = {}
+    for label in labels:
+        if label not in entries and label not in METHODS:
+            raise unknown("method or entry", label, [*METHODS, *entries])
+        own = dict(entries.get(label) or {})
+        given = own.pop("method", None) or {}
+        given = {"name": given} if isinstance(given, str) else dict(given)
+        name = given.get("name") or (label if label in METHODS else method.get("name"))
+        if name not in METHODS:
+            raise InputError(f"entry {label!r} has method {name!r}; choose from {', '.join(METHODS)}")
+        common = dict(method) if method.get("name") == name else {}
+        settings = {**own, "method": merge(common, {**given, "name": name})}
+        found[label] = merge(dict(needed.get(name) or {}), settings)
+    return found
+
+
+def show_comparison(place: Path) -> int:
+    """Write the page and the tables again, and print what came out; 1 if something failed."""
+    from ipgo.comparison import Comparison
+    from ipgo.report.comparison import cost_table, raised, raised_table, write_comparison
+    from ipgo.report.rows import rows
+
+    folder = Comparison.open(place)
+    written, entries = write_comparison(folder), rows(folder)
+    for table in (raised_table(entries, raised(folder)), cost_table(folder, entries)):
+        print(f"\n{table.title}\n{aligned(table)}")
+    print()
+    for name, file in written.items():
+        print(f"{name + ':':<10}{file}")
+    failures = [
+        f"{row.label} ({row.errors[0]})" if row.errors else row.label for row in entries if row.failed
+    ]
+    for failure in failures:
+        print(f"ipgo: failed: {failure}", file=sys.stderr)
+    return 1 if failures or any(row.errors for row in entries) else 0
+
+
+def aligned(table: Table) -> str:
+    """A table in plain text."""
+    lines: Sequence[Sequence[str]] = [table.head, *([cell.text for cell in line] for line in table.lines)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )

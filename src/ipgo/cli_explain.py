@@ -1,0 +1,112 @@
+"""`ipgo explain`: what learned embeddings are close to, and what each of them does."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ipgo.errors import InputError
+from ipgo.terminal import command_parser, find_adapter, loading, read_texts
+
+if TYPE_CHECKING:
+    from ipgo.config import RunConfig
+    from ipgo.explain import Explanation
+
+
+def explain(argv: list[str]) -> int:
+    """`ipgo explain`: a table for each prompt, and all of it as JSON."""
+    parser = command_parser(
+        "explain", "Say what learned embeddings are close to, and what each of them does."
+    )
+    parser.add_argument("adapter", type=Path, help="an adapter's folder, or a run's")
+    parser.add_argument("text", nargs="*", help="prompts, each in quotes (default: those that were fitted)")
+    parser.add_argument("--prompts", help="prompts from a file or a set, as in fit")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", help="noise seeds (default: the run's fitted ones, or 0)"
+    )
+    parser.add_argument("--reward", help="what each embedding's effect is measured by (default: the run's)")
+    parser.add_argument("--top", type=int, default=3, help="nearest words to name (default: 3)")
+    parser.add_argument("--out", type=Path, help="a JSON file for all numbers, those of each step too")
+    parser.add_argument("--backend", help="another backend than the adapter was fitted on")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    args = parser.parse_args(argv)
+
+    from ipgo import files
+    from ipgo.backends import load_backend
+    from ipgo.config import check_seeds
+    from ipgo.explain import Vocabulary
+    from ipgo.explain import explain as explained
+    from ipgo.rewards import load_reward
+    from ipgo.sampling import Sampling
+
+    if args.top < 1:
+        raise InputError(f"top is {args.top}; it must be at least 1")
+    adapter, settings = find_adapter(args.adapter)
+    config = run_of(args.adapter)
+    spec = args.reward or (config.reward if config is not None else None)
+    if spec is None:
+        raise InputError(f"{str(args.adapter)!r} is in no run's folder; name a reward with --reward")
+    fitted = adapter.prompts or (config.prompts if config is not None else ())
+    texts = read_texts(args.text, args.prompts) or list(fitted)
+    if not texts:
+        raise InputError("prompts is empty; give at least one prompt")
+    seeds = tuple(args.seeds or (config.seeds if config is not None else ()) or (0,))
+    check_seeds(seeds)
+    adapter.rows(texts)
+    sampling = Sampling(**settings.pop("sampling"))
+    source = settings.pop("backend")
+    loading(args.backend or source)
+    backend = load_backend(args.backend or source, device=args.device, **settings)
+    reward = load_reward(spec, device=args.device)
+    words = Vocabulary.of(backend)
+    adapter.to(backend.device)
+    found = [explained(backend, adapter, text, seeds, sampling, reward, words, args.top) for text in texts]
+    for each in found:
+        print(show(each))
+    if args.out is not None:
+        content = {
+            "schema": 1,
+            "adapter": str(args.adapter),
+            "prompts": [dataclasses.asdict(x) for x in found],
+        }
+        files.write_json(args.out, content)
+        print(f"numbers: {args.out}")
+    return 0
+
+
+def run_of(path: Path) -> RunConfig | None:
+    """The settings of the run that a folder is or belongs to."""
+    from ipgo.store import Run
+
+    places = [place for place in (path, *path.resolve().parents[:2]) if (place / "run.json").is_file()]
+    return Run.open(places[0]).config if places else None
+
+
+def show(found: Explanation) -> str:
+    """A line for each embedding; attention as the mean over steps, and in the first and last one."""
+    inserted = [sum(step) for step in zip(*(each.attention for each in found.inserted), strict=True)]
+    rows = [
+        ("", "nearest words (cosine)", "norm", "to prompt", "attention", "first to last", "reward without")
+    ]
+    for each in found.inserted:
+        words = ", ".join(f"{word} {cosine:.2f}" for word, cosine in each.words)
+        steps = f"{each.attention[0]:.1%} to {each.attention[-1]:.1%}"
+        mean = f"{sum(each.attention) / len(each.attention):.1%}"
+        name = f"{each.side} {each.position + 1}"
+        rows.append(
+            (name, words, f"{each.norm:.2f}", f"{each.to_prompt:+.2f}", mean, steps, f"{each.without:+.4f}")
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    shares = (("inserted", inserted), ("prompt", found.text_attention), ("padding", found.padding_attention))
+    looks = ", ".join(f"{name} {sum(steps) / len(steps):.1%}" for name, steps in shares)
+    return "\n".join(
+        [
+            f"\n{found.prompt}",
+            f"{found.reward} {found.value:.4f}, raw {found.raw:.4f}; mean norm of the prompt's states "
+            f"{found.prompt_norm:.2f}; drift of their mean {found.drift:.1%}",
+            f"attention: {looks}",
+            *lines,
+        ]
+    )

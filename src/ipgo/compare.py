@@ -1,0 +1,146 @@
+"""Many methods side by side: the same prompts, seeds, rewards and budget, each in a run folder of its own."""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ipgo.adapters import Adapter
+from ipgo.budget import BudgetSpent, calls_of_an_image, fit_to, length_of, measure, paid, step_cost, watch
+from ipgo.comparison import UNSEEN_PROMPTS, Comparison, Plan
+from ipgo.config import RunConfig
+from ipgo.errors import InputError
+from ipgo.evaluation import evaluate
+from ipgo.runner import Models, check_method, facts, finish_chunk, fit_chunk, forget_peak_memory, load_models
+from ipgo.store import Chunk, Cost, Run, save_scores
+from ipgo.task import Progress
+
+# Settings that decide which models are in memory.
+LOADED = (
+    *("backend", "device", "dtype", "image_size", "padding", "scheduler", "long_prompts"),
+    *("reward", "held_out"),
+)
+logger = logging.getLogger("ipgo")
+
+
+def compare(folder: Comparison) -> None:
+    """Run every entry that is not finished. Safe to stop at any moment, and to call again.
+
+    What fails, be it an entry or a prompt, is remembered and tried again the next time; the rest goes on.
+
+    Raises:
+        InputError: the models of the first entry cannot be loaded.
+    """
+    plan, shelf = folder.plan, dict[tuple[Any, ...], Models]()
+    if not folder.started:
+        first = plan.config(next(iter(plan.entries)))
+        backend = _models(first, shelf).backend
+        price = plan.price or measure(backend, first.prompts[: first.chunk], first.sampling)
+        folder.start(replace(plan, price=price), facts(backend))
+    for number, label in enumerate(plan.entries, 1):
+        logger.info("%s (%d of %d)", label, number, len(plan.entries))
+        try:
+            _run_entry(folder, label, shelf)
+        except Exception as error:
+            if _full_disk(error):
+                raise
+            folder.fail(label, [""], error)
+        else:
+            folder.forgive(label, [""])
+
+
+def _models(config: RunConfig, shelf: dict[tuple[Any, ...], Models]) -> Models:
+    """What a run computes with: loaded once for all that can share it."""
+    key = tuple(getattr(config, name) for name in LOADED)
+    if key not in shelf:
+        shelf[key] = load_models(config)
+    return shelf[key]
+
+
+def _full_disk(error: Exception) -> bool:
+    """Is it the one error that every other entry would meet too?"""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+def _run_entry(folder: Comparison, label: str, shelf: dict[tuple[Any, ...], Models]) -> None:
+    config = folder.plan.config(label)
+    models = _models(config, shelf)
+    run = Run.open(folder.folder(label), _paid(folder.plan, label, config, models))
+    check_method(run)
+    forget_peak_memory(models.backend.device)
+    for chunk in run.pending(config.method.stackable):
+        _run_chunk(folder, label, run, models, chunk)
+    if not run.pending(config.method.stackable):
+        run.close()
+        _judge_unseen_prompts(run, models, folder.plan.unseen_prompts)
+
+
+def _paid(plan: Plan, label: str, config: RunConfig, models: Models) -> RunConfig:
+    """The settings, with the length that the budget pays for; one that was asked for is not made longer."""
+    path = plan.length(label)
+    now = length_of(config.method, path)
+    if plan.budget is None or now is None:
+        return config
+    assert plan.price is not None
+    cost = step_cost(config, calls_of_an_image(models.backend, config.sampling), plan.price)
+    steps = paid(config, plan.budget, cost)
+    return fit_to(config, path, min(steps, now) if plan.states_length(label) else steps)
+
+
+def _run_chunk(folder: Comparison, label: str, run: Run, models: Models, chunk: Chunk) -> None:
+    """Fit some prompts together; if that fails, each by itself, so that one does not take the others along."""
+    try:
+        progress, cost = _fit(folder.plan, run, models, chunk)
+        finish_chunk(run, models, chunk, progress, cost)
+    except Exception as error:
+        if _full_disk(error):
+            raise
+        if len(chunk.prompts) > 1 and not run.config.shared:
+            for prompt in chunk.prompts:
+                if not run.done(prompt):
+                    _run_chunk(folder, label, run, models, Chunk((prompt,)))
+        else:
+            folder.fail(label, chunk.texts, error)
+    else:
+        folder.forgive(label, chunk.texts)
+
+
+def _fit(plan: Plan, run: Run, models: Models, chunk: Chunk) -> tuple[Progress, Cost]:
+    """`fit_chunk` within the budget, which prompts that are fitted together share."""
+    budget, price = plan.budget, plan.price
+    if budget is None or price is None:
+        return fit_chunk(run, models, chunk)
+
+    def limit(search: Iterator[Progress], earlier: Mapping[str, float]) -> Iterator[Progress]:
+        return watch(search, models.backend, price, budget * len(chunk.prompts), earlier)
+
+    try:
+        return fit_chunk(run, models, chunk, limit)
+    except BudgetSpent:
+        if run.checkpoint(chunk) is None:
+            raise InputError(
+                f"budget is {budget}; the first step of {run.config.method_name!r} costs more"
+            ) from None
+        # The step after the checkpoint is not paid for, and only a step gives an adapter: start again.
+        run.drop_checkpoint(chunk)
+        return fit_chunk(run, models, chunk, limit)
+
+
+def _judge_unseen_prompts(run: Run, models: Models, prompts: Sequence[str]) -> None:
+    """Score a shared adapter on prompts that it was not fitted to, as far as it can draw them."""
+    config, file = run.config, run.path / UNSEEN_PROMPTS
+    if not prompts or not config.shared or file.is_file():
+        return
+    adapter = run.load_adapter(run.prompts[0]).to(models.backend.device)
+    if adapter.prompts is not None or adapter.transfers == "nothing":
+        return
+    adapters = {"raw": Adapter(), config.method_name: adapter}
+    seeds = config.new_seeds or config.seeds
+    models.backend.check_prompts(prompts)
+    scores = evaluate(
+        models.backend, adapters, models.rewards, prompts, seeds, config.sampling, config.reward, models.judge
+    )
+    save_scores(file, scores)

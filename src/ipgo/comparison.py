@@ -1,0 +1,230 @@
+"""What is compared, and the folder that it is kept in."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ipgo import files
+from ipgo.budget import LENGTH, Price, length_of
+from ipgo.config import NOT_RESULTS, RunConfig, flatten, merge
+from ipgo.errors import InputError, IpgoError, ResumeError, unknown
+from ipgo.evaluation import Score
+from ipgo.prompts import check_prompts
+from ipgo.store import Run, differences, load_scores
+
+SCHEMA = 1
+PLAN = "plan.json"
+UNSEEN_PROMPTS = "unseen-prompts.jsonl"  # in the folder of an entry
+LABEL = re.compile(r"[a-z0-9][a-z0-9._+-]{0,59}")
+logger = logging.getLogger("ipgo")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compared.
+
+    Attributes:
+        prompts: what every entry is fitted to.
+        common: the settings of every entry, as in `RunConfig.to_json`, but for prompts and method.
+        entries: by label, what is an entry's own: {"method": {"name": ..., **settings}, **other settings}, and
+            "length": the method's field that the budget sets, if that is not "ascent.steps".
+        budget: weighted denoiser calls for each prompt (see docs/compare.md); None: as long as methods search
+            by themselves.
+        price: what a differentiated call costs; None until it is measured.
+        unseen_prompts: what shared entries are judged on beside `prompts`.
+    """
+
+    prompts: tuple[str, ...]
+    common: Mapping[str, Any]
+    entries: Mapping[str, Mapping[str, Any]]
+    budget: int | None = None
+    price: Price | None = None
+    unseen_prompts: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """Raise `InputError` for what cannot work, as far as that shows without a model."""
+        if not self.entries:
+            raise InputError("entries is empty; give at least one method")
+        for label in self.entries:
+            if not LABEL.fullmatch(label):
+                raise InputError(
+                    f"label {label!r} is not a name of up to 60 small letters, digits and . _ + -, "
+                    "the first a letter or digit"
+                )
+            config = self.config(label)
+            if config.method_name != "raw" and label == "raw":
+                raise InputError("label 'raw' is kept for the method raw")
+            length = self.entries[label].get("length")
+            if length is not None and length_of(config.method, str(length)) is None:
+                raise InputError(
+                    f"entry {label!r}: length is {length!r}; it must name a whole number of {config.method_name!r}"
+                )
+        if self.budget is not None and self.budget < 1:
+            raise InputError(f"budget is {self.budget}; it must be at least 1")
+        if self.unseen_prompts:
+            check_prompts(self.unseen_prompts)
+        both = [prompt for prompt in self.unseen_prompts if prompt in self.prompts]
+        if both:
+            raise InputError(f"prompt {both[0]!r} is fitted; unseen prompts must be others")
+
+    def config(self, label: str) -> RunConfig:
+        """An entry's settings, before the budget sets how long it searches."""
+        own = {key: value for key, value in self.entries[label].items() if key != "length"}
+        try:
+            return RunConfig.from_json({**merge(dict(self.common), own), "prompts": list(self.prompts)})
+        except InputError as error:
+            raise InputError(f"entry {label!r}: {error}") from None
+
+    def length(self, label: str) -> str:
+        """The field that says how long an entry's method searches."""
+        return str(self.entries[label].get("length", LENGTH))
+
+    def states_length(self, label: str) -> bool:
+        """Was that length asked for?"""
+        return self.length(label) in flatten(dict(self.entries[label].get("method", {})))
+
+    def to_json(self) -> dict[str, Any]:
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))  # tuples become the lists of a reader
+        return plain
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> Plan:
+        return cls(
+            tuple(stored["prompts"]),
+            stored["common"],
+            stored["entries"],
+            stored["budget"],
+            Price(**stored["price"]) if stored["price"] is not None else None,
+            tuple(stored["unseen_prompts"]),
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the results, flat."""
+        settings = self.to_json()
+        settings["common"] = {
+            key: value for key, value in settings["common"].items() if key not in NOT_RESULTS
+        }
+        return {**flatten(settings), "labels": list(self.entries)}
+
+
+class Comparison:
+    """The folder of a comparison.
+
+    plan.json holds the plan; entries/LABEL/ is an ordinary run each (`Run`); failures.json says what went wrong,
+    by label and prompt ("" is the entry as a whole).
+    """
+
+    def __init__(self, path: Path, plan: Plan) -> None:
+        self.path, self.plan = path, plan
+
+    @classmethod
+    def open(cls, path: Path, plan: Plan | None = None) -> Comparison:
+        """Look at a folder, and write nothing. Without `plan` it must hold a comparison; with it, it may.
+
+        Raises:
+            InputError: no comparison there, a folder full of other things, or a plan that cannot work.
+            ResumeError: a comparison with another plan; the message lists the differences.
+        """
+        if plan is not None:
+            plan.check()
+        found = path / PLAN
+        if not found.is_file():
+            if plan is None:
+                raise InputError(f"{str(path)!r} is not a comparison's folder: it has no {PLAN}")
+            if path.is_file() or (path.is_dir() and any(file.suffix != ".draft" for file in path.iterdir())):
+                raise InputError(
+                    f"out is {str(path)!r}, which holds something else; give a new or empty folder"
+                )
+            return cls(path, plan)
+        stored = files.read_json(found)
+        if stored.get("schema") != SCHEMA:
+            raise ResumeError(
+                f"{str(found)!r} has schema {stored.get('schema')}; this version reads {SCHEMA}"
+            )
+        there = Plan.from_json(stored["plan"])
+        if plan is not None:
+            _check_same(path, there, plan)
+            there = replace(
+                plan, price=there.price
+            )  # the machine's settings may change; what was measured stays
+        return cls(path, there)
+
+    def start(self, plan: Plan, about: Mapping[str, Any]) -> None:
+        """Make the folder; `about` are the versions and the device that the comparison began with."""
+        try:
+            files.write_json(self.path / PLAN, {"schema": SCHEMA, **about, "plan": plan.to_json()})
+        except OSError as error:
+            raise InputError(
+                f"out is {str(self.path)!r}, which cannot be written: {error.strerror}"
+            ) from None
+        self.plan = plan
+
+    @property
+    def started(self) -> bool:
+        return (self.path / PLAN).is_file()
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What plan.json says beside the plan."""
+        return {key: value for key, value in files.read_json(self.path / PLAN).items() if key != "plan"}
+
+    def folder(self, label: str) -> Path:
+        """Where an entry's run is; `InputError` for a label that is not compared."""
+        if label not in self.plan.entries:
+            raise unknown("entry", label, self.plan.entries)
+        return self.path / "entries" / label
+
+    def run(self, label: str) -> Run | None:
+        """An entry's run, as far as it has got; None before its first step."""
+        folder = self.folder(label)
+        return Run.open(folder) if (folder / "run.json").is_file() else None
+
+    def unseen_prompts(self, label: str) -> list[Score]:
+        """An entry's scores on prompts that it was not fitted to; none if it was not judged on any."""
+        return load_scores(self.folder(label) / UNSEEN_PROMPTS)
+
+    def failures(self) -> dict[str, dict[str, dict[str, str]]]:
+        """By label and prompt ("" is the entry as a whole): the error in words, and its traceback."""
+        file = self.path / "failures.json"
+        return files.read_json(file) if file.is_file() else {}
+
+    def fail(self, label: str, prompts: Sequence[str], error: Exception) -> None:
+        """Remember what went wrong."""
+        told = str(error) if isinstance(error, IpgoError) else f"{type(error).__name__}: {error}"
+        logger.warning("%s failed%s: %s", label, f" on {prompts[0]!r}" if any(prompts) else "", told)
+        trace = "".join(traceback.format_exception(error))
+        failures = self.failures()
+        failures.setdefault(label, {}).update({each: {"error": told, "traceback": trace} for each in prompts})
+        files.write_json(self.path / "failures.json", failures)
+
+    def forgive(self, label: str, prompts: Sequence[str]) -> None:
+        """What failed before has worked now."""
+        failures = self.failures()
+        left = {each: error for each, error in failures.get(label, {}).items() if each not in prompts}
+        if left != failures.pop(label, {}):
+            files.write_json(self.path / "failures.json", {**failures, **({label: left} if left else {})})
+
+    def write(self, name: str, content: str) -> Path:
+        """Put another file, such as comparison.html, into the folder."""
+        files.write(self.path / name, content.encode())
+        return self.path / name
+
+
+def _check_same(path: Path, there: Plan, now: Plan) -> None:
+    """Raise `ResumeError` if the plans differ in what decides the results."""
+    if now.price is None:  # measured when the comparison began
+        there = replace(there, price=None)
+    before, after = there.identity(), now.identity()
+    differing = differences(before, {**dict.fromkeys(before), **after})
+    if differing:
+        raise ResumeError(
+            f"{str(path)!r} was made with another plan ({differing}); "
+            "give the same one to continue it, or another folder"
+        )

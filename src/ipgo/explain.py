@@ -1,0 +1,242 @@
+"""What inserted embeddings say and do: nearest words, drift, attention, and what is lost without each one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ipgo.adapters import Adapter, InsertionAdapter
+from ipgo.backends import Backend
+from ipgo.embeds import PromptEmbeds
+from ipgo.errors import InputError
+from ipgo.rewards import Reward, score
+from ipgo.runner import vocabulary
+from ipgo.sampling import Sampling, denoise, sample
+
+WORDS = 64  # words encoded at once
+
+
+@dataclass(frozen=True)
+class Inserted:
+    """One inserted embedding.
+
+    Attributes:
+        side, position: "prefix" or "suffix", and where in it, from 0.
+        words: the nearest words of the vocabulary with their cosines, the nearest first.
+        norm: its Euclidean norm.
+        to_prompt: its cosine with the mean of the prompt's own states.
+        attention: its share of the denoiser's cross-attention in each step, mean over layers, heads, places and
+            images.
+        without: what the reward changes by if it is left out, mean over images: below 0 if it helped.
+    """
+
+    side: str
+    position: int
+    words: tuple[tuple[str, float], ...]
+    norm: float
+    to_prompt: float
+    attention: tuple[float, ...]
+    without: float
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What was inserted around a prompt.
+
+    Attributes:
+        reward, value, raw: its name, its mean over the seeds with all embeddings, and for the prompt as it is.
+        prompt_norm: mean norm of the prompt's own states.
+        drift: |mean of all text states - mean of the prompt's own| / |mean of the prompt's own|.
+        text_attention, padding_attention: shares in each step of the prompt's own states and of the padding's;
+            with those of the inserted ones they add up to 1.
+        inserted: prefix first.
+    """
+
+    prompt: str
+    seeds: tuple[int, ...]
+    reward: str
+    value: float
+    raw: float
+    prompt_norm: float
+    drift: float
+    text_attention: tuple[float, ...]
+    padding_attention: tuple[float, ...]
+    inserted: tuple[Inserted, ...]
+
+
+class Vocabulary:
+    """Words in the text encoder's output space: each is the state of its last token, alone in a prompt."""
+
+    def __init__(self, backend: Backend, words: Sequence[str]) -> None:
+        self.words = tuple(words)
+        states = []
+        for start in range(0, len(words), WORDS):
+            with torch.no_grad():
+                encoded = backend.encode(words[start : start + WORDS])
+            rows = torch.arange(len(encoded.mask), device=encoded.mask.device)
+            states.append(encoded.embeds[rows, encoded.mask.sum(1) - 2].float())  # before the end mark
+        self.states = F.normalize(torch.cat(states), dim=-1)  # (V, D)
+
+    @classmethod
+    def of(cls, backend: Backend) -> Vocabulary:
+        """The words that the backend's folder names, or else all words of its tokenizer.
+
+        Raises:
+            InputError: it has neither.
+        """
+        known = vocabulary(backend.name)
+        if known is not None:
+            return cls(backend, known["words"])
+        tokenizer: Any = getattr(getattr(backend, "pipe", None), "tokenizer", None)
+        tokens = tokenizer.get_vocab() if tokenizer is not None else {}
+        words = {token.removesuffix("</w>") for token in tokens if token.endswith("</w>")}
+        # CLIP writes everything in small letters before it looks it up.
+        plain = sorted(word for word in words if word.isascii() and word.isalnum() and word == word.lower())
+        if not plain:
+            raise InputError(f"backend {backend.name!r} has no vocabulary of words to compare with")
+        return cls(backend, plain)
+
+    def nearest(self, vectors: Tensor, count: int) -> list[tuple[tuple[str, float], ...]]:
+        """The words with the highest cosines to each of (n, D), and these."""
+        cosines = F.normalize(vectors.float(), dim=-1) @ self.states.mT  # (n, V)
+        values, numbers = cosines.topk(min(count, len(self.words)))
+        return [
+            tuple((self.words[number], value) for number, value in zip(*pair, strict=True))
+            for pair in zip(numbers.tolist(), values.tolist(), strict=True)
+        ]
+
+
+def explain(
+    backend: Backend,
+    adapter: Adapter,
+    prompt: str,
+    seeds: Sequence[int],
+    sampling: Sampling,
+    reward: Reward,
+    words: Vocabulary,
+    top: int = 3,
+) -> Explanation:
+    """Explain what an adapter inserts around a prompt, on images from some seeds. The backend stays as it is.
+
+    Raises:
+        InputError: the adapter holds no inserted embeddings, or none for this prompt; or there are no seeds.
+    """
+    if not isinstance(adapter, InsertionAdapter):
+        raise InputError(
+            f"this adapter is of kind {adapter.kind!r}; only inserted embeddings (kind 'insertion') are explained"
+        )
+    if not seeds:
+        raise InputError("seeds is empty; give at least one")
+    look = _Look(backend, adapter, prompt, tuple(seeds), sampling)
+    prefix, length = adapter.insertion.num_prefix, look.original.length
+    places = [*range(prefix), *range(prefix + length, look.cond.length)]
+    vectors = look.cond.embeds[0, places].float()
+    center = look.original.mean()[0]
+    shares = look.attention()  # (T, n + L + m)
+    own, text = shares[:, prefix : prefix + length], look.original.mask[0]
+    value = look.value(reward, look.cond)
+    nearest = words.nearest(vectors, top)
+    inserted = tuple(
+        Inserted(
+            side="prefix" if place < prefix else "suffix",
+            position=place if place < prefix else place - prefix - length,
+            words=nearest[number],
+            norm=float(vectors[number].norm()),
+            to_prompt=float(torch.cosine_similarity(vectors[number], center.float(), dim=0)),
+            attention=tuple(shares[:, place].tolist()),
+            without=look.value(reward, without(look.cond, place)) - value,
+        )
+        for number, place in enumerate(places)
+    )
+    return Explanation(
+        prompt=prompt,
+        seeds=tuple(seeds),
+        reward=reward.name,
+        value=value,
+        raw=look.value(reward, look.original),
+        prompt_norm=float(look.original.norm()[0]),
+        drift=float((look.cond.mean()[0] - center).norm() / center.norm()),
+        text_attention=tuple(own[:, text].sum(1).tolist()),
+        padding_attention=tuple(own[:, ~text].sum(1).tolist()),
+        inserted=inserted,
+    )
+
+
+def without(cond: PromptEmbeds, place: int) -> PromptEmbeds:
+    """The states (B, L - 1, D) that are left if the one at `place` is taken out."""
+    kept = [number for number in range(cond.length) if number != place]
+    return replace(cond, embeds=cond.embeds[:, kept], mask=cond.mask[:, kept])
+
+
+class _Look:
+    """One prompt on S seeds, drawn as often as it takes, never with gradient."""
+
+    def __init__(
+        self, backend: Backend, adapter: Adapter, prompt: str, seeds: tuple[int, ...], sampling: Sampling
+    ) -> None:
+        self.backend, self.adapter, self.sampling = backend, adapter, sampling
+        self.prompts = [prompt] * len(seeds)
+        with torch.no_grad():
+            self.original = backend.encode(self.prompts)
+            self.cond = adapter.condition(backend, self.prompts, self.original)
+        self.noise = adapter.noise(backend, self.prompts, seeds, sampling.noise_steps)
+
+    @torch.no_grad()
+    def value(self, reward: Reward, cond: PromptEmbeds) -> float:
+        """The reward's mean over the seeds, with these states."""
+        uncond = self.adapter.unconditional(self.backend, self.prompts, cond, self.sampling)
+        images = sample(self.backend, cond, uncond, self.noise, self.sampling)
+        return float(score(reward, images, self.prompts).mean())
+
+    def attention(self) -> Tensor:
+        """(T, L): where the denoiser looks in each step, as shares of the states of `cond`."""
+        captured: list[Tensor] = []
+        layers = [module for module in self.backend.modules["denoiser"].modules() if _attends(module)]
+        if not layers:
+            raise InputError(
+                f"backend {self.backend.name!r} has no cross-attention layers that can be looked into"
+            )
+
+        def capture(layer: Any, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+            weights = attention_weights(layer, positional[0], **named)  # (2 B or B, heads, places, L)
+            halves = weights[-len(self.prompts) :]  # guidance puts the prompt's own half last
+            captured.append(halves.float().mean((0, 1, 2))[: self.cond.length])
+
+        handles = [layer.register_forward_pre_hook(capture, with_kwargs=True) for layer in layers]
+        steps = []
+        try:
+            with torch.no_grad():
+                uncond = self.adapter.unconditional(self.backend, self.prompts, self.cond, self.sampling)
+                for _ in denoise(self.backend, self.cond, uncond, self.noise, self.sampling):
+                    steps.append(torch.stack(captured).mean(0))
+                    captured.clear()
+        finally:
+            for handle in handles:
+                handle.remove()
+        return torch.stack(steps).cpu()
+
+
+def _attends(module: torch.nn.Module) -> bool:
+    return bool(getattr(module, "is_cross_attention", False)) and hasattr(module, "get_attention_scores")
+
+
+def attention_weights(
+    layer: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    **unused: Any,
+) -> Tensor:
+    """softmax(q k^T / sqrt(d)) of a diffusers cross-attention layer from its inputs: (B, heads, places, L)."""
+    with torch.no_grad():
+        query = layer.head_to_batch_dim(layer.to_q(hidden_states))
+        key = layer.head_to_batch_dim(layer.to_k(encoder_hidden_states))
+        rows, length = encoder_hidden_states.shape[:2]
+        mask = layer.prepare_attention_mask(attention_mask, length, rows)
+        weights: Tensor = layer.get_attention_scores(query, key, mask)
+    return weights.view(rows, layer.heads, -1, length)

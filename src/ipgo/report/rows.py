@@ -1,0 +1,227 @@
+"""The numbers of a comparison, from what its runs stored: no model is needed."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ipgo.budget import Price
+from ipgo.comparison import Comparison
+from ipgo.config import FIRST_UNSEEN
+from ipgo.evaluation import Gain, Interval, Score, average, summarise, win_rate
+from ipgo.report import charts
+from ipgo.report.build import total_cost
+from ipgo.store import Run
+
+POINTS = 60  # of a curve of reward against budget
+Points = list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one entry.
+
+    Attributes:
+        label, method: its name here, and that of its method.
+        transfers: what its adapter serves beside what it was fitted to: "unseen seeds", "unseen seeds and
+            prompts" or "nothing"; "" before a prompt is finished.
+        prompts, finished, failed: how many there are, have a result, and went wrong.
+        errors: in words, each once.
+        scores: those of its own images, under its label; of its own raw images under "raw".
+        fitted, unseen, unseen_prompts: what it did to each reward, by reward: on noise it was fitted to, on
+            noise it was not (empty if it transfers to nothing), and on prompts it was not (shared entries).
+        means: the reward that was raised, on fitted and on unseen noise; None where there is none.
+        final, best: that reward in the fit itself, mean over prompts: of the last step and of the best one
+            (over as many steps as there are seeds, if there are several).
+        curve: (weighted calls for each prompt, the reward so far), mean over prompts.
+        calls, weighted: for each prompt, by kind, and their weighted sum.
+        seconds, memory, parameters: for each prompt; the peak in MiB; numbers learned.
+    """
+
+    label: str
+    method: str
+    shared: bool
+    transfers: str
+    prompts: int
+    finished: int
+    failed: int
+    errors: tuple[str, ...]
+    scores: list[Score]
+    fitted: dict[str, Gain]
+    unseen: dict[str, Gain]
+    unseen_prompts: dict[str, Gain]
+    means: tuple[Interval | None, Interval | None]
+    final: float | None
+    best: float | None
+    curve: Points
+    calls: dict[str, float]
+    weighted: float
+    seconds: float
+    memory: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """How often the entry of a row beats that of a column: on the same prompts and seeds, ties half."""
+
+    noise: str
+    labels: tuple[str, ...]
+    wins: dict[tuple[str, str], Interval]
+
+
+def rows(folder: Comparison) -> list[Row]:
+    """One for each entry, in the plan's order."""
+    failures = folder.failures()
+    price = folder.plan.price or Price(1, 1)
+    return [_row(folder, label, failures.get(label, {}), price) for label in folder.plan.entries]
+
+
+def _row(folder: Comparison, label: str, failures: Mapping[str, Mapping[str, str]], price: Price) -> Row:
+    run = folder.run(label)
+    errors = tuple(dict.fromkeys(each["error"] for each in failures.values()))
+    planned = folder.plan.config(label)
+    results = run.results() if run is not None else []
+    wrong = len(folder.plan.prompts) if "" in failures and run is None else len(set(failures) - {""})
+    wrong += sum(result["status"] == "failed" for result in results)
+    scores = [_renamed(each, label) for each in run.scores()] if run is not None else []
+    transfers, wide = _transfers(run, bool(results), planned.shared)
+    unseen = _of_seeds(scores, planned.new_seeds) if wide else []
+    fitted = _of_seeds(scores, planned.seeds)
+    final, best = _selection(run, len(planned.seeds))
+    return Row(
+        label=label,
+        method=planned.method_name,
+        shared=planned.shared,
+        transfers=transfers,
+        prompts=len(folder.plan.prompts),
+        finished=len(results),
+        failed=wrong,
+        errors=errors,
+        scores=[*fitted, *unseen],
+        fitted=_gains(fitted),
+        unseen=_gains(unseen),
+        unseen_prompts=_gains([_renamed(each, label) for each in folder.unseen_prompts(label)]),
+        means=(_mean(fitted, label, planned.reward), _mean(unseen, label, planned.reward)),
+        final=final,
+        best=best,
+        curve=_curve(run, price, len(planned.seeds)),
+        **_costs(results, price),
+    )
+
+
+def _renamed(each: Score, label: str) -> Score:
+    return each if each.method == "raw" else replace(each, method=label)
+
+
+def _of_seeds(scores: Sequence[Score], seeds: Collection[int]) -> list[Score]:
+    return [each for each in scores if each.seed in seeds]
+
+
+def _gains(scores: Sequence[Score]) -> dict[str, Gain]:
+    return {gain.reward: gain for gain in summarise(scores)}
+
+
+def _mean(scores: Sequence[Score], label: str, reward: str) -> Interval | None:
+    """Of the entry's own images: those of the method raw go by that name."""
+    own = [each for each in scores if each.reward == reward]
+    name = label if any(each.method == label for each in own) else "raw"
+    return average(own, name, reward) if own else None
+
+
+def _transfers(run: Run | None, some: bool, shared: bool) -> tuple[str, bool]:
+    """In words, and whether scores on unseen noise mean anything."""
+    if run is None or not some:
+        return "", True
+    done = next(prompt for prompt in run.prompts if run.done(prompt))
+    if run.load_adapter(done).transfers == "nothing":
+        return "nothing", False
+    return "unseen seeds and prompts" if shared else "unseen seeds", True
+
+
+def _histories(run: Run | None) -> list[list[dict[str, Any]]]:
+    if run is None:
+        return []
+    histories = [run.history(prompt) for prompt in (run.prompts[:1] if run.config.shared else run.prompts)]
+    return [history for history in histories if history]
+
+
+def _so_far(history: Sequence[Mapping[str, Any]], seeds: int) -> list[float | None]:
+    return charts.smooth([line["reward"] for line in history], seeds)[1]
+
+
+def _selection(run: Run | None, seeds: int) -> tuple[float | None, float | None]:
+    """The reward of the last step and of the best step, each the mean over prompts."""
+    ends = []
+    for history in _histories(run):
+        values = [line["reward"] for line in history] if seeds == 1 else _so_far(history, seeds)
+        known = [value for value in values if value is not None]
+        if known:
+            ends.append((known[-1], max(known)))
+    if not ends:
+        return None, None
+    final, best = (sum(column) / len(ends) for column in zip(*ends, strict=True))
+    return final, best
+
+
+def _curve(run: Run | None, price: Price, seeds: int) -> Points:
+    """Mean over prompts of the reward so far, at equal distances; a prompt keeps its last value to the end."""
+    traces: list[tuple[list[float], list[float]]] = []
+    for history in _histories(run):
+        pairs = zip(history, _so_far(history, seeds), strict=True)
+        known = [(price.of(line.get("calls", {})), value) for line, value in pairs if value is not None]
+        if known:
+            spent, values = (list(column) for column in zip(*known, strict=True))
+            traces.append((spent, values))
+    if not traces:
+        return []
+    first, last = max(spent[0] for spent, _ in traces), max(spent[-1] for spent, _ in traces)
+    places = (
+        [first + (last - first) * step / (POINTS - 1) for step in range(POINTS)] if last > first else [last]
+    )
+    points = []
+    for place in places:
+        values = [each[bisect.bisect_right(spent, place + 1e-6) - 1] for spent, each in traces]
+        points.append((place, sum(values) / len(values)))
+    return points
+
+
+def _costs(results: Sequence[Mapping[str, Any]], price: Price) -> dict[str, Any]:
+    """Means over the finished prompts; memory and parameters are the largest."""
+    total = total_cost([dict(result) for result in results])
+    count = max(1, len(results))
+    calls = {name: value / count for name, value in total["calls"].items()}
+    return {
+        "calls": calls,
+        "weighted": price.of(calls),
+        "seconds": total["seconds"] / count,
+        "memory": total["memory"],
+        "parameters": total["parameters"],
+    }
+
+
+def matrices(entries: Sequence[Row], reward: str) -> list[Matrix]:
+    """Win rates in the raised reward between all entries: on fitted noise, and on unseen noise."""
+    found = []
+    for place, noise in enumerate(("fitted noise", "unseen noise")):
+        chosen = {
+            row.label: _own(row, reward, bool(place)) for row in entries if row.means[place] is not None
+        }
+        wins = {}
+        for ours, a in chosen.items():
+            for theirs, b in chosen.items():
+                shared = {(each.prompt, each.seed) for each in a} & {(each.prompt, each.seed) for each in b}
+                if ours != theirs and shared:
+                    wins[ours, theirs] = win_rate([*a, *b], ours, theirs, reward)
+        if wins:
+            found.append(Matrix(noise, tuple(chosen), wins))
+    return found
+
+
+def _own(row: Row, reward: str, unseen: bool) -> list[Score]:
+    """The scores of the entry's own images, under its label; the method raw has them as "raw"."""
+    chosen = [each for each in row.scores if each.reward == reward and (each.seed >= FIRST_UNSEEN) == unseen]
+    kept = [each for each in chosen if each.method == row.label]
+    return kept or [replace(each, method=row.label) for each in chosen]

@@ -1,0 +1,63 @@
+"""What several commands share: how they read their words, and find prompts and adapters."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ipgo.errors import InputError
+from ipgo.prompts import READERS, read_prompts
+
+if TYPE_CHECKING:
+    from ipgo.adapters import Adapter
+
+
+def command_parser(command: str, description: str) -> argparse.ArgumentParser:
+    """The parser of one command."""
+    return _Parser(prog=f"ipgo {command}", description=description, allow_abbrev=False)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with one sentence in place of its usage lines."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise InputError(f"{message}; see `{self.prog} --help`")
+
+
+def read_texts(texts: Sequence[str], spec: str | None) -> list[str]:
+    """The prompts in the command, then those of a file or set."""
+    for text in texts:
+        if Path(text).suffix.lower() in READERS and Path(text).is_file():
+            raise InputError(f"{text!r} is a file; read its prompts with --prompts {text}")
+    return [*texts, *(read_prompts(spec) if spec else [])]
+
+
+def loading(name: str) -> None:
+    """Say on a terminal why nothing moves for some seconds."""
+    if sys.stderr.isatty():
+        print(f"loading {name} ...", file=sys.stderr)
+
+
+def underscores(word: str) -> str:
+    """`--unseen-seeds=4` is `--unseen_seeds=4`."""
+    name, equals, value = word.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") else word
+
+
+def find_adapter(path: Path) -> tuple[Adapter, dict[str, Any]]:
+    """The adapter in a folder, or all of a run's as one, and the backend settings that it was made under."""
+    from ipgo.adapters import stack
+    from ipgo.store import Run, adapter_facts, load_adapter
+
+    if not (path / "run.json").is_file():
+        return load_adapter(path), dict(adapter_facts(path)["settings"])
+    folder = Run.open(path)
+    done = [prompt for prompt in folder.prompts if folder.done(prompt)]
+    if not done:
+        raise InputError(f"run {str(path)!r} has no finished prompt yet")
+    settings = dict(adapter_facts(folder.adapter_folder(done[0]))["settings"])
+    adapters = [folder.load_adapter(prompt) for prompt in done]
+    return (adapters[0] if adapters[0].prompts is None else stack(adapters)), settings

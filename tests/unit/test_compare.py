@@ -1,0 +1,472 @@
+"""Comparisons: budgets by hand, what is kept and resumed, and the table that is made of it."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from ipgo import (
+    IPGO,
+    Adapter,
+    Ascent,
+    InputError,
+    Progress,
+    Run,
+    Task,
+    cli,
+    generate,
+    load_backend,
+    load_reward,
+    runner,
+)
+from ipgo import compare as work
+from ipgo.budget import BudgetSpent, Ledger, Price, fit_to, length_of, measure, paid, step_cost, watch
+from ipgo.cli_compare import comparisons, entries_of, read_comparison
+from ipgo.comparison import Comparison, Plan
+from ipgo.config import RunConfig
+from ipgo.methods import METHODS, BestOfN, Raw
+from ipgo.report import comparison as page
+from ipgo.report.rows import rows
+from ipgo.rewards import score
+from ipgo.sampling import Sampling
+
+PRICE = Price(2.0, 3.0)
+PROMPTS = ("a fox", "a <b>lemon</b> | more")
+BUDGET = 19
+REWARD = load_reward("colorfulness", device="cpu")
+
+
+@dataclasses.dataclass(frozen=True)
+class Picky:
+    """Raw, but for foxes."""
+
+    stackable: ClassVar[bool] = True
+
+    def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
+        if any("fox" in prompt for prompt in task.prompts):
+            raise RuntimeError("no <i>foxes</i>")
+        yield from Raw().fit(task)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spender:
+    """Draws one image in its first step, two in its second, and so on."""
+
+    stackable: ClassVar[bool] = True
+
+    def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
+        start = int(resume["step"]) if resume is not None else 0
+        for step in range(start, 50):
+            for _ in range(step + 1):
+                images = generate(
+                    task.backend, task.prompts, [0] * len(task.prompts), Adapter(), task.sampling
+                )
+            rewards = score(task.reward, images, list(task.prompts)).detach()
+            yield progress(step + 1, 50, rewards)
+
+
+def progress(step: int, total: int, rewards: Tensor) -> Progress:
+    none = torch.zeros(len(rewards))
+    state = {"step": torch.tensor(step)}
+    return Progress(step, total, rewards, rewards, none, none, none.bool(), None, Adapter(), lambda: state)
+
+
+class Counted:
+    """As much of a backend as a ledger needs."""
+
+    def __init__(self) -> None:
+        self.calls: Counter[str] = Counter(denoiser=100)
+
+
+def steps_of(
+    costs: list[list[int]], limit: float, earlier: int = 0
+) -> tuple[list[tuple[int, int]], Counter[str]]:
+    """(step, total) of each step that is passed on, of a search whose steps make so many calls each."""
+    backend: Any = Counted()
+
+    def search() -> Iterator[Progress]:
+        for step, calls in enumerate(costs, 1):
+            for count in calls:
+                backend.calls["denoiser"] += count
+            yield progress(step, len(costs), torch.ones(1))
+
+    found = watch(search(), backend, PRICE, limit, Counter(denoiser=earlier))
+    return [(each.step, each.total) for each in found], backend.calls
+
+
+# -- budgets by hand -----------------------------------------------------------------------------------------
+
+
+def test_weighted_calls_by_hand() -> None:
+    calls = {"denoiser": 10, "denoiser_grad": 4, "denoiser_grad_both": 3, "decoder": 99}
+    assert PRICE.of(calls) == 6 * 1 + 1 * 2 + 3 * 3
+    assert PRICE.of({}) == 0
+    with pytest.raises(InputError, match=r"price.both is 0.5; it must be at least 1"):
+        Price(1, 0.5)
+
+
+def test_the_ledger_refuses_the_call_beyond_the_limit() -> None:
+    ledger = Ledger(Counter(denoiser=7), PRICE, 4)
+    ledger["denoiser"] += 2  # 2 spent
+    ledger["denoiser_grad"] += 2  # 4 spent
+    ledger["decoder"] += 50
+    with pytest.raises(BudgetSpent):
+        ledger["denoiser"] += 1
+    assert dict(ledger) == {"denoiser": 9, "denoiser_grad": 2, "decoder": 50}
+
+
+def test_a_search_ends_before_the_step_that_is_not_paid_for() -> None:
+    assert steps_of([[3]] * 9, 10)[0] == [(1, 9), (2, 9), (3, 3)]
+    assert steps_of([[3]] * 3, 9)[0] == [(1, 3), (2, 3), (3, 3)]
+    found, calls = steps_of([[1], [2], [2, 2, 2], [1]], 6)  # 1 + 2 + 2 may be, but the third step is dearer
+    assert found == [(1, 4), (2, 4)]
+    assert calls["denoiser"] == 100 + 5  # its third call was refused
+    assert type(calls) is Counter
+    assert steps_of([[3]] * 9, 10, earlier=3)[0] == [(1, 9), (2, 2)]
+    with pytest.raises(BudgetSpent):
+        steps_of([[11]], 10)
+
+
+@pytest.mark.parametrize(
+    ("ascent", "shared", "cost"),
+    [
+        (Ascent(backprop_steps=1), False, 20 + 1),
+        (Ascent(backprop_steps=4), False, 20 + 1 + 3 * 2),
+        (Ascent(backprop_steps=None), False, 20 + 1 + 19 * 2),
+        (Ascent(backprop_steps=5, random_backprop=True), False, 20 + 1 + 2 * 2),
+        (Ascent(backprop_steps=1, renoised=2), False, 20 + 1 + 2 * 2),
+        (Ascent(backprop_steps=1, batch_size=2, accumulate=3), True, (20 + 1) * 6 / 2),
+    ],
+)
+def test_what_a_step_costs_by_hand(ascent: Ascent, shared: bool, cost: float) -> None:
+    config = RunConfig(("a", "b"), IPGO(ascent=ascent), shared=shared)
+    assert step_cost(config, 20, PRICE) == cost
+
+
+def test_the_length_that_a_budget_pays_for() -> None:
+    config = RunConfig(("a",), BestOfN(n=3), seeds=(0, 1))
+    assert step_cost(config, 20, PRICE) == 40
+    assert paid(config, 119, 40.0) == 2
+    assert paid(config, 3000, 0.1 * 3) == 10000
+    assert fit_to(config, "n", 2).method == BestOfN(n=2)
+    ipgo = RunConfig(("a",), IPGO())
+    assert fit_to(ipgo, "ascent.steps", 7).method == IPGO(ascent=dataclasses.replace(IPGO().ascent, steps=7))
+    with pytest.raises(InputError, match=r"budget is 39; one step of 'best-of-n' takes 40.0 denoiser calls"):
+        paid(config, 39, 40.0)
+
+
+def test_a_measured_price_leaves_the_ledger(pipeline_folder: str) -> None:
+    backend = load_backend(pipeline_folder, device="cpu")
+    backend.calls["denoiser"] = 5
+    price = measure(backend, PROMPTS, Sampling(steps=2))
+    assert dict(backend.calls) == {"denoiser": 5}
+    assert 1 <= price.gradient < 30
+    assert all(parameter.grad is None for parameter in backend.modules["denoiser"].parameters())
+
+
+# -- entries and plans ---------------------------------------------------------------------------------------
+
+
+def test_entries_take_what_their_methods_need_and_what_the_file_says() -> None:
+    file = {"small": {"method": {"insertion": {"rank": 5}}}, "dno": None, "bare": {"method": "raw"}}
+    method = {"name": "ipgo", "ascent": {"lr": 0.5}}
+    assert entries_of("small,dno,bare,best-of-n", file, method) == {
+        "small": {"method": {"name": "ipgo", "ascent": {"lr": 0.5}, "insertion": {"rank": 5}}},
+        "dno": {"sampling": {"eta": 1.0}, "method": {"name": "dno"}},
+        "bare": {"method": {"name": "raw"}},
+        "best-of-n": {"length": "n", "method": {"name": "best-of-n"}},
+    }
+    assert list(entries_of(None, file, method)) == ["small", "dno", "bare"]
+    for names, found, message in (
+        ("igpo", file, "unknown method or entry 'igpo'; did you mean 'ipgo'"),
+        ("raw,raw", file, "'raw' is compared twice"),
+        (None, {}, "methods is empty"),
+        (None, {"x": {"method": "y"}}, "entry 'x' has method 'y'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            entries_of(names, found, method)
+
+
+@pytest.mark.parametrize("name", comparisons())
+def test_bundled_comparisons_are_plans_that_work(name: str) -> None:
+    settings = read_comparison(name)
+    entries = entries_of(None, settings["entries"], settings["method"])
+    common = {k: v for k, v in RunConfig(("a",)).to_json().items() if k not in ("prompts", "method")}
+    plan = Plan(("a",), common, entries, 3000)
+    plan.check()
+    configs = {label: plan.config(label) for label in entries}
+    assert configs["rank-5"].method.insertion.rank == 5  # type: ignore[attr-defined]
+    assert configs["unpadded"].padding == "none"
+    distinct = {str(config.identity()) for config in configs.values()}
+    assert len(distinct) == len(configs)
+
+
+def test_every_method_has_the_length_that_is_said_of_it() -> None:
+    common = {k: v for k, v in RunConfig(("a",)).to_json().items() if k not in ("prompts", "method")}
+    plan = Plan(("a",), common, entries_of(",".join(METHODS), {}, {}))
+    plan.check()
+    without = {name for name in METHODS if length_of(plan.config(name).method, plan.length(name)) is None}
+    assert without == {"raw", "chatgpt", "promptist"}  # they do not search
+
+
+# -- a comparison on a tiny pipeline -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, "picky", Picky)
+    monkeypatch.setitem(METHODS, "spender", Spender)
+
+
+CONFIG = """
+entries:
+  raw:
+  ipgo:
+    method: {insertion: {num_prefix: 2, num_suffix: 1}, ascent: {lr: 0.01, backprop_steps: 2}}
+  ipgo-once:
+    method: {name: ipgo, insertion: {num_prefix: 2, num_suffix: 1}, ascent: {steps: 1, backprop_steps: 2}}
+  best-of-n:
+  picky:
+  spender:
+"""
+
+
+def command(pipeline_folder: str, folder: Path, *flags: str) -> int:
+    file = folder.parent / "entries.yaml"
+    file.write_text(CONFIG)
+    words = ["compare", *PROMPTS, "--config", str(file), "--budget", str(BUDGET), "--price", "2", "3"]
+    words += ["--backend", pipeline_folder, "--reward", "colorfulness", "--held-out", "contrast"]
+    words += ["--sampling.steps", "2", "--unseen-seeds", "2", "--out", str(folder)]
+    return cli.main([*words, *flags])
+
+
+@pytest.fixture(scope="module")
+def compared(pipeline_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(METHODS, "picky", Picky)
+        patch.setitem(METHODS, "spender", Spender)
+        folder = tmp_path_factory.mktemp("compared") / "table"
+        assert command(pipeline_folder, folder) == 1  # a prompt of picky failed
+    return folder
+
+
+@pytest.mark.usefixtures("fakes")
+def test_nobody_spends_more_than_the_budget(compared: Path) -> None:
+    folder = Comparison.open(compared)
+    assert folder.plan.price == PRICE
+    found = {row.label: row for row in rows(folder)}
+    # ipgo: 2 calls an image, the first with gradient weighs 2, the second 3: 5 a step, 3 steps.
+    # best-of-n: 2 a candidate. spender: 2 + 4 + 6, the next 8 are broken off.
+    assert {label: row.weighted for label, row in found.items()} == {
+        "raw": 2, "ipgo": 15, "ipgo-once": 5, "best-of-n": 18, "picky": 2, "spender": 12
+    }  # fmt: skip
+    assert found["ipgo"].calls == {"denoiser": 6, "denoiser_grad": 6, "denoiser_grad_both": 3, "decoder": 3}
+    run = folder.run("ipgo")
+    assert run is not None
+    assert run.config.method.ascent.steps == 3  # type: ignore[attr-defined]
+    assert [line["calls"]["denoiser"] for line in run.history(run.prompts[0])] == [2, 4, 6]
+    assert found["ipgo"].curve[0][0] == 5
+    assert found["ipgo"].curve[-1][0] == 15
+
+
+@pytest.mark.usefixtures("fakes")
+def test_a_failure_is_remembered_and_the_rest_goes_on(compared: Path) -> None:
+    folder = Comparison.open(compared)
+    failures = folder.failures()
+    assert list(failures) == ["picky"]
+    assert list(failures["picky"]) == ["a fox"]
+    assert failures["picky"]["a fox"]["error"] == "RuntimeError: no <i>foxes</i>"
+    assert "Traceback" in failures["picky"]["a fox"]["traceback"]
+    picky = next(row for row in rows(folder) if row.label == "picky")
+    assert (picky.finished, picky.failed, picky.prompts) == (1, 1, 2)
+
+
+@pytest.mark.usefixtures("fakes")
+def test_rows_say_what_the_runs_stored(compared: Path) -> None:
+    folder = Comparison.open(compared)
+    found = {row.label: row for row in rows(folder)}
+    run = folder.run("ipgo")
+    assert run is not None
+    own = [
+        each.value
+        for each in run.scores()
+        if (each.method, each.reward, each.seed) == ("ipgo", "colorfulness", 0)
+    ]
+    histories = [[line["reward"] for line in run.history(prompt)] for prompt in run.prompts]
+    row = found["ipgo"]
+    assert row.means[0] is not None
+    assert row.means[0].value == pytest.approx(sum(own) / 2)
+    assert row.final == pytest.approx((histories[0][-1] + histories[1][-1]) / 2)
+    assert row.best == pytest.approx((max(histories[0]) + max(histories[1])) / 2)
+    assert row.best == pytest.approx(row.means[0].value, abs=1e-5)  # the adapter is the best step's
+    assert (row.transfers, found["best-of-n"].transfers) == ("unseen seeds", "nothing")
+    assert set(row.unseen) == {"colorfulness", "contrast"}
+    assert found["best-of-n"].unseen == {}
+    assert found["best-of-n"].means[1] is None
+    assert found["raw"].fitted == {}
+
+
+@pytest.mark.usefixtures("fakes")
+def test_matrices_are_win_rates_and_leave_out_what_does_not_transfer(compared: Path) -> None:
+    fitted, unseen = page.matrices(rows(Comparison.open(compared)), "colorfulness")
+    assert fitted.labels == ("raw", "ipgo", "ipgo-once", "best-of-n", "picky", "spender")
+    assert unseen.labels == ("raw", "ipgo", "ipgo-once", "picky", "spender")
+    for (a, b), rate in fitted.wins.items():
+        assert rate.value + fitted.wins[b, a].value == 1
+    assert fitted.wins["raw", "spender"].value == 0.5  # the same images
+    assert fitted.wins["best-of-n", "raw"].value >= 0.5
+    assert fitted.wins["picky", "raw"].n == 1
+
+
+@pytest.mark.usefixtures("fakes")
+def test_the_table_is_redrawn_without_a_model(
+    compared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("comparison.html", "comparison.md", "comparison.csv")
+    before = {name: (compared / name).read_bytes() for name in names}
+    for name in names:
+        (compared / name).unlink()
+
+    def unloadable(*arguments: object, **named: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    for name in ("load_backend", "load_reward", "load_models", "load_judge"):
+        monkeypatch.setattr(runner, name, unloadable)
+    assert cli.main(["report", str(compared)]) == 1
+    printed = capsys.readouterr()
+    assert "colorfulness, which was raised" in printed.out
+    assert "ipgo: failed: picky (RuntimeError" in printed.err
+    assert {name: (compared / name).read_bytes() for name in names} == before
+    assert cli.main(["compare", "--redraw", "--out", str(compared)]) == 1
+
+
+@pytest.mark.usefixtures("fakes")
+def test_the_page_is_self_contained_and_escapes_what_users_wrote(compared: Path) -> None:
+    html = (compared / "comparison.html").read_text()
+    assert "a &lt;b&gt;lemon&lt;/b&gt; | more" in html
+    assert "no &lt;i&gt;foxes&lt;/i&gt;" in html
+    for text in ("<b>lemon", "<i>foxes", "http://", "https://", 'src="/', "url("):
+        assert text not in html
+    assert html.count("data:image/png;base64,") == 2 * (1 + 5) * 2 - 2  # raw and five others, but for a fox
+    for text in ("prefers-color-scheme: dark", "<svg", "Win rates on unseen noise", "peak MiB", "last step"):
+        assert text in html
+    table = (compared / "comparison.md").read_text()
+    assert "no \\<i\\>foxes" in table
+    bars = [line.replace("\\|", "").count("|") for line in table.splitlines()]
+    assert {(x, y) for x, y in itertools.pairwise(bars) if x and y and x != y} == set()
+    assert bars.count(9 + 1) == 2 + 6  # the first table: nine columns, a head and six entries
+    lines = list(csv.DictReader((compared / "comparison.csv").read_text().splitlines()))
+    line = next(
+        x for x in lines if (x["entry"], x["on"], x["reward"]) == ("ipgo", "unseen noise", "contrast")
+    )
+    assert line["held_out"] == "True"
+    assert float(line["value"]) - float(line["raw"]) == pytest.approx(float(line["gain"]))
+
+
+@pytest.mark.usefixtures("fakes")
+def test_a_stopped_comparison_goes_on_to_the_same_results(
+    compared: Path, pipeline_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record, folder, stops = Run.record, tmp_path / "table", 0
+    monkeypatch.setattr(runner, "CHECKPOINT_SECONDS", -1.0)
+    for allowed in (2, 4, 10):
+        left = iter(range(allowed))
+
+        def interrupt(*arguments: Any, left: Iterator[int] = left) -> None:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            record(*arguments)
+
+        monkeypatch.setattr(Run, "record", interrupt)
+        stops += command(pipeline_folder, folder) == 130
+    assert stops == 3
+    monkeypatch.setattr(Run, "record", record)
+    with monkeypatch.context() as patch:  # when spender's next step is not paid for, and nothing is drawn yet
+        patch.setattr(work, "finish_chunk", interrupt)
+        assert command(pipeline_folder, folder) == 130
+    assert command(pipeline_folder, folder) == 1
+    one, other = (rows(Comparison.open(place)) for place in (compared, folder))
+    for a, b in zip(one, other, strict=True):
+        assert (a.label, a.calls, a.scores, a.final, a.curve) == (
+            b.label,
+            b.calls,
+            b.scores,
+            b.final,
+            b.curve,
+        )
+
+
+@pytest.mark.usefixtures("fakes")
+def test_another_plan_is_refused_with_what_differs(
+    compared: Path, pipeline_folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for flags, message in (
+        (["--budget", "20"], "budget 19 there, 20 now"),
+        (["--seed", "5"], "common.seed 0 there, 5 now"),
+        (["--methods", "raw"], "labels"),
+        (["--price", "2", "4"], "price.both 3.0 there, 4.0 now"),
+    ):
+        assert command(pipeline_folder, compared, *flags) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+
+
+def test_shared_entries_are_judged_on_prompts_they_never_saw(pipeline_folder: str, tmp_path: Path) -> None:
+    for name, text in (("train", "a fox\na lemon"), ("test", "a bus")):
+        (tmp_path / f"{name}.txt").write_text(text)
+    (tmp_path / "x.yaml").write_text(
+        "method: {name: ipgo, ascent: {steps: 2, backprop_steps: 1, accumulate: 1}}"
+    )
+    words = [
+        "compare",
+        "--prompts",
+        str(tmp_path / "train.txt"),
+        "--unseen-prompts",
+        str(tmp_path / "test.txt"),
+    ]
+    words += ["--methods", "raw,ipgo,reno", "--shared", "--config", str(tmp_path / "x.yaml")]
+    words += ["--backend", pipeline_folder, "--reward", "colorfulness", "--held-out", "contrast"]
+    words += [
+        "--sampling.steps",
+        "2",
+        "--unseen-seeds",
+        "1",
+        "--price",
+        "2",
+        "3",
+        "--out",
+        str(tmp_path / "table"),
+    ]
+    assert cli.main(words) == 1  # reno cannot be shared
+    folder = Comparison.open(tmp_path / "table")
+    raw, ipgo, reno = rows(folder)
+    assert ipgo.unseen_prompts["colorfulness"].gain.n == 1
+    assert {each.prompt for each in folder.unseen_prompts("ipgo")} == {"a bus"}
+    assert ipgo.transfers == "unseen seeds and prompts"
+    assert raw.unseen_prompts == {}
+    assert "shared is true" in reno.errors[0]
+    assert (reno.finished, reno.failed) == (0, 2)
+
+
+def test_a_recomputed_call_is_a_forward_pass_and_a_differentiated_one(backend: Any) -> None:
+    ledgers = []
+    for recompute in (False, True):
+        backend.calls.clear()
+        ascent = Ascent(steps=2, backprop_steps=2, recompute=recompute)
+        list(IPGO(ascent=ascent).fit(Task(backend, REWARD, ("a fox",), Sampling(steps=3))))
+        ledgers.append(
+            {name: backend.calls[name] for name in ("denoiser", "denoiser_grad", "denoiser_grad_both")}
+        )
+    kept, again = ledgers
+    assert kept == {"denoiser": 6, "denoiser_grad": 4, "denoiser_grad_both": 2}
+    assert again == {**kept, "denoiser": 6 + 4}

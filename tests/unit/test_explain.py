@@ -1,0 +1,159 @@
+"""What is said of inserted embeddings: words, attention and what is lost without them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ipgo import (
+    Adapter,
+    InputError,
+    Insertion,
+    InsertionAdapter,
+    cli,
+    generate,
+    load_backend,
+    load_reward,
+    save_adapter,
+)
+from ipgo.adapters import NoiseAdapter
+from ipgo.backends import Backend
+from ipgo.explain import Vocabulary, attention_weights, explain
+from ipgo.sampling import Sampling
+
+PROMPT = "a fox"
+SAMPLING = Sampling(steps=3, guidance_scale=3.0)
+REWARD = load_reward("colorfulness", device="cpu")
+FREE = Insertion(2, 1, basis="free", rotations="none", norm=3.0)
+
+
+def adapter(backend: Backend, insertion: Insertion = FREE) -> InsertionAdapter:
+    return InsertionAdapter((PROMPT,), backend.embed_dim, insertion, backend.padding)
+
+
+@pytest.fixture(scope="module")
+def own(make_pipe: Callable[..., Any]) -> Backend:
+    return load_backend(make_pipe(), device="cpu")
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_weights_are_those_that_the_layer_uses(own: Backend, masked: bool) -> None:
+    layer: Any = next(m for m in own.modules["denoiser"].modules() if getattr(m, "is_cross_attention", False))
+    torch.manual_seed(0)
+    hidden = torch.randn(2, 9, layer.to_q.in_features)
+    states = torch.randn(2, 5, own.embed_dim)
+    bias = torch.zeros(2, 1, 5)
+    bias[1, 0, 3:] = -10000.0 if masked else 0.0
+    with torch.no_grad():
+        weights = attention_weights(layer, hidden, states, bias if masked else None)
+        expected = layer(hidden, encoder_hidden_states=states, attention_mask=bias if masked else None)
+        values = layer.to_v(states).view(2, 5, layer.heads, -1).transpose(1, 2)
+        output = layer.to_out[0]((weights @ values).transpose(1, 2).flatten(2))
+        queries, keys = (
+            x.view(2, -1, layer.heads, values.shape[-1]).transpose(1, 2)
+            for x in (layer.to_q(hidden), layer.to_k(states))
+        )
+        alone = (
+            torch.einsum("bhqd,bhkd->bhqk", queries, keys) / values.shape[-1] ** 0.5 + bias[:, None]
+        ).softmax(-1)
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(weights, alone)
+
+
+def test_shares_add_up_and_the_backend_stays_as_it_is(own: Backend) -> None:
+    learned = adapter(own)
+    before = generate(own, [PROMPT], [0], learned, SAMPLING)
+    found = explain(own, learned, PROMPT, (0, 1), SAMPLING, REWARD, Vocabulary.of(own))
+    for step in range(3):
+        inserted = sum(each.attention[step] for each in found.inserted)
+        assert inserted + found.text_attention[step] + found.padding_attention[step] == pytest.approx(
+            1, abs=1e-5
+        )
+        assert min(each.attention[step] for each in found.inserted) > 0
+    assert torch.equal(generate(own, [PROMPT], [0], learned, SAMPLING), before)
+    assert all(not module._forward_pre_hooks for module in own.modules["denoiser"].modules())
+    assert [(each.side, each.position) for each in found.inserted] == [
+        ("prefix", 0),
+        ("prefix", 1),
+        ("suffix", 0),
+    ]
+
+
+def test_without_padding_nothing_is_given_to_it(make_pipe: Callable[..., Any]) -> None:
+    backend = load_backend(make_pipe(), device="cpu", padding="none")
+    found = explain(backend, adapter(backend), PROMPT, (0,), SAMPLING, REWARD, Vocabulary(backend, ["a"]))
+    assert found.padding_attention == (0.0, 0.0, 0.0)
+
+
+def test_leaving_one_out_is_an_adapter_without_it(own: Backend) -> None:
+    learned = adapter(own)
+    found = explain(own, learned, PROMPT, (0, 1), SAMPLING, REWARD, Vocabulary(own, ["a"]))
+
+    def value(which: Any) -> float:
+        return float(REWARD(generate(own, [PROMPT] * 2, [0, 1], which, SAMPLING), [PROMPT] * 2).mean())
+
+    assert found.value == pytest.approx(value(learned), abs=1e-6)
+    assert found.raw == pytest.approx(value(Adapter()), abs=1e-6)
+    kept = adapter(own, Insertion(1, 1, basis="free", rotations="none", norm=3.0))
+    with torch.no_grad():
+        for side, other in zip(kept.sides(), learned.sides(), strict=True):
+            assert side.vectors is not None
+            assert other.vectors is not None
+            side.vectors.copy_(other.vectors[:, -1:])  # without the first of the prefix
+            side.scale.copy_(other.scale)
+    assert found.inserted[0].without == pytest.approx(value(kept) - value(learned), abs=1e-6)
+    assert abs(found.inserted[0].without) > 1e-6
+
+
+def test_the_nearest_word_of_a_words_state_is_that_word(own: Backend) -> None:
+    words = Vocabulary.of(own)
+    assert {"a", "q", "7"} <= set(words.words)
+    assert "Q" not in words.words
+    with torch.no_grad():
+        encoded = own.encode(["q"])
+    (nearest,) = words.nearest(5 * encoded.embeds[:, 1], 2)
+    assert nearest[0][0] == "q"
+    assert nearest[0][1] == pytest.approx(1, abs=1e-5)
+    assert nearest[1][1] < nearest[0][1]
+
+
+def test_norms_and_drift_by_hand(own: Backend) -> None:
+    learned = adapter(own)
+    found = explain(own, learned, PROMPT, (0,), SAMPLING, REWARD, Vocabulary(own, ["a"]))
+    with torch.no_grad():
+        text = own.encode([PROMPT])
+        states = text.embeds[0, text.mask[0]]
+        inserted = torch.cat([side(torch.tensor([0]))[0] for side in learned.sides()])
+    for each, vector in zip(found.inserted, inserted, strict=True):
+        assert each.norm == pytest.approx(float(vector.norm()), rel=1e-5)
+    moved = torch.cat([states, inserted]).mean(0) - states.mean(0)
+    assert found.drift == pytest.approx(float(moved.norm() / states.mean(0).norm()), rel=1e-4)
+    assert found.prompt_norm == pytest.approx(float(states.norm(dim=1).mean()), rel=1e-5)
+
+
+def test_the_command_prints_a_table_and_writes_json(
+    pipeline_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    backend = load_backend(pipeline_folder, device="cpu")
+    sampling = {"steps": 2, "guidance_scale": 3.0, "eta": 0.0, "negative_prompt": ""}
+    save_adapter(adapter(backend), tmp_path / "one", {"backend": pipeline_folder, "sampling": sampling})
+    words = ["explain", str(tmp_path / "one"), "--reward", "contrast", "--out", str(tmp_path / "found.json")]
+    assert cli.main(words) == 0
+    out = capsys.readouterr().out
+    assert "prefix 2" in out
+    assert "reward without" in out
+    found = json.loads((tmp_path / "found.json").read_text())["prompts"][0]
+    assert (found["prompt"], found["reward"], len(found["inserted"])) == (PROMPT, "contrast", 3)
+    assert cli.main(words[:2]) == 2
+    assert "name a reward with --reward" in capsys.readouterr().err
+
+
+def test_other_adapters_are_refused_in_a_sentence(own: Backend) -> None:
+    noise = NoiseAdapter((PROMPT,), (1, 4, 8, 8), 0)
+    with pytest.raises(InputError, match=r"kind 'noise'; only inserted embeddings \(kind 'insertion'\)"):
+        explain(own, noise, PROMPT, (0,), SAMPLING, REWARD, Vocabulary(own, ["a"]))
