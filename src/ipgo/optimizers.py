@@ -117,10 +117,8 @@ class TuRBO:
 
     def ask(self) -> Tensor:
         if len(self.points) < self.initial or not any(map(math.isfinite, self.values)):
-            sobol = SobolEngine(
-                self.size, scramble=True, seed=derive(self.seed, "region", self.region) % 2**31
-            )
-            return sobol.draw(len(self.points) + 1, dtype=torch.float64)[-1] * 2 - 1
+            own = derive(self.seed, "region", self.region) % 2**31
+            return self._sobol(len(self.points) + 1, own)[-1] * 2 - 1
         with torch.random.fork_rng(devices=[]), torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of numerical trouble, which botorch answers by fitting again
             torch.manual_seed(derive(self.seed, "point", self.told))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import pkgutil
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,9 @@ REWARDS: dict[str, str] = {
     "colorfulness": "ipgo.rewards.pixels:load_colorfulness",
     "contrast": "ipgo.rewards.pixels:load_contrast",
 }
+# What begins so goes on to the end of a spec, whatever + and * are in it.
+EXTERNAL = {"cmd:": "ipgo.rewards.external:Command", "ask:": "ipgo.rewards.external:Question"}
+_EXTERNAL = re.compile(r"(?:^|(?<=[+*]))\s*(?=cmd:|ask:)")
 
 
 @runtime_checkable
@@ -86,14 +90,17 @@ def load_reward(spec: str, *, device: str = "auto") -> Reward:
     """Load a reward, or a weighted sum of them.
 
     Args:
-        spec: a name in `REWARDS`, `file.py:function`, or terms such as `emoji-clip+0.5*emoji-aesthetic`.
+        spec: a name in `REWARDS`, `file.py:function`, `cmd:./score.sh {image} {prompt}` (a command that prints a
+            number), `ask:question` (a person who types one), or terms such as `emoji-clip+0.5*emoji-aesthetic`,
+            of which a command or a question is the last.
         device: auto, cpu, cuda or cuda:N.
 
     Raises:
-        InputError: an unknown name, a weight that is no number, or a file without that function.
+        InputError: an unknown name, a weight that is no number, a file without that function, a command that
+            cannot be run, or a question without a terminal.
     """
     place = choose_device(device)
-    weights, names = zip(*(_term(term) for term in spec.split("+")), strict=True)
+    weights, names = zip(*(_term(term) for term in _terms(spec)), strict=True)
     rewards = tuple(_load(name, place) for name in names)
     if weights == (1.0,):
         return rewards[0]
@@ -102,9 +109,11 @@ def load_reward(spec: str, *, device: str = "auto") -> Reward:
 
 def check_reward(spec: str) -> None:
     """Raise `InputError` for a spec that cannot be loaded, as far as that shows without loading a model."""
-    for term in spec.split("+"):
+    for term in _terms(spec):
         _, name = _term(term)
-        if ".py:" in name:
+        if name[:4] in EXTERNAL:
+            _load_external(name)
+        elif ".py:" in name:
             _load_file(name)
         elif name not in REWARDS:
             raise unknown("reward", name, REWARDS)
@@ -131,9 +140,24 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
     return values
 
 
+def _terms(spec: str) -> list[str]:
+    """The parts between the +."""
+    head, tail = _cut(spec)
+    *terms, last = head.split("+")
+    return [*terms, last + tail]
+
+
+def _cut(spec: str) -> tuple[str, str]:
+    """A spec up to its command or question, and that."""
+    found = _EXTERNAL.search(spec)
+    return (spec, "") if found is None else (spec[: found.end()], spec[found.end() :])
+
+
 def _term(term: str) -> tuple[float, str]:
     """`0.5*name` to (0.5, "name")."""
-    weight, star, name = term.rpartition("*")
+    head, tail = _cut(term)
+    weight, star, name = head.rpartition("*")
+    name += tail
     if not name.strip():
         raise InputError(f"reward term {term!r} is empty; write a name, or weight*name, joined by +")
     try:
@@ -143,11 +167,19 @@ def _term(term: str) -> tuple[float, str]:
 
 
 def _load(name: str, device: torch.device) -> Reward:
+    if name[:4] in EXTERNAL:
+        return _load_external(name)
     if ".py:" in name:
         return _load_file(name)
     if name not in REWARDS:
         raise unknown("reward", name, REWARDS)
     return as_reward(pkgutil.resolve_name(REWARDS[name])(device), name)
+
+
+def _load_external(spec: str) -> Reward:
+    """`cmd:line` or `ask:question`."""
+    reward: Reward = pkgutil.resolve_name(EXTERNAL[spec[:4]])(spec[4:])
+    return reward
 
 
 def _load_file(spec: str) -> Reward:

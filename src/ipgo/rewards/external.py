@@ -1,0 +1,115 @@
+"""Rewards from outside: what a command prints, or what a person types."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ipgo.errors import InputError, RewardError
+from ipgo.images import to_pil
+
+PATIENCE = 600  # seconds that a command may take for one image
+
+
+class External(ABC):
+    """One number for each picture, which is given as a PNG file and deleted afterwards."""
+
+    differentiable: ClassVar[bool] = False
+    name: str
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        with tempfile.TemporaryDirectory(prefix="ipgo-") as folder:
+            values = [
+                self.rate(self._save(picture, Path(folder) / f"{number}.png"), prompt)
+                for number, (picture, prompt) in enumerate(zip(to_pil(images), prompts, strict=True))
+            ]
+        return torch.tensor(values, device=images.device)
+
+    @staticmethod
+    def _save(picture: Image.Image, file: Path) -> Path:
+        picture.save(file)
+        return file
+
+    @abstractmethod
+    def rate(self, file: Path, prompt: str) -> float:
+        """The picture's reward."""
+
+
+class Command(External):
+    """`cmd:./score.sh {image} {prompt}`: run once for each picture; it prints one number and exits with 0.
+
+    The line is split into words as a shell would, and {image} and {prompt} are put into the words: no shell runs,
+    so a prompt is never read as a command.
+    """
+
+    def __init__(self, line: str) -> None:
+        self.name = f"cmd:{line}"
+        try:
+            self.words = shlex.split(line)
+        except ValueError as error:
+            raise InputError(f"reward {self.name!r} cannot be split into words: {error}") from None
+        if "{image}" not in line:
+            raise InputError(f"reward {self.name!r} must say where the picture's file goes: {{image}}")
+        if shutil.which(self.words[0]) is None:
+            raise InputError(f"reward {self.name!r}: there is no program {self.words[0]!r} that can be run")
+
+    def rate(self, file: Path, prompt: str) -> float:
+        # The prompt comes last, since it may hold anything.
+        words = [word.replace("{image}", str(file)).replace("{prompt}", prompt) for word in self.words]
+        try:
+            done = subprocess.run(
+                words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE, check=False
+            )
+        except subprocess.TimeoutExpired:
+            raise RewardError(f"reward {self.name!r} took more than {PATIENCE} seconds") from None
+        except OSError as error:
+            raise RewardError(f"reward {self.name!r} cannot be run: {error.strerror}") from None
+        if done.returncode != 0:
+            said = (done.stderr.strip().splitlines() or ["nothing on stderr"])[-1]
+            raise RewardError(f"reward {self.name!r} failed with exit status {done.returncode}: {said}")
+        try:
+            return float(done.stdout)
+        except ValueError:
+            raise RewardError(
+                f"reward {self.name!r} printed {done.stdout.strip()[:60]!r}; it must print one number"
+            ) from None
+
+
+class Question(External):
+    """`ask:` or `ask:how cosy is it, 0 to 10?`: a person looks at each picture and types a number."""
+
+    def __init__(self, question: str) -> None:
+        self.name = f"ask:{question}"
+        self.question = question.strip() or "how good is it?"
+        self._need_terminal()
+
+    def _need_terminal(self) -> None:
+        if sys.stdin is None or not sys.stdin.isatty():
+            raise InputError(f"reward {self.name!r} asks a person, and there is no terminal to ask at")
+
+    def rate(self, file: Path, prompt: str) -> float:
+        self._need_terminal()
+        while True:
+            print(f"{file}  {prompt!r}: {self.question} ", end="", file=sys.stderr, flush=True)
+            line = sys.stdin.readline()
+            if not line:
+                raise RewardError(f"reward {self.name!r} got no answer: the input has ended")
+            try:
+                value = float(line)
+            except ValueError:
+                value = math.nan
+            if math.isfinite(value):
+                return value
+            print("please type a number", file=sys.stderr)
