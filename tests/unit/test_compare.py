@@ -364,6 +364,9 @@ def test_the_page_is_self_contained_and_escapes_what_users_wrote(compared: Path)
     bars = [line.replace("\\|", "").count("|") for line in table.splitlines()]
     assert {(x, y) for x, y in itertools.pairwise(bars) if x and y and x != y} == set()
     assert bars.count(9 + 1) == 2 + 6  # the first table: nine columns, a head and six entries
+    raw = next(run for run in [Comparison.open(compared).run("raw")] if run is not None)
+    own = [each.value for each in raw.scores() if each.reward == "contrast" and each.seed >= 1000]
+    assert f"| raw | unseen | {sum(own) / len(own):.3f} |" in table
     lines = list(csv.DictReader((compared / "comparison.csv").read_text().splitlines()))
     line = next(
         x for x in lines if (x["entry"], x["on"], x["reward"]) == ("ipgo", "unseen noise", "contrast")

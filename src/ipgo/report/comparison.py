@@ -13,10 +13,10 @@ from markupsafe import Markup
 
 from ipgo.comparison import Comparison
 from ipgo.config import flatten
-from ipgo.evaluation import Gain, Interval
+from ipgo.evaluation import Gain, Interval, average
 from ipgo.report import charts
 from ipgo.report.build import environment, mood, picture_uri
-from ipgo.report.rows import Matrix, Row, matrices, rows
+from ipgo.report.rows import Matrix, Row, matrices, own_scores, rows
 from ipgo.store import Run
 
 SHEET_PROMPTS = 24  # of the contact sheet: a page must open
@@ -144,8 +144,13 @@ def held_out_table(entries: Sequence[Row], reward: str) -> Table:
     lines = [
         [
             Cell(row.label),
-            Cell("unseen" if row.unseen else "fitted" if row.fitted else "–"),
-            *(_gain(row.unseen or row.fitted, name, before=True) for name in names),
+            Cell("unseen" if row.means[1] else "fitted" if row.means[0] else "–"),
+            *(
+                _level(row, name)
+                if row.method == "raw"
+                else _gain(row.unseen or row.fitted, name, before=True)
+                for name in names
+            ),
         ]
         for row in entries
     ]
@@ -297,6 +302,12 @@ def _gain(gains: dict[str, Gain], reward: str, before: bool = False) -> Cell:
         return Cell("–")
     start = f"{gain.before:.3f} → {gain.after:.3f}, " if before else ""
     return Cell(f"{start}{gain.gain.value:+.3f}{_span(gain.gain)}", mood(gain.gain.value))
+
+
+def _level(row: Row, reward: str) -> Cell:
+    """What the raw prompt has of a reward, where others have a gain."""
+    scores = own_scores(row, reward, unseen=row.means[1] is not None)
+    return _value(average(scores, row.label, reward) if scores else None)
 
 
 def _span(interval: Interval) -> str:

@@ -207,7 +207,7 @@ def matrices(entries: Sequence[Row], reward: str) -> list[Matrix]:
     found = []
     for place, noise in enumerate(("fitted noise", "unseen noise")):
         chosen = {
-            row.label: _own(row, reward, bool(place)) for row in entries if row.means[place] is not None
+            row.label: own_scores(row, reward, bool(place)) for row in entries if row.means[place] is not None
         }
         wins = {}
         for ours, a in chosen.items():
@@ -220,7 +220,7 @@ def matrices(entries: Sequence[Row], reward: str) -> list[Matrix]:
     return found
 
 
-def _own(row: Row, reward: str, unseen: bool) -> list[Score]:
+def own_scores(row: Row, reward: str, unseen: bool) -> list[Score]:
     """The scores of the entry's own images, under its label; the method raw has them as "raw"."""
     chosen = [each for each in row.scores if each.reward == reward and (each.seed >= FIRST_UNSEEN) == unseen]
     kept = [each for each in chosen if each.method == row.label]
