@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ipgo.rewards.emoji.judge import Network
-from tools.emoji import data, sprites, world
-from tools.emoji.loop import DEVICE, Schedule, save, train
+from tools.emoji import data, parts, sprites, world
+from tools.emoji.loop import DEVICE, Schedule, save, train, trained
 from tools.emoji.networks import embed, load_clip, pixels, shifted
 
 SCHEDULES = {
@@ -125,10 +125,16 @@ def train_preference(blocks: int = 24) -> None:
     images = np.concatenate([pictures for _, pictures in drawn])
     model, tokens = load_clip()
     model.requires_grad_(True)
+    vae = trained("vae", parts.vae())
 
     def loss(rng: np.random.Generator, batch: int) -> tuple[Tensor, dict[str, float]]:
-        rows = rng.integers(len(texts), size=batch)
-        both = pixels(np.concatenate([images[rows, 0], images[rows, 1]]))
+        rows, quarter = rng.integers(len(texts), size=batch), batch // 4
+        both = shifted(rng, pixels(np.concatenate([images[rows, 0], images[rows, 1]])))
+        decoded = [*range(quarter), *range(batch, batch + quarter)]  # as generated ones look
+        with torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16):
+            both[decoded] = (
+                vae.decode(vae.encode(both[decoded]).latent_dist.mode()).sample.float().clamp(-1, 1)
+            )
         both = both + 0.02 * torch.randn_like(both)
         image, text = embed(model, tokens, both, [texts[i] for i in rows])
         margin = ((image[:batch] - image[batch:]) * text).sum(-1)
