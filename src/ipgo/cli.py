@@ -145,7 +145,7 @@ def show_run(folder: Run) -> int:
             file = folder.image(folder.prompts[0], when, seed)
             if file.is_file():
                 print(f"{when + ':':<12}{file}")
-        print(f"{'embeddings:':<12}{folder.adapter_folder(folder.prompts[0])}")
+        print(f"{'learned:':<12}{folder.adapter_folder(folder.prompts[0])}")
     else:
         print(f"{'prompts:':<12}{folder.path / 'prompts'}")
     print(f"{'curve:':<12}{curve}\n{'report:':<12}{page}")

@@ -71,8 +71,11 @@ def _run_entry(folder: Comparison, label: str, shelf: dict[tuple[Any, ...], Mode
     run = Run.open(folder.folder(label), _paid(folder.plan, label, config, models))
     check_method(run)
     forget_peak_memory(models.backend.device)
-    for chunk in run.pending(config.method.stackable):
-        _run_chunk(folder, label, run, models, chunk)
+    try:
+        for chunk in run.pending(config.method.stackable):
+            _run_chunk(folder, label, run, models, chunk)
+    finally:
+        run.release()
     if not run.pending(config.method.stackable):
         run.close()
         _judge_unseen_prompts(run, models, folder.plan.unseen_prompts)

@@ -96,10 +96,13 @@ def load_judge(config: RunConfig) -> Judge | None:
 
 def run(folder: Run, models: Models) -> None:
     """Fit every prompt that has no result yet. Safe to stop at any moment, and to call again."""
-    for chunk in folder.pending(folder.config.method.stackable):
-        progress, cost = fit_chunk(folder, models, chunk)
-        finish_chunk(folder, models, chunk, progress, cost)
-    folder.close()
+    try:
+        for chunk in folder.pending(folder.config.method.stackable):
+            progress, cost = fit_chunk(folder, models, chunk)
+            finish_chunk(folder, models, chunk, progress, cost)
+        folder.close()
+    finally:
+        folder.release()
 
 
 def fit_chunk(folder: Run, models: Models, chunk: Chunk, limit: Limit | None = None) -> tuple[Progress, Cost]:

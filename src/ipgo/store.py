@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -27,6 +28,7 @@ from ipgo.prompts import Prompt, number
 from ipgo.task import Progress
 
 SCHEMA = 1
+LOCK = ".lock"
 logger = logging.getLogger("ipgo")
 
 
@@ -77,6 +79,7 @@ class Run:
         self.path = path
         self.config = config
         self.prompts = number(config.prompts)
+        self._lock = FileLock(path / LOCK)
 
     @classmethod
     def open(cls, path: Path, config: RunConfig | None = None) -> Run:
@@ -90,7 +93,7 @@ class Run:
         if not found.is_file():
             if config is None:
                 raise InputError(f"{str(path)!r} is not a run folder: it has no run.json")
-            others = [file for file in path.iterdir() if file.suffix != ".draft"] if path.is_dir() else []
+            others = [file for file in path.iterdir() if not _ours(file)] if path.is_dir() else []
             if path.is_file() or others:
                 raise InputError(
                     f"out is {str(path)!r}, which holds something else; give a new or empty folder"
@@ -112,16 +115,32 @@ class Run:
         return cls(path, config)
 
     def start(self, facts: Mapping[str, Any]) -> None:
-        """Make the folder if it is new; `facts` are the versions and the device that the run began with."""
-        if (self.path / "run.json").exists():
+        """Take the folder for this process, and make it if it is new.
+
+        Args:
+            facts: the versions and the device that the run begins with.
+
+        Raises:
+            ResumeError: another process is at work in it. InputError: it cannot be written.
+        """
+        if self._lock.is_locked:
             return
-        about = {"schema": SCHEMA, "digest": self.config.digest(), **facts, "config": self.config.to_json()}
         try:
-            files.write_json(self.path / "run.json", about)
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=0)
+            if not (self.path / "run.json").exists():
+                about = {"schema": SCHEMA, "digest": self.config.digest(), **facts}
+                files.write_json(self.path / "run.json", {**about, "config": self.config.to_json()})
+        except Timeout:
+            raise ResumeError(f"{str(self.path)!r} is in use: another process works on this run") from None
         except OSError as error:
             raise InputError(
                 f"out is {str(self.path)!r}, which cannot be written: {error.strerror}"
             ) from None
+
+    def release(self) -> None:
+        """Leave the folder to other processes; the end of this one does so too, however it comes."""
+        self._lock.release()
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -337,6 +356,11 @@ def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     keys = [key for key in now if there.get(key) != now[key]]
     values = {key: f"{_short(there.get(key))} there, {_short(now[key])} now" for key in keys}
     return "; ".join(f"{key} {value}" for key, value in values.items())
+
+
+def _ours(file: Path) -> bool:
+    """Does a start that was cut short leave such a file behind?"""
+    return file.suffix == ".draft" or file.name == LOCK
 
 
 def _short(value: Any) -> str:

@@ -4,6 +4,8 @@ import errno
 import json
 import logging
 import os
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -183,6 +185,19 @@ def test_a_folder_that_was_just_begun_can_be_opened(tmp_path: Path) -> None:
     (tmp_path / ".run.json.draft").write_text("{")
     Run.open(tmp_path, CONFIG).start({})
     assert Run.open(tmp_path).config == CONFIG
+
+
+def test_one_process_at_a_time(run: Run) -> None:
+    code = (
+        "import sys; from pathlib import Path; from ipgo.store import Run; "
+        "Run.open(Path(sys.argv[1])).start({})"
+    )
+    command = [sys.executable, "-c", code, str(run.path)]
+    refused = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert refused.returncode == 1
+    assert f"ResumeError: {str(run.path)!r} is in use" in refused.stderr
+    run.release()
+    assert subprocess.run(command, check=False).returncode == 0
 
 
 def test_what_is_finished_is_left_alone(run: Run) -> None:

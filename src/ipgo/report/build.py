@@ -15,11 +15,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
+from ipgo.adapters import ADAPTERS
 from ipgo.config import flatten
 from ipgo.evaluation import Gain, Score, summarise
 from ipgo.prompts import Prompt
 from ipgo.report import charts
-from ipgo.store import Run, load_scores
+from ipgo.store import Run, adapter_facts, load_scores
 
 VISIBLE = 0.0005  # the page shows three digits
 LARGEST = 512  # pixels; larger images are shown smaller, so that the page stays light
@@ -113,7 +114,15 @@ def summary(run: Run, fitted: Sequence[Gain], unseen: Sequence[Gain]) -> str:
     if judged is not None:
         text += f" An independent judge finds the object in {judged.before:.0%} of the images before and in"
         text += f" {judged.after:.0%} after."
+    if _tied(run):
+        text += " What was learned belongs to the noise of its seed: on other noise it changes nothing."
     return text
+
+
+def _tied(run: Run) -> bool:
+    """Does the method learn something that serves its own seed alone?"""
+    folders = [run.adapter_folder(prompt) for prompt in _done(run)]
+    return bool(folders) and ADAPTERS[adapter_facts(folders[0])["kind"]].transfers == "nothing"
 
 
 @dataclass(frozen=True)
