@@ -128,7 +128,7 @@ def test_the_ledger_counts_rows(backend):
     cond = PromptEmbeds(cond.embeds.requires_grad_(), cond.mask)
     uncond = backend.unconditional("", cond)
     sample(backend, cond, uncond, backend.noise([0, 1]), Sampling(steps=3), backprop_steps=2)
-    assert dict(backend.calls) == {"denoiser": 6, "denoiser_grad": 4, "decoder": 2}
+    assert dict(backend.calls) == {"denoiser": 6, "denoiser_grad": 4, "denoiser_grad_both": 2, "decoder": 2}
 
 
 def test_the_unconditional_half_builds_no_graph_where_it_carries_none(backend):
