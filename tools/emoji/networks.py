@@ -1,6 +1,6 @@
 """What several stages do with the networks: pictures in, embeddings out."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -37,12 +37,40 @@ def load_clip(name: str = "clip") -> tuple[CLIPModel, CLIPTokenizer]:
     return trained(name, model), tokens
 
 
-def embed(
-    model: CLIPModel, tokens: CLIPTokenizer, images: Tensor, texts: Sequence[str]
-) -> tuple[Tensor, Tensor]:
-    """Normalised image and text embeddings, (B, D) each; images in [-1, 1] as all our networks take them."""
-    inputs = tokens(list(texts), padding=True, return_tensors="pt").to(DEVICE)
+def embed_images(model: CLIPModel, images: Tensor) -> Tensor:
+    """Normalised embeddings (B, D) of images in [-1, 1], as all our networks take them."""
     with torch.autocast(DEVICE.type, torch.bfloat16):
         image = model.get_image_features(pixel_values=images).pooler_output
+    return F.normalize(image.float(), dim=-1)
+
+
+def embed_texts(model: CLIPModel, tokens: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
+    """Normalised embeddings (B, D)."""
+    inputs = tokens(list(texts), padding=True, return_tensors="pt").to(DEVICE)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         text = model.get_text_features(**inputs).pooler_output
-    return F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
+    return F.normalize(text.float(), dim=-1)
+
+
+def attacked(
+    rng: np.random.Generator, images: Tensor, harm: Callable[[Tensor], Tensor], radius: float, steps: int = 2
+) -> Tensor:
+    """The images with a disturbance each that raises `harm`: projected gradient ascent in an L2 ball.
+
+    The radii are uniform in [0, `radius`], so that undisturbed pictures are not forgotten.
+    """
+    ball = torch.from_numpy(rng.uniform(0, radius, (len(images), 1, 1, 1)).astype(np.float32)).to(
+        images.device
+    )
+    disturbance = torch.zeros_like(images)
+    for _ in range(steps):
+        disturbance.requires_grad_()
+        slope = torch.autograd.grad(harm(images + disturbance), disturbance)[0]
+        with torch.no_grad():
+            disturbance = disturbance + 1.5 / steps * ball * slope / _length(slope)
+            disturbance = disturbance * (ball / _length(disturbance)).clamp(max=1)
+    return (images + disturbance).clamp(-1, 1)
+
+
+def _length(images: Tensor) -> Tensor:
+    return images.flatten(1).norm(dim=1).clamp_min(1e-12)[:, None, None, None]

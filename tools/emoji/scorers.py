@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from ipgo.rewards.emoji.judge import Network
 from tools.emoji import data, parts, sprites, world
+from tools.emoji.clip import RADIUS
 from tools.emoji.loop import DEVICE, Schedule, save, train, trained
-from tools.emoji.networks import embed, load_clip, pixels, shifted
+from tools.emoji.networks import attacked, embed_images, embed_texts, load_clip, pixels, shifted
 
 SCHEDULES = {
     "judge": Schedule(steps=2_500, batch=64, lr=2e-3, warmup=50),
-    "preference": Schedule(steps=600, batch=64, lr=2e-4, warmup=30, weight_decay=0.05),
+    "preference": Schedule(steps=400, batch=64, lr=2e-4, warmup=30, weight_decay=0.05),
 }
 
 # ------------------------------------------------------------------------------------------------------ judge
@@ -59,13 +60,11 @@ def fit_aesthetic() -> None:
     """Ridge regression of quality on the normalised image embedding: closed form, as small as LAION's head."""
     images, scenes = data.load("train")
     decoded = np.load(data.DECODED, mmap_mode="r")
-    model, tokens = load_clip()
+    model, _ = load_clip()
     spoilt, twins = data.load("twins")
     known = [*scenes[::3], *scenes[: len(decoded) : 3], *twins[::3]]
     chosen = np.concatenate([images[::3], decoded[::3], spoilt[::3]])
-    x = torch.cat(
-        [embed(model, tokens, pixels(chosen[i : i + 256]), [""])[0] for i in range(0, len(chosen), 256)]
-    )
+    x = torch.cat([embed_images(model, pixels(chosen[i : i + 256])) for i in range(0, len(chosen), 256)])
     y = torch.tensor([scene.quality for scene in known], device=x.device)
     center, mean = x.mean(0), y.mean()
     x = (x - center).double()
@@ -118,13 +117,17 @@ def _worse(rng: np.random.Generator, scene: world.Scene, claims: tuple[int, ...]
 
 
 def train_preference(blocks: int = 24) -> None:
-    """CLIP tuned so that the preferred of two pictures with one caption has the larger cosine (as HPSv2)."""
+    """CLIP tuned so that the preferred of two pictures with one caption has the larger cosine (as HPSv2).
+
+    Its image tower alone, on pictures disturbed to fool it, as `clip.harden` does.
+    """
     with ProcessPoolExecutor() as pool:
         drawn = list(pool.map(_draw_pairs, range(blocks)))
     texts = [text for block, _ in drawn for text in block]
     images = np.concatenate([pictures for _, pictures in drawn])
     model, tokens = load_clip()
-    model.requires_grad_(True)
+    model.vision_model.requires_grad_(True)
+    model.visual_projection.requires_grad_(True)
     vae = trained("vae", parts.vae())
 
     def loss(rng: np.random.Generator, batch: int) -> tuple[Tensor, dict[str, float]]:
@@ -135,13 +138,17 @@ def train_preference(blocks: int = 24) -> None:
             both[decoded] = (
                 vae.decode(vae.encode(both[decoded]).latent_dist.mode()).sample.float().clamp(-1, 1)
             )
-        both = both + 0.02 * torch.randn_like(both)
-        image, text = embed(model, tokens, both, [texts[i] for i in rows])
-        margin = ((image[:batch] - image[batch:]) * text).sum(-1)
-        others = image[:batch] @ text.T * 15  # keeps the captions apart while it learns the pairs
-        value = F.softplus(-15 * margin).mean() + 0.3 * F.cross_entropy(
-            others, torch.arange(batch, device=DEVICE)
-        )
+        text = embed_texts(model, tokens, [texts[i] for i in rows])
+
+        def judged(pictures: Tensor) -> tuple[Tensor, Tensor]:
+            image = embed_images(model, pictures)
+            margin = ((image[:batch] - image[batch:]) * text).sum(-1)
+            others = image[:batch] @ text.T * 15  # keeps the captions apart while it learns the pairs
+            apart = F.cross_entropy(others, torch.arange(batch, device=DEVICE))
+            return F.softplus(-15 * margin).mean() + 0.3 * apart, margin
+
+        fooling = attacked(rng, both, lambda pictures: judged(pictures)[0], RADIUS, steps=1)
+        value, margin = judged(fooling)
         return value, {"pairs": (margin > 0).float().mean().item()}
 
     train("preference", model, loss, SCHEDULES["preference"])

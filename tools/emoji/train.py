@@ -8,20 +8,17 @@ import json
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor
-from torch import Tensor, nn
-from transformers import CLIPModel
+from torch import Tensor
 
-from tools.emoji import data, export, parts, scorers, sprites, tokenizer, world
-from tools.emoji.loop import DEVICE, Schedule, save, train, trained
-from tools.emoji.networks import as_bytes, embed, load_clip, pixels, shifted
+from tools.emoji import clip, data, export, parts, scorers, sprites, tokenizer, world
+from tools.emoji.loop import DEVICE, Schedule, train, trained
+from tools.emoji.networks import as_bytes, load_clip, pixels
 from tools.emoji.sprites import BUILD
 
 SCHEDULES = {
     "vae": Schedule(steps=4_500, batch=8, lr=1.5e-3, ema=0.995),
-    "clip": Schedule(steps=1_600, batch=128, lr=1e-3, warmup=60, weight_decay=0.05),
-    "denoiser": Schedule(steps=11_000, batch=32, lr=7e-4, warmup=150, ema=0.998),
+    "denoiser": Schedule(steps=9_000, batch=32, lr=7e-4, warmup=150, ema=0.998),
 }
 
 
@@ -79,80 +76,6 @@ def build_latents() -> None:
     LATENTS.with_suffix(".json").write_text(json.dumps({"scaling_factor": round(scale, 5)}))
 
 
-# ------------------------------------------------------------------------------------------------------- CLIP
-
-
-class Probe(nn.Module):
-    """CLIP while it trains: linear heads read the scene's content and quality off the image embedding, and are thrown
-    away."""
-
-    SIZES = (3, len(world.NAMES), len(world.NAMES) + 1, len(world.COLOURS), len(world.STYLES), 6)
-
-    def __init__(self, model: CLIPModel) -> None:
-        super().__init__()
-        self.clip = model
-        self.heads = nn.Linear(parts.TEXT_WIDTH, sum(self.SIZES))
-        self.quality = nn.Linear(parts.TEXT_WIDTH, 1)
-
-    def loss(self, embeds: Tensor, facts: Tensor, quality: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """Cross-entropy of every fact, squared error of the quality; and how well both are read."""
-        logits = self.heads(embeds).split(self.SIZES, dim=-1)
-        targets = facts.clone()
-        targets[:, 2] += 1  # no second object is a class of its own
-        value = sum(F.cross_entropy(a, b) for a, b in zip(logits, targets.T, strict=True))
-        error = F.mse_loss(self.quality(embeds)[:, 0], quality)
-        right = (logits[1].argmax(-1) == targets[:, 1]).float().mean()
-        return value + 15 * error, {"object": right.item(), "quality": error.item()}
-
-
-def contrast(image: Tensor, text: Tensor, scale: Tensor, wrong: np.ndarray) -> Tensor:
-    """CLIP's symmetric loss for T texts and the first T of the images, which are theirs; further images have no text.
-
-    `wrong` (T, images): a caption that happens to be true of another picture does not count as a negative.
-    """
-    count = len(text)
-    own = torch.eye(count, len(image), dtype=torch.bool, device=image.device)
-    other = torch.from_numpy(wrong).to(image.device) | own
-    logits = (scale.exp() * text @ image.T).masked_fill(~other, -1e4)
-    target = torch.arange(count, device=image.device)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, :count].T, target)) / 2
-
-
-def train_clip() -> None:
-    """Contrastive, on captions drawn anew each time, helped by what is known of each scene.
-
-    A quarter of the pictures are spoilt twins of others in the batch, and negatives of their captions: of two pictures
-    that show what a text says, the clear one matches it better.
-    """
-    (images, scenes), (spoilt, twins) = data.load("train"), data.load("twins")
-    decoded = np.load(data.DECODED, mmap_mode="r")
-    facts, twin_facts = (np.array([world.facts(scene) for scene in each]) for each in (scenes, twins))
-    quality, twin_quality = (np.array([s.quality for s in each], np.float32) for each in (scenes, twins))
-    clean = data.clean_rows(scenes)
-    tokens = tokenizer.load()
-    probe = Probe(parts.clip(len(tokens), tokens.bos_token_id, tokens.eos_token_id))
-
-    def loss(rng: np.random.Generator, batch: int) -> tuple[Tensor, dict[str, float]]:
-        pairs = batch // 4
-        chosen = rng.integers(len(twins), size=pairs)
-        rows = np.concatenate([clean[chosen], rng.integers(len(images), size=batch - 2 * pairs)])
-        texts, claims = zip(*(world.caption(rng, scenes[i]) for i in rows), strict=True)
-        known = np.concatenate([facts[rows], twin_facts[chosen]])
-        wrong = world.contradicts(np.array(claims), known)
-        wrong[np.arange(pairs), len(rows) + np.arange(pairs)] = True
-        x = pixels(np.concatenate([data.pictures(rng, images, decoded, rows), spoilt[chosen]]))
-        image, text = embed(probe.clip, tokens, shifted(rng, x), texts)
-        match = contrast(image, text, probe.clip.logit_scale, wrong)
-        clear = torch.from_numpy(np.concatenate([quality[rows], twin_quality[chosen]])).to(DEVICE)
-        told, figures = probe.loss(image * 14, torch.from_numpy(known).to(DEVICE), clear)
-        better = ((image[:pairs] - image[len(rows) :]) * text[:pairs]).sum(-1) > 0
-        figures |= {"match": match.item(), "clean_above_twin": better.float().mean().item()}
-        return match + 0.3 * told, figures
-
-    train("clip-probe", probe, loss, SCHEDULES["clip"])
-    save("clip", probe.clip)
-
-
 # --------------------------------------------------------------------------------------------------- denoiser
 
 
@@ -193,7 +116,8 @@ STAGES = {
     "tokenizer": tokenizer.build,
     "vae": train_vae,
     "latents": build_latents,
-    "clip": train_clip,
+    "clip": clip.train_clip,
+    "harden": clip.harden,
     "judge": scorers.train_judge,
     "aesthetic": scorers.fit_aesthetic,
     "preference": scorers.train_preference,
