@@ -1,0 +1,147 @@
+"""The bundled CLIP: contrastive on drawn scenes, then hardened against pictures made to fool it."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import CLIPModel
+
+from tools.emoji import data, parts, tokenizer, world
+from tools.emoji.loop import DEVICE, Schedule, save, train, trained
+from tools.emoji.networks import attacked, embed_images, embed_texts, pixels, shifted
+
+SCHEDULES = {
+    "clip": Schedule(steps=1_600, batch=128, lr=1e-3, warmup=60, weight_decay=0.05),
+    "harden": Schedule(steps=500, batch=96, lr=4e-4, warmup=30, weight_decay=0.05),
+}
+RADIUS = 2.0  # of the largest disturbance, L2 over a picture in [-1, 1]: 0.018 a value
+
+
+class Probe(nn.Module):
+    """CLIP while it trains: linear heads read the scene's content and quality off the image embedding, and are thrown
+    away."""
+
+    SIZES = (3, len(world.NAMES), len(world.NAMES) + 1, len(world.COLOURS), len(world.STYLES), 6)
+
+    def __init__(self, model: CLIPModel) -> None:
+        super().__init__()
+        self.clip = model
+        self.heads = nn.Linear(parts.TEXT_WIDTH, sum(self.SIZES))
+        self.quality = nn.Linear(parts.TEXT_WIDTH, 1)
+
+    def loss(self, embeds: Tensor, facts: Tensor, quality: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """Cross-entropy of every fact, squared error of the quality; and how well both are read."""
+        logits = self.heads(embeds).split(self.SIZES, dim=-1)
+        targets = facts.clone()
+        targets[:, 2] += 1  # no second object is a class of its own
+        value = sum(F.cross_entropy(a, b) for a, b in zip(logits, targets.T, strict=True))
+        error = F.mse_loss(self.quality(embeds)[:, 0], quality)
+        right = (logits[1].argmax(-1) == targets[:, 1]).float().mean()
+        return value + 15 * error, {"object": right.item(), "quality": error.item()}
+
+
+def contrast(image: Tensor, text: Tensor, scale: Tensor, other: Tensor) -> Tensor:
+    """CLIP's symmetric loss for T texts and the first T of the images, which are theirs; further images have no text.
+
+    `other` (T, images): which pairs may be told apart. A caption that happens to be true of another picture may not.
+    """
+    count = len(text)
+    logits = (scale.exp() * text @ image.T).masked_fill(~other, -1e4)
+    target = torch.arange(count, device=image.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, :count].T, target)) / 2
+
+
+class Batch(NamedTuple):
+    """T captions with their pictures, and P spoilt twins of the first P pictures."""
+
+    pictures: Tensor  # (T + P, 3, 64, 64) in [-1, 1]
+    texts: tuple[str, ...]
+    other: Tensor  # (T, T + P) bool, for `contrast`
+    facts: Tensor  # (T + P, 6)
+    quality: Tensor  # (T + P,)
+
+
+def batches() -> Callable[[np.random.Generator, int], Batch]:
+    """Draws batches: captions made anew each time, a quarter of the pictures spoilt twins of others.
+
+    The twins are negatives of their captions: of two pictures that show what a text says, the clear one matches it
+    better.
+    """
+    (images, scenes), (spoilt, twins) = data.load("train"), data.load("twins")
+    decoded = np.load(data.DECODED, mmap_mode="r")
+    facts, twin_facts = (np.array([world.facts(scene) for scene in each]) for each in (scenes, twins))
+    quality, twin_quality = (np.array([s.quality for s in each], np.float32) for each in (scenes, twins))
+    clean = data.clean_rows(scenes)
+
+    def draw(rng: np.random.Generator, batch: int) -> Batch:
+        pairs = batch // 4
+        chosen = rng.integers(len(twins), size=pairs)
+        rows = np.concatenate([clean[chosen], rng.integers(len(images), size=batch - 2 * pairs)])
+        texts, claims = zip(*(world.caption(rng, scenes[i]) for i in rows), strict=True)
+        known = np.concatenate([facts[rows], twin_facts[chosen]])
+        other = world.contradicts(np.array(claims), known)
+        other[np.arange(pairs), len(rows) + np.arange(pairs)] = True
+        other[np.arange(len(rows)), np.arange(len(rows))] = True
+        x = pixels(np.concatenate([data.pictures(rng, images, decoded, rows), spoilt[chosen]]))
+        clear = np.concatenate([quality[rows], twin_quality[chosen]])
+        told = [torch.from_numpy(each).to(DEVICE) for each in (other, known, clear)]
+        return Batch(shifted(rng, x), texts, *told)
+
+    return draw
+
+
+def _loss(probe: Probe, batch: Batch, image: Tensor, text: Tensor) -> tuple[Tensor, dict[str, float]]:
+    match = contrast(image, text, probe.clip.logit_scale, batch.other)
+    told, figures = probe.loss(image * 14, batch.facts, batch.quality)
+    pairs = len(image) - len(text)
+    better = ((image[:pairs] - image[len(text) :]) * text[:pairs]).sum(-1) > 0
+    figures |= {"match": match.item(), "clean_above_twin": better.float().mean().item()}
+    return match + 0.3 * told, figures
+
+
+def _probe() -> Probe:
+    tokens = tokenizer.load()
+    return Probe(parts.clip(len(tokens), tokens.bos_token_id, tokens.eos_token_id))
+
+
+def train_clip() -> None:
+    """Contrastive, helped by what is known of each scene."""
+    tokens, draw, probe = tokenizer.load(), batches(), _probe()
+
+    def loss(rng: np.random.Generator, batch: int) -> tuple[Tensor, dict[str, float]]:
+        drawn = draw(rng, batch)
+        image = embed_images(probe.clip, drawn.pictures)
+        return _loss(probe, drawn, image, embed_texts(probe.clip, tokens, drawn.texts))
+
+    train("clip-probe", probe, loss, SCHEDULES["clip"])
+    save("clip", probe.clip)
+
+
+def harden() -> None:
+    """Adversarial training of the image tower (Madry et al., arXiv 1706.06083).
+
+    Before each step the pictures are disturbed so as to raise the loss. A reward that can be raised without changing
+    what a picture shows is of no use to follow; and the gradient of one that cannot points to what people see. The text
+    tower stays as the denoiser knows it.
+    """
+    tokens, draw = tokenizer.load(), batches()
+    probe = trained("clip-probe", _probe())
+    probe.requires_grad_(True)
+    probe.clip.text_model.requires_grad_(False)
+    probe.clip.text_projection.requires_grad_(False)
+
+    def loss(rng: np.random.Generator, batch: int) -> tuple[Tensor, dict[str, float]]:
+        drawn = draw(rng, batch)
+        text = embed_texts(probe.clip, tokens, drawn.texts)
+
+        def harm(pictures: Tensor) -> Tensor:
+            return _loss(probe, drawn, embed_images(probe.clip, pictures), text)[0]
+
+        fooling = attacked(rng, drawn.pictures, harm, RADIUS)
+        return _loss(probe, drawn, embed_images(probe.clip, fooling), text)
+
+    train("clip-hard", probe, loss, SCHEDULES["harden"])
+    save("clip", probe.clip)
