@@ -2,7 +2,7 @@
 
     python benchmarks/settings.py --count 6 --out docs/settings.md
 
-Each variant differs in what it names from the base: 10 + 10 embeddings with the norm of the prompt's own, K = 2.
+Each variant differs in what it names from the base, the method's default; images to judge are drawn in 20 steps.
 Prompts are of the train halves; gains are over raw prompts; `unseen` are noise seeds that took no part in the fit.
 """
 
@@ -25,6 +25,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "K = 1": {"ascent.backprop_steps": 1},
     "K = 2": {"ascent.backprop_steps": 2},
     "K = 4": {"ascent.backprop_steps": 4},
+    "K = 8": {"ascent.backprop_steps": 8},
+    "fits in 5 steps": {"sampling.fit_steps": 5},
+    "fits in 8 steps": {"sampling.fit_steps": 8},
+    "fits in 12 steps": {"sampling.fit_steps": 12},
+    "fits in 20 steps": {"sampling.fit_steps": 20},
+    "norm of the prompt": {"insertion.norm": None},
     "norm 1": {"insertion.norm": 1.0},
     "norm 4": {"insertion.norm": 4.0},
     "norm as in the paper": {"insertion.norm": 0.0},
@@ -36,23 +42,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "10 + 10": {"insertion.num_prefix": 10, "insertion.num_suffix": 10},
     "no conformity": {"ascent.penalty_weight": 0.0},
     "conformity 1": {"ascent.penalty_weight": 1.0},
-    "norm 1, lr 1e-1": {"insertion.norm": 1.0, "ascent.lr": 1e-1},
-    "norm 1, lr 3e-2, K = 4": {"insertion.norm": 1.0, "ascent.lr": 3e-2, "ascent.backprop_steps": 4},
-    "2 + 2, K = 4": {"insertion.num_prefix": 2, "insertion.num_suffix": 2, "ascent.backprop_steps": 4},
-    "2 + 2, norm 1, lr 1e-1, K = 4": {
-        "insertion.num_prefix": 2,
-        "insertion.num_suffix": 2,
-        "insertion.norm": 1.0,
-        "ascent.lr": 1e-1,
-        "ascent.backprop_steps": 4,
-    },
-    "2 + 2, norm 4, lr 3e-2, K = 4": {
-        "insertion.num_prefix": 2,
-        "insertion.num_suffix": 2,
-        "insertion.norm": 4.0,
-        "ascent.lr": 3e-2,
-        "ascent.backprop_steps": 4,
-    },
+    "lr 1e-1": {"ascent.lr": 1e-1},
     "four seeds": {"seeds": (0, 1, 2, 3)},
     "fresh noise": {"seeds": ()},
 }
@@ -61,8 +51,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def measure(base: dict[str, Any], overrides: dict[str, Any], reward: str, prompts: list[str]) -> str:
     """One line of the table."""
     parts: dict[str, Any] = {
-        "insertion": ipgo.Insertion(),
-        "ascent": ipgo.Ascent(),
+        "insertion": ipgo.IPGO().insertion,
+        "ascent": ipgo.IPGO().ascent,
         "sampling": ipgo.Sampling(),
     }
     for key, value in (base | overrides).items():
@@ -98,13 +88,17 @@ def main() -> None:
     parser.add_argument("--reward", default="emoji-preference", choices=BUNDLED_REWARDS["emoji"])
     parser.add_argument("--prompts", default="one:train")
     parser.add_argument("--count", type=int, default=6)
-    parser.add_argument("--steps", type=int, default=ipgo.Ascent().steps, help="optimiser steps of the base")
-    parser.add_argument("--lr", type=float, default=ipgo.Ascent().lr, help="learning rate of the base")
-    parser.add_argument("--sampling-steps", type=int, default=ipgo.Sampling().steps, help="of the base")
+    parser.add_argument(
+        "--steps", type=int, default=ipgo.IPGO().ascent.steps, help="optimiser steps of the base"
+    )
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="VARIANT", choices=VARIANTS, help="change the base"
+    )
     parser.add_argument("--out", type=Path, help="write the table there, under the command that made it")
     options = parser.parse_args()
-    base: dict[str, Any] = {"insertion.norm": None, "ascent.backprop_steps": 2}
-    base |= {"ascent.steps": options.steps, "ascent.lr": options.lr, "sampling.steps": options.sampling_steps}
+    base: dict[str, Any] = {"ascent.steps": options.steps}
+    for name in options.set:
+        base |= VARIANTS[name]
     prompts = read_prompts(options.prompts)[: options.count]
     others = [name for name in BUNDLED_REWARDS["emoji"] if name != options.reward]
     lines = [
@@ -119,9 +113,10 @@ def main() -> None:
     if options.out:
         command = (
             f"python benchmarks/settings.py --reward {options.reward} --prompts {options.prompts} "
-            f"--count {options.count} --steps {options.steps} --lr {options.lr} "
-            f"--sampling-steps {options.sampling_steps}"
+            f"--count {options.count} --steps {options.steps}"
         )
+        if options.set:
+            command += " --set " + " ".join(f"'{name}'" for name in options.set)
         options.out.write_text(f"`{command}`\n\n" + "\n".join(lines) + "\n")
 
 

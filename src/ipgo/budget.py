@@ -119,7 +119,7 @@ def step_cost(config: RunConfig, image: int, price: Price) -> float:
     ascent = getattr(config.method, "ascent", None)
     if not isinstance(ascent, Ascent):
         return float(image * max(1, len(config.seeds)))
-    every = ascent.backprop_steps is None or ascent.backprop_steps >= config.sampling.steps
+    every = ascent.backprop_steps is None or ascent.backprop_steps >= config.sampling.fitting.steps
     depth = float(image if every else ascent.backprop_steps or 0)
     if ascent.random_backprop:
         depth = (1 + depth) / 2

@@ -88,7 +88,7 @@ def _paid(plan: Plan, label: str, config: RunConfig, models: Models) -> RunConfi
     if plan.budget is None or now is None:
         return config
     assert plan.price is not None
-    cost = step_cost(config, calls_of_an_image(models.backend, config.sampling), plan.price)
+    cost = step_cost(config, calls_of_an_image(models.backend, config.sampling.fitting), plan.price)
     steps = paid(config, plan.budget, cost)
     return fit_to(config, path, min(steps, now) if plan.states_length(label) else steps)
 

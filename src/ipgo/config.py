@@ -84,10 +84,11 @@ class RunConfig:
                 "unseen_seeds is 0 and seeds is empty; the result needs at least one seed to be judged on"
             )
         ascent = getattr(self.method, "ascent", None)
-        if ascent is not None and (ascent.backprop_steps or 1) > self.sampling.steps:
+        if ascent is not None and (ascent.backprop_steps or 1) > self.sampling.fitting.steps:
+            field = "steps" if self.sampling.fit_steps is None else "fit_steps"
             raise InputError(
                 f"method.ascent.backprop_steps is {ascent.backprop_steps}; "
-                f"sampling.steps allows at most {self.sampling.steps}"
+                f"sampling.{field} allows at most {self.sampling.fitting.steps}"
             )
 
     @property

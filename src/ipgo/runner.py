@@ -114,9 +114,8 @@ def fit_chunk(folder: Run, models: Models, chunk: Chunk, limit: Limit | None = N
         limit: may end the search early; it gets the search, and the calls that were made before a stop.
     """
     config, backend = folder.config, models.backend
-    task = Task(
-        backend, models.reward, chunk.texts, config.sampling, config.seeds, config.seed, config.shared
-    )
+    sampling = config.sampling.fitting
+    task = Task(backend, models.reward, chunk.texts, sampling, config.seeds, config.seed, config.shared)
     found = folder.checkpoint(chunk)
     earlier = found.cost if found is not None else Cost()
     started = saved = time.monotonic()

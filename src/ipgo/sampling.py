@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,18 +25,32 @@ class Sampling:
         guidance_scale: weight of classifier-free guidance; 1 or less turns it off.
         eta: 0 is deterministic; above 0, up to 1, DDIM adds noise at each step.
         negative_prompt: what guidance moves away from.
+        fit_steps: denoising steps of the images that a fit draws to learn from; None is `steps`.
     """
 
     steps: int = 20
     guidance_scale: float = 5.0
     eta: float = 0.0
     negative_prompt: str = ""
+    fit_steps: int | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise InputError(f"sampling.steps is {self.steps}; it must be at least 1")
         if not 0 <= self.eta <= 1:
             raise InputError(f"sampling.eta is {self.eta}; it must be between 0 and 1")
+        if self.fit_steps is not None and self.fit_steps < 1:
+            raise InputError(f"sampling.fit_steps is {self.fit_steps}; it must be at least 1")
+        if self.eta > 0 and self.fit_steps not in (None, self.steps):
+            raise InputError(
+                f"sampling.fit_steps is {self.fit_steps}; with sampling.eta above 0 each step has noise of its own, "
+                f"so it must be sampling.steps, {self.steps}"
+            )
+
+    @property
+    def fitting(self) -> Sampling:
+        """How the images that a fit learns from are sampled."""
+        return replace(self, steps=self.fit_steps or self.steps, fit_steps=None)
 
     @property
     def noise_steps(self) -> int:

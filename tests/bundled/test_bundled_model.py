@@ -1,5 +1,6 @@
 """The weights in the package do what the README says of them (figures in full: tools/emoji/evaluate.py)."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -87,11 +88,14 @@ def test_alignment_prefers_the_right_prompt(drawn: tuple[list[str], torch.Tensor
     assert (right > wrong).float().mean() >= 0.7
 
 
-def test_a_short_fit_raises_the_reward_on_every_prompt() -> None:
+def test_a_short_fit_raises_the_reward_on_every_prompt(tmp_path: Path) -> None:
     prompts = read_prompts("one:train")[:2]
     method = ipgo.IPGO(ascent=ipgo.Ascent(steps=12, lr=3e-2, backprop_steps=4))
-    sampling = ipgo.Sampling(steps=8)
-    result = ipgo.fit(prompts, reward="emoji-preference", method=method, sampling=sampling, unseen_seeds=1)
+    sampling = ipgo.Sampling(steps=20, fit_steps=8)
+    settings = {"method": method, "sampling": sampling, "unseen_seeds": 1, "out": tmp_path / "run"}
+    result = ipgo.fit(prompts, reward="emoji-preference", **settings)
+    stored = json.loads(next(tmp_path.glob("run/prompts/*/result.json")).read_text())
+    assert stored["cost"]["calls"]["denoiser"] == 12 * 8
     (gain,) = [gain for gain in result.on_fitted_seeds if not gain.held_out]
     assert gain.wins.value == 1
     for fitted in result:

@@ -88,6 +88,7 @@ def test_a_file_overrides_the_preset(tmp_path: Path) -> None:
         ({"seeds": (1001,)}, "kept for judging"),
         ({"seeds": (), "unseen_seeds": 0}, "at least one seed"),
         ({"sampling": Sampling(steps=1)}, "backprop_steps is .*; sampling.steps allows at most 1"),
+        ({"sampling": Sampling(fit_steps=1)}, "backprop_steps is .*; sampling.fit_steps allows at most 1"),
         ({"prompts": ()}, "prompts is empty"),
     ],
 )

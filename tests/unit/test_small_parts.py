@@ -7,6 +7,7 @@ from ipgo.devices import choose_device, choose_dtype
 from ipgo.embeds import PromptEmbeds
 from ipgo.errors import InputError, unknown
 from ipgo.images import center_crop, grid, normalise, resize, to_pil
+from ipgo.sampling import Sampling
 from ipgo.seeding import derive
 
 
@@ -80,3 +81,14 @@ def test_pictures():
     assert sheet.getpixel((6, 0)) == (255, 0, 0)
     assert sheet.getpixel((6, 4)) == (255, 255, 255)  # the empty place
     assert grid(images, columns=3).size == (18, 4)
+
+
+def test_a_fit_may_draw_in_fewer_steps():
+    sampling = Sampling(steps=20, guidance_scale=3, fit_steps=8)
+    assert sampling.fitting == Sampling(steps=8, guidance_scale=3)
+    assert Sampling(steps=20).fitting == Sampling(steps=20)
+    assert Sampling(steps=20, eta=1, fit_steps=20).fitting == Sampling(steps=20, eta=1)
+    with pytest.raises(InputError, match=r"fit_steps is 8; with sampling\.eta above 0"):
+        Sampling(steps=20, eta=1, fit_steps=8)
+    with pytest.raises(InputError, match="fit_steps is 0; it must be at least 1"):
+        Sampling(fit_steps=0)
