@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
+from PIL import Image, ImageDraw, ImageFont
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from ipgo.images import grid
+from ipgo.images import to_pil
 from ipgo.rewards.emoji import EmojiClip, Judge, load_aesthetic, load_clip, load_judge, load_preference
 from tools.emoji import sprites, world
 from tools.emoji.export import BACKEND, PACKAGE
@@ -77,6 +78,63 @@ def generator_figures(pipe: StableDiffusionPipeline, judge: Judge, count: int) -
         gain = quality(generate(pipe, [f"{p}, {words}" for p in prompts]), prompts) - plain
         figures[f'"{words}" adds'] = [gain.mean().item(), 1.96 * gain.std().item() / len(gain) ** 0.5]
     return figures
+
+
+def generated_figures(pipe: StableDiffusionPipeline, judge: Judge, count: int) -> dict[str, object]:
+    """The rewards on the generator's own pictures.
+
+    Shares of pictures that score higher with their own prompt than with another object's, and higher than when they are
+    spoilt; and how often one whose object the judge finds right scores above one where it does not (0.5 is chance).
+    """
+    scenes = test_scenes(count, 1, seed=5)
+    prompts = [world.plain_caption(scene) for scene in scenes]
+    images = generate(pipe, prompts)
+    others = []  # to each prompt the next one that names another object
+    for i, own in enumerate(scenes):
+        turned = zip(scenes[i:] + scenes[:i], prompts[i:] + prompts[:i], strict=True)
+        others.append(next(prompt for scene, prompt in turned if scene.objects != own.objects))
+    rng = np.random.default_rng(6)
+    spoilt = np.stack(
+        [
+            np.asarray(
+                world.degrade(rng, picture, str(rng.choice(list(world.DEGRADATIONS))), rng.uniform(0.3, 1))
+            )
+            for picture in to_pil(images)
+        ]
+    )
+    right = judge.accuracy(images, prompts)["object"] == 1
+    clip, preference, aesthetic = load_clip(), load_preference(), load_aesthetic()
+    figures: dict[str, object] = {}
+    for reward in (clip, preference, aesthetic):
+        scores = reward(images, prompts)
+        figures[reward.name] = {
+            "own prompt above another's": (scores > reward(images, others)).float().mean().item(),
+            "above its spoilt copy": (scores > reward(unit(spoilt), prompts)).float().mean().item(),
+            "judged right above judged wrong": above(scores[right], scores[~right]),
+        }
+    return figures
+
+
+def above(high: Tensor, low: Tensor) -> float:
+    """The share of pairs in which the first is greater; NaN without pairs."""
+    return (high[:, None] > low[None]).float().mean().item()
+
+
+def judged_sheet(judge: Judge, images: Tensor, prompts: Sequence[str], columns: int = 10) -> Image.Image:
+    """The pictures at twice their size, each with its prompt and with what the judge sees in it."""
+    cell, line = 2 * world.SIZE + 12, 12
+    sheet = Image.new("RGB", (columns * cell, -(-len(prompts) // columns) * (cell + 2 * line)), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
+    marks = judge.accuracy(images, prompts)["object"]
+    rows = zip(to_pil(images), prompts, judge.verdict(images), marks, strict=True)
+    for number, (picture, prompt, seen, right) in enumerate(rows):
+        x, y = number % columns * cell + 6, number // columns * (cell + 2 * line) + 4
+        sheet.paste(picture.resize((2 * world.SIZE, 2 * world.SIZE), Image.Resampling.NEAREST), (x, y))
+        text = prompt.replace(" on ", ", ").replace(" background", "").replace(" style", "")
+        pen.text((x, y + 2 * world.SIZE + 1), text[:27], "black", font)
+        verdict = f"sees {' and '.join(seen.objects)}, {seen.colour}, {seen.style}"
+        pen.text((x, y + 2 * world.SIZE + line), verdict[:27], "green" if right == 1 else "red", font)
+    return sheet
 
 
 def vae_figures(pipe: StableDiffusionPipeline, count: int) -> dict[str, float]:
@@ -148,7 +206,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=500, help="held-out captions of each kind")
     parser.add_argument("--out", type=Path, help="write the table there, under the command that made it")
-    parser.add_argument("--sheet", type=Path, help="also write a contact sheet of 100 one-object prompts")
+    parser.add_argument(
+        "--sheet", type=Path, help="also write 100 one-object prompts, with what the judge sees"
+    )
     options = parser.parse_args()
     pipe = StableDiffusionPipeline.from_pretrained(BACKEND, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
@@ -158,6 +218,7 @@ def main() -> None:
         "vae": vae_figures(pipe, options.count),
         "rewards": reward_figures(judge, options.count),
         "generator": generator_figures(pipe, judge, options.count),
+        "rewards on generated images": generated_figures(pipe, judge, options.count),
     }
     table = "\n".join(["| figure | value |", "|---|---|", *rows(figures)])
     print(table)
@@ -165,7 +226,7 @@ def main() -> None:
         options.out.write_text(f"`python -m tools.emoji.evaluate --count {options.count}`\n\n{table}\n")
     if options.sheet:
         prompts = [world.plain_caption(scene) for scene in test_scenes(100, 1, seed=1)]
-        grid(generate(pipe, prompts), columns=10).save(options.sheet)
+        judged_sheet(judge, generate(pipe, prompts), prompts).save(options.sheet)
 
 
 if __name__ == "__main__":
