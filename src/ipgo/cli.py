@@ -109,7 +109,7 @@ def fit(argv: list[str]) -> int:
         "--config", help="a YAML file of settings; they override the preset's, and flags both"
     )
     parser.add_argument(
-        "--prompts", help="prompts from a .txt, .csv or .jsonl file, or a set: one, one:train, ..."
+        "--prompts", help="prompts from a .txt, .csv or .jsonl file, or a set: one, one:train?n=8, ..."
     )
     parser.add_argument("--out", help="the run's folder (default: runs/ and the first words)")
     parsed = parse(parser, settings, rest)

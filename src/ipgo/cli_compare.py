@@ -121,7 +121,7 @@ def plan_of(parsed: Namespace, entries: Mapping[str, Any], method: Mapping[str, 
 
     prompts = tuple(read_texts(parsed.text, parsed.prompts))
     unseen = parsed.unseen_prompts
-    if unseen is None and (parsed.prompts or "").endswith(":train"):
+    if unseen is None and (parsed.prompts or "").partition("?")[0].endswith(":train"):
         unseen = parsed.prompts.replace(":train", ":test")
     common = build(parsed, prompts).to_json()
     return Plan(

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from argparse import SUPPRESS, ArgumentError
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +23,12 @@ from ipgo.task import Method
 
 PRESETS = Path(__file__).parent / "presets"  # {name}.yaml
 # Settings of the machine and of patience, which may change when a run is continued.
-NOT_RESULTS = ("chunk", "device", *(f"method.chat.{name}" for name in ("timeout", "retries", "cache")))
+NOT_RESULTS = (
+    "chunk",
+    "device",
+    "prompts_from",
+    *(f"method.chat.{name}" for name in ("timeout", "retries", "cache")),
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,7 @@ class RunConfig:
 
     Attributes:
         prompts: the texts to fit.
+        prompts_from: the file, set or collection that they were read from, for the record.
         method: what learns, and its hyperparameters.
         backend: a backend's name, a diffusers folder, or a hub id.
         reward: what to raise: a name, a sum such as "emoji-clip+0.5*emoji-aesthetic", or mine.py:function.
@@ -67,6 +73,7 @@ class RunConfig:
     dtype: str = "auto"
     chunk: int = 4
     device: str = "auto"
+    prompts_from: str | None = None
 
     def __post_init__(self) -> None:
         check_prompts(self.prompts)
@@ -113,9 +120,9 @@ class RunConfig:
     def from_json(cls, settings: dict[str, Any]) -> RunConfig:
         """The inverse of `to_json`; `InputError` for an unknown key or a value of the wrong type."""
         prompts = tuple(settings["prompts"])
-        rest = {key: value for key, value in settings.items() if key != "prompts"}
+        rest = {key: value for key, value in settings.items() if key not in ("prompts", "prompts_from")}
         parser = run_parser(method_of(rest))
-        return build(parse(parser, rest, []), prompts)
+        return replace(build(parse(parser, rest, []), prompts), prompts_from=settings.get("prompts_from"))
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide results, flat: {"method.ascent.lr": 0.001, ...}."""
@@ -202,7 +209,7 @@ def run_parser(method: str, prog: str = "ipgo fit") -> ArgumentParser:
     if method not in METHODS:
         raise unknown("method", method, METHODS)
     parser = ArgumentParser(prog=prog, exit_on_error=False, print_config=None, allow_abbrev=False)
-    parser.add_class_arguments(RunConfig, skip={"prompts", "method", *FLAGS})
+    parser.add_class_arguments(RunConfig, skip={"prompts", "prompts_from", "method", *FLAGS})
     for name, options in FLAGS.items():
         parser.add_argument(f"--{name}", **options)
     parser.add_class_arguments(METHODS[method], "method")
@@ -230,10 +237,11 @@ def parse(parser: ArgumentParser, settings: dict[str, Any], argv: list[str]) -> 
 
 def build(parsed: Namespace, prompts: tuple[str, ...]) -> RunConfig:
     """The settings that `parse` found, for these prompts."""
-    values = {each.name: parsed[each.name] for each in fields(RunConfig) if each.name != "prompts"}
+    names = [each.name for each in fields(RunConfig) if not each.name.startswith("prompts")]
+    values = {name: parsed[name] for name in names}
     for name in ("seeds", "held_out"):
         values[name] = None if values[name] is None else tuple(values[name])
-    return RunConfig(prompts, **values)
+    return RunConfig(prompts, **values, prompts_from=parsed.get("prompts"))
 
 
 def _explain(error: ArgumentError, parser: ArgumentParser) -> InputError:

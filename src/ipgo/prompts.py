@@ -8,11 +8,12 @@ import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ipgo.errors import InputError, unknown
+from ipgo.prompt_sources import SOURCES
 
 PROMPT_SETS = Path(__file__).parent / "prompt_sets"  # {name}.{half}.txt, one prompt a line
 HALVES = ("train", "test")
@@ -58,17 +59,62 @@ def check_prompts(texts: Sequence[str]) -> None:
 
 
 def read_prompts(spec: str) -> list[str]:
-    """Read a bundled set (`one`, `one:train`, `one:test`) or a .txt, .csv or .jsonl file.
+    """Read a bundled set, a published collection or a file, or some prompts of it.
 
-    A .txt file has one prompt a line, a .csv file a column `prompt`, a .jsonl file strings or objects with a
-    key `prompt`. White space around prompts and empty lines are dropped.
+    - `one`, `one:train`, `one:test`: a bundled set, or a half of it;
+    - `coco:FOLDER`, `diffusiondb`, `pickapic:SPLIT` and their local copies: see `ipgo.prompt_sources`;
+    - a .txt file has one prompt a line, a .csv file a column `prompt`, a .jsonl file strings or objects with a
+      key `prompt`.
+
+    `?n=300&seed=0` after any of them draws that many, the same on every machine, in the order of the source. White
+    space around prompts is dropped, and so are empty lines; of a collection, repetitions too.
 
     Raises:
-        InputError: no such set or file, another kind of file, no prompts in it, or a damaged line.
+        InputError: no such set or file, another kind of file, no prompts in it, a damaged line, or an option that
+        is unknown or cannot be.
     """
+    place, options = _split(spec)
+    name, _, rest = place.partition(":")
+    source, known = SOURCES.get(name, (None, ()))
+    for option in options:
+        if option not in ("n", "seed", *known):
+            raise unknown(f"option of {place!r}", option, ("n", "seed", *known))
+    if source is not None:
+        prompts = [prompt for text in source(rest, options) if (prompt := " ".join(text.split()))]
+        prompts = list(dict.fromkeys(prompts))
+    else:
+        prompts = _read_file(place) if Path(place).suffix.lower() in READERS else _read_set(place)
+    return _some(spec, prompts, options)
+
+
+def _split(spec: str) -> tuple[str, dict[str, str]]:
+    """`one:test?n=3&seed=1` to ("one:test", {"n": "3", "seed": "1"})."""
+    place, mark, query = spec.rpartition("?")
+    if not mark or "=" not in query:
+        return spec, {}
+    return place, dict(part.partition("=")[::2] for part in query.split("&"))
+
+
+def _some(spec: str, prompts: list[str], options: Mapping[str, str]) -> list[str]:
+    """The n prompts whose hash with the seed is least."""
+    numbers = {"n": str(len(prompts)), "seed": "0", **options}
+    for name, least in (("n", 1), ("seed", 0)):
+        if not numbers[name].isdecimal() or int(numbers[name]) < least:
+            raise InputError(
+                f"{name} is {numbers[name]!r} in {spec!r}; it must be a whole number from {least}"
+            )
+    count = int(numbers["n"])
+    if count > len(prompts):
+        raise InputError(f"n is {count} in {spec!r}, which has {len(prompts)} prompts")
+    if count == len(prompts):
+        return prompts
+    hashes = [hashlib.sha256(f"{numbers['seed']}:{prompt}".encode()).digest() for prompt in prompts]
+    chosen = sorted(range(len(prompts)), key=hashes.__getitem__)[:count]
+    return [prompts[index] for index in sorted(chosen)]
+
+
+def _read_file(spec: str) -> list[str]:
     path = Path(spec)
-    if path.suffix.lower() not in READERS:
-        return _read_set(spec)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -92,7 +138,8 @@ def _read_set(spec: str) -> list[str]:
     name, _, half = spec.partition(":")
     if name not in prompt_sets():
         kinds = ", ".join(READERS)
-        raise InputError(f"{unknown('prompt set', name, prompt_sets())}; a file must end in {kinds}")
+        sets = [*prompt_sets(), *SOURCES]
+        raise InputError(f"{unknown('prompt set', name, sets)}; a file must end in {kinds}")
     if half and half not in HALVES:
         raise unknown(f"half of prompt set {name!r}", half, HALVES)
     files = [PROMPT_SETS / f"{name}.{each}.txt" for each in ([half] if half else HALVES)]

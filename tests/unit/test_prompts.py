@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from ipgo.errors import InputError
 from ipgo.prompts import check_prompts, number, prompt_sets, read_prompts, slug, unseen_words
@@ -91,3 +94,108 @@ def test_unseen_words_come_with_the_nearest_known_one() -> None:
     known = ["a", "fox", "lemon", "on", "blue", "background"]
     assert unseen_words(["a lemmon on a blue background"], known) == {"lemmon": "lemon"}
     assert unseen_words(["A Fox, xylophone!"], known) == {"xylophone": None}
+
+
+# -- some of many, and published collections -----------------------------------------------------------------
+
+
+def test_a_draw_is_the_same_for_a_seed_and_keeps_the_order() -> None:
+    every, some = read_prompts("one:test"), read_prompts("one:test?n=8&seed=3")
+    assert some == [prompt for prompt in every if prompt in some]
+    assert len(some) == 8
+    assert read_prompts("one:test?seed=3&n=8") == some != read_prompts("one:test?n=8")
+    assert set(read_prompts("one:test?n=4&seed=3")) < set(some)
+    assert read_prompts("one:test?n=30") == every
+    # So a draw can be repeated elsewhere, at any time.
+    assert read_prompts("one:train?n=1") == ["a bus on a black background, flat style"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("one?n=0", "n is '0' in 'one\\?n=0'; it must be a whole number from 1"),
+        ("one?n=8&seed=-1", "seed is '-1'"),
+        ("one?n=61", "n is 61 in 'one\\?n=61', which has 60 prompts"),
+        ("one?seeds=1", "unknown option of 'one' 'seeds'; did you mean 'seed'"),
+        ("one?category=person", "unknown option of 'one' 'category'"),
+        ("kokko:x", "unknown prompt set 'kokko'"),
+        ("coco:nowhere", "download them from https://cocodataset.org"),
+        ("pickapic:trian", "unknown split of Pick-a-Pic 'trian'; did you mean 'train'"),
+        ("diffusiondb:nowhere.parquet", "cannot be read"),
+    ],
+)
+def test_draws_and_collections_that_cannot_be(spec: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        read_prompts(spec)
+
+
+@pytest.fixture
+def annotations(tmp_path: Path) -> Path:
+    """Three images in the layout of COCO's files: 1 shows a person and a couch, 2 a bus, 3 a mountain."""
+    captions = [(1, 12, "a man on a couch "), (1, 11, "A man\nsits"), (2, 13, "a bus"), (3, 14, "a peak")]
+    (tmp_path / "captions_val2017.json").write_text(
+        json.dumps({"annotations": [{"image_id": i, "id": n, "caption": c} for i, n, c in captions]})
+    )
+    kinds = {
+        "instances": [
+            (1, "person", "person", [1]),
+            (63, "couch", "furniture", [1]),
+            (6, "bus", "vehicle", [2]),
+        ],
+        "stuff": [(135, "mountain", "ground", [3]), (96, "house", "building", [])],
+    }
+    for name, rows in kinds.items():
+        categories = [{"id": n, "name": a, "supercategory": b} for n, a, b, _ in rows]
+        shown = [{"image_id": i, "category_id": n} for n, _, _, images in rows for i in images]
+        (tmp_path / f"{name}_val2017.json").write_text(
+            json.dumps({"categories": categories, "annotations": shown})
+        )
+    return tmp_path
+
+
+def test_coco_captions_and_their_categories(annotations: Path) -> None:
+    def read(options: str = "") -> list[str]:
+        assert read_prompts(f"coco:{annotations}{options}") == read_prompts(
+            f"coco:{annotations}/captions_val2017.json{options}"
+        )
+        return read_prompts(f"coco:{annotations}{options}")
+
+    assert read() == ["A man sits", "a bus", "a peak"]
+    assert read("?category=person") == ["A man sits"]
+    assert read("?category=vehicles,mountain") == ["a bus", "a peak"]
+    with pytest.raises(InputError, match=r"unknown COCO category 'buss'; did you mean 'bus'"):
+        read("?category=buss")
+    (annotations / "stuff_val2017.json").unlink()
+    with pytest.raises(InputError, match=r"stuff_val2017.json is not beside the captions"):
+        read("?category=buildings")
+    with pytest.raises(InputError, match="n is 5 in"):
+        read("?n=5")
+
+
+def test_damaged_coco_files(tmp_path: Path) -> None:
+    file = tmp_path / "captions_val2017.json"
+    for content, message in (
+        ("[]", "must hold an object"),
+        ("{", "cannot be read"),
+        ('{"annotations": [{}]}', "image_id"),
+    ):
+        file.write_text(content)
+        with pytest.raises(InputError, match=message):
+            read_prompts(f"coco:{file}")
+
+
+def test_parquet_tables(tmp_path: Path) -> None:
+    prompts = {"prompt": ["a cat ", "a cat", "", "gore"], "prompt_nsfw": [0.01, 0.02, 0.0, 0.9]}
+    file = tmp_path / "metadata.parquet"
+    parquet.write_table(pyarrow.table(prompts), file)
+    assert read_prompts(f"diffusiondb:{file}") == ["a cat", "gore"]
+    assert read_prompts(f"diffusiondb:{file}?max_nsfw=0.5") == ["a cat"]
+    with pytest.raises(InputError, match="max_nsfw is 'low'"):
+        read_prompts(f"diffusiondb:{file}?max_nsfw=low")
+    with pytest.raises(InputError, match="has no column 'caption'"):
+        read_prompts(f"pickapic:{file}")
+    parquet.write_table(pyarrow.table({"caption": ["x", "y", "x"]}), file)
+    assert read_prompts(f"pickapic:{file}") == ["x", "y"]
+    file.write_bytes(b"PAR1 and no more")
+    with pytest.raises(InputError, match="cannot be read"):
+        read_prompts(f"pickapic:{file}")

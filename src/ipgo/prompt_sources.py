@@ -1,0 +1,161 @@
+"""Prompts of the published collections: MS-COCO, DiffusionDB and Pick-a-Pic, from the hub or from local copies."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ipgo.errors import InputError, MissingExtraError, unknown
+
+Options = Mapping[str, str]
+
+# Subsets by the names of COCO's categories and supercategories (things in instances_*.json, stuff in stuff_*.json).
+# They are the IPGO paper's five; what belongs to each is our reading, since the paper only names them.
+SUBSETS = {
+    "person": ("person",),
+    "room": ("furniture", "appliance", "indoor"),
+    "vehicles": ("vehicle",),
+    "natural_scenes": ("mountain", "hill", "sea", "river", "snow", "sand", "rock"),
+    "buildings": ("building",),
+}
+COCO_FILES = "https://cocodataset.org (annotations_trainval2017.zip, stuff_annotations_trainval2017.zip)"
+DIFFUSIONDB = ("poloclub/diffusiondb", "metadata.parquet")  # hub dataset and file: 2 million rows, 200 MB
+PICK_A_PIC = "yuvalkirstain/pickapic_v1_no_images"
+PICK_A_PIC_SPLITS = ("train", "validation", "test", "validation_unique", "test_unique")
+
+
+def coco(place: str, options: Options) -> list[str]:
+    """One caption for each image, that with the lowest id; `category` keeps images that show one of its names.
+
+    Args:
+        place: captions_val2017.json, or the folder that holds it; the files of categories lie beside it.
+    """
+    file = Path(place) if place.endswith(".json") else Path(place) / "captions_val2017.json"
+    if not place or not file.is_file():
+        raise InputError(
+            f"COCO captions {str(file)!r} do not exist; download them from {COCO_FILES} and give their place, "
+            "as in coco:annotations/captions_val2017.json"
+        )
+    captions: dict[int, tuple[int, str]] = {}
+    for each in _annotations(file, "image_id", "id", "caption"):
+        own = (each["id"], each["caption"])
+        captions[each["image_id"]] = min(own, captions.get(each["image_id"], own))
+    if "category" in options:
+        shown = _images_of(file, options["category"].split(","))
+        captions = {image: own for image, own in captions.items() if image in shown}
+    return [captions[image][1] for image in sorted(captions)]
+
+
+def _annotations(file: Path, *keys: str) -> list[dict[str, Any]]:
+    found = _read(file).get("annotations", [])
+    if not isinstance(found, list) or any(key not in each for each in found for key in keys):
+        raise InputError(f"{str(file)!r} is no COCO file: its annotations need {', '.join(keys)}")
+    return found
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{str(file)!r} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{str(file)!r} is no COCO file: it must hold an object")
+    return content
+
+
+def _images_of(captions: Path, names: list[str]) -> set[int]:
+    """The images that show a category or supercategory of these names."""
+    wanted = {part for name in names for part in SUBSETS.get(name, (name,))}
+    images, known = set(), set(SUBSETS)
+    files = [captions.with_name(captions.name.replace("captions", kind)) for kind in ("instances", "stuff")]
+    for file in files:
+        if not file.is_file():
+            continue
+        kinds = {each["id"]: {each["name"], each["supercategory"]} for each in _read(file)["categories"]}
+        known |= {name for kind in kinds.values() for name in kind}
+        own = {number for number, kind in kinds.items() if kind & wanted}
+        annotations = _annotations(file, "image_id", "category_id")
+        images |= {each["image_id"] for each in annotations if each["category_id"] in own}
+    missing = sorted(wanted - known)
+    if missing:
+        absent = ", ".join(file.name for file in files if not file.is_file())
+        hint = f"; {absent} is not beside the captions ({COCO_FILES})" if absent else ""
+        raise InputError(f"{unknown('COCO category', missing[0], known)}{hint}")
+    return images
+
+
+def diffusiondb(place: str, options: Options) -> list[str]:
+    """The prompts of its metadata table; `max_nsfw` drops those whose published `prompt_nsfw` is above it.
+
+    Args:
+        place: metadata.parquet, or empty for the hub's.
+    """
+    file = place or _download(*DIFFUSIONDB, "diffusiondb:PATH/metadata.parquet")
+    if "max_nsfw" not in options:
+        return [row["prompt"] for row in _rows(file, "prompt")]
+    try:
+        limit = float(options["max_nsfw"])
+    except ValueError:
+        raise InputError(f"max_nsfw is {options['max_nsfw']!r}; it must be a number from 0 to 1") from None
+    rows = _rows(file, "prompt", "prompt_nsfw")
+    return [row["prompt"] for row in rows if row["prompt_nsfw"] <= limit]
+
+
+def pick_a_pic(place: str, options: Options) -> list[str]:
+    """The captions of a parquet file of Pick-a-Pic v1, or of a split of it on the hub."""
+    if place.endswith(".parquet"):
+        return [row["caption"] for row in _rows(place, "caption")]
+    split = place or "validation_unique"
+    if split not in PICK_A_PIC_SPLITS:
+        raise unknown("split of Pick-a-Pic", split, (*PICK_A_PIC_SPLITS, "FILE.parquet"))
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise MissingExtraError(
+            f'pickapic:{split} needs the datasets package: pip install "ipgo[data]"'
+        ) from None
+    try:
+        return list(load_dataset(PICK_A_PIC, split=split)["caption"])
+    except (OSError, ValueError) as error:
+        raise _offline(PICK_A_PIC, "pickapic:PATH/FILE.parquet", error) from error
+
+
+def _download(repository: str, file: str, local: str) -> str:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return str(hf_hub_download(repository, file, repo_type="dataset"))
+    except (OSError, ValueError) as error:
+        raise _offline(f"{repository}/{file}", local, error) from error
+
+
+def _offline(what: str, local: str, error: Exception) -> InputError:
+    reason = str(error).strip().splitlines()[0]
+    return InputError(f"cannot read {what!r} from the hub ({reason}); give a local copy as {local}")
+
+
+def _rows(file: str, *columns: str) -> Iterator[dict[str, Any]]:
+    """Rows of a parquet file, read in batches: some have millions."""
+    try:
+        from pyarrow import ArrowInvalid, parquet
+    except ImportError:
+        raise MissingExtraError('parquet files need the pyarrow package: pip install "ipgo[data]"') from None
+    try:
+        table = parquet.ParquetFile(file)
+        for batch in table.iter_batches(columns=list(columns)):
+            if list(batch.schema.names) != list(columns):
+                missing = next(name for name in columns if name not in batch.schema.names)
+                raise InputError(f"{file!r} has no column {missing!r}")
+            yield from batch.to_pylist()
+    except (OSError, ArrowInvalid) as error:
+        raise InputError(f"parquet file {file!r} cannot be read: {error}") from None
+
+
+# name -> how it is read, and the options that it knows beside n and seed
+SOURCES: dict[str, tuple[Callable[[str, Options], list[str]], tuple[str, ...]]] = {
+    "coco": (coco, ("category",)),
+    "diffusiondb": (diffusiondb, ("max_nsfw",)),
+    "pickapic": (pick_a_pic, ()),
+}
