@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         ReNO,
         TextCraftor,
     )
+    from ipgo.publish import from_pretrained, push_to_hub, save_pretrained
     from ipgo.rewards import Reward, as_reward, load_reward
     from ipgo.runner import Fitted, Result, fit
     from ipgo.sampling import Sampling
@@ -69,6 +70,7 @@ _HOME = {
         "ReNO",
         "TextCraftor",
     ),
+    "publish": ("from_pretrained", "push_to_hub", "save_pretrained"),
     "rewards": ("Reward", "as_reward", "load_reward"),
     "runner": ("Fitted", "Result", "fit"),
     "sampling": ("Sampling",),
@@ -120,11 +122,14 @@ __all__ = [
     "as_reward",
     "evaluate",
     "fit",
+    "from_pretrained",
     "generate",
     "load_adapter",
     "load_backend",
     "load_reward",
+    "push_to_hub",
     "save_adapter",
+    "save_pretrained",
     "summarise",
     "win_rate",
 ]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from ipgo import __version__
 from ipgo.cli_compare import compare, comparisons, show_comparison
 from ipgo.cli_explain import explain
+from ipgo.cli_publish import publish
 from ipgo.errors import InputError, IpgoError, unknown
 from ipgo.prompts import prompt_sets, read_prompts, slug
 from ipgo.terminal import command_parser, find_adapter, loading, read_texts, underscores
@@ -37,6 +38,7 @@ commands:
   compare    run many methods on the same prompts, seeds and budget, and make the table
   explain    say what learned embeddings are close to, and what each of them does
   report     write the page that shows a run or a comparison
+  publish    write a run's adapter with a model card, as a folder or on the hub
   list       what there is: objects, prompts, rewards, backends, methods, presets
 
 `ipgo COMMAND --help` lists the options.
@@ -355,6 +357,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "explain": explain,
     "evaluate": evaluate,
     "report": report,
+    "publish": publish,
     "list": list_,
 }
 

@@ -48,10 +48,15 @@ def underscores(word: str) -> str:
 
 
 def find_adapter(path: Path) -> tuple[Adapter, dict[str, Any]]:
-    """The adapter in a folder, or all of a run's as one, and the backend settings that it was made under."""
+    """The adapter in a folder, or all of a run's as one, and the backend settings that it was made under.
+
+    `path` may also be the hub's `owner/name`.
+    """
     from ipgo.adapters import stack
+    from ipgo.publish import fetch
     from ipgo.store import Run, adapter_facts, load_adapter
 
+    path = fetch(path)
     if not (path / "run.json").is_file():
         return load_adapter(path), dict(adapter_facts(path)["settings"])
     folder = Run.open(path)

@@ -1,0 +1,33 @@
+"""`ipgo publish`: a run's adapter with a model card, for others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ipgo.terminal import command_parser
+
+
+def publish(argv: list[str]) -> int:
+    """`ipgo publish`: write the folder, and upload it if asked to."""
+    parser = command_parser(
+        "publish", "Write a run's adapter, a model card and pictures as a folder for others, or on the hub."
+    )
+    parser.add_argument("run", type=Path, help="a run's folder")
+    parser.add_argument("--out", type=Path, help="the new folder (default: published/ in the run's)")
+    parser.add_argument(
+        "--push", metavar="OWNER/NAME", help="upload it as this model of the Hugging Face hub"
+    )
+    parser.add_argument("--private", action="store_true", help="with --push: for nobody else to see")
+    args = parser.parse_args(argv)
+
+    from ipgo.publish import push_to_hub, save_pretrained
+    from ipgo.store import Run
+
+    run = Run.open(args.run)
+    folder = args.out or args.run / "published"
+    if args.push:
+        print(push_to_hub(run, folder, args.push, private=args.private))
+    else:
+        save_pretrained(run, folder)
+    print(folder / "README.md")
+    return 0

@@ -1,0 +1,194 @@
+"""What was learned as a folder for others: the adapter, a model card, and pictures; on the hub if wanted."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from textwrap import indent
+from typing import Any
+
+import yaml
+
+from ipgo import __version__, files
+from ipgo.adapters import Adapter, stack
+from ipgo.errors import InputError
+from ipgo.evaluation import Gain, summarise
+from ipgo.prompts import Prompt
+from ipgo.store import Run, adapter_facts, load_adapter, save_adapter
+
+FILES = ("adapter.json", "adapter.safetensors")
+MOST = 8  # prompts with pictures on a card
+
+
+def save_pretrained(run: Run, folder: Path) -> Path:
+    """Write a finished run's adapter (of many prompts: one with a row for each) and its card README.md.
+
+    Raises:
+        InputError: no prompt of the run is finished, or `folder` holds something else.
+    """
+    done = [prompt for prompt in run.prompts if run.done(prompt)]
+    if not done:
+        raise InputError(f"run {str(run.path)!r} has no finished prompt yet")
+    if folder.exists() and not (
+        folder.is_dir() and (not any(folder.iterdir()) or (folder / FILES[0]).is_file())
+    ):
+        raise InputError(f"folder {str(folder)!r} holds something else; give a new or empty one")
+    adapters = [run.load_adapter(prompt) for prompt in done]
+    whole = adapters[0] if adapters[0].prompts is None else stack(adapters)
+    save_adapter(whole, folder, adapter_facts(run.adapter_folder(done[0]))["settings"])
+    shutil.rmtree(folder / "images", ignore_errors=True)
+    for prompt in done[:MOST]:
+        for when in ("before", "after"):
+            source = run.image(prompt, when, _seed(run))
+            if source.is_file():
+                files.write(folder / _picture(prompt, when), source.read_bytes())
+    files.write(folder / "README.md", model_card(run, whole).encode())
+    return folder
+
+
+def push_to_hub(run: Run, folder: Path, repository: str, *, private: bool = False) -> str:
+    """`save_pretrained`, and upload the folder as the hub's model `owner/name`: its address.
+
+    Raises:
+        InputError: the hub cannot be reached, or refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    save_pretrained(run, folder)
+    hub = HfApi(library_name="ipgo", library_version=__version__)
+    try:
+        address = hub.create_repo(repository, private=private, exist_ok=True)
+        hub.upload_folder(repo_id=repository, folder_path=folder, commit_message="Adapter learned by ipgo")
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise InputError(f"cannot write {repository!r} on the hub: {str(error).splitlines()[0]}") from error
+    return str(address)
+
+
+def from_pretrained(source: str | Path) -> Adapter:
+    """Read an adapter from a folder, or from the hub's model `owner/name`."""
+    return load_adapter(fetch(source))
+
+
+def fetch(source: str | Path) -> Path:
+    """The folder itself, or where the hub's model `owner/name` was downloaded to."""
+    if Path(source).exists() or str(source).count("/") != 1:
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=list(FILES)))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"adapter {str(source)!r} is no folder, and cannot be read from the hub: {str(error).splitlines()[0]}"
+        ) from error
+
+
+# -- the card ----------------------------------------------------------------------------------------------
+
+
+def model_card(run: Run, adapter: Adapter) -> str:
+    """Markdown with the hub's metadata: what it is, what it does on unseen noise, and how to use it."""
+    config, scores = run.config, run.scores()
+    done = [prompt for prompt in run.prompts if run.done(prompt)]
+    about = {
+        "library_name": "ipgo",
+        "base_model": _base(config.backend),
+        "tags": ["text-to-image", "diffusion", "reward", f"ipgo-{adapter.kind}", config.method_name],
+    }
+    count = sum(parameter.numel() for parameter in adapter.parameters())
+    whose = "any prompt" if adapter.prompts is None else f"{len(done)} prompt{'s' * (len(done) > 1)}"
+    sections = [
+        f"---\n{yaml.safe_dump({k: v for k, v in about.items() if v}, sort_keys=False)}---",
+        f"# {config.method_name} for {whose}, raising {escape(config.reward)}",
+        f"Learned with ipgo {__version__} on `{escape(config.backend)}`: "
+        f"{count:,} numbers beside the frozen model, by the reward {escape(config.reward)}.",
+        _limits(run, adapter),
+        "## Results",
+        _results("On the noise that it was fitted to", summarise(scores, seeds=config.seeds)),
+        _results("On unseen noise", summarise(scores, seeds=config.new_seeds)),
+        "## Pictures" if any(run.image(prompt, "after", _seed(run)).is_file() for prompt in done) else "",
+        _pictures(run, done),
+        "## Use",
+        _use(run, adapter, done),
+        "## Settings",
+        indent(yaml.safe_dump(_settings(run), sort_keys=True, allow_unicode=True), "    "),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def escape(text: str) -> str:
+    """A user's text as plain words in Markdown and HTML: whatever could be markup becomes an entity."""
+    return re.sub(r"[^\w\s.,]", lambda found: f"&#{ord(found[0])};", " ".join(text.split())).replace(
+        "_", "&#95;"
+    )
+
+
+def _base(backend: str) -> str | None:
+    from ipgo.backends import BACKENDS
+
+    place = BACKENDS[backend][1] if backend in BACKENDS else backend
+    return place if place.count("/") == 1 and not place.startswith((".", "~", "/")) else None
+
+
+def _limits(run: Run, adapter: Adapter) -> str:
+    words = "It was fitted to no prompt of its own and can be tried on others."
+    if adapter.prompts is not None:
+        words = "It works for the prompts that it was fitted to, word for word."
+    if adapter.transfers == "nothing":
+        words += " It is tied to its noise: other seeds give the raw prompt's pictures."
+    failed = [result for result in run.results() if result["status"] == "failed"]
+    return words + (f" {len(failed)} prompts failed." if failed else "")
+
+
+def _results(title: str, gains: Sequence[Gain]) -> str:
+    if not gains:
+        return ""
+    lines = ["| reward | raw | adapted | gain, 95% | wins over raw |", "|---|---|---|---|---|"]
+    for each in gains:
+        name = escape(each.reward) + (" (held out)" if each.held_out else " (raised)")
+        lines.append(
+            f"| {name} | {each.before:.3f} | {each.after:.3f} | {each.gain.value:+.3f} "
+            f"({each.gain.low:+.3f} to {each.gain.high:+.3f}) | {each.wins.value:.0%} |"
+        )
+    return f"{title}, intervals over {gains[0].gain.n} {gains[0].gain.over}:\n\n" + "\n".join(lines)
+
+
+def _seed(run: Run) -> int:
+    """The seed whose pictures are shown: unseen, where there is one."""
+    return (*run.config.new_seeds, *run.config.seeds)[0]
+
+
+def _picture(prompt: Prompt, when: str) -> str:
+    return f"images/{prompt.id}-{when}.png"
+
+
+def _pictures(run: Run, done: Sequence[Prompt]) -> str:
+    seed = _seed(run)
+    shown = [prompt for prompt in done[:MOST] if run.image(prompt, "after", seed).is_file()]
+    if not shown:
+        return ""
+    kind = "unseen" if seed in run.config.new_seeds else "fitted"
+    rows = [
+        f"| {escape(each.text)} | ![before]({_picture(each, 'before')}) | ![after]({_picture(each, 'after')}) |"
+        for each in shown
+    ]
+    return "\n".join([f"| prompt | raw, seed {seed} ({kind}) | adapted |", "|---|---|---|", *rows])
+
+
+def _use(run: Run, adapter: Adapter, done: Sequence[Prompt]) -> str:
+    prompt = repr(done[0].text if adapter.prompts is not None else "a prompt").replace("`", r"\x60")
+    return f"""```python
+import ipgo
+
+adapter = ipgo.from_pretrained("this/repository")     # or its folder
+backend = ipgo.load_backend({run.config.backend!r})
+images = ipgo.generate(backend, [{prompt}], [{_seed(run)}], adapter, ipgo.Sampling())
+```"""
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    settings = run.config.to_json()
+    return {key: settings[key] for key in settings if key not in ("prompts", "device", "chunk")}

@@ -1,0 +1,128 @@
+"""A run as a folder for others: the adapter, and a card that a user's text cannot break."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+import yaml
+
+import ipgo
+from ipgo import cli
+from ipgo.publish import MOST, escape, model_card
+
+PROMPTS = ("a fox | ![x](http://evil) <script>", "```\n# a *lemon*")
+
+
+def settings(pipeline_folder: str, steps: int = 2) -> dict[str, Any]:
+    return {
+        "backend": pipeline_folder,
+        "reward": "colorfulness",
+        "method": ipgo.IPGO(ipgo.Insertion(1, 1), ipgo.Ascent(steps=steps, backprop_steps=1)),
+        "sampling": ipgo.Sampling(steps=2),
+        "unseen_seeds": 1,
+    }
+
+
+@pytest.fixture(scope="module")
+def run(pipeline_folder: str, tmp_path_factory: pytest.TempPathFactory) -> ipgo.Run:
+    out = tmp_path_factory.mktemp("runs") / "two"
+    ipgo.fit(PROMPTS, out=out, **settings(pipeline_folder))
+    return ipgo.Run.open(out)
+
+
+def test_what_is_published_draws_what_the_run_drew(
+    run: ipgo.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "card"
+    assert cli.main(["publish", str(run.path), "--out", str(folder)]) == 0
+    assert capsys.readouterr().out.splitlines() == [str(folder / "README.md")]
+    adapter = ipgo.from_pretrained(folder)
+    assert adapter.prompts == PROMPTS
+    backend = ipgo.load_backend(run.config.backend)
+    for prompt in run.prompts:
+        ours, theirs = (
+            ipgo.generate(backend, [prompt.text], [0], each, ipgo.Sampling(steps=2))
+            for each in (adapter, run.load_adapter(prompt))
+        )
+        assert torch.equal(ours, theirs)
+        assert (folder / f"images/{prompt.id}-after.png").read_bytes() == run.image(
+            prompt, "after", 1000
+        ).read_bytes()
+    ipgo.save_pretrained(run, folder)  # again, over itself
+    (folder / "adapter.json").unlink()
+    with pytest.raises(ipgo.InputError, match="holds something else"):
+        ipgo.save_pretrained(run, folder)
+
+
+def test_the_card_says_what_it_is_and_holds_no_markup_of_a_prompt(run: ipgo.Run) -> None:
+    card = model_card(run, run.load_adapter(run.prompts[0]))
+    _, header, body = card.split("---\n", 2)
+    about = yaml.safe_load(header)
+    assert about["library_name"] == "ipgo"
+    assert "ipgo-insertion" in about["tags"]
+    assert "base_model" not in about  # a local folder is no model of the hub
+    for words in (
+        "On unseen noise",
+        "colorfulness (raised)",
+        "seed 1000 (unseen)",
+        "fitted to, word for word",
+    ):
+        assert words in body, words
+    before, code, after = body.split("```")
+    for markup in ("<script>", "![x]", "*lemon*", "\n# a "):
+        assert markup not in before + after
+    assert "a fox" in code
+    fences = [line for line in body.splitlines() if line.startswith("```")]
+    assert fences == ["```python", "```"]
+    assert len(body.split("## Pictures")[1].split("## Use")[0].strip().splitlines()) == 2 + min(MOST, 2)
+
+
+def test_text_is_escaped_to_what_a_reader_sees() -> None:
+    assert escape("a_b <i>\n*x*") == "a&#95;b &#60;i&#62; &#42;x&#42;"
+    assert escape("plain, words.") == "plain, words."
+
+
+def test_a_run_without_results_and_an_unknown_model(
+    pipeline_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(*arguments: Any, **options: Any) -> str:
+        raise OSError("no route to host\nand more")
+
+    config = ipgo.Run.open(tmp_path / "new", _config(pipeline_folder))
+    with pytest.raises(ipgo.InputError, match="no finished prompt yet"):
+        ipgo.save_pretrained(config, tmp_path / "card")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(ipgo.InputError, match=r"'nobody/nothing' is no folder.*no route to host$"):
+        ipgo.from_pretrained("nobody/nothing")
+
+
+def _config(pipeline_folder: str) -> Any:
+    from ipgo.config import RunConfig
+
+    return RunConfig(("a",), **settings(pipeline_folder))
+
+
+def test_pushing_uploads_the_folder(run: ipgo.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[tuple[str, Any]] = []
+
+    class Hub:
+        def __init__(self, **about: Any) -> None:
+            pass
+
+        def create_repo(self, name: str, **options: Any) -> str:
+            done.append(("create", (name, options)))
+            return f"https://hub/{name}"
+
+        def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> None:
+            done.append(("upload", (repo_id, sorted(file.name for file in Path(folder_path).iterdir()))))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    assert ipgo.push_to_hub(run, tmp_path / "card", "me/fox", private=True) == "https://hub/me/fox"
+    assert done == [
+        ("create", ("me/fox", {"private": True, "exist_ok": True})),
+        ("upload", ("me/fox", ["README.md", "adapter.json", "adapter.safetensors", "images"])),
+    ]
