@@ -58,7 +58,10 @@ class InsertionAdapter(Adapter):
 
     def condition(self, backend: Backend, prompts: Sequence[str], original: PromptEmbeds) -> PromptEmbeds:
         self._check(backend)
-        rows = self.rows(prompts)
+        return self.insert(self.rows(prompts), original)
+
+    def insert(self, rows: Tensor, original: PromptEmbeds) -> PromptEmbeds:
+        """[prefix; original; suffix], by the adapter's rows (B,) for the B rows of `original`."""
         return original.insert(
             self._embeds(self.prefix, rows, original), self._embeds(self.suffix, rows, original)
         )
