@@ -4,9 +4,9 @@ Copy this file into ComfyUI/custom_nodes and `pip install ipgo` into ComfyUI's e
 "CLIP Text Encode" and the sampler's positive input. It does to a conditioning what the stock "Conditioning (Concat)"
 does, on both sides: [prefix; conditioning; suffix] along the tokens.
 
-Limits: models with one text encoder, padded to 77 tokens, whose denoiser does not care about their order (Stable Diffusion
-1.x and 2.x); adapters without cross-attention and learned with padding="max_length". Adapters of other kinds or widths are
-refused; that the checkpoint is the one that the adapter was learned on, the node cannot see.
+Limits: models with one text encoder, padded to 77 tokens, whose denoiser does not care about their order (Stable
+Diffusion 1.x and 2.x); adapters without cross-attention and learned with padding="max_length". Adapters of other
+kinds or widths are refused; that the checkpoint is the one that the adapter was learned on, the node cannot see.
 """
 
 from pathlib import Path
