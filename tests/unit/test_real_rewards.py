@@ -1,0 +1,183 @@
+"""The rewards of the papers: what they are called, where their weights come from, rows and gradients."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+
+import ipgo.rewards
+from ipgo.errors import InputError
+from ipgo.rewards import REWARDS, SOURCES, check_reward, identity_of, load_reward, score
+from tests.conftest import byte_tokenizer
+from tests.reward_models import PROMPTS, tiny_clip
+
+REWARDS_FOLDER = Path(ipgo.rewards.__file__).parent
+IMAGES = torch.rand((3, 3, 40, 48), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("models") / "clip-vit-large-patch14"
+    tiny_clip().save_pretrained(place)
+    byte_tokenizer().save_pretrained(place)
+    return place
+
+
+def sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+# -- specs -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (
+            "clip:/nowhere/at/all",
+            r"there is no folder '/nowhere/at/all'; it needs openai/clip-vit-large-patch14",
+        ),
+        ("clip@bilinear", "there is no variant 'bilinear'; the one there is: notebook"),
+        ("clip:", "ends where its path should be"),
+        ("contrast:here", "'contrast' takes no path and no variant"),
+        ("emoji-clip@notebook", "'emoji-clip' takes no path and no variant"),
+        ("clpi:owner/name", "unknown reward 'clpi'; did you mean 'clip'"),
+        ("contrast+0.5*pickscore:/nowhere", "there is no folder '/nowhere'"),
+    ],
+)
+def test_wrong_specs_are_refused_before_a_model_is_loaded(spec: str, message: str) -> None:
+    for load in (check_reward, load_reward):
+        with pytest.raises(InputError, match=message):
+            load(spec)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"is no folder of a CLIPModel: it needs config.json"):
+        check_reward(f"clip:{tmp_path}")
+
+
+def test_names_and_hub_ids_are_not_looked_up_while_they_are_checked() -> None:
+    for name in SOURCES:
+        check_reward(name)
+        check_reward(f"{name}@notebook")
+    check_reward("clip:laion/CLIP-ViT-H-14-laion2B-s32B-b79K+0.1*pickscore")
+
+
+@pytest.mark.parametrize("name", sorted(SOURCES))
+def test_offline_the_error_says_what_from_where_and_how(name: str) -> None:
+    source = SOURCES[name]
+    with pytest.raises(InputError) as caught:
+        load_reward(name, device="cpu")
+    message = str(caught.value)
+    assert f"reward {name!r} needs {source.file or 'config.json'}" in message
+    assert f"huggingface.co/{source.repo}" in message
+    assert f"give a copy as {name}:/path/" in message
+    assert "\n" not in message
+
+
+def test_every_source_is_a_reward() -> None:
+    assert SOURCES.keys() < REWARDS.keys()
+
+
+def test_a_path_may_hold_a_plus(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "a+b")
+    reward = load_reward(f"contrast+2*clip:{tmp_path / 'a+b'}+colorfulness", device="cpu")
+    parts = [load_reward(each, device="cpu") for each in ("contrast", f"clip:{folder}", "colorfulness")]
+    values = [part(IMAGES, PROMPTS) for part in parts]
+    torch.testing.assert_close(reward(IMAGES, PROMPTS), values[0] + 2 * values[1] + values[2])
+    with pytest.raises(InputError, match="there is no folder"):
+        check_reward(f"clip:{tmp_path / 'a+c'}")
+
+
+# -- rows and gradients ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", ["clip:{}", "clip@notebook:{}", "pickscore:{}"])
+def test_rows_stand_alone_and_gradients_reach_the_pictures_only(spec: str, folder: Path) -> None:
+    reward = load_reward(spec.format(folder), device="cpu")
+    images = IMAGES.clone().requires_grad_()
+    values = score(reward, images, PROMPTS)
+    alone = torch.cat([score(reward, IMAGES[i : i + 1], PROMPTS[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(values, alone)
+    assert values.dtype == torch.float32
+    values[1].backward()
+    assert images.grad is not None
+    assert images.grad[1].abs().max() > 0
+    assert not images.grad[[0, 2]].any()
+    assert not any(parameter.requires_grad for parameter in reward.parameters())
+
+
+def test_the_gradient_is_that_of_finite_differences(folder: Path) -> None:
+    reward = load_reward(f"clip:{folder}", device="cpu").double()
+    reward.model.set_attn_implementation("sdpa")  # the plain one takes its softmax in float32
+    images = (0.3 + 0.4 * IMAGES[:1, :, :34, :33]).double()  # far from where resizing clips
+    direction = torch.randn(images.shape, generator=torch.Generator().manual_seed(1)).double()
+
+    def along(step: torch.Tensor) -> torch.Tensor:
+        return reward(images + step * direction, PROMPTS[:1])
+
+    assert torch.autograd.gradcheck(along, torch.zeros((), dtype=torch.double, requires_grad=True))
+
+
+def test_the_notebook_variant_resizes_otherwise(folder: Path) -> None:
+    exact, notebook = (load_reward(f"{name}:{folder}", device="cpu") for name in ("clip", "clip@notebook"))
+    assert notebook.name == f"clip@notebook:{folder}"
+    assert (exact(IMAGES, PROMPTS) - notebook(IMAGES, PROMPTS)).abs().max() > 1e-4
+    square = IMAGES[..., :32, :32]
+    torch.testing.assert_close(exact(square, PROMPTS), notebook(square, PROMPTS))
+
+
+def test_a_long_prompt_is_cut_where_the_tower_ends(folder: Path) -> None:
+    reward = load_reward(f"clip:{folder}", device="cpu")
+    long, longer = "x " * 75, "x " * 200
+    values = reward(IMAGES[:1].expand(2, -1, -1, -1), [long, longer])
+    assert values[0] == values[1]
+
+
+# -- identity ----------------------------------------------------------------------------------------------
+
+
+def test_an_identity_says_what_decides_a_score(folder: Path) -> None:
+    found = identity_of(load_reward(f"clip:{folder}", device="cpu"))
+    assert found == {
+        "id": "clip",
+        "version": 1,
+        "weights": [sha256(folder / "model.safetensors")],
+        "preprocessing": "shorter side bicubic to 32, centre crop",
+    }
+    other = identity_of(load_reward(f"clip@notebook:{folder}", device="cpu"))
+    assert other == {**found, "preprocessing": "shorter side bilinear to 32, centre crop"}
+
+
+def test_a_sum_and_a_function_have_an_identity(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("def warmth(images, prompts):\n    return images.mean((1, 2, 3))\n")
+    reward = load_reward(f"emoji-clip+0.5*{file}:warmth", device="cpu")
+    first, second = identity_of(reward)["terms"]
+    assert (first["weight"], second["weight"]) == (1.0, 0.5)
+    assert first["reward"]["weights"] == [sha256(REWARDS_FOLDER / "emoji/clip/model.safetensors")]
+    assert second["reward"] == {
+        "id": "warmth",
+        "version": 1,
+        "weights": [sha256(file)],
+        "preprocessing": "its own",
+    }
+
+
+@pytest.mark.parametrize("name", sorted(REWARDS.keys() - SOURCES.keys()))
+def test_every_bundled_reward_has_an_identity(name: str) -> None:
+    found = identity_of(load_reward(name, device="cpu"))
+    assert found["id"] == name
+    assert all(len(each) == 64 for each in found["weights"])
+    assert found["weights"]
