@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
 from tests.conftest import byte_tokenizer
@@ -36,3 +37,24 @@ def tiny_clip(seed: int = 0) -> CLIPModel:
         projection_dim=8,
     )
     return CLIPModel(config).eval()
+
+
+def linear_head(width: int, seed: int = 0) -> nn.Sequential:
+    """The head of LAION's predictor and of ImageReward: five layers, dropout, and no activation."""
+    torch.manual_seed(seed)
+    sizes = (1024, 128, 64, 16)
+    return nn.Sequential(
+        nn.Linear(width, sizes[0]),
+        nn.Dropout(0.2),
+        nn.Linear(sizes[0], sizes[1]),
+        nn.Dropout(0.2),
+        nn.Linear(sizes[1], sizes[2]),
+        nn.Dropout(0.1),
+        nn.Linear(sizes[2], sizes[3]),
+        nn.Linear(sizes[3], 1),
+    )
+
+
+def prefixed(module: nn.Module, prefix: str) -> dict[str, Tensor]:
+    """A module's weights as part of a larger one."""
+    return {f"{prefix}{name}": tensor for name, tensor in module.state_dict().items()}

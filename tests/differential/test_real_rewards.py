@@ -7,20 +7,23 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import save_file
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from ipgo.images import from_pil
 from ipgo.rewards import load_reward, score
+from ipgo.rewards.linear import collapse
 from ipgo.rewards.preprocessing import Preprocessing
 from tests.conftest import byte_tokenizer
-from tests.reward_models import PROMPTS, pictures, tiny_clip
+from tests.reward_models import PROMPTS, linear_head, pictures, prefixed, tiny_clip
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny CLIPModel with tokenizer and processor, as on the hub."""
-    place = tmp_path_factory.mktemp("clip")
+    place = tmp_path_factory.mktemp("models") / "clip-vit-large-patch14"
     tiny_clip().save_pretrained(place)
     byte_tokenizer().save_pretrained(place)
     processor().save_pretrained(place)
@@ -97,3 +100,31 @@ def test_the_processors_own_mean_and_spread_are_used(folder: Path, tmp_path: Pat
     reward = load_reward(f"clip:{tmp_path}", device="cpu")
     torch.testing.assert_close(reward.preprocessing(images), own, rtol=0, atol=2e-6)
     assert reward.identity["preprocessing"].endswith("mean (0.5, 0.5, 0.5), std (0.25, 0.25, 0.25)")
+
+
+# -- aesthetic ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", ["sac+logos+ava1-l14-linearMSE.pth", "head.safetensors"])
+def test_aesthetic_is_the_five_layers_on_the_normalised_embedding(folder: Path, file: str) -> None:
+    head, model = linear_head(8).eval(), CLIPModel.from_pretrained(folder)
+    save = torch.save if file.endswith(".pth") else save_file
+    save(prefixed(head, "layers."), folder.parent / file)
+    reward = load_reward(f"0.5*aesthetic:{folder.parent / file}", device="cpu")
+    images = torch.stack([from_pil(each) for each in pictures(32, 32)])
+    with torch.no_grad():
+        given = processor()(pictures(32, 32), return_tensors="pt")
+        features = model.get_image_features(**given).pooler_output
+        expected = head(features / features.norm(dim=-1, keepdim=True))[:, 0]
+    torch.testing.assert_close(2 * score(reward, images, PROMPTS), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_the_collapsed_head_is_the_published_size_one() -> None:
+    head = linear_head(768).eval()
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.mul_(3)
+    weight, bias = collapse(prefixed(head, "layers."), "layers.", "aesthetic")
+    embeddings = F.normalize(torch.randn(16, 768, generator=torch.Generator().manual_seed(0)), dim=-1)
+    with torch.no_grad():
+        torch.testing.assert_close(embeddings @ weight + bias, head(embeddings)[:, 0], rtol=1e-6, atol=1e-6)

@@ -14,7 +14,7 @@ import ipgo.rewards
 from ipgo.errors import InputError
 from ipgo.rewards import REWARDS, SOURCES, check_reward, identity_of, load_reward, score
 from tests.conftest import byte_tokenizer
-from tests.reward_models import PROMPTS, tiny_clip
+from tests.reward_models import PROMPTS, linear_head, prefixed, tiny_clip
 
 REWARDS_FOLDER = Path(ipgo.rewards.__file__).parent
 IMAGES = torch.rand((3, 3, 40, 48), generator=torch.Generator().manual_seed(0))
@@ -31,7 +31,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("models") / "clip-vit-large-patch14"
     tiny_clip().save_pretrained(place)
     byte_tokenizer().save_pretrained(place)
+    torch.save(prefixed(linear_head(8), "layers."), place.parent / "head.pth")
     return place
+
+
+def weights(folder: Path, name: str) -> Path:
+    """What the spec of a reward gives."""
+    return folder.parent / {"aesthetic": "head.pth"}[name] if SOURCES[name].file else folder
 
 
 def sha256(file: Path) -> str:
@@ -54,6 +60,10 @@ def sha256(file: Path) -> str:
         ("emoji-clip@notebook", "'emoji-clip' takes no path and no variant"),
         ("clpi:owner/name", "unknown reward 'clpi'; did you mean 'clip'"),
         ("contrast+0.5*pickscore:/nowhere", "there is no folder '/nowhere'"),
+        (
+            "aesthetic:/a/head.pth",
+            "there is no file '/a/head.pth'; it needs aesthetic-model.pth of trl-lib/ddpo",
+        ),
     ],
 )
 def test_wrong_specs_are_refused_before_a_model_is_loaded(spec: str, message: str) -> None:
@@ -86,6 +96,43 @@ def test_offline_the_error_says_what_from_where_and_how(name: str) -> None:
     assert "\n" not in message
 
 
+def test_offline_a_second_model_is_asked_for_by_the_name_of_its_folder(tmp_path: Path) -> None:
+    torch.save(prefixed(linear_head(8), "layers."), tmp_path / "head.pth")
+    needed = r"needs model\*.safetensors of huggingface.co/openai/clip-vit-large-patch14"
+    with pytest.raises(
+        InputError, match=rf"{needed}.* into a folder 'clip-vit-large-patch14' beside the weights"
+    ):
+        load_reward(f"aesthetic:{tmp_path / 'head.pth'}", device="cpu")
+
+
+class Harmful:
+    """Would leave a file behind where it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return Path.touch, (self.file,)
+
+
+def test_damaged_weights_are_refused_and_none_are_run(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / folder.name)
+    file, harm = tmp_path / "head.pth", tmp_path / "harm"
+    for content, message in (
+        ({"layers.0.weight": Harmful(harm)}, "hold more than tensors, and are not read"),
+        ({"layers.0.weight": 3}, "are no state dict"),
+        ({"other": torch.ones(2)}, "are not the linear layers"),
+        (prefixed(linear_head(9), "layers."), "reads 9 numbers of a picture, but the CLIP in .* gives 8"),
+    ):
+        torch.save(content, file)
+        with pytest.raises(InputError, match=message):
+            load_reward(f"aesthetic:{file}", device="cpu")
+    file.write_bytes(b"half")
+    with pytest.raises(InputError, match="cannot be read: KeyError"):
+        load_reward(f"aesthetic:{file}", device="cpu")
+    assert not harm.exists()
+
+
 def test_every_source_is_a_reward() -> None:
     assert SOURCES.keys() < REWARDS.keys()
 
@@ -103,9 +150,12 @@ def test_a_path_may_hold_a_plus(folder: Path, tmp_path: Path) -> None:
 # -- rows and gradients ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spec", ["clip:{}", "clip@notebook:{}", "pickscore:{}"])
-def test_rows_stand_alone_and_gradients_reach_the_pictures_only(spec: str, folder: Path) -> None:
-    reward = load_reward(spec.format(folder), device="cpu")
+@pytest.mark.parametrize("variant", ["", "@notebook"])
+@pytest.mark.parametrize("name", sorted(SOURCES))
+def test_rows_stand_alone_and_gradients_reach_the_pictures_only(
+    name: str, variant: str, folder: Path
+) -> None:
+    reward = load_reward(f"{name}{variant}:{weights(folder, name)}", device="cpu")
     images = IMAGES.clone().requires_grad_()
     values = score(reward, images, PROMPTS)
     alone = torch.cat([score(reward, IMAGES[i : i + 1], PROMPTS[i : i + 1]) for i in range(3)])

@@ -31,10 +31,12 @@ REWARDS: dict[str, str] = {
     "contrast": "ipgo.rewards.pixels:load_contrast",
     "clip": "ipgo.rewards.clip:load_clip",
     "pickscore": "ipgo.rewards.clip:load_pickscore",
+    "aesthetic": "ipgo.rewards.aesthetic:load_aesthetic",
 }
 SOURCES: dict[str, Source] = {
     "clip": Source("openai/clip-vit-large-patch14"),
     "pickscore": Source("yuvalkirstain/PickScore_v1"),
+    "aesthetic": Source("trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"),
 }
 VARIANT = "notebook"  # `clip@notebook`
 # What begins so goes on to the end of a spec, whatever + and * are in it.

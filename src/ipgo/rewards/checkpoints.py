@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,6 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -147,15 +147,13 @@ def read_state(file: Path, reward: str) -> dict[str, Tensor]:
             state: Any = load_file(file)
         else:
             state = torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"weights {str(file)!r} of reward {reward!r} cannot be read: {reason}") from None
-    except (
-        Exception
-    ) as error:  # pickle's own errors, which torch hands on: a file that would run code among them
+    except pickle.UnpicklingError:  # torch's refusal of whatever would run code
         raise InputError(
-            f"weights {str(file)!r} of reward {reward!r} hold more than tensors, and are not read"
-        ) from error
+            f"weights {str(file)!r} of reward {reward!r} are damaged or hold more than tensors, and are not read"
+        ) from None
+    except Exception as error:  # a damaged pickle can fail in any way
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise InputError(f"weights {str(file)!r} of reward {reward!r} cannot be read: {reason}") from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
