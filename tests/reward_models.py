@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import numpy as np
 import torch
 from PIL import Image
@@ -37,6 +39,75 @@ def tiny_clip(seed: int = 0) -> CLIPModel:
         projection_dim=8,
     )
     return CLIPModel(config).eval()
+
+
+class Block(nn.Module):
+    """A layer of open_clip: its names, on torch's own attention."""
+
+    def __init__(self, width: int, heads: int, activation: nn.Module) -> None:
+        super().__init__()
+        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
+        inner, outer = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.mlp = nn.Sequential(OrderedDict(c_fc=inner, gelu=activation, c_proj=outer))
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        y = self.ln_1(x)
+        x = x + self.attn(y, y, y, need_weights=False, attn_mask=mask)[0]
+        return x + self.mlp(self.ln_2(x))
+
+
+class Tower(nn.Module):
+    def __init__(self, width: int, heads: int, activation: nn.Module) -> None:
+        super().__init__()
+        self.resblocks = nn.ModuleList(Block(width, heads, activation) for _ in range(2))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        for block in self.resblocks:
+            x = block(x, mask)
+        return x
+
+
+class Vision(nn.Module):
+    """open_clip's picture tower: 28 pixels in patches of 14, two heads of 80."""
+
+    def __init__(self, activation: nn.Module, width: int = 160) -> None:
+        super().__init__()
+        self.class_embedding = nn.Parameter(torch.randn(width))
+        self.positional_embedding = nn.Parameter(torch.randn(5, width))
+        self.conv1 = nn.Conv2d(3, width, 14, 14, bias=False)
+        self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.transformer = Tower(width, 2, activation)
+        self.proj = nn.Parameter(torch.randn(width, 8))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        patches = self.conv1(pixels).flatten(2).mT
+        first = self.class_embedding.expand(len(pixels), 1, -1)
+        x = self.ln_pre(torch.cat([first, patches], dim=1) + self.positional_embedding)
+        return self.ln_post(self.transformer(x)[:, 0]) @ self.proj
+
+
+class OpenClip(nn.Module):
+    """A tiny CLIP with the names and shapes of open_clip's ViT-H-14, which HPSv2 is published in."""
+
+    def __init__(self, activation: nn.Module | None = None, width: int = 128) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        activation = activation or nn.GELU()
+        self.visual = Vision(activation)
+        self.transformer = Tower(width, 2, activation)
+        self.token_embedding = nn.Embedding(len(byte_tokenizer()), width)
+        self.positional_embedding = nn.Parameter(torch.randn(77, width))
+        self.ln_final = nn.LayerNorm(width)
+        self.text_projection = nn.Parameter(torch.randn(width, 8))
+        self.logit_scale = nn.Parameter(torch.tensor(4.6))
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """(B, 77), filled up with 0; read off at the highest id, the end of text."""
+        mask = torch.full((77, 77), -torch.inf).triu(1)
+        x = self.token_embedding(tokens) + self.positional_embedding
+        x = self.ln_final(self.transformer(x, mask))
+        return x[torch.arange(len(x)), tokens.argmax(-1)] @ self.text_projection
 
 
 def linear_head(width: int, seed: int = 0) -> nn.Sequential:

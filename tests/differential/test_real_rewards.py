@@ -10,14 +10,16 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
+from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-from ipgo.images import from_pil
+from ipgo.images import from_pil, normalise
 from ipgo.rewards import load_reward, score
+from ipgo.rewards.hps import config_of, convert
 from ipgo.rewards.linear import collapse
 from ipgo.rewards.preprocessing import Preprocessing
 from tests.conftest import byte_tokenizer
-from tests.reward_models import PROMPTS, linear_head, pictures, prefixed, tiny_clip
+from tests.reward_models import PROMPTS, OpenClip, linear_head, pictures, prefixed, tiny_clip
 
 
 @pytest.fixture(scope="module")
@@ -128,3 +130,43 @@ def test_the_collapsed_head_is_the_published_size_one() -> None:
     embeddings = F.normalize(torch.randn(16, 768, generator=torch.Generator().manual_seed(0)), dim=-1)
     with torch.no_grad():
         torch.testing.assert_close(embeddings @ weight + bias, head(embeddings)[:, 0], rtol=1e-6, atol=1e-6)
+
+
+# -- hps ---------------------------------------------------------------------------------------------------
+
+
+class QuickGelu(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+@pytest.mark.parametrize(("activation", "name"), [(nn.GELU(), "gelu"), (QuickGelu(), "quick_gelu")])
+def test_an_open_clip_state_dict_becomes_the_same_clip(activation: nn.Module, name: str) -> None:
+    original = OpenClip(activation).eval()
+    state = original.state_dict()
+    model = CLIPModel(config_of(state, name)).eval()
+    model.load_state_dict(convert(state))  # every tensor, and no other
+    pixels = torch.randn(3, 3, 28, 28, generator=torch.Generator().manual_seed(1))
+    tokens = byte_tokenizer()(PROMPTS, padding="max_length", return_tensors="pt")
+    filled = tokens.input_ids * tokens.attention_mask
+    with torch.no_grad():
+        torch.testing.assert_close(model.get_image_features(pixels).pooler_output, original.visual(pixels))
+        text = model.get_text_features(tokens.input_ids).pooler_output
+        torch.testing.assert_close(text, original.encode_text(filled))
+
+
+@pytest.mark.parametrize("version", ["hpsv2", "hpsv2.1"])
+def test_hps_is_the_cosine_on_the_padded_square(version: str, folder: Path) -> None:
+    original, file = OpenClip().eval(), folder.parent / f"{version}.pt"
+    torch.save({"epoch": 3, "state_dict": original.half().state_dict()}, file)
+    original.float()
+    reward = load_reward(f"{version}:{file}", device="cpu")
+    wide = torch.stack([from_pil(each) for each in pictures(14, 28)])
+    black = -torch.tensor(Preprocessing(28).mean) / torch.tensor(Preprocessing(28).std)
+    pixels = black.view(3, 1, 1).expand(3, 3, 28, 28).clone()
+    pixels[:, :, 7:21] = normalise(wide, Preprocessing(28).mean, Preprocessing(28).std)
+    tokens = byte_tokenizer()(PROMPTS, padding="max_length", return_tensors="pt")
+    with torch.no_grad():
+        text = original.encode_text(tokens.input_ids * tokens.attention_mask)
+        expected = F.cosine_similarity(original.visual(pixels), text)
+    torch.testing.assert_close(score(reward, wide, PROMPTS), expected)

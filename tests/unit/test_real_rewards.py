@@ -14,9 +14,10 @@ import ipgo.rewards
 from ipgo.errors import InputError
 from ipgo.rewards import REWARDS, SOURCES, check_reward, identity_of, load_reward, score
 from tests.conftest import byte_tokenizer
-from tests.reward_models import PROMPTS, linear_head, prefixed, tiny_clip
+from tests.reward_models import PROMPTS, OpenClip, linear_head, prefixed, tiny_clip
 
 REWARDS_FOLDER = Path(ipgo.rewards.__file__).parent
+FILES = {"aesthetic": "head.pth", "hpsv2": "hps.pt", "hpsv2.1": "hps.pt"}
 IMAGES = torch.rand((3, 3, 40, 48), generator=torch.Generator().manual_seed(0))
 
 
@@ -32,12 +33,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_clip().save_pretrained(place)
     byte_tokenizer().save_pretrained(place)
     torch.save(prefixed(linear_head(8), "layers."), place.parent / "head.pth")
+    torch.save(OpenClip().state_dict(), place.parent / "hps.pt")
     return place
 
 
 def weights(folder: Path, name: str) -> Path:
     """What the spec of a reward gives."""
-    return folder.parent / {"aesthetic": "head.pth"}[name] if SOURCES[name].file else folder
+    return folder.parent / FILES[name] if SOURCES[name].file else folder
 
 
 def sha256(file: Path) -> str:
@@ -131,6 +133,18 @@ def test_damaged_weights_are_refused_and_none_are_run(folder: Path, tmp_path: Pa
     with pytest.raises(InputError, match="cannot be read: KeyError"):
         load_reward(f"aesthetic:{file}", device="cpu")
     assert not harm.exists()
+
+
+def test_an_open_clip_that_is_none_or_not_whole_is_refused(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / folder.name)
+    state = OpenClip().state_dict()
+    for gone, message in (
+        ("visual.conv1.weight", "is no CLIP of open_clip: it has no 'visual.conv1.weight'"),
+        ("visual.ln_pre.bias", r"is no whole CLIPModel: vision_model\.pre_layrnorm\.bias is missing"),
+    ):
+        torch.save({key: value for key, value in state.items() if key != gone}, tmp_path / "hps.pt")
+        with pytest.raises(InputError, match=message):
+            load_reward(f"hpsv2.1:{tmp_path / 'hps.pt'}", device="cpu")
 
 
 def test_every_source_is_a_reward() -> None:

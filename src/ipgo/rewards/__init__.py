@@ -32,11 +32,15 @@ REWARDS: dict[str, str] = {
     "clip": "ipgo.rewards.clip:load_clip",
     "pickscore": "ipgo.rewards.clip:load_pickscore",
     "aesthetic": "ipgo.rewards.aesthetic:load_aesthetic",
+    "hpsv2": "ipgo.rewards.hps:load_hps",
+    "hpsv2.1": "ipgo.rewards.hps:load_hps",
 }
 SOURCES: dict[str, Source] = {
     "clip": Source("openai/clip-vit-large-patch14"),
     "pickscore": Source("yuvalkirstain/PickScore_v1"),
     "aesthetic": Source("trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"),
+    "hpsv2": Source("xswu/HPSv2", "HPS_v2_compressed.pt"),
+    "hpsv2.1": Source("xswu/HPSv2", "HPS_v2.1_compressed.pt"),
 }
 VARIANT = "notebook"  # `clip@notebook`
 # What begins so goes on to the end of a spec, whatever + and * are in it.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ipgo.errors import InputError
 from ipgo.rewards.checkpoints import CLIP_L, FOLDER, MODEL, Checkpoint, identity, read_state, weight_files
-from ipgo.rewards.clip import embed, open_clip_model
+from ipgo.rewards.clip import embed, read_clip
 from ipgo.rewards.linear import collapse
 from ipgo.rewards.preprocessing import Preprocessing, read_preprocessing
 
@@ -48,7 +48,7 @@ def load_aesthetic(device: torch.device, checkpoint: Checkpoint) -> Aesthetic:
     """LAION aesthetic v2: how good a picture looks, about 1 to 10, whatever its prompt."""
     file = checkpoint.find()
     folder = checkpoint.beside(CLIP_L, file, FOLDER, MODEL)
-    model = open_clip_model(folder, checkpoint.spec, device)
+    model = read_clip(folder, checkpoint.spec, device)
     head = collapse(read_state(file, checkpoint.spec), "layers.", checkpoint.spec)
     if len(head[0]) != model.config.projection_dim:
         raise InputError(

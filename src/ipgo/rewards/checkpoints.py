@@ -161,6 +161,23 @@ def read_state(file: Path, reward: str) -> dict[str, Tensor]:
     return {name.removeprefix("module."): tensor.float() for name, tensor in state.items()}
 
 
+def open_model(kind: Any, folder: Path | None, reward: str, what: str, **options: Any) -> Any:
+    """A model of transformers in float32 from a folder, or (None) from the `config` and `state_dict` in options.
+
+    Raises:
+        InputError: the weights are not those of such a model, or not all of them; the message calls them `what`.
+    """
+    try:
+        model, report = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"reward {reward!r}: {what!r} cannot be opened: {reason}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise InputError(f"reward {reward!r}: {what!r} is no whole {kind.__name__}: {missing[0]} is missing")
+    return model
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The files of a model that transformers saved."""
     return sorted(folder.glob(MODEL))

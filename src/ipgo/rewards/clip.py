@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTokenizer
 
-from ipgo.errors import InputError
-from ipgo.rewards.checkpoints import CLIP_L, Checkpoint, identity, weight_files
+from ipgo.rewards.checkpoints import CLIP_L, Checkpoint, identity, open_model, weight_files
 from ipgo.rewards.preprocessing import Preprocessing, read_preprocessing
 
 
@@ -76,7 +75,7 @@ def load_pickscore(device: torch.device, checkpoint: Checkpoint) -> ClipReward:
 
 def _load(device: torch.device, checkpoint: Checkpoint, scaled: bool) -> ClipReward:
     folder = checkpoint.find()
-    model = open_clip_model(folder, checkpoint.spec, device)
+    model = read_clip(folder, checkpoint.spec, device)
     tokenizer = CLIPTokenizer.from_pretrained(checkpoint.tokenizer(CLIP_L, folder))
     size = model.config.vision_config.image_size
     preprocessing = read_preprocessing(folder, size, checkpoint.notebook)
@@ -84,23 +83,11 @@ def _load(device: torch.device, checkpoint: Checkpoint, scaled: bool) -> ClipRew
     return ClipReward(checkpoint.spec, model, tokenizer, preprocessing, about, scaled).to(device)
 
 
-def open_clip_model(folder: Path, reward: str, device: torch.device) -> Any:
+def read_clip(folder: Path, reward: str, device: torch.device) -> Any:
     """A CLIPModel in float32; `InputError` if the folder holds anything else."""
-    try:
-        model, report = CLIPModel.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            use_safetensors=True,
-            attn_implementation=attention(device),
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"reward {reward!r}: {str(folder)!r} cannot be opened: {reason}") from error
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise InputError(f"reward {reward!r}: {str(folder)!r} is no whole CLIPModel: {missing[0]} is missing")
-    return model
+    return open_model(
+        CLIPModel, folder, reward, str(folder), use_safetensors=True, attn_implementation=attention(device)
+    )
 
 
 def attention(device: torch.device) -> str:
