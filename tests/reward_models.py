@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPModel
+from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, CLIPConfig, CLIPModel
 
 from tests.conftest import byte_tokenizer
 
@@ -129,3 +129,77 @@ def linear_head(width: int, seed: int = 0) -> nn.Sequential:
 def prefixed(module: nn.Module, prefix: str) -> dict[str, Tensor]:
     """A module's weights as part of a larger one."""
     return {f"{prefix}{name}": tensor for name, tensor in module.state_dict().items()}
+
+
+class BlipLayer(nn.Module):
+    """A layer of BLIP's picture tower: timm's names, queries, keys and values in one."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)})
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 2 * width), "fc2": nn.Linear(2 * width, width)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn["proj"](attend(*self.attn["qkv"](self.norm1(x)).chunk(3, -1)))
+        return x + self.mlp["fc2"](nn.functional.gelu(self.mlp["fc1"](self.norm2(x))))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention with heads of 64."""
+    q, k, v = (each.unflatten(-1, (-1, 64)).transpose(1, 2) for each in (q, k, v))
+    return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class BlipVision(nn.Module):
+    """BLIP's picture tower: 32 pixels in patches of 16, two heads."""
+
+    def __init__(self, width: int = 128) -> None:
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.randn(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.randn(1, 5, width))
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, 16, 16)})
+        self.blocks = nn.ModuleList(BlipLayer(width) for _ in range(2))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        patches = self.patch_embed["proj"](pixels).flatten(2).mT
+        x = torch.cat([self.cls_token.expand(len(pixels), -1, -1), patches], dim=1) + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+def bert_tokenizer() -> BertTokenizer:
+    """BERT's tokenizer with one token for each letter."""
+    letters = "abcdefghijklmnopqrstuvwxyz,"
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{each}" for each in letters)]
+    return BertTokenizer(vocab={name: index for index, name in enumerate(names)})
+
+
+class TinyImageReward(nn.Module):
+    """ImageReward's parts with its names; the text encoder is transformers' own, whose names are BLIP's."""
+
+    def __init__(self, width: int = 128) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        config = BlipTextConfig(
+            vocab_size=len(bert_tokenizer()),
+            hidden_size=width,
+            encoder_hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=40,
+        )
+        text = BlipTextModel(config, add_pooling_layer=False)
+        self.blip = nn.ModuleDict({"visual_encoder": BlipVision(width), "text_encoder": text})
+        self.mlp = nn.ModuleDict({"layers": linear_head(width)})
+
+    def forward(self, pixels: Tensor, prompt: str) -> Tensor:
+        """One picture and its prompt, not filled up."""
+        tokens = bert_tokenizer()([prompt], return_tensors="pt")
+        seen = self.blip["visual_encoder"](pixels)
+        states = self.blip["text_encoder"](input_ids=tokens.input_ids, encoder_hidden_states=seen)
+        value = self.mlp["layers"](states.last_hidden_state[:, 0])[:, 0]
+        return (value - 0.16717362830052426) / 1.0333394966054072

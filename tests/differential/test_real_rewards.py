@@ -19,7 +19,16 @@ from ipgo.rewards.hps import config_of, convert
 from ipgo.rewards.linear import collapse
 from ipgo.rewards.preprocessing import Preprocessing
 from tests.conftest import byte_tokenizer
-from tests.reward_models import PROMPTS, OpenClip, linear_head, pictures, prefixed, tiny_clip
+from tests.reward_models import (
+    PROMPTS,
+    OpenClip,
+    TinyImageReward,
+    bert_tokenizer,
+    linear_head,
+    pictures,
+    prefixed,
+    tiny_clip,
+)
 
 
 @pytest.fixture(scope="module")
@@ -170,3 +179,19 @@ def test_hps_is_the_cosine_on_the_padded_square(version: str, folder: Path) -> N
         text = original.encode_text(tokens.input_ids * tokens.attention_mask)
         expected = F.cosine_similarity(original.visual(pixels), text)
     torch.testing.assert_close(score(reward, wide, PROMPTS), expected)
+
+
+# -- imagereward -------------------------------------------------------------------------------------------
+
+
+def test_imagereward_is_blips_first_state_through_the_head(tmp_path: Path) -> None:
+    original, file = TinyImageReward().eval(), tmp_path / "ImageReward.pt"
+    torch.save(original.state_dict(), file)
+    bert_tokenizer().save_pretrained(tmp_path / "bert-base-uncased")
+    reward = load_reward(f"imagereward:{file}", device="cpu")
+    images = torch.stack([from_pil(each) for each in pictures(32, 32)])
+    pixels = processor()(pictures(32, 32), return_tensors="pt").pixel_values
+    with torch.no_grad():
+        pairs = zip(pixels, PROMPTS, strict=True)
+        expected = torch.cat([original(each[None], prompt) for each, prompt in pairs])
+    torch.testing.assert_close(score(reward, images, PROMPTS), expected, rtol=1e-4, atol=1e-5)

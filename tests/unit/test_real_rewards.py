@@ -14,10 +14,23 @@ import ipgo.rewards
 from ipgo.errors import InputError
 from ipgo.rewards import REWARDS, SOURCES, check_reward, identity_of, load_reward, score
 from tests.conftest import byte_tokenizer
-from tests.reward_models import PROMPTS, OpenClip, linear_head, prefixed, tiny_clip
+from tests.reward_models import (
+    PROMPTS,
+    OpenClip,
+    TinyImageReward,
+    bert_tokenizer,
+    linear_head,
+    prefixed,
+    tiny_clip,
+)
 
 REWARDS_FOLDER = Path(ipgo.rewards.__file__).parent
-FILES = {"aesthetic": "head.pth", "hpsv2": "hps.pt", "hpsv2.1": "hps.pt"}
+FILES = {
+    "aesthetic": "head.pth",
+    "hpsv2": "hps.pt",
+    "hpsv2.1": "hps.pt",
+    "imagereward": "blip/ImageReward.pt",
+}
 IMAGES = torch.rand((3, 3, 40, 48), generator=torch.Generator().manual_seed(0))
 
 
@@ -34,6 +47,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     byte_tokenizer().save_pretrained(place)
     torch.save(prefixed(linear_head(8), "layers."), place.parent / "head.pth")
     torch.save(OpenClip().state_dict(), place.parent / "hps.pt")
+    bert_tokenizer().save_pretrained(place.parent / "blip")
+    torch.save(TinyImageReward().state_dict(), place.parent / "blip/ImageReward.pt")
     return place
 
 

@@ -34,6 +34,7 @@ REWARDS: dict[str, str] = {
     "aesthetic": "ipgo.rewards.aesthetic:load_aesthetic",
     "hpsv2": "ipgo.rewards.hps:load_hps",
     "hpsv2.1": "ipgo.rewards.hps:load_hps",
+    "imagereward": "ipgo.rewards.imagereward:load_imagereward",
 }
 SOURCES: dict[str, Source] = {
     "clip": Source("openai/clip-vit-large-patch14"),
@@ -41,6 +42,7 @@ SOURCES: dict[str, Source] = {
     "aesthetic": Source("trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"),
     "hpsv2": Source("xswu/HPSv2", "HPS_v2_compressed.pt"),
     "hpsv2.1": Source("xswu/HPSv2", "HPS_v2.1_compressed.pt"),
+    "imagereward": Source("THUDM/ImageReward", "ImageReward.pt"),
 }
 VARIANT = "notebook"  # `clip@notebook`
 # What begins so goes on to the end of a spec, whatever + and * are in it.
@@ -127,6 +129,12 @@ def identity_of(reward: Reward) -> dict[str, Any]:
     except (TypeError, OSError):
         weights = None
     return {"id": reward.name, "version": 1, "weights": weights, "preprocessing": "its own"}
+
+
+def describe(name: str) -> str:
+    """One line on a reward in `REWARDS`: what it is, and the weights that it needs."""
+    what = (pkgutil.resolve_name(REWARDS[name]).__doc__ or "").splitlines()[0]
+    return f"{what} Weights: {SOURCES[name]}." if name in SOURCES else what
 
 
 def uses_prompts(reward: Reward) -> bool:
