@@ -329,13 +329,15 @@ def _names(kind: str, name: str | None) -> list[str]:
     from ipgo.backends import BACKENDS
     from ipgo.config import presets
     from ipgo.methods import METHODS
-    from ipgo.rewards import REWARDS
+    from ipgo.rewards import REWARDS, describe
 
     if kind == "methods":
         return [f"{each:<16}{(method.__doc__ or '').splitlines()[0]}" for each, method in METHODS.items()]
     if kind == "comparisons":
         return comparisons()
-    return {"rewards": list(REWARDS), "backends": list(BACKENDS), "presets": presets()}[kind]
+    if kind == "rewards":
+        return [f"{each:<18}{describe(each)}" for each in REWARDS]
+    return {"backends": list(BACKENDS), "presets": presets()}[kind]
 
 
 def _objects(backend: str) -> list[str]:

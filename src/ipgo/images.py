@@ -5,21 +5,37 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
 
-def resize(images: Tensor, size: int) -> Tensor:
-    """Bring the shorter side to `size` (bicubic, antialiased, kept within [0, 1])."""
+def resize(images: Tensor, size: int, mode: str = "bicubic") -> Tensor:
+    """Bring the shorter side to `size` (antialiased, kept within [0, 1]); the longer one is rounded down."""
     height, width = images.shape[-2:]
-    if min(height, width) == size:
+    short = min(height, width)
+    if short == size:
         return images
-    factor = size / min(height, width)
-    shape = (round(height * factor), round(width * factor))
-    resized = functional.interpolate(images, shape, mode="bicubic", antialias=True, align_corners=False)
+    shape = (size * height // short, size * width // short)
+    resized = functional.interpolate(images, shape, mode=mode, antialias=True, align_corners=False)
     return resized.clamp(0, 1)
+
+
+def pad_to_square(images: Tensor, size: int) -> Tensor:
+    """Bring the longer side to `size` (bicubic, antialiased), and put the picture in the middle of black.
+
+    The bicubic filter's overshoot stays, as in torchvision's resizing of float tensors.
+    """
+    factor = size / max(images.shape[-2:])
+    height, width = (round(side * factor) for side in images.shape[-2:])
+    if images.shape[-2:] != (height, width):
+        images = functional.interpolate(
+            images, (height, width), mode="bicubic", antialias=True, align_corners=False
+        )
+    left, top = (size - width) // 2, (size - height) // 2
+    return functional.pad(images, (left, size - width - left, top, size - height - top))
 
 
 def center_crop(images: Tensor, size: int) -> Tensor:
@@ -32,6 +48,12 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     """(images - mean) / std, by channel."""
     center, scale = (images.new_tensor(values).view(-1, 1, 1) for values in (mean, std))
     return (images - center) / scale
+
+
+def from_pil(picture: Image.Image) -> Tensor:
+    """(3, H, W) in [0, 1]."""
+    pixels = torch.from_numpy(np.array(picture.convert("RGB")))
+    return pixels.permute(2, 0, 1).float() / 255
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:

@@ -30,7 +30,7 @@ from ipgo.evaluation import Gain, Judge, Score, draw, score, summarise
 from ipgo.images import to_pil
 from ipgo.methods.ipgo import IPGO
 from ipgo.prompts import Prompt, unseen_words
-from ipgo.rewards import Reward, as_reward, load_reward
+from ipgo.rewards import Reward, as_reward, identity_of, load_reward
 from ipgo.sampling import Sampling
 from ipgo.store import Chunk, Cost, Run
 from ipgo.task import Method, Progress, Task
@@ -49,6 +49,14 @@ class Models:
     reward: Reward
     rewards: Mapping[str, Reward]
     judge: Judge | None
+
+    @property
+    def identities(self) -> dict[str, Any]:
+        """What decides the scores, by reward; JSON's own types, as they are read back."""
+        found: dict[str, Any] = json.loads(
+            json.dumps({name: identity_of(reward) for name, reward in self.rewards.items()})
+        )
+        return found
 
 
 def load_models(config: RunConfig, backend: Backend | None = None, reward: Reward | None = None) -> Models:
@@ -119,7 +127,7 @@ def fit_chunk(folder: Run, models: Models, chunk: Chunk, limit: Limit | None = N
     found = folder.checkpoint(chunk)
     earlier = found.cost if found is not None else Cost()
     started = saved = time.monotonic()
-    counted, about = Counter(backend.calls), facts(backend)
+    counted, about = Counter(backend.calls), {**facts(backend), "rewards": models.identities}
     progress, cost = None, earlier
     search = config.method.fit(task, found.state if found is not None else None)
     if limit is not None:
@@ -160,7 +168,8 @@ def finish_chunk(folder: Run, models: Models, chunk: Chunk, progress: Progress, 
                 bar.update()
             scores = score(drawings, models.rewards, config.reward, models.judge)
             folder.save_adapter(prompt, progress.adapter if config.shared else progress.adapter.row(row))
-            folder.finish(prompt, scores, cost_of(cost, chunk, progress.adapter), bool(progress.failed[row]))
+            paid = cost_of(cost, chunk, progress.adapter)
+            folder.finish(prompt, scores, paid, bool(progress.failed[row]), models.identities)
     folder.drop_checkpoint(chunk)
 
 

@@ -118,17 +118,20 @@ class Run:
         """Take the folder for this process, and make it if it is new.
 
         Args:
-            facts: the versions and the device that the run begins with.
+            facts: the versions and the device that the run begins with, and the identities of its rewards.
 
         Raises:
-            ResumeError: another process is at work in it. InputError: it cannot be written.
+            ResumeError: another process is at work in it, or its rewards were others.
+            InputError: it cannot be written.
         """
         if self._lock.is_locked:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
-            if not (self.path / "run.json").exists():
+            if (self.path / "run.json").exists():
+                self._check_rewards(facts.get("rewards", {}))
+            else:
                 about = {"schema": SCHEMA, "digest": self.config.digest(), **facts}
                 files.write_json(self.path / "run.json", {**about, "config": self.config.to_json()})
         except Timeout:
@@ -137,6 +140,16 @@ class Run:
             raise InputError(
                 f"out is {str(self.path)!r}, which cannot be written: {error.strerror}"
             ) from None
+
+    def _check_rewards(self, now: Mapping[str, Any]) -> None:
+        """Scores of one run are compared with each other, so one name must stay one reward."""
+        there = self.facts.get("rewards", {})
+        other = [name for name in now if name in there and there[name] != now[name]]
+        if other:
+            raise ResumeError(
+                f"{str(self.path)!r} was scored by another {other[0]!r} (its weights, preprocessing or version "
+                "differ), and the scores do not compare; give the same weights, or another folder"
+            )
 
     def release(self) -> None:
         """Leave the folder to other processes; the end of this one does so too, however it comes."""
@@ -261,8 +274,15 @@ class Run:
         picture.save(stream, "PNG")
         files.write(self.image(prompt, when, seed), stream.getvalue())
 
-    def finish(self, prompt: Prompt, scores: Sequence[Score], cost: Mapping[str, Any], failed: bool) -> None:
-        """Write result.json: from here on the prompt is done."""
+    def finish(
+        self,
+        prompt: Prompt,
+        scores: Sequence[Score],
+        cost: Mapping[str, Any],
+        failed: bool,
+        rewards: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write result.json: from here on the prompt is done. `rewards`: the identities behind the scores."""
         result = {
             "status": "failed" if failed else "finished",
             "id": prompt.id,
@@ -271,6 +291,7 @@ class Run:
             "seeds": list(self.config.seeds),
             "unseen_seeds": list(self.config.new_seeds),
             "cost": cost,
+            "rewards": dict(rewards or {}),
             "scores": [asdict(each) for each in scores],
         }
         files.write_json(self.folder(prompt) / "result.json", result)

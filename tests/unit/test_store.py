@@ -252,3 +252,18 @@ def test_scores_round_trip(tmp_path: Path) -> None:
     ]
     save_scores(tmp_path / "s.jsonl", scores)
     assert load_scores(tmp_path / "s.jsonl") == scores
+
+
+def test_a_run_is_not_continued_with_a_reward_of_other_weights(tmp_path: Path) -> None:
+    was = {"clip": {"id": "clip", "version": 1, "weights": ["aa"], "preprocessing": "crop"}}
+    first = Run.open(tmp_path / "run", CONFIG)
+    first.start({"device": "test", "rewards": was})
+    first.finish(first.prompts[0], [], {}, False, was)
+    first.release()
+    assert first.results()[0]["rewards"] == was
+    again = Run.open(tmp_path / "run", CONFIG)
+    again.start({"device": "test", "rewards": {**was, "contrast": {"id": "contrast"}}})
+    again.release()
+    with pytest.raises(ResumeError, match="was scored by another 'clip'"):
+        again.start({"device": "test", "rewards": {"clip": {**was["clip"], "weights": ["bb"]}}})
+    again.release()

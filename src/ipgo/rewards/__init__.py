@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import pkgutil
 import re
 from collections.abc import Callable, Sequence
@@ -15,10 +16,12 @@ from torch import Tensor
 
 from ipgo.devices import choose_device
 from ipgo.errors import InputError, RewardError, unknown
+from ipgo.rewards.checkpoints import Checkpoint, Source, sha256
 
 RewardFunction = Callable[[Tensor, Sequence[str]], Tensor]
 
-# name -> "module:function" that takes a device and returns a reward; imported when it is asked for.
+# name -> "module:function" that takes a device and returns a reward; imported when it is asked for. What is in
+# `SOURCES` takes a `Checkpoint` too.
 REWARDS: dict[str, str] = {
     "emoji-clip": "ipgo.rewards.emoji:load_clip",
     "emoji-aesthetic": "ipgo.rewards.emoji:load_aesthetic",
@@ -26,7 +29,22 @@ REWARDS: dict[str, str] = {
     "emoji-judge": "ipgo.rewards.emoji:load_judge",
     "colorfulness": "ipgo.rewards.pixels:load_colorfulness",
     "contrast": "ipgo.rewards.pixels:load_contrast",
+    "clip": "ipgo.rewards.clip:load_clip",
+    "pickscore": "ipgo.rewards.clip:load_pickscore",
+    "aesthetic": "ipgo.rewards.aesthetic:load_aesthetic",
+    "hpsv2": "ipgo.rewards.hps:load_hps",
+    "hpsv2.1": "ipgo.rewards.hps:load_hps",
+    "imagereward": "ipgo.rewards.imagereward:load_imagereward",
 }
+SOURCES: dict[str, Source] = {
+    "clip": Source("openai/clip-vit-large-patch14"),
+    "pickscore": Source("yuvalkirstain/PickScore_v1"),
+    "aesthetic": Source("trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"),
+    "hpsv2": Source("xswu/HPSv2", "HPS_v2_compressed.pt"),
+    "hpsv2.1": Source("xswu/HPSv2", "HPS_v2.1_compressed.pt"),
+    "imagereward": Source("THUDM/ImageReward", "ImageReward.pt"),
+}
+VARIANT = "notebook"  # `clip@notebook`
 # What begins so goes on to the end of a spec, whatever + and * are in it.
 EXTERNAL = {"cmd:": "ipgo.rewards.external:Command", "ask:": "ipgo.rewards.external:Question"}
 _EXTERNAL = re.compile(r"(?:^|(?<=[+*]))\s*(?=cmd:|ask:)")
@@ -50,6 +68,7 @@ class FunctionReward:
     function: RewardFunction
     name: str
     differentiable: bool = True
+    uses_prompts: bool = True
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return self.function(images, prompts)
@@ -66,6 +85,15 @@ class WeightedSum:
     @property
     def differentiable(self) -> bool:
         return all(reward.differentiable for reward in self.rewards)
+
+    @property
+    def uses_prompts(self) -> bool:
+        return any(map(uses_prompts, self.rewards))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        terms = zip(self.weights, self.rewards, strict=True)
+        return {"id": "sum", "terms": [{"weight": w, "reward": identity_of(each)} for w, each in terms]}
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         values = [score(reward, images, prompts) for reward in self.rewards]
@@ -86,18 +114,47 @@ def as_reward(
     return FunctionReward(function, name or str(own_name), differentiable)
 
 
+def identity_of(reward: Reward) -> dict[str, Any]:
+    """What decides a reward's scores beside picture and prompt: two that differ in it are not to be compared.
+
+    A reward of one's own that states no `identity` has that of the file it is written in; "weights" is None if
+    there is no such file, and then nothing is known.
+    """
+    stated = getattr(reward, "identity", None)
+    if stated is not None:
+        return dict(stated)
+    written = reward.function if isinstance(reward, FunctionReward) else type(reward)
+    try:
+        weights = [sha256(Path(inspect.getfile(inspect.unwrap(written))))]
+    except (TypeError, OSError):
+        weights = None
+    return {"id": reward.name, "version": 1, "weights": weights, "preprocessing": "its own"}
+
+
+def describe(name: str) -> str:
+    """One line on a reward in `REWARDS`: what it is, and the weights that it needs."""
+    what = (pkgutil.resolve_name(REWARDS[name]).__doc__ or "").splitlines()[0]
+    return f"{what} Weights: {SOURCES[name]}." if name in SOURCES else what
+
+
+def uses_prompts(reward: Reward) -> bool:
+    """Does it look at the prompt? Those that do not say so do."""
+    return bool(getattr(reward, "uses_prompts", True))
+
+
 def load_reward(spec: str, *, device: str = "auto") -> Reward:
     """Load a reward, or a weighted sum of them.
 
     Args:
-        spec: a name in `REWARDS`, `file.py:function`, `cmd:./score.sh {image} {prompt}` (a command that prints a
-            number), `ask:question` (a person who types one), or terms such as `emoji-clip+0.5*emoji-aesthetic`,
-            of which a command or a question is the last.
+        spec: a name in `REWARDS`, for those in `SOURCES` with a path (`clip:folder`, see docs/rewards.md),
+            `file.py:function`, `cmd:./score.sh {image} {prompt}` (a command that prints a number), `ask:question`
+            (a person who types one), or terms such as `emoji-clip+0.5*emoji-aesthetic`, of which a command or a
+            question is the last.
         device: auto, cpu, cuda or cuda:N.
 
     Raises:
-        InputError: an unknown name, a weight that is no number, a file without that function, a command that
-            cannot be run, or a question without a terminal.
+        InputError: an unknown name, a weight that is no number, a file without that function, weights that are
+            not there and cannot be fetched, a command that cannot be run, or a question without a terminal.
     """
     place = choose_device(device)
     weights, names = zip(*(_term(term) for term in _terms(spec)), strict=True)
@@ -113,10 +170,14 @@ def check_reward(spec: str) -> None:
         _, name = _term(term)
         if name[:4] in EXTERNAL:
             _load_external(name)
+        elif _bare(name) in REWARDS:
+            checkpoint = _checkpoint(name)
+            if checkpoint is not None:
+                checkpoint.check()
         elif ".py:" in name:
             _load_file(name)
-        elif name not in REWARDS:
-            raise unknown("reward", name, REWARDS)
+        else:
+            raise unknown("reward", _bare(name), REWARDS)
 
 
 def score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -144,7 +205,20 @@ def _terms(spec: str) -> list[str]:
     """The parts between the +."""
     head, tail = _cut(spec)
     *terms, last = head.split("+")
-    return [*terms, last + tail]
+    return _whole_paths([*terms, last + tail])
+
+
+def _whole_paths(parts: Sequence[str]) -> list[str]:
+    """The parts as terms; a path that holds a + and is there has come apart, and is joined again."""
+    terms, start = [], 0
+    while start < len(parts):
+        joined = ("+".join(parts[start:end]) for end in range(start + 1, len(parts) + 1))
+        name, _, place = parts[start].partition(":")
+        known = _bare(name.rpartition("*")[2].strip()) in SOURCES and place
+        whole = (each for each in joined if known and Path(each.partition(":")[2].strip()).exists())
+        terms.append(next(whole, parts[start]))
+        start += terms[-1].count("+") + 1
+    return terms
 
 
 def _cut(spec: str) -> tuple[str, str]:
@@ -169,11 +243,32 @@ def _term(term: str) -> tuple[float, str]:
 def _load(name: str, device: torch.device) -> Reward:
     if name[:4] in EXTERNAL:
         return _load_external(name)
+    if _bare(name) in REWARDS:
+        load, checkpoint = pkgutil.resolve_name(REWARDS[_bare(name)]), _checkpoint(name)
+        return as_reward(load(device) if checkpoint is None else load(device, checkpoint), name)
     if ".py:" in name:
         return _load_file(name)
-    if name not in REWARDS:
-        raise unknown("reward", name, REWARDS)
-    return as_reward(pkgutil.resolve_name(REWARDS[name])(device), name)
+    raise unknown("reward", _bare(name), REWARDS)
+
+
+def _bare(name: str) -> str:
+    """`clip@notebook:folder` to `clip`."""
+    return re.split("[@:]", name, maxsplit=1)[0]
+
+
+def _checkpoint(name: str) -> Checkpoint | None:
+    """Which weights a name with its variant and path asks for; None for a reward that takes neither."""
+    head, colon, place = name.partition(":")
+    bare, at, variant = head.partition("@")
+    if bare not in SOURCES:
+        if colon or at:
+            raise InputError(f"reward {bare!r} takes no path and no variant, but is given as {name!r}")
+        return None
+    if at and variant != VARIANT:
+        raise InputError(f"reward {name!r}: there is no variant {variant!r}; the one there is: {VARIANT}")
+    if colon and not place:
+        raise InputError(f"reward {name!r} ends where its path should be")
+    return Checkpoint(name, bool(at), place, SOURCES[bare])
 
 
 def _load_external(spec: str) -> Reward:

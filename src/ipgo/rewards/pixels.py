@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ipgo.rewards import FunctionReward
+
 TINY = 1e-12  # keeps the square root differentiable on a flat image
 
 
@@ -29,9 +31,11 @@ def contrast(images: Tensor, prompts: Sequence[str]) -> Tensor:
     return (luma.var(-1, correction=0) + TINY).sqrt()
 
 
-def load_colorfulness(device: torch.device) -> object:
-    return colorfulness
+def load_colorfulness(device: torch.device) -> FunctionReward:
+    """How colourful a picture is, from its pixels; vivid photographs lie near 0.3."""
+    return FunctionReward(colorfulness, "colorfulness", uses_prompts=False)
 
 
-def load_contrast(device: torch.device) -> object:
-    return contrast
+def load_contrast(device: torch.device) -> FunctionReward:
+    """How much a picture's brightness varies, from its pixels; at most 0.5."""
+    return FunctionReward(contrast, "contrast", uses_prompts=False)

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPModel, CLIPTokenizer
 
 from ipgo.images import resize
+from ipgo.rewards.checkpoints import identity
 from ipgo.rewards.emoji.judge import Judge, load_judge
 
 __all__ = ["Judge", "load_aesthetic", "load_clip", "load_judge", "load_preference"]
 
 FOLDER = Path(__file__).parent
+PREPROCESSING = "shorter side bicubic to the tower's, [-1, 1]"
 
 
 class EmojiClip(nn.Module):
@@ -36,6 +38,7 @@ class EmojiClip(nn.Module):
         model = CLIPModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
         self.model = model.eval().requires_grad_(False)
         self.tokenizer: CLIPTokenizer = AutoTokenizer.from_pretrained(FOLDER / "clip")
+        self.identity = identity(name, [folder / "model.safetensors"], PREPROCESSING)
         self._text = lru_cache(maxsize=512)(self._embed_text)
 
     def _embed_text(self, prompt: str) -> Tensor:
@@ -60,6 +63,7 @@ class EmojiAesthetic(nn.Module):
 
     name = "emoji-aesthetic"
     differentiable = True
+    uses_prompts = False
     weight: Tensor  # (D,)
     bias: Tensor  # ()
 
@@ -68,6 +72,8 @@ class EmojiAesthetic(nn.Module):
         self.clip = clip
         self.register_buffer("weight", head["weight"].float())
         self.register_buffer("bias", head["bias"].float())
+        weights = [FOLDER / "clip/model.safetensors", FOLDER / "aesthetic.safetensors"]
+        self.identity = identity(self.name, weights, PREPROCESSING)
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         quality: Tensor = self.clip.embed(images) @ self.weight + self.bias

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ipgo.images import resize
+from ipgo.rewards.checkpoints import identity
 
 FOLDER = Path(__file__).parent
 SIZE = 64
@@ -72,6 +73,7 @@ class Judge:
 
     name = "emoji-judge"
     differentiable = False  # on purpose: nothing may be optimised against it
+    identity: dict[str, Any] | None = None  # what `load_judge` loaded
 
     def __init__(self, network: Network, labels: Mapping[str, Any]) -> None:
         self.network = network.eval().requires_grad_(False)
@@ -151,4 +153,6 @@ def load_judge(device: str | torch.device = "cpu") -> Judge:
     network.load_state_dict(
         {key: value.float() for key, value in load_file(FOLDER / "judge.safetensors").items()}
     )
-    return Judge(network.to(device), labels)
+    judge = Judge(network.to(device), labels)
+    judge.identity = identity(judge.name, [FOLDER / "judge.safetensors"], "shorter side bicubic, [-1, 1]")
+    return judge

@@ -1,0 +1,206 @@
+"""The weights of a reward: a path that was given or a file on the hub, and what they are known by."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ipgo.errors import InputError
+
+CLIP_L = "openai/clip-vit-large-patch14"  # its tokenizer is that of open_clip, too
+MODEL = "model*.safetensors"
+TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("vocab.json", "vocab.txt", "merges.txt"),
+)
+FOLDER = ("config.json", "preprocessor_config.json", *TOKENIZER, MODEL)
+FETCH_ERRORS = (OSError, ValueError, EntryNotFoundError)  # no network, no such repository, an id that is none
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a reward's weights are published: a file of a hub repository, or a CLIPModel with its tokenizer (None)."""
+
+    repo: str
+    file: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.file} of {self.repo}" if self.file else self.repo
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `hpsv2.1@notebook:/models/HPS_v2.1_compressed.pt` asks for.
+
+    Attributes:
+        spec: all of it.
+        notebook: resize pictures as the released notebook does.
+        place: the path or hub id after the colon; "" is the published one.
+        source: the published one.
+    """
+
+    spec: str
+    notebook: bool
+    place: str
+    source: Source
+
+    @property
+    def name(self) -> str:
+        """`hpsv2.1`."""
+        return re.split("[@:]", self.spec, maxsplit=1)[0]
+
+    def check(self) -> None:
+        """Raise `InputError` if the given path cannot be what is needed, without reading or fetching weights."""
+        path = Path(self.place)
+        if not self.place:
+            return
+        if self.source.file is not None:
+            if not path.is_file():
+                raise InputError(f"reward {self.spec!r}: there is no file {self.place!r}; {self._needed()}")
+        elif path.is_dir():
+            if not (path / "config.json").is_file() or not any(path.glob(MODEL)):
+                raise InputError(
+                    f"reward {self.spec!r}: {self.place!r} is no folder of a CLIPModel: "
+                    "it needs config.json and model.safetensors"
+                )
+        elif not HUB_ID.fullmatch(self.place):
+            raise InputError(f"reward {self.spec!r}: there is no folder {self.place!r}; {self._needed()}")
+
+    def find(self) -> Path:
+        """The file, or the folder; fetched from the hub if no path was given and it is not there yet.
+
+        Raises:
+            InputError: it cannot be fetched; the message says how to give a copy.
+        """
+        self.check()
+        if self.place and Path(self.place).exists():
+            return Path(self.place)
+        repo = self.place or self.source.repo
+        try:
+            if self.source.file is not None:
+                return Path(hf_hub_download(repo, self.source.file))
+            return _snapshot(repo, FOLDER, MODEL)
+        except FETCH_ERRORS as error:
+            what = self.source.file or "config.json, tokenizer and model.safetensors"
+            raise InputError(
+                f"reward {self.spec!r} needs {what} of huggingface.co/{repo}, which is not here and cannot be "
+                f"fetched ({type(error).__name__}); give a copy as {self._copy()}"
+            ) from error
+
+    def beside(self, repo: str, found: Path, patterns: Sequence[str], needed: str) -> Path:
+        """The folder of a second model: beside the weights that were found, under its own name, or from the hub."""
+        name = repo.rpartition("/")[2]
+        near = (found if found.is_dir() else found.parent) / name
+        if near.is_dir():
+            return near
+        try:
+            return _snapshot(repo, patterns, needed)
+        except FETCH_ERRORS as error:
+            raise InputError(
+                f"reward {self.spec!r} needs {needed} of huggingface.co/{repo}, which is not here and cannot be "
+                f"fetched ({type(error).__name__}); put a copy into a folder {name!r} beside the weights"
+            ) from error
+
+    def tokenizer(self, repo: str, found: Path) -> Path:
+        """The folder of the tokenizer: that of the weights, if it has one, or as in `beside`."""
+        folder = found if found.is_dir() else found.parent
+        if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "vocab.txt")):
+            return folder
+        return self.beside(repo, found, TOKENIZER, "tokenizer.json")
+
+    def _needed(self) -> str:
+        return f"it needs {self.source} (huggingface.co), given as {self._copy()}"
+
+    def _copy(self) -> str:
+        return f"{self.name}:/path/{self.source.file or 'folder'}"
+
+
+def _snapshot(repo: str, patterns: Sequence[str], needed: str) -> Path:
+    """The folder of a hub repository's files; offline it may lack those that nobody has asked for yet."""
+    folder = Path(snapshot_download(repo, allow_patterns=list(patterns)))
+    if not any(folder.glob(needed)):
+        raise FileNotFoundError(needed)
+    return folder
+
+
+def read_state(file: Path, reward: str) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file or a torch checkpoint, in float32; nothing in it is run.
+
+    Raises:
+        InputError: the file is damaged, holds other things than tensors, or is no state dict.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            state: Any = load_file(file)
+        else:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # torch's refusal of whatever would run code
+        raise InputError(
+            f"weights {str(file)!r} of reward {reward!r} are damaged or hold more than tensors, and are not read"
+        ) from None
+    except Exception as error:  # a damaged pickle can fail in any way
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise InputError(f"weights {str(file)!r} of reward {reward!r} cannot be read: {reason}") from error
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"weights {str(file)!r} of reward {reward!r} are no state dict")
+    return {name.removeprefix("module."): tensor.float() for name, tensor in state.items()}
+
+
+def open_model(kind: Any, folder: Path | None, reward: str, what: str, **options: Any) -> Any:
+    """A model of transformers in float32 from a folder, or (None) from the `config` and `state_dict` in options.
+
+    Raises:
+        InputError: the weights are not those of such a model, or not all of them; the message calls them `what`.
+    """
+    try:
+        model, report = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"reward {reward!r}: {what!r} cannot be opened: {reason}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise InputError(f"reward {reward!r}: {what!r} is no whole {kind.__name__}: {missing[0]} is missing")
+    return model
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a model that transformers saved."""
+    return sorted(folder.glob(MODEL))
+
+
+def identity(reward: str, files: Sequence[Path], preprocessing: object, version: int = 1) -> dict[str, Any]:
+    """What decides a score beside the picture and its prompt: scores of two identities do not compare.
+
+    Args:
+        reward: the reward's name, without paths.
+        files: all weights, in a fixed order; their SHA-256 is what counts, not their names.
+        version: counted up when the same weights come to give other numbers.
+    """
+    digests = [sha256(file) for file in files]
+    return {"id": reward, "version": version, "weights": digests, "preprocessing": str(preprocessing)}
+
+
+def sha256(file: Path) -> str:
+    """As sha256sum prints it."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def digest(identity: object) -> str:
+    """Twelve digits that stand for an identity."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]

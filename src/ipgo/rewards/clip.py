@@ -1,0 +1,95 @@
+"""Rewards that are the cosine of a picture and its prompt in a CLIP: `clip` and `pickscore`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import CLIPModel, CLIPTokenizer
+
+from ipgo.rewards.checkpoints import CLIP_L, Checkpoint, identity, open_model, weight_files
+from ipgo.rewards.preprocessing import Preprocessing, read_preprocessing
+
+
+class ClipReward(nn.Module):
+    """Cosine of the embeddings in [-1, 1], or that times the model's own scale if `scaled` (PickScore, eq. 2).
+
+    The model is frozen and computes in the precision of its weights; gradients reach the pictures. Scores of a row do
+    not depend on its neighbours, and each prompt is embedded once.
+    """
+
+    differentiable = True
+
+    def __init__(
+        self,
+        name: str,
+        model: Any,
+        tokenizer: Any,
+        preprocessing: Preprocessing,
+        identity: Mapping[str, Any],
+        scaled: bool = False,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.preprocessing = preprocessing
+        self.identity = dict(identity)
+        self.scaled = scaled
+        self._text = lru_cache(maxsize=512)(self._embed_text)
+
+    def _embed_text(self, prompt: str) -> Tensor:
+        """(D,) normalised; a prompt longer than the tower is cut, since a reward must not refuse to judge."""
+        longest = self.model.config.text_config.max_position_embeddings
+        inputs = self.tokenizer([prompt], truncation=True, max_length=longest, return_tensors="pt")
+        with torch.no_grad():
+            features = self.model.get_text_features(**inputs.to(self.model.device)).pooler_output
+        return F.normalize(features[0], dim=-1)
+
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        text = torch.stack([self._text(prompt) for prompt in prompts])
+        cosine = (embed(self.model, self.preprocessing, images) * text).sum(dim=-1)
+        return cosine * self.model.logit_scale.exp() if self.scaled else cosine
+
+
+def embed(model: Any, preprocessing: Preprocessing, images: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W) in [0, 1] to embeddings (B, D), normalised."""
+    pixels = preprocessing(images.to(model.device, model.dtype))
+    return F.normalize(model.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
+
+
+def load_clip(device: torch.device, checkpoint: Checkpoint) -> ClipReward:
+    """CLIP score: cosine of picture and prompt (ViT-L/14 unless another CLIP is given)."""
+    return _load(device, checkpoint, scaled=False)
+
+
+def load_pickscore(device: torch.device, checkpoint: Checkpoint) -> ClipReward:
+    """PickScore: scaled cosine in a CLIP tuned on the choices of people, about 18 to 24."""
+    return _load(device, checkpoint, scaled=True)
+
+
+def _load(device: torch.device, checkpoint: Checkpoint, scaled: bool) -> ClipReward:
+    folder = checkpoint.find()
+    model = read_clip(folder, checkpoint.spec, device)
+    tokenizer = CLIPTokenizer.from_pretrained(checkpoint.tokenizer(CLIP_L, folder))
+    size = model.config.vision_config.image_size
+    preprocessing = read_preprocessing(folder, size, checkpoint.notebook)
+    about = identity(checkpoint.name, weight_files(folder), preprocessing)
+    return ClipReward(checkpoint.spec, model, tokenizer, preprocessing, about, scaled).to(device)
+
+
+def read_clip(folder: Path, reward: str, device: torch.device) -> Any:
+    """A CLIPModel in float32; `InputError` if the folder holds anything else."""
+    return open_model(
+        CLIPModel, folder, reward, str(folder), use_safetensors=True, attn_implementation=attention(device)
+    )
+
+
+def attention(device: torch.device) -> str:
+    """On a CPU the fused kernel's backward pass takes longer than all the rest together."""
+    return "eager" if device.type == "cpu" else "sdpa"

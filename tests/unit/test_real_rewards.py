@@ -1,0 +1,262 @@
+"""The rewards of the papers: what they are called, where their weights come from, rows and gradients."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+
+import ipgo.rewards
+from ipgo.errors import InputError
+from ipgo.rewards import REWARDS, SOURCES, check_reward, identity_of, load_reward, score
+from tests.conftest import byte_tokenizer
+from tests.reward_models import (
+    PROMPTS,
+    OpenClip,
+    TinyImageReward,
+    bert_tokenizer,
+    linear_head,
+    prefixed,
+    tiny_clip,
+)
+
+REWARDS_FOLDER = Path(ipgo.rewards.__file__).parent
+FILES = {
+    "aesthetic": "head.pth",
+    "hpsv2": "hps.pt",
+    "hpsv2.1": "hps.pt",
+    "imagereward": "blip/ImageReward.pt",
+}
+IMAGES = torch.rand((3, 3, 40, 48), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("models") / "clip-vit-large-patch14"
+    tiny_clip().save_pretrained(place)
+    byte_tokenizer().save_pretrained(place)
+    torch.save(prefixed(linear_head(8), "layers."), place.parent / "head.pth")
+    torch.save(OpenClip().state_dict(), place.parent / "hps.pt")
+    bert_tokenizer().save_pretrained(place.parent / "blip")
+    torch.save(TinyImageReward().state_dict(), place.parent / "blip/ImageReward.pt")
+    return place
+
+
+def weights(folder: Path, name: str) -> Path:
+    """What the spec of a reward gives."""
+    return folder.parent / FILES[name] if SOURCES[name].file else folder
+
+
+def sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+# -- specs -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (
+            "clip:/nowhere/at/all",
+            r"there is no folder '/nowhere/at/all'; it needs openai/clip-vit-large-patch14",
+        ),
+        ("clip@bilinear", "there is no variant 'bilinear'; the one there is: notebook"),
+        ("clip:", "ends where its path should be"),
+        ("contrast:here", "'contrast' takes no path and no variant"),
+        ("emoji-clip@notebook", "'emoji-clip' takes no path and no variant"),
+        ("clpi:owner/name", "unknown reward 'clpi'; did you mean 'clip'"),
+        ("contrast+0.5*pickscore:/nowhere", "there is no folder '/nowhere'"),
+        (
+            "aesthetic:/a/head.pth",
+            "there is no file '/a/head.pth'; it needs aesthetic-model.pth of trl-lib/ddpo",
+        ),
+    ],
+)
+def test_wrong_specs_are_refused_before_a_model_is_loaded(spec: str, message: str) -> None:
+    for load in (check_reward, load_reward):
+        with pytest.raises(InputError, match=message):
+            load(spec)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"is no folder of a CLIPModel: it needs config.json"):
+        check_reward(f"clip:{tmp_path}")
+
+
+def test_names_and_hub_ids_are_not_looked_up_while_they_are_checked() -> None:
+    for name in SOURCES:
+        check_reward(name)
+        check_reward(f"{name}@notebook")
+    check_reward("clip:laion/CLIP-ViT-H-14-laion2B-s32B-b79K+0.1*pickscore")
+
+
+@pytest.mark.parametrize("name", sorted(SOURCES))
+def test_offline_the_error_says_what_from_where_and_how(name: str) -> None:
+    source = SOURCES[name]
+    with pytest.raises(InputError) as caught:
+        load_reward(name, device="cpu")
+    message = str(caught.value)
+    assert f"reward {name!r} needs {source.file or 'config.json'}" in message
+    assert f"huggingface.co/{source.repo}" in message
+    assert f"give a copy as {name}:/path/" in message
+    assert "\n" not in message
+
+
+def test_offline_a_second_model_is_asked_for_by_the_name_of_its_folder(tmp_path: Path) -> None:
+    torch.save(prefixed(linear_head(8), "layers."), tmp_path / "head.pth")
+    needed = r"needs model\*.safetensors of huggingface.co/openai/clip-vit-large-patch14"
+    with pytest.raises(
+        InputError, match=rf"{needed}.* into a folder 'clip-vit-large-patch14' beside the weights"
+    ):
+        load_reward(f"aesthetic:{tmp_path / 'head.pth'}", device="cpu")
+
+
+class Harmful:
+    """Would leave a file behind where it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return Path.touch, (self.file,)
+
+
+def test_damaged_weights_are_refused_and_none_are_run(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / folder.name)
+    file, harm = tmp_path / "head.pth", tmp_path / "harm"
+    for content, message in (
+        ({"layers.0.weight": Harmful(harm)}, "hold more than tensors, and are not read"),
+        ({"layers.0.weight": 3}, "are no state dict"),
+        ({"other": torch.ones(2)}, "are not the linear layers"),
+        (prefixed(linear_head(9), "layers."), "reads 9 numbers of a picture, but the CLIP in .* gives 8"),
+    ):
+        torch.save(content, file)
+        with pytest.raises(InputError, match=message):
+            load_reward(f"aesthetic:{file}", device="cpu")
+    file.write_bytes(b"half")
+    with pytest.raises(InputError, match="cannot be read: KeyError"):
+        load_reward(f"aesthetic:{file}", device="cpu")
+    assert not harm.exists()
+
+
+def test_an_open_clip_that_is_none_or_not_whole_is_refused(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / folder.name)
+    state = OpenClip().state_dict()
+    for gone, message in (
+        ("visual.conv1.weight", "is no CLIP of open_clip: it has no 'visual.conv1.weight'"),
+        ("visual.ln_pre.bias", r"is no whole CLIPModel: vision_model\.pre_layrnorm\.bias is missing"),
+    ):
+        torch.save({key: value for key, value in state.items() if key != gone}, tmp_path / "hps.pt")
+        with pytest.raises(InputError, match=message):
+            load_reward(f"hpsv2.1:{tmp_path / 'hps.pt'}", device="cpu")
+
+
+def test_every_source_is_a_reward() -> None:
+    assert SOURCES.keys() < REWARDS.keys()
+
+
+def test_a_path_may_hold_a_plus(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "a+b")
+    reward = load_reward(f"contrast+2*clip:{tmp_path / 'a+b'}+colorfulness", device="cpu")
+    parts = [load_reward(each, device="cpu") for each in ("contrast", f"clip:{folder}", "colorfulness")]
+    values = [part(IMAGES, PROMPTS) for part in parts]
+    torch.testing.assert_close(reward(IMAGES, PROMPTS), values[0] + 2 * values[1] + values[2])
+    with pytest.raises(InputError, match="there is no folder"):
+        check_reward(f"clip:{tmp_path / 'a+c'}")
+
+
+# -- rows and gradients ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["", "@notebook"])
+@pytest.mark.parametrize("name", sorted(SOURCES))
+def test_rows_stand_alone_and_gradients_reach_the_pictures_only(
+    name: str, variant: str, folder: Path
+) -> None:
+    reward = load_reward(f"{name}{variant}:{weights(folder, name)}", device="cpu")
+    images = IMAGES.clone().requires_grad_()
+    values = score(reward, images, PROMPTS)
+    alone = torch.cat([score(reward, IMAGES[i : i + 1], PROMPTS[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(values, alone)
+    assert values.dtype == torch.float32
+    values[1].backward()
+    assert images.grad is not None
+    assert images.grad[1].abs().max() > 0
+    assert not images.grad[[0, 2]].any()
+    assert not any(parameter.requires_grad for parameter in reward.parameters())
+
+
+def test_the_gradient_is_that_of_finite_differences(folder: Path) -> None:
+    reward = load_reward(f"clip:{folder}", device="cpu").double()
+    reward.model.set_attn_implementation("sdpa")  # the plain one takes its softmax in float32
+    images = (0.3 + 0.4 * IMAGES[:1, :, :34, :33]).double()  # far from where resizing clips
+    direction = torch.randn(images.shape, generator=torch.Generator().manual_seed(1)).double()
+
+    def along(step: torch.Tensor) -> torch.Tensor:
+        return reward(images + step * direction, PROMPTS[:1])
+
+    assert torch.autograd.gradcheck(along, torch.zeros((), dtype=torch.double, requires_grad=True))
+
+
+def test_the_notebook_variant_resizes_otherwise(folder: Path) -> None:
+    exact, notebook = (load_reward(f"{name}:{folder}", device="cpu") for name in ("clip", "clip@notebook"))
+    assert notebook.name == f"clip@notebook:{folder}"
+    assert (exact(IMAGES, PROMPTS) - notebook(IMAGES, PROMPTS)).abs().max() > 1e-4
+    square = IMAGES[..., :32, :32]
+    torch.testing.assert_close(exact(square, PROMPTS), notebook(square, PROMPTS))
+
+
+def test_a_long_prompt_is_cut_where_the_tower_ends(folder: Path) -> None:
+    reward = load_reward(f"clip:{folder}", device="cpu")
+    long, longer = "x " * 75, "x " * 200
+    values = reward(IMAGES[:1].expand(2, -1, -1, -1), [long, longer])
+    assert values[0] == values[1]
+
+
+# -- identity ----------------------------------------------------------------------------------------------
+
+
+def test_an_identity_says_what_decides_a_score(folder: Path) -> None:
+    found = identity_of(load_reward(f"clip:{folder}", device="cpu"))
+    assert found == {
+        "id": "clip",
+        "version": 1,
+        "weights": [sha256(folder / "model.safetensors")],
+        "preprocessing": "shorter side bicubic to 32, centre crop",
+    }
+    other = identity_of(load_reward(f"clip@notebook:{folder}", device="cpu"))
+    assert other == {**found, "preprocessing": "shorter side bilinear to 32, centre crop"}
+
+
+def test_a_sum_and_a_function_have_an_identity(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("def warmth(images, prompts):\n    return images.mean((1, 2, 3))\n")
+    reward = load_reward(f"emoji-clip+0.5*{file}:warmth", device="cpu")
+    first, second = identity_of(reward)["terms"]
+    assert (first["weight"], second["weight"]) == (1.0, 0.5)
+    assert first["reward"]["weights"] == [sha256(REWARDS_FOLDER / "emoji/clip/model.safetensors")]
+    assert second["reward"] == {
+        "id": "warmth",
+        "version": 1,
+        "weights": [sha256(file)],
+        "preprocessing": "its own",
+    }
+
+
+@pytest.mark.parametrize("name", sorted(REWARDS.keys() - SOURCES.keys()))
+def test_every_bundled_reward_has_an_identity(name: str) -> None:
+    found = identity_of(load_reward(name, device="cpu"))
+    assert found["id"] == name
+    assert all(len(each) == 64 for each in found["weights"])
+    assert found["weights"]
