@@ -324,7 +324,7 @@ def _names(kind: str, name: str | None) -> list[str]:
         return read_prompts(name) if name else [f"{each}:train  {each}:test" for each in prompt_sets()]
     if kind == "objects":
         return _objects(name or "emoji")
-    from ipgo.backends import BACKENDS
+    from ipgo.backends import BACKENDS, FAMILIES
     from ipgo.config import presets
     from ipgo.methods import METHODS
     from ipgo.rewards import REWARDS
@@ -333,7 +333,9 @@ def _names(kind: str, name: str | None) -> list[str]:
         return [f"{each:<16}{(method.__doc__ or '').splitlines()[0]}" for each, method in METHODS.items()]
     if kind == "comparisons":
         return comparisons()
-    return {"rewards": list(REWARDS), "backends": list(BACKENDS), "presets": presets()}[kind]
+    if kind == "backends":
+        return [f"{each:<16}{FAMILIES[family].facts}" for each, (family, _) in BACKENDS.items()]
+    return {"rewards": list(REWARDS), "presets": presets()}[kind]
 
 
 def _objects(backend: str) -> list[str]:

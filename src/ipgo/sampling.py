@@ -56,7 +56,18 @@ class Step:
 
 
 def unconditional(backend: Backend, cond: PromptEmbeds, sampling: Sampling) -> PromptEmbeds | None:
-    """What guidance moves away from, without gradient; None if guidance is off."""
+    """What guidance moves away from, without gradient; None if guidance is off, or has no such half.
+
+    Raises:
+        InputError: a negative prompt for a model whose guidance has no such half.
+    """
+    if backend.guidance != "classifier-free":
+        if sampling.negative_prompt:
+            raise InputError(
+                f"sampling.negative_prompt is {sampling.negative_prompt!r}; it needs classifier-free guidance, "
+                f"and that of backend {backend.name!r} is {backend.guidance!r}"
+            )
+        return None
     if sampling.guidance_scale <= 1:
         return None
     with torch.no_grad():

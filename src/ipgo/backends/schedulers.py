@@ -1,0 +1,30 @@
+"""The schedulers that a diffusion model can be sampled with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# The noise levels that a model was trained on stay when the scheduler changes; the rest is the new one's
+# own, with the options that Stable Diffusion is shipped with. Latents are never clipped.
+NOISE_LEVELS = (
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"
+)  # fmt: skip
+_SHIPPED = {"set_alpha_to_one": False, "steps_offset": 1}
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {**_SHIPPED, "clip_sample": False}),
+    "pndm": ("PNDMScheduler", {**_SHIPPED, "skip_prk_steps": True}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "dpm++": ("DPMSolverMultistepScheduler", {}),
+}
+
+
+def new_scheduler(own: Any, name: str | None) -> Any:
+    """A new scheduler as the model's own, or the one of `SCHEDULERS` with its noise levels."""
+    if name is None:
+        return type(own).from_config(own.config)
+    import diffusers  # here, because it takes seconds
+
+    kind, options = SCHEDULERS[name]
+    levels = {key: own.config[key] for key in NOISE_LEVELS if key in own.config}
+    return getattr(diffusers, kind)(**levels, **options)
