@@ -38,10 +38,9 @@ class Sampling:
         if not 0 <= self.eta <= 1:
             raise InputError(f"sampling.eta is {self.eta}; it must be between 0 and 1")
 
-    @property
-    def noise_steps(self) -> int:
+    def noise_steps(self, backend: Backend) -> int:
         """How many draws of noise a trajectory needs after the initial one."""
-        return self.steps if self.eta > 0 else 0
+        return self.steps if self.eta > 0 or backend.stochastic else 0
 
 
 @dataclass(frozen=True)
@@ -116,6 +115,8 @@ def denoise(
             if sampling.eta > 0:
                 mean, std = ddim_step(scheduler, prediction, timestep, latents, sampling.eta)
                 next_latents = mean + std * noise[:, 1 + index].to(mean)
+            elif backend.stochastic:
+                next_latents = noisy_step(scheduler, prediction, timestep, latents, noise[:, 1 + index])
             else:
                 next_latents = scheduler.step(prediction, timestep, latents).prev_sample
         yield Step(index, timestep, latents, prediction, next_latents)
@@ -194,6 +195,30 @@ def ddim_step(
     alpha_previous = scheduler.alphas_cumprod[previous] if previous >= 0 else scheduler.final_alpha_cumprod
     std = eta * ((1 - alpha_previous) / (1 - alpha) * (1 - alpha / alpha_previous)).sqrt()
     return mean, std.to(mean)
+
+
+def noisy_step(
+    scheduler: Any, prediction: Tensor, timestep: Tensor, latents: Tensor, noise: Tensor
+) -> Tensor:
+    """(B, C, h, w): the step of a scheduler that adds noise (see `backends.schedulers.STOCHASTIC`), with `noise`.
+
+    Euler's ancestral step (Karras et al., arXiv 2206.00364, algorithm 2 with all noise renewed), or the
+    consistency model's: back to clean latents, and noise on them again (arXiv 2310.04378, algorithm 3).
+    """
+    # Its own draw is not used; the generator keeps it from moving the global one on.
+    answer = scheduler.step(prediction, timestep, latents, generator=torch.Generator())
+    index = scheduler.step_index  # of the next step
+    if hasattr(answer, "denoised"):
+        clean: Tensor = answer.denoised
+        if index < len(scheduler.timesteps):
+            clean = scheduler.add_noise(clean, noise.to(clean), scheduler.timesteps[index : index + 1])
+        return clean
+    high, low = scheduler.sigmas[index - 1], scheduler.sigmas[index]
+    up = (low**2 * (high**2 - low**2) / high**2).sqrt()
+    down = (low**2 - up**2).sqrt()
+    clean = answer.pred_original_sample
+    renewed: Tensor = clean + (latents - clean) * down / high + up * noise.to(clean)
+    return renewed
 
 
 def need_ddim(scheduler: Any, field: str) -> None:

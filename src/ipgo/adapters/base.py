@@ -139,6 +139,6 @@ def generate(
         )
     with torch.set_grad_enabled(backprop_steps > 0), adapter.attached(backend, prompts):
         cond = adapter.condition(backend, prompts, backend.encode(prompts))
-        noise = adapter.noise(backend, prompts, seeds, sampling.noise_steps)
+        noise = adapter.noise(backend, prompts, seeds, sampling.noise_steps(backend))
         uncond = adapter.unconditional(backend, prompts, cond, sampling)
         return sample(backend, cond, uncond, noise, sampling, backprop_steps=backprop_steps)

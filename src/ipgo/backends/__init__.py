@@ -8,6 +8,7 @@ from typing import Any
 from ipgo.backends.base import Backend
 from ipgo.backends.facts import Facts, Opening
 from ipgo.backends.stable_diffusion import StableDiffusion
+from ipgo.backends.stable_diffusion_xl import StableDiffusionXL
 from ipgo.devices import choose_device, choose_dtype
 from ipgo.errors import InputError, unknown
 
@@ -16,12 +17,16 @@ __all__ = ["BACKENDS", "FAMILIES", "Backend", "Facts", "load_backend"]
 # The pipeline class of diffusers -> who opens it.
 FAMILIES: dict[str, type[Backend]] = {
     "StableDiffusionPipeline": StableDiffusion,
+    "StableDiffusionXLPipeline": StableDiffusionXL,
 }
 
 # name -> the class of the pipeline, and where it is.
 BACKENDS: dict[str, tuple[str, str]] = {
     "emoji": ("StableDiffusionPipeline", str(Path(__file__).parent / "emoji")),
     "sd15": ("StableDiffusionPipeline", "stable-diffusion-v1-5/stable-diffusion-v1-5"),
+    "sd-turbo": ("StableDiffusionPipeline", "stabilityai/sd-turbo"),
+    "sdxl": ("StableDiffusionXLPipeline", "stabilityai/stable-diffusion-xl-base-1.0"),
+    "sdxl-turbo": ("StableDiffusionXLPipeline", "stabilityai/sdxl-turbo"),
 }
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ipgo.backends.facts import Facts, Guidance, Opening
-from ipgo.backends.schedulers import new_scheduler
+from ipgo.backends.schedulers import STOCHASTIC, new_scheduler
 from ipgo.embeds import PromptEmbeds, concatenate
 from ipgo.errors import InputError
 from ipgo.seeding import generator
@@ -41,6 +41,7 @@ class Backend(ABC):
     """
 
     facts: ClassVar[Facts]
+    optional: ClassVar[tuple[str, ...]] = ()  # text encoders that a pipeline may lack
 
     embed_dim: int
     max_tokens: int
@@ -54,6 +55,9 @@ class Backend(ABC):
         self.long_prompts = opening.long_prompts
         parts = pipe.components
         encoders = {part: module for part, module in parts.items() if part.startswith("text_encoder")}
+        for part, module in encoders.items():
+            if module is None and part not in self.optional:
+                raise InputError(f"backend {name!r} has no {part}, which prompts are encoded with")
         denoiser = parts["unet"] if "unet" in parts else parts["transformer"]
         self.device, self.dtype = denoiser.device, denoiser.dtype
         self.modules: dict[str, nn.Module] = {
@@ -176,6 +180,11 @@ class Backend(ABC):
             first = torch.randn((1, *self.latent_shape), generator=source)
             rows.append(torch.cat([first, torch.randn((steps, *self.latent_shape), generator=source)]))
         return torch.stack(rows).to(self.device)
+
+    @property
+    def stochastic(self) -> bool:
+        """Does the scheduler add noise at every step?"""
+        return self.scheduler_name is None and type(self.pipe.scheduler).__name__ in STOCHASTIC
 
     def scheduler(self, steps: int, latents: Tensor) -> Any:
         """A fresh diffusers scheduler with timesteps set: schedulers carry the state of a trajectory."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ipgo.errors import InputError
+
 # The noise levels that a model was trained on stay when the scheduler changes; the rest is the new one's
 # own, with the options that Stable Diffusion is shipped with. Latents are never clipped.
 NOISE_LEVELS = (
@@ -18,10 +20,28 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "dpm++": ("DPMSolverMultistepScheduler", {}),
 }
 
+# Models' own schedulers that add noise at every step: where it is given ...
+STOCHASTIC = ("EulerAncestralDiscreteScheduler", "LCMScheduler")
+# ... and where it could not be, so that no image could be drawn twice.
+REFUSED = (
+    "DDPMScheduler", "DPMSolverSDEScheduler", "KDPM2AncestralDiscreteScheduler", "SASolverScheduler",
+    "TCDScheduler",
+)  # fmt: skip
+
 
 def new_scheduler(own: Any, name: str | None) -> Any:
-    """A new scheduler as the model's own, or the one of `SCHEDULERS` with its noise levels."""
+    """A new scheduler as the model's own, or the one of `SCHEDULERS` with its noise levels.
+
+    Raises:
+        InputError: the model's own draws noise of its own.
+    """
     if name is None:
+        kind = type(own).__name__
+        sde = str(own.config.get("algorithm_type")).startswith("sde")
+        if kind in REFUSED or sde or own.config.get("stochastic_sampling"):
+            raise InputError(
+                f"scheduler is None; the model's own, {kind}, draws noise itself: choose another"
+            )
         return type(own).from_config(own.config)
     import diffusers  # here, because it takes seconds
 

@@ -269,7 +269,7 @@ class _Words:
         start, end = method.window
         place = start + (end - start) * step / method.climbing
         index = min(int(task.sampling.steps * place + 1e-9), task.sampling.steps - 1)
-        own = task.backend.noise(task.noise_seeds(prompts, step), task.sampling.noise_steps)
+        own = task.backend.noise(task.noise_seeds(prompts, step), task.sampling.noise_steps(task.backend))
         images = decode(task.backend, shortcut(task.backend, cond, uncond, own, task.sampling, index))
         rewards = score(task.reward, images, prompts)
         if images.requires_grad and not rewards.requires_grad:
