@@ -4,12 +4,28 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from tests.conftest import byte_tokenizer, tiny_pipeline
 
@@ -101,3 +117,110 @@ def sdxl(scheduler=None, *, zeros=True, **vae_config):
 
 def sdxl_turbo():
     return sdxl(EulerAncestralDiscreteScheduler(**LEVELS, timestep_spacing="trailing"))
+
+
+T5_TOKENS = 16
+
+
+def letters():
+    """T5's tokenizer with one token for each letter."""
+    marks = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    alphabet = [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
+    return T5Tokenizer(vocab=marks + alphabet, extra_ids=0, model_max_length=T5_TOKENS)
+
+
+def t5(tokenizer, width=32):
+    config = T5Config(
+        vocab_size=len(tokenizer), d_model=width, d_ff=32, d_kv=8, num_layers=1, num_heads=2, dropout_rate=0.0
+    )
+    return T5EncoderModel(config).eval()
+
+
+def sd3(*, with_t5=True, **shifting):
+    torch.manual_seed(0)
+    tokenizer, tokenizer_3 = byte_tokenizer(), letters()
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=16,
+        pooled_projection_dim=8 + 16,
+        pos_embed_max_size=8,
+    )
+    pipe = StableDiffusion3Pipeline(
+        transformer=louder(transformer, "context_embedder.weight"),
+        scheduler=FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **shifting}),
+        vae=vae(shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=clip(CLIPTextModelWithProjection, tokenizer, 8),
+        tokenizer=tokenizer,
+        text_encoder_2=clip(CLIPTextModelWithProjection, tokenizer, 16),
+        tokenizer_2=byte_tokenizer(),
+        text_encoder_3=t5(tokenizer_3) if with_t5 else None,
+        tokenizer_3=tokenizer_3 if with_t5 else None,
+    )
+    return quiet(pipe)
+
+
+def flux(*, distilled=True):
+    torch.manual_seed(0)
+    tokenizer, tokenizer_2 = byte_tokenizer(), letters()
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=16,
+        guidance_embeds=distilled,
+        axes_dims_rope=(4, 4, 8),
+    )
+    pipe = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=distilled),
+        vae=vae(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=clip(CLIPTextModel, tokenizer, 16),
+        tokenizer=tokenizer,
+        text_encoder_2=t5(tokenizer_2),
+        tokenizer_2=tokenizer_2,
+        transformer=louder(transformer, "context_embedder.weight"),
+    )
+    return quiet(pipe)
+
+
+def pixart(kind=PixArtAlphaPipeline, sample_size=8):
+    torch.manual_seed(0)
+    tokenizer = letters()
+    transformer = PixArtTransformer2DModel(
+        sample_size=sample_size,
+        num_layers=2,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=3,
+        caption_channels=32,
+        cross_attention_dim=24,
+        in_channels=4,
+        out_channels=8,
+    )
+    pipe = kind(
+        tokenizer=tokenizer,
+        text_encoder=t5(tokenizer),
+        vae=vae(),
+        transformer=louder(transformer, "attn2.to_out", "attn2.to_v"),
+        scheduler=DPMSolverMultistepScheduler(**LEVELS),
+    )
+    return quiet(pipe)
+
+
+def pixart_sigma():
+    return pixart(PixArtSigmaPipeline)
+
+
+def pixart_told_its_size():
+    """With the micro-conditions that alpha has at 1024 pixels."""
+    return pixart(sample_size=128)

@@ -92,14 +92,17 @@ def denoise(
     """
     latents = noise[:, 0].to(backend.device, torch.promote_types(backend.dtype, torch.float32))
     scheduler = backend.scheduler(sampling.steps, latents)
-    latents = latents * scheduler.init_noise_sigma
+    latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)  # flows start from the noise itself ...
+    scale_input = getattr(
+        scheduler, "scale_model_input", lambda latents, timestep: latents
+    )  # ... and never scale
     calls = len(scheduler.timesteps)
     first_grad = 0 if backprop_steps >= sampling.steps else calls - backprop_steps
     for index, timestep in enumerate(scheduler.timesteps):
         # Closed before the yield: a generator's grad mode would leak into its consumer.
         with torch.set_grad_enabled(index >= first_grad):
             call = (
-                scheduler.scale_model_input(latents, timestep),
+                scale_input(latents, timestep),
                 timestep,
                 cond.at(index, calls),
                 None if uncond is None else uncond.at(index, calls),

@@ -22,6 +22,10 @@ PROMPTS = ("a red cat", "a dog", "sun")
 SEEDS = [11, 12, 13]
 INSERTION = Insertion(num_prefix=11, num_suffix=11, rank=8)
 
+T5 = {"max_sequence_length": tiny.T5_TOKENS}
+SMALL = {"height": 16, "width": 16}
+PIXART = {**T5, "clean_caption": False, "use_resolution_binning": False}
+
 
 @dataclass(frozen=True)
 class Case:
@@ -45,9 +49,17 @@ CASES = {
     "sdxl-without-zeros": Case(lambda: tiny.sdxl(zeros=False)),
     "sdxl-latents-mean": Case(lambda: tiny.sdxl(latents_mean=[0.1, 0, -0.1, 0], latents_std=[1, 2, 0.5, 1])),
     "sdxl-turbo": Case(tiny.sdxl_turbo),
+    "sd3": Case(tiny.sd3, T5),
+    "sd3-without-t5": Case(lambda: tiny.sd3(with_t5=False)),
+    "sd3-dynamic-shift": Case(lambda: tiny.sd3(use_dynamic_shifting=True), T5),
+    "flux-dev": Case(tiny.flux, {**T5, **SMALL}, {"image_size": 16}),
+    "flux-schnell": Case(lambda: tiny.flux(distilled=False), {**T5, **SMALL}, {"image_size": 16}, (0.0,)),
+    "pixart-alpha": Case(tiny.pixart, PIXART, guidance=(1.0, 4.5)),
+    "pixart-alpha-size": Case(tiny.pixart_told_its_size, {**PIXART, **SMALL}, {"image_size": 16}),
+    "pixart-sigma": Case(tiny.pixart_sigma, PIXART),
 }
 # One case for each family: the slower tests.
-ONE_EACH = ["sdxl"]
+ONE_EACH = ["sdxl", "sd3", "flux-dev", "flux-schnell", "pixart-alpha", "pixart-sigma"]
 
 
 @pytest.fixture(scope="module")

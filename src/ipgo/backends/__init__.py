@@ -7,7 +7,10 @@ from typing import Any
 
 from ipgo.backends.base import Backend
 from ipgo.backends.facts import Facts, Opening
+from ipgo.backends.flux import Flux
+from ipgo.backends.pixart import PixArtAlpha, PixArtSigma
 from ipgo.backends.stable_diffusion import StableDiffusion
+from ipgo.backends.stable_diffusion_3 import StableDiffusion3
 from ipgo.backends.stable_diffusion_xl import StableDiffusionXL
 from ipgo.devices import choose_device, choose_dtype
 from ipgo.errors import InputError, unknown
@@ -18,6 +21,10 @@ __all__ = ["BACKENDS", "FAMILIES", "Backend", "Facts", "load_backend"]
 FAMILIES: dict[str, type[Backend]] = {
     "StableDiffusionPipeline": StableDiffusion,
     "StableDiffusionXLPipeline": StableDiffusionXL,
+    "StableDiffusion3Pipeline": StableDiffusion3,
+    "FluxPipeline": Flux,
+    "PixArtAlphaPipeline": PixArtAlpha,
+    "PixArtSigmaPipeline": PixArtSigma,
 }
 
 # name -> the class of the pipeline, and where it is.
@@ -27,6 +34,12 @@ BACKENDS: dict[str, tuple[str, str]] = {
     "sd-turbo": ("StableDiffusionPipeline", "stabilityai/sd-turbo"),
     "sdxl": ("StableDiffusionXLPipeline", "stabilityai/stable-diffusion-xl-base-1.0"),
     "sdxl-turbo": ("StableDiffusionXLPipeline", "stabilityai/sdxl-turbo"),
+    "sd3": ("StableDiffusion3Pipeline", "stabilityai/stable-diffusion-3-medium-diffusers"),
+    "sd35": ("StableDiffusion3Pipeline", "stabilityai/stable-diffusion-3.5-medium"),
+    "flux-dev": ("FluxPipeline", "black-forest-labs/FLUX.1-dev"),
+    "flux-schnell": ("FluxPipeline", "black-forest-labs/FLUX.1-schnell"),
+    "pixart-alpha": ("PixArtAlphaPipeline", "PixArt-alpha/PixArt-XL-2-512x512"),
+    "pixart-sigma": ("PixArtSigmaPipeline", "PixArt-alpha/PixArt-Sigma-XL-2-512-MS"),
 }
 
 

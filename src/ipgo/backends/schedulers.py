@@ -48,3 +48,9 @@ def new_scheduler(own: Any, name: str | None) -> Any:
     kind, options = SCHEDULERS[name]
     levels = {key: own.config[key] for key in NOISE_LEVELS if key in own.config}
     return getattr(diffusers, kind)(**levels, **options)
+
+
+def shift(tokens: int, config: Any) -> float:
+    """mu, how far a flow's schedule is shifted for an image of so many tokens: linear in their number."""
+    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+    return float(config.base_shift + slope * (tokens - config.base_image_seq_len))
