@@ -10,6 +10,8 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
@@ -81,6 +83,16 @@ def sd_turbo():
     pipe = tiny_pipeline()
     pipe.scheduler = EulerDiscreteScheduler(**LEVELS, timestep_spacing="trailing")
     return pipe
+
+
+def lcm():
+    """The tiny Stable Diffusion with a UNet that takes the guidance scale."""
+    parts = tiny_pipeline().components
+    torch.manual_seed(1)
+    unet = UNet2DConditionModel.from_config(parts["unet"].config, time_cond_proj_dim=16)
+    parts["unet"] = louder(unet, "attn2.to_out", "attn2.to_v", "cond_proj")
+    parts["scheduler"] = LCMScheduler(**LEVELS, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    return quiet(LatentConsistencyModelPipeline(**parts, requires_safety_checker=False))
 
 
 def sdxl(scheduler=None, *, zeros=True, **vae_config):

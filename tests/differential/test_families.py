@@ -45,6 +45,7 @@ class Case:
 
 CASES = {
     "sd-turbo": Case(tiny.sd_turbo),
+    "lcm": Case(tiny.lcm, guidance=(1.0, 8.5)),
     "sdxl": Case(tiny.sdxl),
     "sdxl-without-zeros": Case(lambda: tiny.sdxl(zeros=False)),
     "sdxl-latents-mean": Case(lambda: tiny.sdxl(latents_mean=[0.1, 0, -0.1, 0], latents_std=[1, 2, 0.5, 1])),
@@ -59,7 +60,17 @@ CASES = {
     "pixart-sigma": Case(tiny.pixart_sigma, PIXART),
 }
 # One case for each family: the slower tests.
-ONE_EACH = ["sdxl", "sd3", "flux-dev", "flux-schnell", "pixart-alpha", "pixart-sigma"]
+ONE_EACH = [
+    "sd-turbo",
+    "lcm",
+    "sdxl",
+    "sdxl-turbo",
+    "sd3",
+    "flux-dev",
+    "flux-schnell",
+    "pixart-alpha",
+    "pixart-sigma",
+]
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +162,7 @@ def test_a_plain_pipeline_draws_what_was_inserted(pipes, name, count):
 def test_our_gradient_is_that_of_the_undecorated_pipeline(pipes, name):
     case, pipe, backend = open_case(pipes, name)
     sampling = Sampling(3, case.guidance[-1])
-    noise = backend.noise(SEEDS[:2])
+    noise = backend.noise(SEEDS[:2], sampling.noise_steps(backend))
     torch.manual_seed(1)
     start = torch.randn(2, 22, backend.embed_dim)
 
@@ -172,7 +183,7 @@ def test_our_gradient_is_that_of_the_undecorated_pipeline(pipes, name):
                 num_inference_steps=3,
                 guidance_scale=sampling.guidance_scale,
                 output_type="pt",
-                latents=backend.pipeline_latents(noise[:, 0]),
+                **noise_of(backend, 2),
                 **case.call,
             )
             .images

@@ -113,7 +113,7 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(monkeypatch):
 
 def test_facts_in_words():
     assert str(FAMILIES["StableDiffusionPipeline"].facts).startswith(
-        "diffusion, 77 tokens, order does not matter, padding seen or hidden, guidance classifier-free"
+        "diffusion, 77 tokens, order does not matter, padding seen or hidden, guidance classifier-free or"
     )
 
 

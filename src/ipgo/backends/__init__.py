@@ -20,6 +20,7 @@ __all__ = ["BACKENDS", "FAMILIES", "Backend", "Facts", "load_backend"]
 # The pipeline class of diffusers -> who opens it.
 FAMILIES: dict[str, type[Backend]] = {
     "StableDiffusionPipeline": StableDiffusion,
+    "LatentConsistencyModelPipeline": StableDiffusion,
     "StableDiffusionXLPipeline": StableDiffusionXL,
     "StableDiffusion3Pipeline": StableDiffusion3,
     "FluxPipeline": Flux,
@@ -32,6 +33,7 @@ BACKENDS: dict[str, tuple[str, str]] = {
     "emoji": ("StableDiffusionPipeline", str(Path(__file__).parent / "emoji")),
     "sd15": ("StableDiffusionPipeline", "stable-diffusion-v1-5/stable-diffusion-v1-5"),
     "sd-turbo": ("StableDiffusionPipeline", "stabilityai/sd-turbo"),
+    "lcm": ("LatentConsistencyModelPipeline", "SimianLuo/LCM_Dreamshaper_v7"),
     "sdxl": ("StableDiffusionXLPipeline", "stabilityai/stable-diffusion-xl-base-1.0"),
     "sdxl-turbo": ("StableDiffusionXLPipeline", "stabilityai/sdxl-turbo"),
     "sd3": ("StableDiffusion3Pipeline", "stabilityai/stable-diffusion-3-medium-diffusers"),

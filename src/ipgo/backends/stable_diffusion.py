@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x, and every diffusers folder of the same class."""
+"""Stable Diffusion 1.x and 2.x, latent consistency models of it, and every diffusers folder of these classes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ from ipgo.embeds import PromptEmbeds
 
 
 class StableDiffusion(Backend):
-    """A `diffusers.StableDiffusionPipeline` whose parameters are frozen; the safety checker is not used."""
+    """A `diffusers.StableDiffusionPipeline` whose parameters are frozen; the safety checker is not used.
+
+    Or a `LatentConsistencyModelPipeline`, whose UNet takes the guidance scale as an input (arXiv 2310.04378).
+    """
 
     facts: ClassVar[Facts] = Facts(
         tokens=77,
         ordered=False,
         masked="optional",
         pooled=False,
-        guidance=("classifier-free",),
+        guidance=("classifier-free", "distilled"),
         process="diffusion",
     )
 
@@ -31,6 +34,8 @@ class StableDiffusion(Backend):
         super().__init__(pipe, name, opening)
         self.embed_dim = pipe.unet.config.cross_attention_dim
         self.max_tokens = clip_tokens(pipe.tokenizer, pipe.text_encoder)
+        if pipe.unet.config.time_cond_proj_dim is not None:
+            self.guidance = "distilled"
 
     def _latent_shape(self, image_size: int | None) -> tuple[int, int, int]:
         side = latent_side(self.pipe, self.pipe.unet.config.sample_size, image_size)
@@ -50,10 +55,17 @@ class StableDiffusion(Backend):
         uncond: PromptEmbeds | None,
         guidance_scale: float,
     ) -> Tensor:
+        width = self.pipe.unet.config.time_cond_proj_dim
+        scale = None
+        if width is not None:
+            weight = torch.tensor([guidance_scale - 1.0])  # w of the paper, which is 0 without guidance
+            scale = self.pipe.get_guidance_scale_embedding(weight, embedding_dim=width).to(latents.device)
+
         def denoise(latents: Tensor, prompt: PromptEmbeds) -> Tensor:
             output: Tensor = self.pipe.unet(
                 latents.to(self.dtype),
                 timestep,
+                timestep_cond=None if scale is None else scale.to(self.dtype).expand(len(latents), -1),
                 encoder_hidden_states=prompt.embeds,
                 encoder_attention_mask=hidden(prompt.mask),
                 return_dict=False,
