@@ -326,7 +326,7 @@ def _names(kind: str, name: str | None) -> list[str]:
         return read_prompts(name) if name else [f"{each}:train  {each}:test" for each in prompt_sets()]
     if kind == "objects":
         return _objects(name or "emoji")
-    from ipgo.backends import BACKENDS
+    from ipgo.backends import BACKENDS, FAMILIES
     from ipgo.config import presets
     from ipgo.methods import METHODS
     from ipgo.rewards import REWARDS, describe
@@ -337,7 +337,9 @@ def _names(kind: str, name: str | None) -> list[str]:
         return comparisons()
     if kind == "rewards":
         return [f"{each:<18}{describe(each)}" for each in REWARDS]
-    return {"backends": list(BACKENDS), "presets": presets()}[kind]
+    if kind == "backends":
+        return [f"{each:<16}{FAMILIES[family].facts}" for each, (family, _) in BACKENDS.items()]
+    return presets()
 
 
 def _objects(backend: str) -> list[str]:

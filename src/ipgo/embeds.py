@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,10 @@ class PromptEmbeds:
     @property
     def length(self) -> int:
         return self.embeds.shape[1]
+
+    @property
+    def requires_grad(self) -> bool:
+        return self.embeds.requires_grad or (self.pooled is not None and self.pooled.requires_grad)
 
     def at(self, step: int, steps: int) -> PromptEmbeds:
         """What the denoiser gets at a step, counted from 0, of `steps`."""
@@ -64,3 +69,20 @@ class PromptEmbeds:
         pooled = None if self.pooled is None else self.pooled[rows]
         early = None if self.early is None else self.early.select(rows)
         return PromptEmbeds(self.embeds[rows], self.mask[rows], pooled, early, self.late_share)
+
+
+def concatenate(prompts: Sequence[PromptEmbeds]) -> PromptEmbeds:
+    """The rows of all as one batch; shorter prompts are padded with zeros. All have a pooled vector, or none."""
+    length = max(prompt.length for prompt in prompts)
+    pooled = [prompt.pooled for prompt in prompts if prompt.pooled is not None]
+    return PromptEmbeds(
+        torch.cat([_padded(prompt.embeds, length) for prompt in prompts]),
+        torch.cat([_padded(prompt.mask, length) for prompt in prompts]),
+        torch.cat(pooled) if pooled else None,
+    )
+
+
+def _padded(values: Tensor, length: int) -> Tensor:
+    """(B, L, ...) with zeros up to `length` in the second dimension."""
+    missing = values.new_zeros(len(values), length - values.shape[1], *values.shape[2:])
+    return torch.cat([values, missing], dim=1)

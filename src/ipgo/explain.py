@@ -184,7 +184,7 @@ class _Look:
         with torch.no_grad():
             self.original = backend.encode(self.prompts)
             self.cond = adapter.condition(backend, self.prompts, self.original)
-        self.noise = adapter.noise(backend, self.prompts, seeds, sampling.noise_steps)
+        self.noise = adapter.noise(backend, self.prompts, seeds, sampling.noise_steps(backend))
 
     @torch.no_grad()
     def value(self, reward: Reward, cond: PromptEmbeds) -> float:

@@ -226,7 +226,7 @@ class _Training:
         original = self.original.select(numbers.to(self.backend.device))
         cond = self.adapter.condition(self.backend, prompts, original)
         uncond = self.adapter.unconditional(self.backend, prompts, cond, self.sampling)
-        noise = self.backend.noise(seeds, self.sampling.noise_steps)
+        noise = self.backend.noise(seeds, self.sampling.noise_steps(self.backend))
         transitions = []
         for step in denoise(self.backend, cond, uncond, noise, self.sampling):
             mean, std = self._policy(step.prediction, step.timestep, step.latents)

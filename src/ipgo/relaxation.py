@@ -42,9 +42,17 @@ class Mixture:
 
 
 class Relaxation:
-    """Lets a backend's text encoder read mixtures."""
+    """Lets a backend's text encoder read mixtures.
+
+    Raises:
+        InputError: it has several encoders, whose tokens need not be the same.
+    """
 
     def __init__(self, backend: Backend) -> None:
+        if "text_encoder_2" in backend.modules:
+            raise InputError(
+                f"the gradient of words needs one text encoder; backend {backend.name!r} has more"
+            )
         self.backend = backend
         self._known: dict[str, Tensor] = {}
 

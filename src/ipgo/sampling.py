@@ -52,10 +52,9 @@ class Sampling:
         """How the images that a fit learns from are sampled."""
         return replace(self, steps=self.fit_steps or self.steps, fit_steps=None)
 
-    @property
-    def noise_steps(self) -> int:
+    def noise_steps(self, backend: Backend) -> int:
         """How many draws of noise a trajectory needs after the initial one."""
-        return self.steps if self.eta > 0 else 0
+        return self.steps if self.eta > 0 or backend.stochastic else 0
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,18 @@ class Step:
 
 
 def unconditional(backend: Backend, cond: PromptEmbeds, sampling: Sampling) -> PromptEmbeds | None:
-    """What guidance moves away from, without gradient; None if guidance is off."""
+    """What guidance moves away from, without gradient; None if guidance is off, or has no such half.
+
+    Raises:
+        InputError: a negative prompt for a model whose guidance has no such half.
+    """
+    if backend.guidance != "classifier-free":
+        if sampling.negative_prompt:
+            raise InputError(
+                f"sampling.negative_prompt is {sampling.negative_prompt!r}; it needs classifier-free guidance, "
+                f"and that of backend {backend.name!r} is {backend.guidance!r}"
+            )
+        return None
     if sampling.guidance_scale <= 1:
         return None
     with torch.no_grad():
@@ -96,14 +106,17 @@ def denoise(
     """
     latents = noise[:, 0].to(backend.device, torch.promote_types(backend.dtype, torch.float32))
     scheduler = backend.scheduler(sampling.steps, latents)
-    latents = latents * scheduler.init_noise_sigma
+    latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)  # flows start from the noise itself ...
+    scale_input = getattr(
+        scheduler, "scale_model_input", lambda latents, timestep: latents
+    )  # ... and never scale
     calls = len(scheduler.timesteps)
     first_grad = 0 if backprop_steps >= sampling.steps else calls - backprop_steps
     for index, timestep in enumerate(scheduler.timesteps):
         # Closed before the yield: a generator's grad mode would leak into its consumer.
         with torch.set_grad_enabled(index >= first_grad):
             call = (
-                scheduler.scale_model_input(latents, timestep),
+                scale_input(latents, timestep),
                 timestep,
                 cond.at(index, calls),
                 None if uncond is None else uncond.at(index, calls),
@@ -119,6 +132,8 @@ def denoise(
             if sampling.eta > 0:
                 mean, std = ddim_step(scheduler, prediction, timestep, latents, sampling.eta)
                 next_latents = mean + std * noise[:, 1 + index].to(mean)
+            elif backend.stochastic:
+                next_latents = noisy_step(scheduler, prediction, timestep, latents, noise[:, 1 + index])
             else:
                 next_latents = scheduler.step(prediction, timestep, latents).prev_sample
         yield Step(index, timestep, latents, prediction, next_latents)
@@ -197,6 +212,30 @@ def ddim_step(
     alpha_previous = scheduler.alphas_cumprod[previous] if previous >= 0 else scheduler.final_alpha_cumprod
     std = eta * ((1 - alpha_previous) / (1 - alpha) * (1 - alpha / alpha_previous)).sqrt()
     return mean, std.to(mean)
+
+
+def noisy_step(
+    scheduler: Any, prediction: Tensor, timestep: Tensor, latents: Tensor, noise: Tensor
+) -> Tensor:
+    """(B, C, h, w): the step of a scheduler that adds noise (see `backends.schedulers.STOCHASTIC`), with `noise`.
+
+    Euler's ancestral step (Karras et al., arXiv 2206.00364, algorithm 2 with all noise renewed), or the
+    consistency model's: back to clean latents, and noise on them again (arXiv 2310.04378, algorithm 3).
+    """
+    # Its own draw is not used; the generator keeps it from moving the global one on.
+    answer = scheduler.step(prediction, timestep, latents, generator=torch.Generator())
+    index = scheduler.step_index  # of the next step
+    if hasattr(answer, "denoised"):
+        clean: Tensor = answer.denoised
+        if index < len(scheduler.timesteps):
+            clean = scheduler.add_noise(clean, noise.to(clean), scheduler.timesteps[index : index + 1])
+        return clean
+    high, low = scheduler.sigmas[index - 1], scheduler.sigmas[index]
+    up = (low**2 * (high**2 - low**2) / high**2).sqrt()
+    down = (low**2 - up**2).sqrt()
+    clean = answer.pred_original_sample
+    renewed: Tensor = clean + (latents - clean) * down / high + up * noise.to(clean)
+    return renewed
 
 
 def need_ddim(scheduler: Any, field: str) -> None:

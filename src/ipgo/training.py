@@ -194,7 +194,7 @@ class _Climb:
         else:
             uncond = None if self.uncond is None else self.uncond.select(numbers)
         noise = self.adapter.noise(
-            backend, prompts, task.noise_seeds(prompts, step), task.sampling.noise_steps
+            backend, prompts, task.noise_seeds(prompts, step), task.sampling.noise_steps(backend)
         )
         walk = denoise(
             backend,

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ipgo.backends import BACKENDS, load_backend
+from ipgo.backends import BACKENDS, FAMILIES, load_backend
+from ipgo.backends import folder as folders
 from ipgo.embeds import PromptEmbeds
 from ipgo.errors import InputError
 from ipgo.sampling import Sampling, sample
@@ -39,8 +40,8 @@ def test_everything_is_frozen(backend):
         (lambda f: (f / "model_index.json").unlink(), "no model_index.json"),
         (lambda f: (f / "model_index.json").write_text("{"), "damaged model_index.json"),
         (
-            lambda f: (f / "model_index.json").write_text('{"_class_name": "FluxPipeline"}'),
-            "holds a FluxPipeline",
+            lambda f: (f / "model_index.json").write_text('{"_class_name": "KandinskyPipeline"}'),
+            "holds a KandinskyPipeline",
         ),
         (lambda f: shutil.rmtree(f / "vae"), "vae/config.json is missing"),
         (lambda f: shutil.rmtree(f / "tokenizer"), "tokenizer is missing"),
@@ -91,7 +92,33 @@ def test_wrong_options_are_refused(pipe, options, message):
         load_backend(**{"source": pipe, "device": "cpu", **options})
 
 
+def test_a_hub_id_tells_its_family_before_its_weights_are_fetched(monkeypatch, tmp_path):
+    index = tmp_path / "model_index.json"
+    index.write_text('{"_class_name": "KandinskyPipeline"}')
+    asked = []
+    monkeypatch.setattr(folders, "hf_hub_download", lambda *names: asked.append(names) or str(index))
+    with pytest.raises(InputError, match="'owner/name' holds a KandinskyPipeline; ipgo opens StableDiff"):
+        load_backend("owner/name")
+    assert asked == [("owner/name", "model_index.json")]
+
+
+def test_a_hub_that_cannot_be_reached_is_one_sentence(monkeypatch):
+    def fail(*names):
+        raise OSError("no such repository\nmore")
+
+    monkeypatch.setattr(folders, "hf_hub_download", fail)
+    with pytest.raises(InputError, match=r"cannot open backend 'owner/name': no such repository$"):
+        load_backend("owner/name")
+
+
+def test_facts_in_words():
+    assert str(FAMILIES["StableDiffusionPipeline"].facts).startswith(
+        "diffusion, 77 tokens, order does not matter, padding seen or hidden, guidance classifier-free or"
+    )
+
+
 def test_names_lead_to_places():
+    assert {family for family, _ in BACKENDS.values()} <= FAMILIES.keys()
     assert {"emoji", "sd15"} <= BACKENDS.keys()
 
 

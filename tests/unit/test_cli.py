@@ -53,6 +53,7 @@ def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     for name in ("one:train", "emoji-clip", "sd15", "ipgo", "paper-code"):
         assert name in out
+    assert "diffusion, 77 tokens" in next(line for line in out.splitlines() if "sd15" in line)
     assert cli.main(["list", "prompts", "two:test"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 31
 

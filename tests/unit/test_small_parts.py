@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ipgo.devices import choose_device, choose_dtype
-from ipgo.embeds import PromptEmbeds
+from ipgo.embeds import PromptEmbeds, concatenate
 from ipgo.errors import InputError, unknown
 from ipgo.images import center_crop, grid, normalise, resize, to_pil
 from ipgo.sampling import Sampling
@@ -49,6 +49,22 @@ def test_inserting_embeddings():
     assert prompt.mean().tolist() == [[2.0, 3.0, 4.0, 5.0]]  # the padding does not count
     assert prompt.norm().item() == pytest.approx((14**0.5 + 126**0.5) / 2)
     assert prompt.select(torch.tensor([0, 0])).embeds.shape == (2, 3, 4)
+
+
+def test_a_pooled_vector_goes_where_its_prompt_goes():
+    text = torch.ones(2, 3, dtype=torch.bool)
+    early = PromptEmbeds(torch.ones(2, 3, 4), text, torch.zeros(2, 5))
+    pooled = torch.arange(10.0).view(2, 5)
+    prompt = PromptEmbeds(torch.zeros(2, 3, 4), text, pooled, early, 0.5)
+    longer = prompt.insert(torch.ones(2, 1, 4), torch.ones(2, 0, 4))
+    assert torch.equal(longer.pooled, pooled)
+    assert torch.equal(longer.at(0, 4).pooled, early.pooled)
+    assert torch.equal(longer.at(2, 4).pooled, pooled)
+    assert prompt.select(torch.tensor([1])).pooled.tolist() == [[5, 6, 7, 8, 9]]
+    both = concatenate([prompt, longer])
+    assert both.embeds.shape == (4, 4, 4)
+    assert both.mask.sum(1).tolist() == [3, 3, 4, 4]
+    assert torch.equal(both.pooled, torch.cat([pooled, pooled]))
 
 
 def test_inserted_embeddings_take_the_format_of_the_prompt():

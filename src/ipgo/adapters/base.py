@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
@@ -87,13 +86,10 @@ class Adapter(nn.Module):
         alone.load_state_dict({name: rows[number : number + 1] for name, rows in self.state_dict().items()})
         return alone
 
-    def prompt_kwargs(self, pipe: Any, prompt: str, negative_prompt: str = "") -> dict[str, Tensor]:
+    def prompt_kwargs(self, pipe: Any, prompt: str, negative_prompt: str = "") -> dict[str, Any]:
         """Arguments that make a plain diffusers pipeline draw the adapted prompt: `pipe(**kwargs)`.
 
-        The pipeline wants both halves of guidance equally long. Repeating all states of a prompt k times
-        leaves attention as it is (every softmax weight splits into k equal ones), so both are repeated to
-        their least common multiple: exact at any length, and cheap when it is small. With 77 states, 11 + 11
-        inserted ones give 693, but 10 + 10 give 7,469. Parameters of `pipe` are frozen by this call.
+        See `Backend.pipeline_kwargs`. Parameters of `pipe` are frozen by this call.
 
         Raises:
             InputError: the adapter was not fitted to `prompt`, or does not fit the pipeline.
@@ -104,12 +100,7 @@ class Adapter(nn.Module):
             # Any scale above 1: only the prompts are wanted.
             guided = Sampling(guidance_scale=2, negative_prompt=negative_prompt)
             uncond = self.unconditional(backend, [prompt], cond, guided)
-        assert uncond is not None
-        length = math.lcm(cond.length, uncond.length)
-        return {
-            "prompt_embeds": cond.embeds.repeat(1, length // cond.length, 1),
-            "negative_prompt_embeds": uncond.embeds.repeat(1, length // uncond.length, 1),
-        }
+        return backend.pipeline_kwargs(cond, uncond)
 
 
 def stack(adapters: Sequence[Adapter]) -> Adapter:
@@ -148,6 +139,6 @@ def generate(
         )
     with torch.set_grad_enabled(backprop_steps > 0), adapter.attached(backend, prompts):
         cond = adapter.condition(backend, prompts, backend.encode(prompts))
-        noise = adapter.noise(backend, prompts, seeds, sampling.noise_steps)
+        noise = adapter.noise(backend, prompts, seeds, sampling.noise_steps(backend))
         uncond = adapter.unconditional(backend, prompts, cond, sampling)
         return sample(backend, cond, uncond, noise, sampling, backprop_steps=backprop_steps)

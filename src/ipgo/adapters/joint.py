@@ -65,8 +65,8 @@ class JointAdapter(Adapter):
     def project_(self) -> None:
         self.inserted.project_()
 
-    def prompt_kwargs(self, pipe: Any, prompt: str, negative_prompt: str = "") -> dict[str, Tensor]:
+    def prompt_kwargs(self, pipe: Any, prompt: str, negative_prompt: str = "") -> dict[str, Any]:
         """As `Adapter.prompt_kwargs`, with the initial noise."""
         kwargs = super().prompt_kwargs(pipe, prompt, negative_prompt)
-        latents = self.initial.latents[self.initial.rows([prompt])][:, 0].detach()
+        latents = self.initial.pipeline_latents(pipe, prompt)
         return {**kwargs, "latents": latents.to(kwargs["prompt_embeds"])}

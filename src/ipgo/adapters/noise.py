@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ipgo.adapters.base import Adapter
-from ipgo.backends import Backend
+from ipgo.backends import Backend, load_backend
 from ipgo.embeds import PromptEmbeds
 from ipgo.errors import InputError, unknown
 from ipgo.seeding import derive, generator
@@ -92,13 +92,17 @@ class NoiseAdapter(Adapter):
             return norm_penalty(learned)
         return torch.stack([whiteness_penalty(row) for row in learned])
 
-    def prompt_kwargs(self, pipe: Any, prompt: str, negative_prompt: str = "") -> dict[str, Tensor]:
+    def prompt_kwargs(self, pipe: Any, prompt: str, negative_prompt: str = "") -> dict[str, Any]:
         """As `Adapter.prompt_kwargs`, with the initial noise; a pipeline takes no noise for later steps."""
         if self.latents.shape[1] > 1:
             raise InputError("a pipeline takes the initial noise only; this adapter holds that of every step")
         kwargs = super().prompt_kwargs(pipe, prompt, negative_prompt)
+        return {**kwargs, "latents": self.pipeline_latents(pipe, prompt).to(kwargs["prompt_embeds"])}
+
+    def pipeline_latents(self, pipe: Any, prompt: str) -> Tensor:
+        """The initial noise of `prompt`, in the layout of the pipeline's `latents`."""
         latents = self.latents[self.rows([prompt])][:, 0].detach()
-        return {**kwargs, "latents": latents.to(kwargs["prompt_embeds"])}
+        return load_backend(pipe).pipeline_latents(latents)
 
 
 def norm_penalty(noise: Tensor) -> Tensor:

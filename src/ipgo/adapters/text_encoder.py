@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ipgo.adapters.base import Adapter
 from ipgo.backends import Backend
@@ -100,7 +100,7 @@ class TextEncoderAdapter(Adapter):
                     f"the backend's text encoder has {found.get(name)}"
                 )
 
-    def prompt_kwargs(self, pipe: Any, prompt: str, negative_prompt: str = "") -> dict[str, Tensor]:
+    def prompt_kwargs(self, pipe: Any, prompt: str, negative_prompt: str = "") -> dict[str, Any]:
         """Refused: a pipeline takes the same states at every step."""
         raise InputError(
             "an adapter of the text encoder has no prompt_kwargs: a pipeline takes the same states at every step"

@@ -1,21 +1,47 @@
-"""The text-to-image pipelines that ipgo can steer. A new one is a file here and a line in `BACKENDS`."""
+"""The text-to-image pipelines that ipgo can steer. A new family is a file here and a line in `FAMILIES`."""
 
 from __future__ import annotations
 
-import pkgutil
 from pathlib import Path
+from typing import Any
 
 from ipgo.backends.base import Backend
+from ipgo.backends.facts import Facts, Opening
+from ipgo.backends.flux import Flux
+from ipgo.backends.pixart import PixArtAlpha, PixArtSigma
+from ipgo.backends.stable_diffusion import StableDiffusion
+from ipgo.backends.stable_diffusion_3 import StableDiffusion3
+from ipgo.backends.stable_diffusion_xl import StableDiffusionXL
+from ipgo.devices import choose_device, choose_dtype
 from ipgo.errors import InputError, unknown
 
-__all__ = ["BACKENDS", "Backend", "load_backend"]
+__all__ = ["BACKENDS", "FAMILIES", "Backend", "Facts", "load_backend"]
 
-STABLE_DIFFUSION = "ipgo.backends.stable_diffusion:StableDiffusion"
+# The pipeline class of diffusers -> who opens it.
+FAMILIES: dict[str, type[Backend]] = {
+    "StableDiffusionPipeline": StableDiffusion,
+    "LatentConsistencyModelPipeline": StableDiffusion,
+    "StableDiffusionXLPipeline": StableDiffusionXL,
+    "StableDiffusion3Pipeline": StableDiffusion3,
+    "FluxPipeline": Flux,
+    "PixArtAlphaPipeline": PixArtAlpha,
+    "PixArtSigmaPipeline": PixArtSigma,
+}
 
-# name -> "module:class" and what it opens; imported when asked for, because diffusers takes seconds.
+# name -> the class of the pipeline, and where it is.
 BACKENDS: dict[str, tuple[str, str]] = {
-    "emoji": (STABLE_DIFFUSION, str(Path(__file__).parent / "emoji")),
-    "sd15": (STABLE_DIFFUSION, "stable-diffusion-v1-5/stable-diffusion-v1-5"),
+    "emoji": ("StableDiffusionPipeline", str(Path(__file__).parent / "emoji")),
+    "sd15": ("StableDiffusionPipeline", "stable-diffusion-v1-5/stable-diffusion-v1-5"),
+    "sd-turbo": ("StableDiffusionPipeline", "stabilityai/sd-turbo"),
+    "lcm": ("LatentConsistencyModelPipeline", "SimianLuo/LCM_Dreamshaper_v7"),
+    "sdxl": ("StableDiffusionXLPipeline", "stabilityai/stable-diffusion-xl-base-1.0"),
+    "sdxl-turbo": ("StableDiffusionXLPipeline", "stabilityai/sdxl-turbo"),
+    "sd3": ("StableDiffusion3Pipeline", "stabilityai/stable-diffusion-3-medium-diffusers"),
+    "sd35": ("StableDiffusion3Pipeline", "stabilityai/stable-diffusion-3.5-medium"),
+    "flux-dev": ("FluxPipeline", "black-forest-labs/FLUX.1-dev"),
+    "flux-schnell": ("FluxPipeline", "black-forest-labs/FLUX.1-schnell"),
+    "pixart-alpha": ("PixArtAlphaPipeline", "PixArt-alpha/PixArt-XL-2-512x512"),
+    "pixart-sigma": ("PixArtSigmaPipeline", "PixArt-alpha/PixArt-Sigma-XL-2-512-MS"),
 }
 
 
@@ -33,7 +59,8 @@ def load_backend(
 
     Args:
         source: a name in `BACKENDS`, a local diffusers folder, a hub id `owner/name`, or a pipeline object
-            (which is used as it is: its parameters are frozen).
+            (which is used as it is: its parameters are frozen, and it stays where it is if `device` and
+            `dtype` are "auto").
         device: auto, cpu, cuda or cuda:N.
         dtype: auto, float32, bfloat16, float16 or float64.
         image_size: side of the square images in pixels; None is the model's own.
@@ -42,26 +69,53 @@ def load_backend(
         long_prompts: refuse, or truncate to the encoder's length.
 
     Raises:
-        InputError: an unknown name or option, or a folder that is incomplete, damaged or holds a pickle.
+        InputError: an unknown name or option, a family that is not known or does not have the option, or a
+            folder that is incomplete, damaged or holds a pickle.
     """
-    kind = STABLE_DIFFUSION
-    place = source
+    opening = Opening(image_size, padding, scheduler, long_prompts)
+    if isinstance(source, str | Path):
+        kind, place = _place(source)
+        family = _family(kind, str(source))
+        opening.check(family.facts, kind)
+        pipe = _open(place, kind, device, dtype)
+        return family(pipe, str(source), opening)
+    kinds = [kind.__name__ for kind in type(source).__mro__ if kind.__name__ in FAMILIES]
+    if not kinds:
+        raise InputError(
+            f"a backend opens a name, a folder or a pipeline ({', '.join(FAMILIES)}), "
+            f"not {type(source).__name__}"
+        )
+    opening.check(FAMILIES[kinds[0]].facts, kinds[0])
+    given: Any = source
+    if device != "auto":
+        given.to(choose_device(device))
+    if dtype != "auto":
+        given.to(choose_dtype(dtype, given.device))
+    return FAMILIES[kinds[0]](given, type(source).__name__, opening)
+
+
+def _place(source: str | Path) -> tuple[str, str | Path]:
+    """The class of the pipeline that a name, a folder or a hub id stands for, and where it is."""
     if isinstance(source, str):
         if source in BACKENDS:
-            kind, place = BACKENDS[source]
-        elif "/" not in source and not Path(source).exists():
+            return BACKENDS[source]
+        if "/" not in source and not Path(source).exists():
             raise unknown("backend", source, BACKENDS)
-        elif (source[0] in "/.~" or source.count("/") > 1) and not Path(source).exists():
+        if (source[0] in "/.~" or source.count("/") > 1) and not Path(source).exists():
             raise InputError(f"backend folder {source!r} does not exist")
-    backend: Backend = pkgutil.resolve_name(kind).load(
-        place,
-        device=device,
-        dtype=dtype,
-        image_size=image_size,
-        padding=padding,
-        scheduler=scheduler,
-        long_prompts=long_prompts,
-    )
-    if isinstance(source, str):
-        backend.name = source
-    return backend
+    from ipgo.backends.folder import pipeline_class  # here, because diffusers takes seconds
+
+    return pipeline_class(source), source
+
+
+def _family(kind: str, source: str) -> type[Backend]:
+    if kind not in FAMILIES:
+        raise InputError(f"backend {source!r} holds a {kind}; ipgo opens {', '.join(FAMILIES)}")
+    return FAMILIES[kind]
+
+
+def _open(place: str | Path, kind: str, device: str, dtype: str) -> Any:
+    from ipgo.backends.folder import open_pipeline
+
+    chosen = choose_device(device)
+    return open_pipeline(place, kind, choose_dtype(dtype, chosen)).to(chosen)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, Self
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ipgo.embeds import PromptEmbeds
+from ipgo.backends.facts import Facts, Guidance, Opening
+from ipgo.backends.schedulers import STOCHASTIC, new_scheduler
+from ipgo.embeds import PromptEmbeds, concatenate
+from ipgo.errors import InputError
 from ipgo.seeding import generator
 
 
@@ -21,12 +25,14 @@ class Backend(ABC):
     It never decides about gradients: the caller's grad mode does.
 
     Attributes:
+        facts: what holds for every model of this family.
         name: what it was loaded from.
         device, dtype: where and in which format its weights are. Latents and images are at least float32.
         embed_dim: D, the width of the prompt embeddings.
-        padding: "max_length" (prompts are padded and the denoiser attends to the padding, as stock
-            pipelines do) or "none" (the denoiser sees text only).
-        modules: "denoiser", "text_encoder", "decoder": frozen, in eval mode.
+        max_tokens: the longest prompt, with its marks.
+        guidance: what this model has of `facts.guidance`.
+        padding: "max_length" (prompts are padded as stock pipelines do) or "none" (the denoiser sees text only).
+        modules: "denoiser", "text_encoder" (and "text_encoder_2" ...), "decoder": frozen, in eval mode.
         calls: the cost ledger, in rows: "denoiser" counts one for each image row of each `predict` call,
             whether guidance makes that one network evaluation or two; "denoiser_grad" counts those under
             grad among them, "denoiser_grad_both" those of them that carry gradient into both halves of
@@ -34,41 +40,50 @@ class Backend(ABC):
             and then as one under it: that is the work it is.
     """
 
-    name: str
-    device: torch.device
-    dtype: torch.dtype
+    facts: ClassVar[Facts]
+    optional: ClassVar[tuple[str, ...]] = ()  # text encoders that a pipeline may lack
+
     embed_dim: int
-    padding: str
-    latent_shape: tuple[int, int, int]
-    modules: dict[str, nn.Module]
-    calls: Counter[str]
+    max_tokens: int
+    guidance: Guidance = "classifier-free"
 
-    @classmethod
-    @abstractmethod
-    def load(
-        cls,
-        source: str | Path | object,
-        *,
-        device: str = "auto",
-        dtype: str = "auto",
-        image_size: int | None = None,
-        padding: str = "max_length",
-        scheduler: str | None = None,
-        long_prompts: str = "refuse",
-    ) -> Self:
-        """Open a local folder, a hub id or a pipeline object; see `ipgo.load_backend`."""
+    def __init__(self, pipe: Any, name: str, opening: Opening) -> None:
+        self.pipe = pipe
+        self.name = name
+        self.padding = opening.padding
+        self.scheduler_name = opening.scheduler
+        self.long_prompts = opening.long_prompts
+        parts = pipe.components
+        encoders = {part: module for part, module in parts.items() if part.startswith("text_encoder")}
+        for part, module in encoders.items():
+            if module is None and part not in self.optional:
+                raise InputError(f"backend {name!r} has no {part}, which prompts are encoded with")
+        denoiser = parts["unet"] if "unet" in parts else parts["transformer"]
+        self.device, self.dtype = denoiser.device, denoiser.dtype
+        self.modules: dict[str, nn.Module] = {
+            "denoiser": denoiser,
+            **{part: module for part, module in encoders.items() if module is not None},
+            "decoder": pipe.vae,
+        }
+        self.calls: Counter[str] = Counter()
+        self.latent_shape = self._latent_shape(opening.image_size)
+        for module in self.modules.values():
+            module.requires_grad_(False).eval()
+
+    # -- what a family says -----------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> Any:
+        """The one that decides how long a prompt may be."""
+        return self.pipe.tokenizer
 
     @abstractmethod
-    def check_prompts(self, prompts: Sequence[str]) -> None:
-        """Raise `InputError` for a prompt that the encoder cannot take. Needs the tokenizer only."""
+    def _encode(self, prompts: Sequence[str], padding: str) -> PromptEmbeds:
+        """The text encoders' states; `padding` is "max_length" or "longest", and longer prompts are cut."""
 
     @abstractmethod
-    def encode(self, prompts: Sequence[str]) -> PromptEmbeds:
-        """The text encoder's states; `InputError` for a prompt that is too long."""
-
-    @abstractmethod
-    def unconditional(self, negative_prompt: str, cond: PromptEmbeds) -> PromptEmbeds:
-        """What guidance moves away from, one row for each of `cond`."""
+    def _latent_shape(self, image_size: int | None) -> tuple[int, int, int]:
+        """C, h and w of the latents of square images, by default of the model's own size."""
 
     @abstractmethod
     def predict(
@@ -81,13 +96,77 @@ class Backend(ABC):
     ) -> Tensor:
         """The guided model output for (B, C, h, w) latents, in their shape and format."""
 
-    @abstractmethod
-    def scheduler(self, steps: int, latents: Tensor) -> Any:
-        """A fresh diffusers scheduler with timesteps set: schedulers carry the state of a trajectory."""
+    def _to_vae(self, latents: Tensor) -> Tensor:
+        """The latents in the scale of the VAE."""
+        config = self.pipe.vae.config
+        scaled: Tensor = latents / config.scaling_factor + (config.get("shift_factor") or 0)
+        return scaled
 
-    @abstractmethod
-    def decode(self, latents: Tensor) -> Tensor:
-        """(B, C, h, w) latents to (B, 3, H, W) images in [0, 1]."""
+    def _timesteps(self, steps: int, latents: Tensor) -> dict[str, Any]:
+        """Arguments of a scheduler's `set_timesteps`."""
+        return {"num_inference_steps": steps}
+
+    # -- prompts ----------------------------------------------------------------------------------------
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Raise `InputError` for a prompt that the encoder cannot take. Needs the tokenizer only."""
+        if self.long_prompts == "truncate":
+            return
+        rows = self.tokenizer(list(prompts), padding=False).input_ids
+        for prompt, ids in zip(prompts, rows, strict=True):
+            if len(ids) > self.max_tokens:
+                raise InputError(
+                    f"prompt {prompt[:60]!r} has {len(ids)} tokens and the encoder takes {self.max_tokens}; "
+                    'shorten it, or allow long_prompts="truncate"'
+                )
+
+    def encode(self, prompts: Sequence[str]) -> PromptEmbeds:
+        """The text encoder's states; `InputError` for a prompt that is too long."""
+        self.check_prompts(prompts)
+        return self._encode(prompts, "longest" if self.padding == "none" else "max_length")
+
+    def unconditional(self, negative_prompt: str, cond: PromptEmbeds) -> PromptEmbeds:
+        """What guidance moves away from, one row for each of `cond`.
+
+        The padded negative prompt; with padding="none" cut to each row's own length. That is the IPGO
+        notebook's rule. It has no states beyond the encoder's length (77), so a longer row gets just those.
+        """
+        self.check_prompts([negative_prompt])
+        full = self._negative(negative_prompt, cond.length)
+        full = full.select(torch.zeros(len(cond.mask), dtype=torch.long, device=self.device))
+        if self.padding == "max_length":
+            return full
+        positions = torch.arange(full.length, device=self.device)
+        mask = positions < cond.mask.sum(1, keepdim=True)  # (B, 77)
+        return replace(full, embeds=full.embeds[:, : cond.length], mask=mask[:, : cond.length])
+
+    def _negative(self, prompt: str, length: int) -> PromptEmbeds:
+        """One row; `length` is that of the prompts which it is the other half of."""
+        return self._encode([prompt], "max_length")
+
+    def pipeline_kwargs(self, cond: PromptEmbeds, uncond: PromptEmbeds | None) -> dict[str, Any]:
+        """Arguments that give a stock pipeline these prompts.
+
+        The pipeline wants both halves of guidance equally long. Repeating all states of a prompt k times
+        leaves cross-attention as it is (every softmax weight splits into k equal ones), so both are repeated
+        to their least common multiple: exact at any length, and cheap when it is small. With 77 states,
+        11 + 11 inserted ones give 693, but 10 + 10 give 7,469.
+        """
+        if uncond is None:
+            return _named("", cond)
+        length = math.lcm(cond.length, uncond.length)
+        return {
+            **_named("", replace(cond, embeds=cond.embeds.repeat(1, length // cond.length, 1))),
+            **_named(
+                "negative_", replace(uncond, embeds=uncond.embeds.repeat(1, length // uncond.length, 1))
+            ),
+        }
+
+    def pipeline_latents(self, latents: Tensor) -> Tensor:
+        """(B, C, h, w) initial noise in the layout of a stock pipeline's `latents`."""
+        return latents
+
+    # -- noise, steps and images ------------------------------------------------------------------------
 
     def noise(self, seeds: Sequence[int], steps: int = 0) -> Tensor:
         """(B, 1 + steps, C, h, w) draws of N(0, 1) in float32: the initial noise, then one for each step.
@@ -102,12 +181,49 @@ class Backend(ABC):
             rows.append(torch.cat([first, torch.randn((steps, *self.latent_shape), generator=source)]))
         return torch.stack(rows).to(self.device)
 
+    @property
+    def stochastic(self) -> bool:
+        """Does the scheduler add noise at every step?"""
+        return self.scheduler_name is None and type(self.pipe.scheduler).__name__ in STOCHASTIC
+
+    def scheduler(self, steps: int, latents: Tensor) -> Any:
+        """A fresh diffusers scheduler with timesteps set: schedulers carry the state of a trajectory."""
+        scheduler = new_scheduler(self.pipe.scheduler, self.scheduler_name)
+        scheduler.set_timesteps(**self._timesteps(steps, latents), device=latents.device)
+        return scheduler
+
+    def guided(
+        self,
+        denoise: Callable[[Tensor, PromptEmbeds], Tensor],
+        latents: Tensor,
+        cond: PromptEmbeds,
+        uncond: PromptEmbeds | None,
+        guidance_scale: float,
+    ) -> Tensor:
+        """`classifier_free`, counted in the ledger."""
+        learned = any(parameter.requires_grad for parameter in self.modules["denoiser"].parameters())
+        negative = uncond is not None and uncond.requires_grad
+        both = latents.requires_grad or learned or negative
+        self.calls["denoiser"] += len(latents)
+        if torch.is_grad_enabled():
+            self.calls["denoiser_grad"] += len(latents)
+            self.calls["denoiser_grad_both"] += len(latents) * both
+        return classifier_free(denoise, latents, cond, uncond, guidance_scale, uncond_grad=both)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B, C, h, w) latents to (B, 3, H, W) images in [0, 1]."""
+        self.calls["decoder"] += len(latents)
+        vae: Any = self.modules["decoder"]
+        pixels = vae.decode(self._to_vae(latents.to(vae.dtype)), return_dict=False)[0]
+        images: Tensor = (pixels.to(latents.dtype) / 2 + 0.5).clamp(0, 1)
+        return images
+
 
 def classifier_free(
-    denoise: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    denoise: Callable[[Tensor, PromptEmbeds], Tensor],
     latents: Tensor,
-    cond: tuple[Tensor, Tensor],
-    uncond: tuple[Tensor, Tensor] | None,
+    cond: PromptEmbeds,
+    uncond: PromptEmbeds | None,
     guidance_scale: float,
     uncond_grad: bool,
 ) -> Tensor:
@@ -118,30 +234,33 @@ def classifier_free(
     that half is then called alone, and builds no graph.
 
     Args:
-        denoise: (latents, states (B, L, D), attended (B, L) bool, or None for all) to the model output.
-        cond, uncond: states (B, L, D) and which of them are attended to (B, L); L may differ.
+        denoise: (latents, prompt) to the model output; here the prompt's mask says what is attended to.
         uncond_grad: can a gradient flow through the unconditional half?
     """
     if uncond is None or guidance_scale <= 1:
-        return denoise(latents, cond[0], _hidden(cond[1]))
+        return denoise(latents, cond)
     if torch.is_grad_enabled() and not uncond_grad:
-        c = denoise(latents, cond[0], _hidden(cond[1]))
+        c = denoise(latents, cond)
         with torch.no_grad():
-            u = denoise(latents, uncond[0], _hidden(uncond[1]))
+            u = denoise(latents, uncond)
     else:
-        length = max(cond[0].shape[1], uncond[0].shape[1])
-        states = torch.cat([_padded(uncond[0], length), _padded(cond[0], length)])
-        attended = torch.cat([_padded(uncond[1], length), _padded(cond[1], length)])
-        u, c = denoise(torch.cat([latents, latents]), states, _hidden(attended)).chunk(2)
+        u, c = denoise(torch.cat([latents, latents]), concatenate([uncond, cond])).chunk(2)
     return u + guidance_scale * (c - u)
 
 
-def _hidden(attended: Tensor) -> Tensor | None:
-    """None where nothing is hidden: attention without a mask is faster."""
-    return None if bool(attended.all()) else attended
+def latent_side(pipe: Any, own: int, image_size: int | None, patch: int = 1) -> int:
+    """Side of the latents of images of `image_size`; `own` is the model's. Patches must not be cut."""
+    factor = pipe.vae_scale_factor * patch
+    if image_size is None:
+        return own
+    if image_size < factor or image_size % factor:
+        raise InputError(f"image_size {image_size} must be a positive multiple of {factor}")
+    side: int = image_size // pipe.vae_scale_factor
+    return side
 
 
-def _padded(values: Tensor, length: int) -> Tensor:
-    """(B, L, ...) with zeros up to `length` in the second dimension."""
-    missing = values.new_zeros(len(values), length - values.shape[1], *values.shape[2:])
-    return torch.cat([values, missing], dim=1)
+def _named(prefix: str, prompt: PromptEmbeds) -> dict[str, Any]:
+    named = {f"{prefix}prompt_embeds": prompt.embeds}
+    if prompt.pooled is not None:
+        named[f"{prefix}pooled_prompt_embeds"] = prompt.pooled
+    return named

@@ -45,7 +45,7 @@ class BestOfN:
         return self.budget // calls
 
     def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
-        steps = task.sampling.noise_steps
+        steps = task.sampling.noise_steps(task.backend)
         adapter = NoiseAdapter.start(task.backend, task.prompts, task.seeds, shared=task.shared, steps=steps)
         return search(task, adapter, _Noises(task), self.candidates(task), resume)
 
@@ -62,7 +62,7 @@ class _Noises:
         seeds = [
             derive(task.seed, "candidate", prompt, step) if step else task.seeds[0] for prompt in task.prompts
         ]
-        adapter.latents.copy_(task.backend.noise(seeds, task.sampling.noise_steps))
+        adapter.latents.copy_(task.backend.noise(seeds, task.sampling.noise_steps(task.backend)))
 
     def tell(self, adapter: Adapter, rewards: Tensor) -> None:
         """Nothing is learned: candidates do not depend on one another."""

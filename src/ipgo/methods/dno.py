@@ -31,7 +31,7 @@ class DNO:
     )
 
     def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
-        steps = task.sampling.noise_steps
+        steps = task.sampling.noise_steps(task.backend)
         if steps == 0:
             raise InputError("sampling.eta is 0; dno learns the noise of every step, so it must be above 0")
         adapter = NoiseAdapter.start(

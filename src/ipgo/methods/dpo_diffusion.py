@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ipgo.adapters import Adapter, TextAdapter
-from ipgo.embeds import PromptEmbeds
+from ipgo.embeds import PromptEmbeds, concatenate
 from ipgo.errors import InputError, ResumeError, RewardError, unknown
 from ipgo.relaxation import Mixture, Relaxation, shortcut
 from ipgo.rewards import score
@@ -269,7 +269,7 @@ class _Words:
         start, end = method.window
         place = start + (end - start) * step / method.climbing
         index = min(int(task.sampling.steps * place + 1e-9), task.sampling.steps - 1)
-        own = task.backend.noise(task.noise_seeds(prompts, step), task.sampling.noise_steps)
+        own = task.backend.noise(task.noise_seeds(prompts, step), task.sampling.noise_steps(task.backend))
         images = decode(task.backend, shortcut(task.backend, cond, uncond, own, task.sampling, index))
         rewards = score(task.reward, images, prompts)
         if images.requires_grad and not rewards.requires_grad:
@@ -298,8 +298,7 @@ class _Words:
             own = cond.select(torch.tensor([number], device=cond.mask.device))
             with self.relaxation.mixed([mixture]):
                 halves.append(backend.unconditional(mixture.text, own))
-        embeds, mask = (torch.cat([getattr(half, name) for half in halves]) for name in ("embeds", "mask"))
-        return cond, PromptEmbeds(embeds, mask)
+        return cond, concatenate(halves)
 
     # -- the loop's side --------------------------------------------------------------------------------
 

@@ -1,0 +1,73 @@
+"""What a family of pipelines is like, and how one of them may be opened."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ipgo.backends.schedulers import SCHEDULERS
+from ipgo.errors import InputError, unknown
+
+PADDINGS = ("max_length", "none")
+LONG_PROMPTS = ("refuse", "truncate")
+
+Guidance = Literal["classifier-free", "distilled", "none"]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What holds for every model of a family.
+
+    Attributes:
+        tokens: the longest prompt, with its marks; a model's own tokenizer may allow less.
+        ordered: does the denoiser see the order of the text states? If not, before and after are the same.
+        masked: is padding hidden from the denoiser: "always", "never", or "optional" (padding="none").
+        pooled: does the denoiser get a vector for the whole prompt beside the states?
+        guidance: "classifier-free", "distilled" (the scale is an input of the network), "none"; of several,
+            a model has one.
+        process: "diffusion", whose schedulers can be exchanged, or "flow", which keeps its own.
+    """
+
+    tokens: int
+    ordered: bool
+    masked: Literal["always", "never", "optional"]
+    pooled: bool
+    guidance: tuple[Guidance, ...]
+    process: Literal["diffusion", "flow"]
+
+    def __str__(self) -> str:
+        padding = {"always": "padding hidden", "never": "padding seen", "optional": "padding seen or hidden"}
+        words = [
+            f"{self.process}, {self.tokens} tokens",
+            "order matters" if self.ordered else "order does not matter",
+            padding[self.masked],
+            *(["pooled vector"] if self.pooled else []),
+            f"guidance {' or '.join(self.guidance)}",
+        ]
+        return ", ".join(words)
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How a backend is opened; see `ipgo.load_backend`."""
+
+    image_size: int | None = None
+    padding: str = "max_length"
+    scheduler: str | None = None
+    long_prompts: str = "refuse"
+
+    def __post_init__(self) -> None:
+        for option, value, allowed in (
+            ("scheduler", self.scheduler or "ddim", SCHEDULERS),
+            ("padding", self.padding, PADDINGS),
+            ("long_prompts", self.long_prompts, LONG_PROMPTS),
+        ):
+            if value not in allowed:
+                raise unknown(option, value, allowed)
+
+    def check(self, facts: Facts, name: str) -> None:
+        """Raise `InputError` for an option that no model of the family `name` has."""
+        if self.padding == "none" and facts.masked != "optional":
+            raise InputError(f"padding is 'none'; with {name} only 'max_length' is possible")
+        if self.scheduler is not None and facts.process == "flow":
+            raise InputError(f"scheduler is {self.scheduler!r}; {name} is a flow model and keeps its own")

@@ -1,0 +1,138 @@
+"""Opening pipelines: folders of diffusers, and ids on the hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError, safe_open
+from transformers.utils import logging as transformers_logging
+
+from ipgo.errors import InputError
+
+INDEX = "model_index.json"
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+# What a library calls the file of a model's weights.
+WEIGHTS = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
+UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
+
+
+def is_local(source: str | Path) -> bool:
+    """Is it a path? Else it is a hub id, `owner/name`."""
+    path = Path(source)
+    return path.exists() or path.suffix in PICKLES or str(source).count("/") != 1
+
+
+def pipeline_class(source: str | Path) -> str:
+    """The name of the pipeline class that a folder or a hub id holds, from its model_index.json.
+
+    Raises:
+        InputError: there is none, or it cannot be read.
+    """
+    if not is_local(source):
+        try:
+            file = hf_hub_download(str(source), INDEX)
+        except (OSError, ValueError) as error:
+            raise _cannot_open(source, error) from error
+        return _class_name(Path(file), source)
+    path = Path(source)
+    if path.suffix in PICKLES:
+        raise InputError(f"backend {str(path)!r} is a pickle, which can run code; give a safetensors folder")
+    if not path.is_dir():
+        raise InputError(f"backend folder {str(path)!r} does not exist")
+    if not (path / INDEX).is_file():
+        raise InputError(f"backend folder {str(path)!r} has no {INDEX}: it is not a diffusers folder")
+    return _class_name(path / INDEX, source)
+
+
+def open_pipeline(source: str | Path, kind: str, dtype: torch.dtype) -> Any:
+    """Open a folder or a hub id that holds a pipeline of class `kind`; `InputError` if that fails."""
+    local = is_local(source)
+    if local:
+        check_folder(Path(source))
+    cls = getattr(diffusers, kind)
+    options: dict[str, Any] = {}
+    if "safety_checker" in cls._optional_components:
+        options = {"safety_checker": None, "requires_safety_checker": False}
+    try:
+        with _no_bars() if local else nullcontext():
+            return cls.from_pretrained(str(source), dtype=dtype, use_safetensors=True, **options)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _cannot_open(source, error) from error
+
+
+def check_folder(path: Path) -> None:
+    """Raise `InputError` unless every part that the folder's index names is complete, in safetensors."""
+    weights = []
+    for part, library in _parts(json.loads((path / INDEX).read_text(encoding="utf-8"))).items():
+        if part == "scheduler":
+            needed = "scheduler/scheduler_config.json"
+        elif part.startswith("tokenizer"):
+            needed = part
+        else:
+            needed = f"{part}/config.json"
+            weights += _weight_files(path / part, WEIGHTS.get(library, WEIGHTS["transformers"]))
+        if not (path / needed).exists():
+            raise InputError(f"backend folder {str(path)!r} is incomplete: {needed} is missing")
+    for file in weights:
+        _check_weights(file)
+
+
+def _parts(index: Mapping[str, Any]) -> dict[str, str]:
+    """The parts of a pipeline that are there and used, with the library that each comes from."""
+    pairs = {part: value for part, value in index.items() if isinstance(value, list) and part not in UNUSED}
+    return {part: value[0] for part, value in pairs.items() if value[0] is not None}
+
+
+def _class_name(index: Path, source: str | Path) -> str:
+    try:
+        return str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"backend folder {str(source)!r} has a damaged {INDEX}") from None
+
+
+def _cannot_open(source: str | Path, error: Exception) -> InputError:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return InputError(f"cannot open backend {str(source)!r}: {lines[0]}")
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without the progress bars of diffusers and transformers, which run while a folder is read."""
+    loggings = [each for each in (diffusers_logging, transformers_logging) if each.is_progress_bar_enabled()]
+    for each in loggings:
+        each.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for each in loggings:
+            each.enable_progress_bar()
+
+
+def _weight_files(folder: Path, file_name: str) -> list[Path]:
+    """The file, or the shards that its index names."""
+    index = folder / f"{file_name}.index.json"
+    if not index.is_file():
+        return [folder / file_name]
+    return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+
+
+def _check_weights(file: Path) -> None:
+    if not file.is_file():
+        if any(file.parent.glob("*.bin")):
+            raise InputError(
+                f"weights in {str(file.parent)!r} are a pickle, which can run code; use safetensors"
+            )
+        raise InputError(f"weights are missing: {str(file)!r}")
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise InputError(f"weights are damaged or half-written: {str(file)!r} ({error})") from None

@@ -1,0 +1,101 @@
+"""PixArt-alpha and PixArt-Sigma."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ipgo.backends.base import Backend, latent_side
+from ipgo.backends.facts import Facts, Opening
+from ipgo.backends.text import tokenize
+from ipgo.embeds import PromptEmbeds, concatenate
+
+
+class PixArtAlpha(Backend):
+    """A `diffusers.PixArtAlphaPipeline` whose parameters are frozen; prompts are in small letters, as it wants.
+
+    T5's states, with the padding hidden from T5 and from the denoiser. Of the pipeline's text cleaning
+    (`clean_caption`) nothing else is done.
+    """
+
+    facts: ClassVar[Facts] = Facts(
+        tokens=120,
+        ordered=False,
+        masked="always",
+        pooled=False,
+        guidance=("classifier-free",),
+        process="diffusion",
+    )
+
+    def __init__(self, pipe: Any, name: str, opening: Opening) -> None:
+        super().__init__(pipe, name, opening)
+        self.embed_dim = pipe.transformer.config.caption_channels
+        self.max_tokens = min(self.facts.tokens, pipe.tokenizer.model_max_length)
+
+    def _latent_shape(self, image_size: int | None) -> tuple[int, int, int]:
+        config = self.pipe.transformer.config
+        side = latent_side(self.pipe, config.sample_size, image_size, config.patch_size)
+        return config.in_channels, side, side
+
+    def _encode(self, prompts: Sequence[str], padding: str) -> PromptEmbeds:
+        small = [prompt.lower().strip() for prompt in prompts]
+        ids, mask = tokenize(self.pipe.tokenizer, small, self.max_tokens, "max_length")
+        mask = mask.to(self.device)
+        return PromptEmbeds(self.pipe.text_encoder(ids.to(self.device), attention_mask=mask)[0], mask)
+
+    def predict(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        cond: PromptEmbeds,
+        uncond: PromptEmbeds | None,
+        guidance_scale: float,
+    ) -> Tensor:
+        channels = latents.shape[1]
+
+        def denoise(latents: Tensor, prompt: PromptEmbeds) -> Tensor:
+            output: Tensor = self.pipe.transformer(
+                latents.to(self.dtype),
+                encoder_hidden_states=prompt.embeds,
+                encoder_attention_mask=prompt.mask.to(torch.int64),
+                timestep=timestep.expand(len(latents)),
+                added_cond_kwargs=self._sizes(latents),
+                return_dict=False,
+            )[0]
+            return output[:, :channels].to(latents.dtype)  # the rest is a variance that no sampler here uses
+
+        return self.guided(denoise, latents, cond, uncond, guidance_scale)
+
+    def _sizes(self, latents: Tensor) -> dict[str, Tensor | None]:
+        """What alpha is told at 1024 pixels: the height and width, and the one over the other."""
+        if not self.pipe.transformer.use_additional_conditions:
+            return {"resolution": None, "aspect_ratio": None}
+        size = torch.tensor(latents.shape[-2:], device=self.device) * self.pipe.vae_scale_factor
+        ratio = (size[:1] / size[1:]).to(self.dtype)
+        count = len(latents)
+        return {"resolution": size.to(self.dtype).expand(count, 2), "aspect_ratio": ratio.expand(count, 1)}
+
+    def pipeline_kwargs(self, cond: PromptEmbeds, uncond: PromptEmbeds | None) -> dict[str, Any]:
+        """Arguments that give a stock pipeline these prompts; the shorter half is padded, and the padding masked."""
+        if uncond is None:
+            return {"prompt_embeds": cond.embeds, "prompt_attention_mask": cond.mask.to(torch.int64)}
+        both = concatenate([cond, uncond])
+        rows = len(cond.mask)
+        mask = both.mask.to(torch.int64)
+        return {
+            "negative_prompt": None,
+            "prompt_embeds": both.embeds[:rows],
+            "prompt_attention_mask": mask[:rows],
+            "negative_prompt_embeds": both.embeds[rows:],
+            "negative_prompt_attention_mask": mask[rows:],
+        }
+
+
+class PixArtSigma(PixArtAlpha):
+    """A `diffusers.PixArtSigmaPipeline`: as alpha, with longer prompts."""
+
+    facts: ClassVar[Facts] = replace(PixArtAlpha.facts, tokens=300)

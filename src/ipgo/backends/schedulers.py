@@ -1,0 +1,56 @@
+"""The schedulers that a diffusion model can be sampled with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ipgo.errors import InputError
+
+# The noise levels that a model was trained on stay when the scheduler changes; the rest is the new one's
+# own, with the options that Stable Diffusion is shipped with. Latents are never clipped.
+NOISE_LEVELS = (
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"
+)  # fmt: skip
+_SHIPPED = {"set_alpha_to_one": False, "steps_offset": 1}
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {**_SHIPPED, "clip_sample": False}),
+    "pndm": ("PNDMScheduler", {**_SHIPPED, "skip_prk_steps": True}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "dpm++": ("DPMSolverMultistepScheduler", {}),
+}
+
+# Models' own schedulers that add noise at every step: where it is given ...
+STOCHASTIC = ("EulerAncestralDiscreteScheduler", "LCMScheduler")
+# ... and where it could not be, so that no image could be drawn twice.
+REFUSED = (
+    "DDPMScheduler", "DPMSolverSDEScheduler", "KDPM2AncestralDiscreteScheduler", "SASolverScheduler",
+    "TCDScheduler",
+)  # fmt: skip
+
+
+def new_scheduler(own: Any, name: str | None) -> Any:
+    """A new scheduler as the model's own, or the one of `SCHEDULERS` with its noise levels.
+
+    Raises:
+        InputError: the model's own draws noise of its own.
+    """
+    if name is None:
+        kind = type(own).__name__
+        sde = str(own.config.get("algorithm_type")).startswith("sde")
+        if kind in REFUSED or sde or own.config.get("stochastic_sampling"):
+            raise InputError(
+                f"scheduler is None; the model's own, {kind}, draws noise itself: choose another"
+            )
+        return type(own).from_config(own.config)
+    import diffusers  # here, because it takes seconds
+
+    kind, options = SCHEDULERS[name]
+    levels = {key: own.config[key] for key in NOISE_LEVELS if key in own.config}
+    return getattr(diffusers, kind)(**levels, **options)
+
+
+def shift(tokens: int, config: Any) -> float:
+    """mu, how far a flow's schedule is shifted for an image of so many tokens: linear in their number."""
+    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+    return float(config.base_shift + slope * (tokens - config.base_image_seq_len))

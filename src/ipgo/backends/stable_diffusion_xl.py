@@ -1,0 +1,99 @@
+"""Stable Diffusion XL, SDXL-Turbo and every diffusers folder of the same class."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ipgo.backends.base import Backend, latent_side
+from ipgo.backends.facts import Facts, Opening
+from ipgo.backends.stable_diffusion import attended, hidden
+from ipgo.backends.text import clip_tokens, tokenize
+from ipgo.embeds import PromptEmbeds
+
+
+class StableDiffusionXL(Backend):
+    """A `diffusers.StableDiffusionXLPipeline` whose parameters are frozen; no watermark is applied.
+
+    The states of two text encoders side by side, and the vector of the second. An empty negative prompt counts
+    as none: where the pipeline's configuration says so, its states are zeros.
+    """
+
+    facts: ClassVar[Facts] = Facts(
+        tokens=77,
+        ordered=False,
+        masked="optional",
+        pooled=True,
+        guidance=("classifier-free",),
+        process="diffusion",
+    )
+
+    def __init__(self, pipe: Any, name: str, opening: Opening) -> None:
+        super().__init__(pipe, name, opening)
+        self.embed_dim = pipe.unet.config.cross_attention_dim
+        self.max_tokens = min(clip_tokens(tokenizer, encoder) for tokenizer, encoder in self._encoders())
+        if pipe.vae.dtype == torch.float16 and pipe.vae.config.force_upcast:
+            # It overflows in float16. A copy: the pipeline's own VAE is as before.
+            self.modules["decoder"] = copy.deepcopy(pipe.vae).float()
+
+    def _encoders(self) -> list[tuple[Any, Any]]:
+        pipe = self.pipe
+        return [(pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2)]
+
+    def _latent_shape(self, image_size: int | None) -> tuple[int, int, int]:
+        side = latent_side(self.pipe, self.pipe.unet.config.sample_size, image_size)
+        return self.pipe.unet.config.in_channels, side, side
+
+    def _encode(self, prompts: Sequence[str], padding: str) -> PromptEmbeds:
+        states = []
+        for tokenizer, encoder in self._encoders():
+            ids, mask = tokenize(tokenizer, prompts, self.max_tokens, padding)
+            answer = encoder(ids.to(self.device), output_hidden_states=True)
+            states.append(answer.hidden_states[-2])
+        return PromptEmbeds(torch.cat(states, dim=-1), mask.to(self.device), answer.text_embeds)
+
+    def _negative(self, prompt: str, length: int) -> PromptEmbeds:
+        full = super()._negative(prompt, length)
+        if prompt or not self.pipe.config.force_zeros_for_empty_prompt or full.pooled is None:
+            return full
+        return PromptEmbeds(torch.zeros_like(full.embeds), full.mask, torch.zeros_like(full.pooled))
+
+    def predict(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        cond: PromptEmbeds,
+        uncond: PromptEmbeds | None,
+        guidance_scale: float,
+    ) -> Tensor:
+        height, width = (side * self.pipe.vae_scale_factor for side in latents.shape[-2:])
+        # The size of the original, the corner it was cropped at, the size that is wanted.
+        sizes = torch.tensor([height, width, 0, 0, height, width], dtype=self.dtype, device=self.device)
+
+        def denoise(latents: Tensor, prompt: PromptEmbeds) -> Tensor:
+            output: Tensor = self.pipe.unet(
+                latents.to(self.dtype),
+                timestep,
+                encoder_hidden_states=prompt.embeds,
+                encoder_attention_mask=hidden(prompt.mask),
+                added_cond_kwargs={"text_embeds": prompt.pooled, "time_ids": sizes.expand(len(latents), -1)},
+                return_dict=False,
+            )[0]
+            return output.to(latents.dtype)
+
+        halves = attended(self, cond), None if uncond is None else attended(self, uncond)
+        return self.guided(denoise, latents, *halves, guidance_scale)
+
+    def _to_vae(self, latents: Tensor) -> Tensor:
+        config = self.pipe.vae.config
+        if config.latents_mean is None or config.latents_std is None:
+            return super()._to_vae(latents)
+        mean, std = (
+            latents.new_tensor(each).view(1, -1, 1, 1) for each in (config.latents_mean, config.latents_std)
+        )
+        scaled: Tensor = latents * std / config.scaling_factor + mean
+        return scaled

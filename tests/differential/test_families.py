@@ -1,0 +1,286 @@
+"""Ours against the pipelines of diffusers, on the same tiny random weights and noise."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+
+from ipgo.adapters import Adapter, InsertionAdapter, generate
+from ipgo.backends import FAMILIES, load_backend
+from ipgo.embeds import PromptEmbeds
+from ipgo.insertion import Insertion
+from ipgo.methods import IPGO
+from ipgo.rewards import as_reward
+from ipgo.sampling import Sampling, sample, unconditional
+from ipgo.task import Task
+from ipgo.training import Ascent
+from tests import tiny_families as tiny
+
+PROMPTS = ("a red cat", "a dog", "sun")
+SEEDS = [11, 12, 13]
+INSERTION = Insertion(num_prefix=11, num_suffix=11, rank=8)
+
+T5 = {"max_sequence_length": tiny.T5_TOKENS}
+SMALL = {"height": 16, "width": 16}
+PIXART = {**T5, "clean_caption": False, "use_resolution_binning": False}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A pipeline, and what its call needs beside the prompts.
+
+    Attributes:
+        call: the pipeline's own arguments.
+        options: of `load_backend`.
+        guidance: scales, off and on.
+    """
+
+    build: Callable[[], Any]
+    call: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    guidance: tuple[float, ...] = (1.0, 5.0)
+
+
+CASES = {
+    "sd-turbo": Case(tiny.sd_turbo),
+    "lcm": Case(tiny.lcm, guidance=(1.0, 8.5)),
+    "sdxl": Case(tiny.sdxl),
+    "sdxl-without-zeros": Case(lambda: tiny.sdxl(zeros=False)),
+    "sdxl-latents-mean": Case(lambda: tiny.sdxl(latents_mean=[0.1, 0, -0.1, 0], latents_std=[1, 2, 0.5, 1])),
+    "sdxl-turbo": Case(tiny.sdxl_turbo),
+    "sd3": Case(tiny.sd3, T5),
+    "sd3-without-t5": Case(lambda: tiny.sd3(with_t5=False)),
+    "sd3-dynamic-shift": Case(lambda: tiny.sd3(use_dynamic_shifting=True), T5),
+    "flux-dev": Case(tiny.flux, {**T5, **SMALL}, {"image_size": 16}),
+    "flux-schnell": Case(lambda: tiny.flux(distilled=False), {**T5, **SMALL}, {"image_size": 16}, (0.0,)),
+    "pixart-alpha": Case(tiny.pixart, PIXART, guidance=(1.0, 4.5)),
+    "pixart-alpha-size": Case(tiny.pixart_told_its_size, {**PIXART, **SMALL}, {"image_size": 16}),
+    "pixart-sigma": Case(tiny.pixart_sigma, PIXART),
+}
+# One case for each family: the slower tests.
+ONE_EACH = [
+    "sd-turbo",
+    "lcm",
+    "sdxl",
+    "sdxl-turbo",
+    "sd3",
+    "flux-dev",
+    "flux-schnell",
+    "pixart-alpha",
+    "pixart-sigma",
+]
+
+
+@pytest.fixture(scope="module")
+def pipes():
+    """The pipelines that were built, which no test changes."""
+    return {}
+
+
+def open_case(pipes, name):
+    case = CASES[name]
+    if name not in pipes:
+        pipes[name] = case.build()
+    return case, pipes[name], load_backend(pipes[name], device="cpu", **case.options)
+
+
+def noise_of(backend, count):
+    """The pipeline's argument for the initial noise of `SEEDS`, and of every step if the scheduler adds it."""
+    if backend.stochastic:
+        return {"generator": [torch.Generator().manual_seed(seed) for seed in SEEDS[:count]]}
+    return {"latents": backend.pipeline_latents(backend.noise(SEEDS[:count])[:, 0])}
+
+
+def joined(kwargs):
+    """The arguments of several prompts as those of one batch."""
+    return {
+        name: torch.cat([each[name] for each in kwargs]) if isinstance(value, torch.Tensor) else value
+        for name, value in kwargs[0].items()
+    }
+
+
+def close(ours, theirs):
+    assert ours.std() > 0.02
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("count", "steps"), [(1, 2), (3, 2), (1, 5)])
+def test_sampling_equals_the_pipeline(pipes, name, count, steps):
+    case, pipe, backend = open_case(pipes, name)
+    prompts = list(PROMPTS[:count])
+    images = []
+    for scale in case.guidance:
+        ours = generate(backend, prompts, SEEDS[:count], Adapter(), Sampling(steps, scale))
+        theirs = pipe(
+            prompts,
+            num_inference_steps=steps,
+            guidance_scale=scale,
+            output_type="pt",
+            **noise_of(backend, count),
+            **case.call,
+        ).images
+        close(ours, theirs)
+        images.append(ours)
+    if len(images) > 1:
+        assert (images[0] - images[1]).abs().max() > 1e-3  # guidance does something
+
+
+@pytest.mark.parametrize("name", ["sd-turbo", "sdxl-turbo"])
+def test_a_single_step(pipes, name):
+    _, pipe, backend = open_case(pipes, name)
+    ours = generate(backend, PROMPTS[:2], SEEDS[:2], Adapter(), Sampling(1, 1.0))
+    options = {"num_inference_steps": 1, "guidance_scale": 0.0, "output_type": "pt"}
+    close(ours, pipe(list(PROMPTS[:2]), **options, **noise_of(backend, 2)).images)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_plain_pipeline_draws_what_was_inserted(pipes, name, count):
+    case, pipe, backend = open_case(pipes, name)
+    adapter = InsertionAdapter(PROMPTS, backend.embed_dim, INSERTION)
+    prompts = PROMPTS[:count]
+    kwargs = joined([adapter.prompt_kwargs(pipe, prompt) for prompt in prompts])
+    for scale in case.guidance:
+        ours = generate(backend, prompts, SEEDS[:count], adapter, Sampling(3, scale))
+        theirs = pipe(
+            **kwargs,
+            num_inference_steps=3,
+            guidance_scale=scale,
+            output_type="pt",
+            **noise_of(backend, count),
+            **case.call,
+        ).images
+        close(ours, theirs)
+    raw = generate(backend, prompts, SEEDS[:count], Adapter(), Sampling(3, scale))
+    assert (ours - raw).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_our_gradient_is_that_of_the_undecorated_pipeline(pipes, name):
+    case, pipe, backend = open_case(pipes, name)
+    sampling = Sampling(3, case.guidance[-1])
+    noise = backend.noise(SEEDS[:2], sampling.noise_steps(backend))
+    torch.manual_seed(1)
+    start = torch.randn(2, 22, backend.embed_dim)
+
+    def gradient(images_of):
+        inserted = start.clone().requires_grad_()
+        cond = backend.encode(PROMPTS[:2]).insert(inserted[:, :11], inserted[:, 11:])
+        images = images_of(cond, unconditional(backend, cond, sampling))
+        weights = torch.linspace(-1, 1, images.numel()).view_as(images)
+        (images * weights).sum().backward()
+        return inserted.grad
+
+    def theirs(cond, uncond):
+        return (
+            type(pipe)
+            .__call__.__wrapped__(
+                pipe,
+                **backend.pipeline_kwargs(cond, uncond),
+                num_inference_steps=3,
+                guidance_scale=sampling.guidance_scale,
+                output_type="pt",
+                **noise_of(backend, 2),
+                **case.call,
+            )
+            .images
+        )
+
+    ours = gradient(lambda cond, uncond: sample(backend, cond, uncond, noise, sampling, backprop_steps=3))
+    expected = gradient(theirs)
+    assert expected.norm() > 1e-6
+    assert (ours - expected).norm() < 1e-4 * expected.norm()
+
+
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_ipgo_raises_a_reward(pipes, name):
+    case, _, backend = open_case(pipes, name)
+
+    def redness(images, prompts):
+        return images[:, 0].mean((1, 2)) - images[:, 2].mean((1, 2))
+
+    sampling = Sampling(2, case.guidance[-1])
+    task = Task(backend, as_reward(redness), PROMPTS[:2], sampling)
+    method = IPGO(Insertion(2, 2), Ascent(steps=8, lr=0.05, backprop_steps=None, penalty_weight=0.0))
+    last = list(method.fit(task))[-1]
+    before, after = (
+        redness(generate(backend, PROMPTS[:2], [0, 0], adapter, sampling), PROMPTS[:2])
+        for adapter in (Adapter(), last.adapter)
+    )
+    torch.testing.assert_close(after, last.best, atol=1e-5, rtol=0)
+    assert (after > before + 1e-4).all()
+
+
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_the_declared_facts_are_so(pipes, name):
+    """What the denoiser sees of order, padding and the pooled vector."""
+    _, pipe, backend = open_case(pipes, name)
+    assert FAMILIES[type(pipe).__name__].facts is backend.facts
+    assert backend.guidance in backend.facts.guidance
+    assert backend.max_tokens <= backend.facts.tokens
+    prompt = backend.encode(PROMPTS[:1])
+    latents = backend.noise([0])[:, 0]
+    timestep = backend.scheduler(2, latents).timesteps[0]
+
+    def moved(other):
+        with torch.no_grad():
+            pair = [backend.predict(latents, timestep, each, None, 3.0) for each in (prompt, other)]
+        return (pair[0] - pair[1]).abs().max() > 1e-5
+
+    back = torch.arange(prompt.length).flip(0)
+    assert moved(replace(prompt, embeds=prompt.embeds[:, back], mask=prompt.mask[:, back])) == (
+        backend.facts.ordered
+    )
+    loud = torch.where(prompt.mask[..., None], prompt.embeds, prompt.embeds + 1)
+    assert moved(replace(prompt, embeds=loud)) == (backend.facts.masked != "always")
+    assert (prompt.pooled is not None) == backend.facts.pooled
+    if prompt.pooled is not None:
+        assert moved(replace(prompt, pooled=prompt.pooled + 1))
+
+
+def test_sdxl_in_float16_decodes_in_float32():
+    pipe = tiny.sdxl()
+    backend = load_backend(pipe, device="cpu", dtype="float16")
+    assert next(backend.modules["decoder"].parameters()).dtype == torch.float32
+    assert pipe.vae.dtype == torch.float16  # as the pipeline wants it
+    latents = 20 * backend.noise([0])[:, 0]
+    exact = load_backend(tiny.sdxl(), device="cpu").decode(latents)
+    assert (backend.decode(latents) - exact).abs().max() < 1e-2
+
+
+def test_sdxl_with_unpadded_text(pipes):
+    """Padding that is hidden from the UNet, against no padding at all; the pooled vectors are equal."""
+    _, pipe, _ = open_case(pipes, "sdxl")
+    backend = load_backend(pipe, device="cpu", padding="none")
+    together, alone = backend.encode(PROMPTS[:2]), backend.encode(PROMPTS[1:2])
+    assert together.length > alone.length
+    torch.testing.assert_close(together.pooled[1:], alone.pooled, atol=1e-5, rtol=0)
+    pair = generate(backend, PROMPTS[:2], SEEDS[:2], Adapter(), Sampling(2, 3.0))
+    single = generate(backend, PROMPTS[1:2], SEEDS[1:2], Adapter(), Sampling(2, 3.0))
+    torch.testing.assert_close(pair[1:], single, atol=1e-5, rtol=0)
+
+
+def test_a_scheduler_that_draws_its_own_noise_leaves_the_global_generator_alone(pipes):
+    _, _, backend = open_case(pipes, "sdxl-turbo")
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    pair = generate(backend, PROMPTS[:2], SEEDS[:2], Adapter(), Sampling(3, 1.0))
+    assert torch.equal(torch.get_rng_state(), before)
+    alone = generate(backend, PROMPTS[1:2], SEEDS[1:2], Adapter(), Sampling(3, 1.0))
+    torch.testing.assert_close(pair[1:], alone, atol=1e-5, rtol=0)
+    other = generate(backend, PROMPTS[1:2], SEEDS[:1], Adapter(), Sampling(3, 1.0))
+    assert not torch.allclose(alone, other, atol=1e-2)
+
+
+def test_gradient_reaches_the_pooled_vector(pipes):
+    _, _, backend = open_case(pipes, "sdxl")
+    cond = backend.encode(PROMPTS[:1])
+    pooled = cond.pooled.clone().requires_grad_()
+    cond = PromptEmbeds(cond.embeds, cond.mask, pooled)
+    sampling = Sampling(2, 3.0)
+    uncond = unconditional(backend, cond, sampling)
+    sample(backend, cond, uncond, backend.noise([0]), sampling, backprop_steps=1).sum().backward()
+    assert pooled.grad.norm() > 0

@@ -1,0 +1,238 @@
+"""Tiny random pipelines of every family, from the real classes, in memory."""
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+from tests.conftest import byte_tokenizer, tiny_pipeline
+
+LEVELS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def clip(kind, tokenizer, width):
+    """A CLIP text encoder for `byte_tokenizer`."""
+    return kind(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            projection_dim=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=77,
+            bos_token_id=len(tokenizer) - 2,
+            eos_token_id=len(tokenizer) - 1,
+            pad_token_id=len(tokenizer) - 1,
+        )
+    ).eval()
+
+
+def vae(channels=4, **config):
+    """A VAE that makes two pixels a side of one latent."""
+    return AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=channels,
+        norm_num_groups=4,
+        sample_size=16,
+        **{"scaling_factor": 0.5, **config},
+    ).eval()
+
+
+def quiet(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def louder(module, *names, factor=4):
+    """Make the text matter, as it does in a trained model."""
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if any(each in name for each in names):
+                parameter.mul_(factor)
+    return module.eval()
+
+
+def sd_turbo():
+    pipe = tiny_pipeline()
+    pipe.scheduler = EulerDiscreteScheduler(**LEVELS, timestep_spacing="trailing")
+    return pipe
+
+
+def lcm():
+    """The tiny Stable Diffusion with a UNet that takes the guidance scale."""
+    parts = tiny_pipeline().components
+    torch.manual_seed(1)
+    unet = UNet2DConditionModel.from_config(parts["unet"].config, time_cond_proj_dim=16)
+    parts["unet"] = louder(unet, "attn2.to_out", "attn2.to_v", "cond_proj")
+    parts["scheduler"] = LCMScheduler(**LEVELS, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    return quiet(LatentConsistencyModelPipeline(**parts, requires_safety_checker=False))
+
+
+def sdxl(scheduler=None, *, zeros=True, **vae_config):
+    torch.manual_seed(0)
+    tokenizer = byte_tokenizer()
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 1),
+        use_linear_projection=True,
+        cross_attention_dim=16 + 24,
+        attention_head_dim=(2, 4),
+        norm_num_groups=4,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 24,
+    )
+    pipe = StableDiffusionXLPipeline(
+        vae=vae(**vae_config),
+        text_encoder=clip(CLIPTextModel, tokenizer, 16),
+        text_encoder_2=clip(CLIPTextModelWithProjection, tokenizer, 24),
+        tokenizer=tokenizer,
+        tokenizer_2=byte_tokenizer(),
+        unet=louder(unet, "attn2.to_out", "attn2.to_v"),
+        scheduler=scheduler or DDIMScheduler(**LEVELS, clip_sample=False, steps_offset=1),
+        force_zeros_for_empty_prompt=zeros,
+        add_watermarker=False,
+    )
+    return quiet(pipe)
+
+
+def sdxl_turbo():
+    return sdxl(EulerAncestralDiscreteScheduler(**LEVELS, timestep_spacing="trailing"))
+
+
+T5_TOKENS = 16
+
+
+def letters():
+    """T5's tokenizer with one token for each letter."""
+    marks = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    alphabet = [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
+    return T5Tokenizer(vocab=marks + alphabet, extra_ids=0, model_max_length=T5_TOKENS)
+
+
+def t5(tokenizer, width=32):
+    config = T5Config(
+        vocab_size=len(tokenizer), d_model=width, d_ff=32, d_kv=8, num_layers=1, num_heads=2, dropout_rate=0.0
+    )
+    return T5EncoderModel(config).eval()
+
+
+def sd3(*, with_t5=True, **shifting):
+    torch.manual_seed(0)
+    tokenizer, tokenizer_3 = byte_tokenizer(), letters()
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=16,
+        pooled_projection_dim=8 + 16,
+        pos_embed_max_size=8,
+    )
+    pipe = StableDiffusion3Pipeline(
+        transformer=louder(transformer, "context_embedder.weight"),
+        scheduler=FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **shifting}),
+        vae=vae(shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=clip(CLIPTextModelWithProjection, tokenizer, 8),
+        tokenizer=tokenizer,
+        text_encoder_2=clip(CLIPTextModelWithProjection, tokenizer, 16),
+        tokenizer_2=byte_tokenizer(),
+        text_encoder_3=t5(tokenizer_3) if with_t5 else None,
+        tokenizer_3=tokenizer_3 if with_t5 else None,
+    )
+    return quiet(pipe)
+
+
+def flux(*, distilled=True):
+    torch.manual_seed(0)
+    tokenizer, tokenizer_2 = byte_tokenizer(), letters()
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=16,
+        guidance_embeds=distilled,
+        axes_dims_rope=(4, 4, 8),
+    )
+    pipe = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=distilled),
+        vae=vae(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=clip(CLIPTextModel, tokenizer, 16),
+        tokenizer=tokenizer,
+        text_encoder_2=t5(tokenizer_2),
+        tokenizer_2=tokenizer_2,
+        transformer=louder(transformer, "context_embedder.weight"),
+    )
+    return quiet(pipe)
+
+
+def pixart(kind=PixArtAlphaPipeline, sample_size=8):
+    torch.manual_seed(0)
+    tokenizer = letters()
+    transformer = PixArtTransformer2DModel(
+        sample_size=sample_size,
+        num_layers=2,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=3,
+        caption_channels=32,
+        cross_attention_dim=24,
+        in_channels=4,
+        out_channels=8,
+    )
+    pipe = kind(
+        tokenizer=tokenizer,
+        text_encoder=t5(tokenizer),
+        vae=vae(),
+        transformer=louder(transformer, "attn2.to_out", "attn2.to_v"),
+        scheduler=DPMSolverMultistepScheduler(**LEVELS),
+    )
+    return quiet(pipe)
+
+
+def pixart_sigma():
+    return pixart(PixArtSigmaPipeline)
+
+
+def pixart_told_its_size():
+    """With the micro-conditions that alpha has at 1024 pixels."""
+    return pixart(sample_size=128)

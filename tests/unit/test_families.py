@@ -1,0 +1,100 @@
+"""What a family refuses, each in one sentence."""
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from ipgo.adapters import Adapter, NoiseAdapter, generate
+from ipgo.backends import load_backend
+from ipgo.backends.flux import pack, unpack
+from ipgo.errors import InputError
+from ipgo.relaxation import Relaxation
+from ipgo.sampling import Sampling
+from tests import tiny_families as tiny
+
+
+def test_a_scheduler_that_hides_its_noise_is_refused():
+    pipe = tiny.sdxl(DDPMScheduler())
+    backend = load_backend(pipe, device="cpu")
+    with pytest.raises(InputError, match="DDPMScheduler, draws noise itself"):
+        backend.scheduler(2, backend.noise([0])[:, 0])
+    other = load_backend(pipe, device="cpu", scheduler="euler")
+    assert not other.stochastic
+    assert len(other.scheduler(2, other.noise([0])[:, 0]).timesteps) == 2
+
+
+def test_a_pipeline_without_its_text_encoder_is_refused():
+    pipe = tiny.sdxl()
+    pipe.register_modules(text_encoder=None)
+    with pytest.raises(InputError, match="has no text_encoder, which prompts are encoded with"):
+        load_backend(pipe, device="cpu")
+
+
+def test_the_gradient_of_words_needs_one_text_encoder():
+    with pytest.raises(InputError, match="needs one text encoder"):
+        Relaxation(load_backend(tiny.sdxl(), device="cpu"))
+
+
+def test_an_image_size_that_cuts_latents_is_refused():
+    with pytest.raises(InputError, match="image_size 15 must be a positive multiple of 2"):
+        load_backend(tiny.sdxl(), device="cpu", image_size=15)
+
+
+def test_folders_are_opened_and_checked_part_by_part(tmp_path):
+    tiny.sdxl().save_pretrained(tmp_path, safe_serialization=True)
+    opened = load_backend(str(tmp_path), device="cpu")
+    assert opened.embed_dim == 40
+    (tmp_path / "text_encoder_2" / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"weights are missing: .*text_encoder_2"):
+        load_backend(str(tmp_path), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"padding": "none"}, "padding is 'none'; with FluxPipeline only 'max_length' is possible"),
+        ({"scheduler": "euler"}, "scheduler is 'euler'; FluxPipeline is a flow model and keeps its own"),
+        ({"image_size": 18}, "image_size 18 must be a positive multiple of 4"),
+    ],
+)
+def test_options_that_a_family_lacks_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        load_backend(tiny.flux(), device="cpu", **options)
+
+
+def test_distilled_guidance_has_no_negative_prompt():
+    backend = load_backend(tiny.flux(), device="cpu", image_size=16)
+    sampling = Sampling(1, 3.5, negative_prompt="blurry")
+    with pytest.raises(InputError, match="negative_prompt is 'blurry'; it needs classifier-free guidance"):
+        generate(backend, ["sun"], [0], Adapter(), sampling)
+    with pytest.raises(InputError, match="has no unconditional half; its guidance is 'distilled'"):
+        backend.unconditional("", backend.encode(["sun"]))
+
+
+def test_noise_is_packed_for_the_pipeline_of_flux():
+    latents = torch.arange(2 * 4 * 6 * 8.0).view(2, 4, 6, 8)
+    theirs = tiny.FluxPipeline._pack_latents(latents, 2, 4, 6, 8)
+    assert torch.equal(pack(latents), theirs)
+    assert torch.equal(unpack(theirs, 3, 4), latents)
+    pipe = tiny.flux()
+    backend = load_backend(pipe, device="cpu", image_size=16)
+    adapter = NoiseAdapter.start(backend, ["sun"], [3], shared=False)
+    kwargs = adapter.prompt_kwargs(pipe, "sun")
+    assert torch.equal(kwargs["latents"], pack(backend.noise([3])[:, 0]))
+
+
+@pytest.mark.parametrize("build", [tiny.sd3, tiny.flux, tiny.pixart])
+def test_a_long_prompt_is_counted_by_t5(build):
+    backend = load_backend(build(), device="cpu", image_size=16)
+    with pytest.raises(InputError, match="has 22 tokens and the encoder takes 16"):
+        backend.encode(["a" * 20])
+    cut = load_backend(build(), device="cpu", image_size=16, long_prompts="truncate").encode(["a" * 20])
+    assert cut.length == backend.encode(["a"]).length
+
+
+def test_without_t5_clip_counts():
+    backend = load_backend(tiny.sd3(with_t5=False), device="cpu")
+    assert backend.max_tokens == 77
+    prompt = backend.encode(["sun"])
+    assert prompt.length == 77 + 256
+    assert not prompt.mask[:, 77:].any()
