@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from textwrap import indent
 from typing import Any
 
 import yaml
 
-from ipgo import __version__, files
+from ipgo import files
 from ipgo.adapters import Adapter, stack
 from ipgo.errors import InputError
 from ipgo.evaluation import Gain, summarise
@@ -58,7 +59,7 @@ def push_to_hub(run: Run, folder: Path, repository: str, *, private: bool = Fals
     from huggingface_hub.errors import HfHubHTTPError
 
     save_pretrained(run, folder)
-    hub = HfApi(library_name="ipgo", library_version=__version__)
+    hub = HfApi(library_name="ipgo", library_version=version("ipgo"))
     try:
         address = hub.create_repo(repository, private=private, exist_ok=True)
         hub.upload_folder(repo_id=repository, folder_path=folder, commit_message="Adapter learned by ipgo")
@@ -103,7 +104,7 @@ def model_card(run: Run, adapter: Adapter) -> str:
     sections = [
         f"---\n{yaml.safe_dump({k: v for k, v in about.items() if v}, sort_keys=False)}---",
         f"# {config.method_name} for {whose}, raising {escape(config.reward)}",
-        f"Learned with ipgo {__version__} on `{escape(config.backend)}`: "
+        f"Learned with ipgo {version('ipgo')} on `{escape(config.backend)}`: "
         f"{count:,} numbers beside the frozen model, by the reward {escape(config.reward)}.",
         _limits(run, adapter),
         "## Results",
