@@ -17,6 +17,7 @@ from ipgo import __version__
 from ipgo.cli_compare import compare, comparisons, show_comparison
 from ipgo.cli_explain import explain
 from ipgo.cli_publish import publish
+from ipgo.cli_score import score
 from ipgo.errors import InputError, IpgoError, unknown
 from ipgo.prompts import prompt_sets, read_prompts, slug
 from ipgo.terminal import command_parser, find_adapter, loading, read_texts, underscores
@@ -36,6 +37,7 @@ commands:
   generate   draw prompts with embeddings that were learned
   evaluate   judge a finished run on more seeds, other rewards, or prompts it never saw
   compare    run many methods on the same prompts, seeds and budget, and make the table
+  score      score pictures that are already there
   explain    say what learned embeddings are close to, and what each of them does
   report     write the page that shows a run or a comparison
   publish    write a run's adapter with a model card, as a folder or on the hub
@@ -360,6 +362,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "compare": compare,
     "explain": explain,
     "evaluate": evaluate,
+    "score": score,
     "report": report,
     "publish": publish,
     "list": list_,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import pickle
 import re
 from collections.abc import Sequence
@@ -199,8 +198,3 @@ def sha256(file: Path) -> str:
     """As sha256sum prints it."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def digest(identity: object) -> str:
-    """Twelve digits that stand for an identity."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]

@@ -3,7 +3,8 @@
 All are trained by tools/emoji on drawn scenes; docs/emoji-model.md says how well they do.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,8 +13,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPModel, CLIPTokenizer
+from transformers.utils import logging
 
-from ipgo.images import resize
+from ipgo.images import center_crop, resize
 from ipgo.rewards.checkpoints import identity
 from ipgo.rewards.emoji.judge import Judge, load_judge
 
@@ -35,7 +37,8 @@ class EmojiClip(nn.Module):
         super().__init__()
         self.name = name
         # Plain attention: on a CPU the fused kernel's backward pass takes longer than all the rest together.
-        model = CLIPModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+        with _no_bars():
+            model = CLIPModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
         self.model = model.eval().requires_grad_(False)
         self.tokenizer: CLIPTokenizer = AutoTokenizer.from_pretrained(FOLDER / "clip")
         self.identity = identity(name, [folder / "model.safetensors"], PREPROCESSING)
@@ -50,7 +53,7 @@ class EmojiClip(nn.Module):
     def embed(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] to (B, D), normalised."""
         size = self.model.config.vision_config.image_size
-        pixels = resize(images.float(), size) * 2 - 1
+        pixels = center_crop(resize(images.float(), size), size) * 2 - 1
         return F.normalize(self.model.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -78,6 +81,18 @@ class EmojiAesthetic(nn.Module):
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         quality: Tensor = self.clip.embed(images) @ self.weight + self.bias
         return quality
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without the progress bar of transformers: these weights are read in a moment."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def load_clip(device: str | torch.device = "cpu") -> EmojiClip:

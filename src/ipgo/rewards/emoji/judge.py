@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ipgo.images import resize
+from ipgo.images import center_crop, resize
 from ipgo.rewards.checkpoints import identity
 
 FOLDER = Path(__file__).parent
@@ -102,7 +102,7 @@ class Judge:
     def verdict(self, images: Tensor) -> list[Claims]:
         """What each picture (B, 3, H, W in [0, 1]) shows, in the terms of a prompt's claims."""
         device = next(self.network.parameters()).device
-        logits = self.network(resize(images.to(device).float(), SIZE) * 2 - 1)
+        logits = self.network(center_crop(resize(images.to(device).float(), SIZE), SIZE) * 2 - 1)
         layout, first, second, colour, style = (part.argmax(-1).tolist() for part in logits[:5])
         found = []
         for row in range(len(images)):

@@ -1,0 +1,157 @@
+"""`ipgo score`: pictures that are already there, scored by any rewards."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ipgo.errors import InputError
+from ipgo.terminal import command_parser, loading
+
+if TYPE_CHECKING:
+    from ipgo.rewards import Reward
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+BATCH = 16  # pictures of one size that are scored at once
+
+
+def score(argv: list[str]) -> int:
+    """`ipgo score`: a line for each picture, and the means."""
+    parser = command_parser("score", "Score picture files by one reward or several.")
+    parser.add_argument("images", nargs="+", type=Path, help="picture files, and folders of them")
+    parser.add_argument("--reward", nargs="+", required=True, help="rewards, as in fit")
+    parser.add_argument(
+        "--prompts",
+        help="a file with a prompt for each picture, in the order of their names, or a .csv file with columns file "
+        "and prompt",
+    )
+    parser.add_argument("--prompt", help="one prompt for all pictures")
+    parser.add_argument("--out", type=Path, help="a .csv or .json file (default: the terminal)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    args = parser.parse_args(argv)
+
+    from ipgo import files
+    from ipgo.rewards import check_reward, identity_of, load_reward, uses_prompts
+
+    if args.out is not None and args.out.suffix not in (".csv", ".json"):
+        raise InputError(f"out is {str(args.out)!r}; it must end in .csv or .json")
+    pictures = find_pictures(args.images)
+    for spec in args.reward:
+        check_reward(spec)
+    prompts = match_prompts(pictures, args.prompts, args.prompt)
+    loading(", ".join(args.reward))
+    rewards = {spec: load_reward(spec, device=args.device) for spec in args.reward}
+    blind = [spec for spec, reward in rewards.items() if prompts is None and uses_prompts(reward)]
+    if blind:
+        raise InputError(f"reward {blind[0]!r} looks at prompts; give --prompts or --prompt")
+    rows = list(scored(pictures, prompts or [""] * len(pictures), rewards))
+    identities = {spec: identity_of(reward) for spec, reward in rewards.items()}
+    means = {spec: sum(row[spec] for row in rows) / len(rows) for spec in rewards}
+    if args.out is None:
+        print(as_csv(rows), end="")
+    elif args.out.suffix == ".csv":
+        files.write(args.out, as_csv(rows).encode())
+    else:
+        files.write_json(args.out, {"rewards": identities, "means": means, "images": rows})
+    if args.out is not None:
+        print("\n".join(f"{spec}: {mean:.4f}, the mean of {len(rows)}" for spec, mean in means.items()))
+        print(args.out)
+    return 0
+
+
+def find_pictures(places: Sequence[Path]) -> list[Path]:
+    """The files, and the pictures in the folders in the order of their names."""
+    found: list[Path] = []
+    for place in places:
+        if place.is_dir():
+            inside = sorted(file for file in place.iterdir() if file.suffix.lower() in PICTURES)
+            if not inside:
+                raise InputError(f"folder {str(place)!r} has no picture ({', '.join(PICTURES)})")
+            found += inside
+        elif place.suffix.lower() in PICTURES and place.is_file():
+            found.append(place)
+        else:
+            raise InputError(f"{str(place)!r} is no folder and no picture ({', '.join(PICTURES)})")
+    return found
+
+
+def match_prompts(pictures: Sequence[Path], spec: str | None, single: str | None) -> list[str] | None:
+    """A prompt for each picture, or None."""
+    from ipgo.prompts import read_prompts
+
+    if spec is not None and single is not None:
+        raise InputError("prompts and prompt are both given; give one of them")
+    if single is not None:
+        return [single] * len(pictures)
+    if spec is None:
+        return None
+    by_file = _by_file(Path(spec)) if spec.endswith(".csv") and Path(spec).is_file() else None
+    if by_file is not None:
+        missing = [file.name for file in pictures if file.name not in by_file]
+        if missing:
+            raise InputError(f"prompt file {spec!r} has no line for picture {missing[0]!r}")
+        return [by_file[file.name] for file in pictures]
+    prompts = read_prompts(spec)
+    if len(prompts) != len(pictures):
+        raise InputError(f"prompts has {len(prompts)} lines for {len(pictures)} pictures; give one for each")
+    return prompts
+
+
+def _by_file(path: Path) -> dict[str, str] | None:
+    """The prompts of a table with columns file and prompt; None for another table."""
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        rows = csv.DictReader(lines)
+        if not {"file", "prompt"} <= set(rows.fieldnames or ()):
+            return None
+        return {Path(row["file"]).name: row["prompt"] for row in rows}
+
+
+def scored(
+    pictures: Sequence[Path], prompts: Sequence[str], rewards: dict[str, Reward]
+) -> Iterator[dict[str, Any]]:
+    """{"file", "prompt", reward: score, ...} for each picture."""
+    import torch
+    from PIL import Image, UnidentifiedImageError
+    from tqdm import tqdm
+
+    from ipgo.images import from_pil
+    from ipgo.rewards import score as checked
+
+    def opened() -> Iterator[tuple[Path, str, torch.Tensor]]:
+        for file, prompt in zip(pictures, prompts, strict=True):
+            try:
+                with Image.open(file) as picture:
+                    pixels = from_pil(picture)
+            except (OSError, UnidentifiedImageError) as error:
+                raise InputError(f"picture {str(file)!r} cannot be read: {error}") from None
+            yield file, prompt, pixels
+
+    with tqdm(total=len(pictures), desc="scoring", unit="image", disable=None, leave=False) as bar:
+        for _, alike in itertools.groupby(opened(), key=lambda each: each[2].shape):
+            for part in _batched(alike):
+                names, texts, images = zip(*part, strict=True)
+                batch = torch.stack(images)
+                with torch.no_grad():
+                    columns = {spec: checked(each, batch, texts).tolist() for spec, each in rewards.items()}
+                for row, (name, text) in enumerate(zip(names, texts, strict=True)):
+                    values = {spec: column[row] for spec, column in columns.items()}
+                    yield {"file": str(name), "prompt": text, **values}
+                bar.update(len(part))
+
+
+def _batched(rows: Iterator[Any]) -> Iterator[tuple[Any, ...]]:
+    while part := tuple(itertools.islice(rows, BATCH)):
+        yield part
+
+
+def as_csv(rows: Sequence[dict[str, Any]]) -> str:
+    """A table with a header."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    return text.getvalue()

@@ -1,0 +1,99 @@
+"""`ipgo score`: pictures from files, by the bundled rewards."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ipgo
+from ipgo import cli
+from ipgo.cli_score import BATCH
+from ipgo.images import from_pil
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """More pictures than a batch, of two sizes and kinds."""
+    place, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for number in range(BATCH + 3):
+        size = (64, 64) if number % 5 else (48, 80)
+        noise = Image.fromarray(rng.integers(0, 255, (*size, 3), np.uint8))
+        (noise.convert("L") if number == 2 else noise).save(place / f"{number:02d}.png")
+    (place / "notes.txt").write_text("no picture")
+    return place
+
+
+def test_every_picture_gets_its_own_score(folder: Path, tmp_path: Path) -> None:
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "scores.csv"
+    files = sorted(folder.glob("*.png"))
+    texts = [f"a fox on a {'blue' if number % 2 else 'red'} background" for number in range(len(files))]
+    prompts.write_text("\n".join(texts))
+    rewards = ["emoji-clip", "contrast", "0.5*emoji-aesthetic+colorfulness"]
+    command = ["score", str(folder), "--reward", *rewards, "--prompts", str(prompts), "--out", str(out)]
+    assert cli.main(command) == 0
+    rows = list(csv.DictReader(out.read_text().splitlines()))
+    assert [row["file"] for row in rows] == [str(file) for file in files]
+    assert [row["prompt"] for row in rows] == texts
+    for spec in rewards:
+        reward = ipgo.load_reward(spec, device="cpu")
+        for row, file, text in zip(rows, files, texts, strict=True):
+            with Image.open(file) as picture, torch.no_grad():
+                alone = reward(from_pil(picture)[None], [text])
+            assert float(row[spec]) == pytest.approx(alone.item(), abs=1e-5)
+
+
+def test_json_says_what_scored(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "scores.json"
+    assert cli.main(["score", str(folder), "--reward", "contrast", "--out", str(out)]) == 0
+    stored = json.loads(out.read_text())
+    values = [row["contrast"] for row in stored["images"]]
+    assert stored["means"]["contrast"] == pytest.approx(sum(values) / len(values))
+    assert stored["rewards"]["contrast"]["id"] == "contrast"
+    assert capsys.readouterr().out.splitlines()[-1] == str(out)
+    assert cli.main(["score", str(folder / "00.png"), "--reward", "contrast"]) == 0
+    header, line = capsys.readouterr().out.splitlines()
+    assert header == "file,prompt,contrast"
+    assert float(line.split(",")[-1]) == values[0]
+
+
+def test_a_table_names_the_pictures(folder: Path, tmp_path: Path) -> None:
+    table, out = tmp_path / "prompts.csv", tmp_path / "scores.csv"
+    table.write_text("file,prompt\nx/01.png,one\n00.png,zero\n")
+    command = ["score", str(folder / "00.png"), str(folder / "01.png"), "--reward", "emoji-clip"]
+    assert cli.main([*command, "--prompts", str(table), "--out", str(out)]) == 0
+    assert [row["prompt"] for row in csv.DictReader(out.read_text().splitlines())] == ["zero", "one"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["{folder}", "--reward", "emoji-clip"], "looks at prompts; give --prompts or --prompt"),
+        (["{folder}", "--reward", "contras"], "unknown reward 'contras'; did you mean 'contrast'"),
+        (["{folder}/notes.txt", "--reward", "contrast"], "is no folder and no picture"),
+        (["{tmp}", "--reward", "contrast"], "has no picture"),
+        (["{folder}", "--reward", "contrast", "--out", "x.txt"], "must end in .csv or .json"),
+        (["{folder}", "--reward", "contrast", "--prompts", "one:test"], "has 30 lines for 19 pictures"),
+        (["{folder}", "--reward", "contrast", "--prompts", "one", "--prompt", "a"], "both given"),
+        (["{tmp}/broken.png", "--reward", "contrast"], "cannot be read"),
+        (
+            ["{folder}", "--reward", "contrast", "--prompts", "{tmp}/p.csv"],
+            "has no line for picture '00.png'",
+        ),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    words: list[str], message: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if any("broken" in word or "p.csv" in word for word in words):
+        (tmp_path / "broken.png").write_bytes(b"\x89PNG and no more")
+        (tmp_path / "p.csv").write_text("file,prompt\nzz.png,a\n")
+    assert cli.main(["score", *(word.format(folder=folder, tmp=tmp_path) for word in words)]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert error.count("\n") == 0
