@@ -92,7 +92,7 @@ class RunConfig:
             )
         ascent = getattr(self.method, "ascent", None)
         if ascent is not None and (ascent.backprop_steps or 1) > self.sampling.fitting.steps:
-            field = "steps" if self.sampling.fit_steps is None else "fit_steps"
+            field = "steps" if self.sampling.fitting.steps == self.sampling.steps else "fit_steps"
             raise InputError(
                 f"method.ascent.backprop_steps is {ascent.backprop_steps}; "
                 f"sampling.{field} allows at most {self.sampling.fitting.steps}"

@@ -64,7 +64,7 @@ def test_paper_code_is_the_notebook() -> None:
     assert insertion == Insertion(10, 10, insertion.rank, "unused", bias=True, norm=0.0)
     assert insertion.rank_of(10, 768) == 300
     assert (config.scheduler, config.padding, config.seeds) == ("lms", "none", (0,))
-    assert config.sampling == Sampling(steps=50, guidance_scale=7.5)
+    assert config.sampling == Sampling(steps=50, guidance_scale=7.5, fit_steps=None)
 
 
 def test_a_file_overrides_the_preset(tmp_path: Path) -> None:
