@@ -75,7 +75,8 @@ def from_pretrained(source: str | Path) -> Adapter:
 
 def fetch(source: str | Path) -> Path:
     """The folder itself, or where the hub's model `owner/name` was downloaded to."""
-    if Path(source).exists() or str(source).count("/") != 1:
+    name = str(source)
+    if Path(source).exists() or name.count("/") != 1 or name[0] in "/.~":
         return Path(source)
     from huggingface_hub import snapshot_download
 
