@@ -201,11 +201,12 @@ class Backend(ABC):
         guidance_scale: float,
     ) -> Tensor:
         """`classifier_free`, counted in the ledger."""
-        learned = any(parameter.requires_grad for parameter in self.modules["denoiser"].parameters())
-        negative = uncond is not None and uncond.requires_grad
-        both = latents.requires_grad or learned or negative
         self.calls["denoiser"] += len(latents)
+        both = False
         if torch.is_grad_enabled():
+            negative = uncond is not None and uncond.requires_grad
+            # The weights come last: asking all of them takes as long as a layer of a small model.
+            both = latents.requires_grad or negative or _learned(self.modules["denoiser"])
             self.calls["denoiser_grad"] += len(latents)
             self.calls["denoiser_grad_both"] += len(latents) * both
         return classifier_free(denoise, latents, cond, uncond, guidance_scale, uncond_grad=both)
@@ -217,6 +218,10 @@ class Backend(ABC):
         pixels = vae.decode(self._to_vae(latents.to(vae.dtype)), return_dict=False)[0]
         images: Tensor = (pixels.to(latents.dtype) / 2 + 0.5).clamp(0, 1)
         return images
+
+
+def _learned(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def classifier_free(
