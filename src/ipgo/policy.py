@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from ipgo.adapters import WeightAdapter
 from ipgo.embeds import PromptEmbeds
-from ipgo.errors import InputError, ResumeError
+from ipgo.errors import InputError
 from ipgo.rewards import score
 from ipgo.sampling import ddim_step, decode, denoise, need_ddim
 from ipgo.seeding import derive, generator
 from ipgo.task import Progress, Task
-from ipgo.training import FLOAT16_SCALE, PATIENCE
+from ipgo.training import FLOAT16_SCALE, PATIENCE, all_tensors, copied, fill
 
 
 @dataclass(frozen=True)
@@ -324,27 +324,13 @@ class _Training:
         )
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Everything, by name; not copied."""
-        tensors = {f"memory.{name}": value for name, value in self.memory.items()}
-        for prefix, adapter in (("adapter", self.adapter), ("kept", self.kept)):
-            tensors |= {f"{prefix}.{name}": value for name, value in adapter.state_dict().items()}
-        for name, parameter in self.parameters.items():
-            state = self.optimizer.state[parameter]
-            tensors |= {f"optimizer.{key}.{name}": value for key, value in state.items()}
-        return tensors
+        return all_tensors(self.memory, self.adapter, self.kept, self.optimizer)
 
     def state(self) -> dict[str, Tensor]:
-        return {name: value.detach().cpu().clone() for name, value in self._tensors().items()}
+        return copied(self._tensors())
 
-    @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
-        tensors = self._tensors()
-        if {name: value.shape for name, value in state.items()} != {
-            name: value.shape for name, value in tensors.items()
-        }:
-            raise ResumeError("this checkpoint belongs to a fit with other settings or prompts")
-        for name, value in state.items():
-            tensors[name].copy_(value)
+        fill(self._tensors(), state)
 
 
 def _all(batches: list[Batch]) -> tuple[Tensor, Tensor]:

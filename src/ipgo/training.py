@@ -315,28 +315,40 @@ class _Climb:
         )
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Everything, by name; not copied."""
-        tensors = {f"memory.{name}": value for name, value in self.memory.items()}
-        for prefix, adapter in (("adapter", self.adapter), ("kept", self.kept)):
-            tensors |= {f"{prefix}.{name}": value for name, value in adapter.state_dict().items()}
-        for name, parameter in self.parameters.items():
-            state = self.optimizer.state[parameter]
-            tensors |= {f"optimizer.{key}.{name}": value for key, value in state.items()}
-        return tensors
+        return all_tensors(self.memory, self.adapter, self.kept, self.optimizer)
 
     def state(self) -> dict[str, Tensor]:
-        return {name: value.detach().cpu().clone() for name, value in self._tensors().items()}
+        return copied(self._tensors())
 
-    @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
-        tensors = self._tensors()
-        fits = tensors.keys() == state.keys() and all(
-            tensors[name].shape == value.shape for name, value in state.items()
-        )
-        if not fits:
-            raise ResumeError("this checkpoint belongs to a fit with other settings or prompts")
-        for name, value in state.items():
-            tensors[name].copy_(value)
+        fill(self._tensors(), state)
+
+
+def all_tensors(
+    memory: Mapping[str, Tensor], adapter: Adapter, kept: Adapter, optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
+    """Everything that a fit goes on from, by name; not copied."""
+    tensors = {f"memory.{name}": value for name, value in memory.items()}
+    for prefix, each in (("adapter", adapter), ("kept", kept)):
+        tensors |= {f"{prefix}.{name}": value for name, value in each.state_dict().items()}
+    for name, parameter in adapter.named_parameters():
+        tensors |= {f"optimizer.{key}.{name}": value for key, value in optimizer.state[parameter].items()}
+    return tensors
+
+
+def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same on the CPU, to be kept."""
+    return {name: value.detach().cpu().clone() for name, value in tensors.items()}
+
+
+@torch.no_grad()
+def fill(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Put a kept state into `tensors`; `ResumeError` for one of another fit."""
+    shapes, stored = ({name: each.shape for name, each in part.items()} for part in (tensors, state))
+    if shapes != stored:
+        raise ResumeError("this checkpoint belongs to a fit with other settings or prompts")
+    for name, value in state.items():
+        tensors[name].copy_(value)
 
 
 def _optimizer(parameters: Mapping[str, nn.Parameter], kind: Optimizer) -> torch.optim.Optimizer:
