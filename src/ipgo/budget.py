@@ -14,7 +14,6 @@ import torch
 
 from ipgo.backends import Backend
 from ipgo.config import RunConfig
-from ipgo.embeds import PromptEmbeds
 from ipgo.errors import InputError
 from ipgo.sampling import Sampling, unconditional
 from ipgo.task import Method, Progress
@@ -65,7 +64,7 @@ def measure(backend: Backend, prompts: tuple[str, ...], sampling: Sampling) -> P
     def seconds(to_embeds: bool, to_latents: bool) -> float:
         embeds = original.embeds.detach().clone().requires_grad_(to_embeds)
         latents = noise.clone().requires_grad_(to_latents)
-        cond = PromptEmbeds(embeds, original.mask, original.pooled)
+        cond = dataclasses.replace(original, embeds=embeds)
         started = _now(backend)
         with torch.set_grad_enabled(to_embeds):
             output = backend.predict(latents, timestep, cond, uncond, sampling.guidance_scale)

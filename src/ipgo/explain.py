@@ -170,7 +170,8 @@ def explain(
 def without(cond: PromptEmbeds, place: int) -> PromptEmbeds:
     """The states (B, L - 1, D) that are left if the one at `place` is taken out."""
     kept = [number for number in range(cond.length) if number != place]
-    return replace(cond, embeds=cond.embeds[:, kept], mask=cond.mask[:, kept])
+    present = None if cond.present is None else cond.present[:, kept]
+    return replace(cond, embeds=cond.embeds[:, kept], mask=cond.mask[:, kept], present=present)
 
 
 class _Look:

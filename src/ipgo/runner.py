@@ -339,6 +339,7 @@ def fit(
         seed=seed,
         shared=shared,
         padding=given_backend.padding if given_backend is not None else "max_length",
+        long_prompts=given_backend.long_prompts if given_backend is not None else "refuse",
         chunk=chunk,
         device=device,
     )

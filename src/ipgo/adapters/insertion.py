@@ -29,12 +29,18 @@ class InsertionAdapter(Adapter):
         insertion: Insertion | Mapping[str, Any],
         padding: str = "max_length",
         seed: int = 0,
+        long_prompts: str = "refuse",
     ) -> None:
         super().__init__(prompts)
         self.width = width
         self.insertion = insertion if isinstance(insertion, Insertion) else Insertion(**insertion)
-        self.padding = padding
-        self.options = {"width": width, "insertion": asdict(self.insertion), "padding": padding}
+        self.padding, self.long_prompts = padding, long_prompts
+        self.options = {
+            "width": width,
+            "insertion": asdict(self.insertion),
+            "padding": padding,
+            "long_prompts": long_prompts,
+        }
         seeds = [seed] if prompts is None else [derive(seed, prompt) for prompt in prompts]
         self.prefix = _side(seeds, "prefix", self.insertion.num_prefix, width, self.insertion)
         self.suffix = _side(seeds, "suffix", self.insertion.num_suffix, width, self.insertion)
@@ -44,7 +50,8 @@ class InsertionAdapter(Adapter):
         cls, backend: Backend, prompts: Sequence[str], insertion: Insertion, *, seed: int, shared: bool
     ) -> InsertionAdapter:
         """The point where a fit to `prompts` begins, with `insertion.norm` resolved for each row."""
-        adapter = cls(None if shared else prompts, backend.embed_dim, insertion, backend.padding, seed)
+        own = None if shared else prompts
+        adapter = cls(own, backend.embed_dim, insertion, backend.padding, seed, backend.long_prompts)
         if insertion.norm is None:
             with torch.no_grad():
                 norms = backend.encode(prompts).norm().cpu()  # (P,)

@@ -35,7 +35,7 @@ class JointAdapter(Adapter):
         self.inserted = InsertionAdapter(prompts, **inserted)
         self.initial = NoiseAdapter(prompts, **initial)
         self.noise_weight = noise_weight
-        self.padding = self.inserted.padding
+        self.padding, self.long_prompts = self.inserted.padding, self.inserted.long_prompts
         self.options = {
             "inserted": self.inserted.options,
             "initial": self.initial.options,

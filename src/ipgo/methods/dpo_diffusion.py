@@ -146,7 +146,7 @@ class _Words:
 
     def __init__(self, method: DPODiffusion, task: Task, spaces: Sequence[Space]) -> None:
         self.method, self.task, self.spaces = method, task, spaces
-        self.relaxation = Relaxation(task.backend)
+        self.relaxation = Relaxation(task.backend) if method.climbing else None
         self.step = 0
         slots = max(len(space.slots) for space in spaces)
         options = max(len(slot) for space in spaces for slot in space.slots)
@@ -280,7 +280,8 @@ class _Words:
         self, prompts: Sequence[str], rows: Sequence[int], choices: Sequence[Choice], weights: Tensor
     ) -> tuple[PromptEmbeds, PromptEmbeds | None]:
         """Both halves of guidance, each a mixture where it has slots."""
-        backend, sampling = self.task.backend, self.task.sampling
+        backend, sampling, relaxation = self.task.backend, self.task.sampling, self.relaxation
+        assert relaxation is not None
         positive, negative = [], []
         for row, prompt in zip(rows, prompts, strict=True):
             space = self.spaces[row]
@@ -289,14 +290,14 @@ class _Words:
             chosen = space.split(choices[row])
             positive.append(Mixture(template, chosen[0], weights[row, :count]))
             negative.append(Mixture(space.negative, chosen[1], weights[row, count:]))
-        with self.relaxation.mixed(positive):
+        with relaxation.mixed(positive):
             cond = backend.encode([mixture.text for mixture in positive])
         if self.method.target == "positive":
             return cond, unconditional(backend, cond, sampling)
         halves = []
         for number, mixture in enumerate(negative):
             own = cond.select(torch.tensor([number], device=cond.mask.device))
-            with self.relaxation.mixed([mixture]):
+            with relaxation.mixed([mixture]):
                 halves.append(backend.unconditional(mixture.text, own))
         return cond, concatenate(halves)
 
