@@ -260,7 +260,7 @@ def evaluate(argv: list[str]) -> int:
     from ipgo.prompts import check_prompts
     from ipgo.report import write_report
     from ipgo.runner import load_models
-    from ipgo.store import Run, save_scores
+    from ipgo.store import EVALUATION, Run, save_scores
 
     check_seeds(tuple(args.seeds))
     folder = Run.open(args.run)
@@ -286,7 +286,7 @@ def evaluate(argv: list[str]) -> int:
         config.reward,
         models.judge,
     )
-    save_scores(folder.path / "evaluation.jsonl", scores)
+    save_scores(folder.path / EVALUATION, scores, models.identities)
     unseen = "" if prompts == done else ", never fitted"
     print(f"{len(prompts)} prompts{unseen}, seeds {_span(args.seeds)}\n{table(summarise(scores))}")
     print(f"scores: {folder.path / 'evaluation.jsonl'}\nreport: {write_report(folder)[0]}")

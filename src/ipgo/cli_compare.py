@@ -179,7 +179,7 @@ def entries_of(
 def show_comparison(place: Path) -> int:
     """Write the page and the tables again, and print what came out; 1 if something failed."""
     from ipgo.comparison import Comparison
-    from ipgo.report.comparison import cost_table, raised, raised_table, write_comparison
+    from ipgo.report.comparison import cost_table, incomparable, raised, raised_table, write_comparison
     from ipgo.report.rows import rows
 
     folder = Comparison.open(place)
@@ -189,6 +189,8 @@ def show_comparison(place: Path) -> int:
     print()
     for name, file in written.items():
         print(f"{name + ':':<10}{file}")
+    for each in incomparable(entries):
+        print(f"ipgo: {each}", file=sys.stderr)
     failures = [
         f"{row.label} ({row.errors[0]})" if row.errors else row.label for row in entries if row.failed
     ]

@@ -29,6 +29,7 @@ from ipgo.task import Progress
 
 SCHEMA = 1
 LOCK = ".lock"
+EVALUATION = "evaluation.jsonl"  # what a finished run was judged on later
 logger = logging.getLogger("ipgo")
 
 
@@ -143,13 +144,13 @@ class Run:
 
     def _check_rewards(self, now: Mapping[str, Any]) -> None:
         """Scores of one run are compared with each other, so one name must stay one reward."""
-        there = self.facts.get("rewards", {})
-        other = [name for name in now if name in there and there[name] != now[name]]
-        if other:
-            raise ResumeError(
-                f"{str(self.path)!r} was scored by another {other[0]!r} (its weights, preprocessing or version "
-                "differ), and the scores do not compare; give the same weights, or another folder"
-            )
+        check_rewards(self.path, self.identities, now)
+
+    @property
+    def identities(self) -> dict[str, Any]:
+        """What decides the scores, by reward: as they were when the run began."""
+        found: dict[str, Any] = self.facts.get("rewards", {})
+        return found
 
     def release(self) -> None:
         """Leave the folder to other processes; the end of this one does so too, however it comes."""
@@ -362,14 +363,33 @@ def adapter_facts(folder: Path) -> dict[str, Any]:
     return files.read_json(folder / "adapter.json")
 
 
-def save_scores(file: Path, scores: Iterable[Score]) -> None:
-    """One JSON object a line."""
-    files.write_lines(file, (asdict(each) for each in scores))
+def save_scores(file: Path, scores: Iterable[Score], rewards: Mapping[str, Any] | None = None) -> None:
+    """One JSON object a line; with `rewards`, the first line is {"rewards": their identities by name}."""
+    head = [] if rewards is None else [{"rewards": dict(rewards)}]
+    files.write_lines(file, [*head, *(asdict(each) for each in scores)])
 
 
 def load_scores(file: Path) -> list[Score]:
-    """The inverse of `save_scores`; no file is no scores."""
-    return [Score(**line) for line in files.read_lines(file)]
+    """The scores that `save_scores` wrote; no file is no scores."""
+    return [Score(**line) for line in files.read_lines(file) if "rewards" not in line]
+
+
+def load_identities(file: Path) -> dict[str, Any]:
+    """The identities of rewards that `save_scores` wrote, by name; none if there is no file or it has none."""
+    found: dict[str, Any] = {}
+    for line in files.read_lines(file)[:1]:
+        found = line.get("rewards", found)
+    return found
+
+
+def check_rewards(path: Path, there: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise `ResumeError` if a reward of the same name has another identity than the one that `path` has."""
+    other = [name for name in now if name in there and there[name] != now[name]]
+    if other:
+        raise ResumeError(
+            f"{str(path)!r} was scored by another {other[0]!r} (its weights, preprocessing or version "
+            "differ), and the scores do not compare; give the same weights, or another folder"
+        )
 
 
 def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:

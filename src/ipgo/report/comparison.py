@@ -16,7 +16,8 @@ from ipgo.config import flatten
 from ipgo.evaluation import Gain, Interval, average
 from ipgo.report import charts
 from ipgo.report.build import environment, mood, picture_uri
-from ipgo.report.rows import Matrix, Row, matrices, own_scores, rows
+from ipgo.report.identity import MARK, strangers, told
+from ipgo.report.rows import Matrix, Row, matrices, own_scores, rows, strange_to
 from ipgo.store import Run
 
 SHEET_PROMPTS = 24  # of the contact sheet: a page must open
@@ -77,6 +78,7 @@ def render(folder: Comparison, entries: Sequence[Row]) -> str:
         reward=reward,
         lead=lead(entries, reward),
         failures={row.label: row.errors for row in entries if row.errors},
+        strange=incomparable(entries),
         tables=tables(folder, entries),
         curve=charts.lines([row.curve for row in shown], "calls", raw.value if raw else None),
         curve_legend=[(row.label, charts.hue(number)) for number, row in enumerate(shown)],
@@ -96,15 +98,21 @@ def raised(folder: Comparison) -> str:
 
 def lead(entries: Sequence[Row], reward: str) -> str:
     """The result in words: who gained most where it was fitted, and where it was not."""
-    text = ""
+    text, strange = "", strange_to(entries, reward)
+    some = [row for row in entries if row.label not in strange]
     for place, noise in (("fitted", "the noise that was fitted"), ("unseen", "unseen noise")):
-        gains = [(row.label, getattr(row, place)[reward]) for row in entries if reward in getattr(row, place)]
+        gains = [(row.label, getattr(row, place)[reward]) for row in some if reward in getattr(row, place)]
         if gains:
             label, gain = max(gains, key=lambda found: found[1].gain.value)
             text += (
                 f"On {noise}, {label} changed {reward} most, by {gain.gain.value:+.3f}{_span(gain.gain)}. "
             )
     return text or "Nothing is finished yet that could be compared."
+
+
+def incomparable(entries: Sequence[Row]) -> list[str]:
+    """In words, whose scores do not compare with those of the others."""
+    return told(strangers([(row.label, row.rewards) for row in entries]))
 
 
 def tables(folder: Comparison, entries: Sequence[Row]) -> list[Table]:
@@ -123,9 +131,10 @@ def raised_table(entries: Sequence[Row], reward: str) -> Table:
     prompts = any(row.unseen_prompts for row in entries)
     head = ["entry", "fitted noise", "gain", "wins over raw", "last step", "best of run"]
     head += ["unseen noise", "gain", "wins over raw", *(["gain on unseen prompts"] if prompts else [])]
-    lines = []
+    lines, strange = [], strange_to(entries, reward)
     for row in entries:
-        line = [Cell(row.label), _value(row.means[0]), _gain(row.fitted, reward), _wins(row.fitted, reward)]
+        label = f"{row.label} {MARK}" if row.label in strange else row.label
+        line = [Cell(label), _value(row.means[0]), _gain(row.fitted, reward), _wins(row.fitted, reward)]
         line += [_number(row.final), _number(row.best)]
         line += [_value(row.means[1]), _gain(row.unseen, reward), _wins(row.unseen, reward)]
         lines.append([*line, *([_gain(row.unseen_prompts, reward)] if prompts else [])])
@@ -135,28 +144,29 @@ def raised_table(entries: Sequence[Row], reward: str) -> Table:
         "else the last. To compare selection alike, “last step” and “best of run” are the raised reward in the fit "
         "itself. Entries that are tied to their noise have no unseen noise."
     )
+    note += (
+        f" {MARK}: scored by another {reward}; the line does not compare with the others." if strange else ""
+    )
     return Table(f"{reward}, which was raised", note, head, lines)
 
 
 def held_out_table(entries: Sequence[Row], reward: str) -> Table:
     """What they did to rewards that only judge."""
     names = dict.fromkeys(name for row in entries for name in (*row.unseen, *row.fitted) if name != reward)
+    strange = {name: strange_to(entries, name) for name in names}
     lines = [
         [
             Cell(row.label),
             Cell("unseen" if row.means[1] else "fitted" if row.means[0] else "–"),
-            *(
-                _level(row, name)
-                if row.method == "raw"
-                else _gain(row.unseen or row.fitted, name, before=True)
-                for name in names
-            ),
+            *(_judged(row, name, row.label in strange[name]) for name in names),
         ]
         for row in entries
     ]
     note = (
         "Before → after, gain and its interval; on unseen noise, or on fitted noise where there is no other."
     )
+    if any(strange.values()):
+        note += f" {MARK}: scored by another reward of that name; the cell does not compare with the others."
     return Table("Rewards that were not raised", note, ["entry", "noise", *names], lines)
 
 
@@ -205,6 +215,9 @@ def markdown(folder: Comparison, entries: Sequence[Row]) -> str:
         ]
         parts.append(f"## {_plain(table.title)}\n\n{_plain(table.note)}")
         parts.append("\n".join(f"| {' | '.join(map(_plain, line))} |" for line in lines))
+    strange = [f"- {_plain(each)}" for each in incomparable(entries)]
+    if strange:
+        parts.append("\n".join(["## Scores that do not compare\n", *strange]))
     errors = [f"- {row.label}: {_plain(error)}" for row in entries for error in row.errors]
     if errors:
         parts.append("\n".join(["## Failures\n", *errors]))
@@ -227,6 +240,7 @@ def numbers(entries: Sequence[Row]) -> str:
         "gain_high",
     ]
     head += ["wins", "wins_low", "wins_high", "last_step", "best_of_run", "weighted_calls", "seconds"]
+    head += ["reward_fingerprint"]
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(head)
@@ -250,7 +264,8 @@ def numbers(entries: Sequence[Row]) -> str:
                 ]
                 line += [gain.gain.value, gain.gain.low, gain.gain.high]
                 line += [gain.wins.value, gain.wins.low, gain.wins.high]
-                writer.writerow([*line, row.final, row.best, row.weighted, row.seconds])
+                line += [row.final, row.best, row.weighted, row.seconds]
+                writer.writerow([*line, " ".join(row.rewards.get(name, ()))])
     return stream.getvalue()
 
 
@@ -302,6 +317,13 @@ def _gain(gains: dict[str, Gain], reward: str, before: bool = False) -> Cell:
         return Cell("–")
     start = f"{gain.before:.3f} → {gain.after:.3f}, " if before else ""
     return Cell(f"{start}{gain.gain.value:+.3f}{_span(gain.gain)}", mood(gain.gain.value))
+
+
+def _judged(row: Row, reward: str, strange: bool) -> Cell:
+    """What an entry did to a reward that was not raised."""
+    gains = row.unseen or row.fitted
+    cell = _level(row, reward) if row.method == "raw" else _gain(gains, reward, before=True)
+    return Cell(f"{cell.text} {MARK}", cell.mood) if strange else cell
 
 
 def _level(row: Row, reward: str) -> Cell:
