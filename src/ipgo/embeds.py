@@ -16,7 +16,8 @@ class PromptEmbeds:
     Attributes:
         embeds: (B, L, D), one state per position.
         mask: (B, L) bool, True at text and False at padding. It always says which is which; whether a
-            denoiser looks at it is the backend's business.
+            denoiser looks at it is the backend's business. Text may come in several runs: one of each text
+            encoder, with padding between.
         pooled: (B, P) or None, the vector that some families add to the states.
         early: what the denoiser gets in place of all this at the first steps; None is the same at every step.
         late_share: with `early`, the share of the steps, the last ones, that get this; at least one does.
@@ -64,6 +65,11 @@ class PromptEmbeds:
         states = self.embeds.to(torch.promote_types(self.embeds.dtype, torch.float32))
         norms: Tensor = torch.linalg.vector_norm(states, dim=-1)  # (B, L)
         return (norms * self.mask).sum(1) / self.mask.sum(1)
+
+    def ends(self) -> list[Tensor]:
+        """For each row the positions (R,) where its R runs of text end, rising; runs that touch are one."""
+        after = torch.cat([self.mask[:, 1:], self.mask.new_zeros(len(self.mask), 1)], dim=1)  # (B, L)
+        return [row.nonzero()[:, 0] for row in self.mask & ~after]
 
     def select(self, rows: Tensor) -> PromptEmbeds:
         """The prompts at `rows` (B',), which may repeat."""

@@ -70,7 +70,10 @@ class Explanation:
 
 
 class Vocabulary:
-    """Words in the text encoder's output space: each is the state of its last token, alone in a prompt."""
+    """Words in the text encoder's output space: each is the state of its last token, alone in a prompt.
+
+    With several text encoders, whose states stand one after another (SD3), a word has a state of each.
+    """
 
     def __init__(self, backend: Backend, words: Sequence[str]) -> None:
         self.words = tuple(words)
@@ -78,9 +81,9 @@ class Vocabulary:
         for start in range(0, len(words), WORDS):
             with torch.no_grad():
                 encoded = backend.encode(words[start : start + WORDS])
-            rows = torch.arange(len(encoded.mask), device=encoded.mask.device)
-            states.append(encoded.embeds[rows, encoded.mask.sum(1) - 2].float())  # before the end mark
-        self.states = F.normalize(torch.cat(states), dim=-1)  # (V, D)
+            rows = zip(encoded.embeds.float(), encoded.ends(), strict=True)
+            states += [own[ends - 1] for own, ends in rows]  # before the end marks
+        self.states = F.normalize(torch.stack(states), dim=-1)  # (V, R, D)
 
     @classmethod
     def of(cls, backend: Backend) -> Vocabulary:
@@ -103,7 +106,8 @@ class Vocabulary:
 
     def nearest(self, vectors: Tensor, count: int) -> list[tuple[tuple[str, float], ...]]:
         """The words with the highest cosines to each of (n, D), and these."""
-        cosines = F.normalize(vectors.float(), dim=-1) @ self.states.mT  # (n, V)
+        # Of a word's states the nearest counts.
+        cosines = torch.einsum("nd,vrd->nvr", F.normalize(vectors.float(), dim=-1), self.states).amax(-1)
         values, numbers = cosines.topk(min(count, len(self.words)))
         return [
             tuple((self.words[number], value) for number, value in zip(*pair, strict=True))

@@ -62,11 +62,13 @@ class EmbeddingAdapter(Adapter):
         return replace(original, embeds=learned.to(original.embeds))
 
     def penalty(self, original: PromptEmbeds, conditioned: PromptEmbeds, noise: Tensor) -> Tensor:
-        """1 - the cosine of the states at the end of the text, before and after (PEO's preservation)."""
-        rows = torch.arange(len(original.mask), device=original.mask.device)
-        end = original.mask.sum(1) - 1
-        before, after = original.embeds[rows, end], conditioned.embeds[rows, end]
-        return 1 - torch.cosine_similarity(before, after, dim=-1)
+        """1 - the cosine of the states at the end of the text, before and after (PEO's preservation).
+
+        With several text encoders it is the mean over the ends of what each of them made.
+        """
+        pairs = zip(original.embeds, conditioned.embeds, original.ends(), strict=True)
+        cosines = [torch.cosine_similarity(before[end], after[end], dim=-1) for before, after, end in pairs]
+        return torch.stack([1 - each.mean() for each in cosines])
 
 
 def _check_padding(backend: Backend) -> None:
