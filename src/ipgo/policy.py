@@ -81,7 +81,7 @@ def reinforce(
     epoch's images (shared: of each prompt's last visit), and its adapter is the one that drew them.
 
     An epoch whose rewards or gradients are not finite sends the adapter back to the last one that drew finite
-    rewards; three in a row end the fit.
+    rewards; three in a row end the fit. In float16 the loss is multiplied by a power of two, as in `maximize`.
 
     Args:
         resume: what `Progress.state()` returned; the fit goes on with the same bits.
@@ -191,11 +191,12 @@ class _Training:
         for epoch in range(int(self.memory["epoch"]), self.ppo.epochs):
             with self.adapter.attached(self.backend, self.task.prompts):
                 batches = self._sample(epoch)
-                norms = self._learn(epoch, batches) if self._remember(batches) else [math.nan]
+                drawn = self._remember(batches)
+                norms = self._learn(epoch, batches) if drawn else [math.nan]
             if all(map(math.isfinite, norms)):
                 self.memory["misses"].zero_()
             else:
-                self._go_back()
+                self._go_back(overflow=drawn and bool(self.memory["loss_scale"] > 1))
             self.memory["epoch"] += 1
             yield self._progress(sum(norms) / len(norms), batches[0].images[:1])
             if self.memory["misses"] >= PATIENCE:
@@ -299,14 +300,16 @@ class _Training:
         mean, std = self._policy(prediction, step.timestep, step.latents)
         return log_probability(step.next_latents, mean, std)
 
-    def _go_back(self) -> None:
-        """To the parameters that last drew finite rewards, without momentum."""
+    def _go_back(self, overflow: bool) -> None:
+        """To the parameters that last drew finite rewards, without momentum; `overflow`: a smaller scale may do."""
         self.adapter.load_state_dict(self.kept.state_dict())
         for parameter in self.parameters.values():
             for name in ("exp_avg", "exp_avg_sq"):
                 self.optimizer.state[parameter][name].zero_()
-        self.memory["misses"] += 1
-        self.memory["loss_scale"].div_(2).clamp_(min=1)
+        if overflow:
+            self.memory["loss_scale"].div_(2)
+        else:
+            self.memory["misses"] += 1
 
     def _progress(self, norm: float, images: Tensor) -> Progress:
         memory, count = self.memory, len(self.task.prompts)
