@@ -123,7 +123,9 @@ def step_cost(config: RunConfig, image: int, price: Price) -> float:
     if ascent.random_backprop:
         depth = (1 + depth) / 2
     # After the first differentiated call the latents carry gradient too, into both halves of the next.
-    differentiated = price.gradient - 1 + (price.both - 1) * (depth - 1)
+    negative = getattr(getattr(config.method, "insertion", None), "negative", False)
+    first = price.both if negative else price.gradient
+    differentiated = first - 1 + (price.both - 1) * (depth - 1)
     cost = image + differentiated + price.gradient * ascent.renoised
     return cost * ascent.batch_size * ascent.accumulate / len(config.prompts) if config.shared else cost
 

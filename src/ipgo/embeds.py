@@ -71,6 +71,12 @@ class PromptEmbeds:
         after = torch.cat([self.mask[:, 1:], self.mask.new_zeros(len(self.mask), 1)], dim=1)  # (B, L)
         return [row.nonzero()[:, 0] for row in self.mask & ~after]
 
+    def keep(self, places: Sequence[int]) -> PromptEmbeds:
+        """Only the states at these positions (of `early` nothing is kept)."""
+        kept = list(places)
+        present = None if self.present is None else self.present[:, kept]
+        return PromptEmbeds(self.embeds[:, kept], self.mask[:, kept], self.pooled, present=present)
+
     def select(self, rows: Tensor) -> PromptEmbeds:
         """The prompts at `rows` (B',), which may repeat."""
         pooled = None if self.pooled is None else self.pooled[rows]

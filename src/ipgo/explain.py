@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from ipgo.embeds import PromptEmbeds
 from ipgo.errors import InputError
 from ipgo.rewards import Reward, score
 from ipgo.runner import vocabulary
-from ipgo.sampling import Sampling, denoise, sample
+from ipgo.sampling import Sampling, denoise, sample, unconditional
 
 WORDS = 64  # words encoded at once
 
@@ -54,7 +54,7 @@ class Explanation:
         drift: |mean of all text states - mean of the prompt's own| / |mean of the prompt's own|.
         text_attention, padding_attention: shares in each step of the prompt's own states and of the padding's;
             with those of the inserted ones they add up to 1.
-        inserted: prefix first.
+        inserted: prefix first; what is learned of the negative prompt takes part in `value`, but is not told.
     """
 
     prompt: str
@@ -162,7 +162,7 @@ def explain(
         seeds=tuple(seeds),
         reward=reward.name,
         value=value,
-        raw=look.value(reward, look.original),
+        raw=look.raw(reward),
         prompt_norm=float(look.original.norm()[0]),
         drift=float((look.cond.mean()[0] - center).norm() / center.norm()),
         text_attention=tuple(own[:, text].sum(1).tolist()),
@@ -173,9 +173,7 @@ def explain(
 
 def without(cond: PromptEmbeds, place: int) -> PromptEmbeds:
     """The states (B, L - 1, D) that are left if the one at `place` is taken out."""
-    kept = [number for number in range(cond.length) if number != place]
-    present = None if cond.present is None else cond.present[:, kept]
-    return replace(cond, embeds=cond.embeds[:, kept], mask=cond.mask[:, kept], present=present)
+    return cond.keep([number for number in range(cond.length) if number != place])
 
 
 class _Look:
@@ -195,6 +193,14 @@ class _Look:
     def value(self, reward: Reward, cond: PromptEmbeds) -> float:
         """The reward's mean over the seeds, with these states."""
         uncond = self.adapter.unconditional(self.backend, self.prompts, cond, self.sampling)
+        return self._mean(reward, cond, uncond)
+
+    @torch.no_grad()
+    def raw(self, reward: Reward) -> float:
+        """The same of the prompt as it is."""
+        return self._mean(reward, self.original, unconditional(self.backend, self.original, self.sampling))
+
+    def _mean(self, reward: Reward, cond: PromptEmbeds, uncond: PromptEmbeds | None) -> float:
         images = sample(self.backend, cond, uncond, self.noise, self.sampling)
         return float(score(reward, images, self.prompts).mean())
 

@@ -33,7 +33,7 @@ class Adapter(nn.Module):
     kind: ClassVar[str] = "identity"
     transfers: ClassVar[str] = "seeds"
     needs_all_steps: ClassVar[bool] = False
-    learns_unconditional: ClassVar[bool] = False
+    learns_unconditional: bool = False
     options: dict[str, Any]
     prompts: tuple[str, ...] | None
     padding: str = "max_length"

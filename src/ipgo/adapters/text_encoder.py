@@ -25,7 +25,7 @@ class TextEncoderAdapter(Adapter):
     """
 
     kind: ClassVar[str] = "text-encoder"
-    learns_unconditional: ClassVar[bool] = True
+    learns_unconditional: bool = True
 
     changes: nn.ParameterDict  # (N, *shape) of each weight, what is added to it
 
