@@ -9,13 +9,15 @@ from dataclasses import replace
 from typing import Any
 
 from ipgo.adapters import Adapter
+from ipgo.artefacts import save_scores
 from ipgo.budget import BudgetSpent, calls_of_an_image, fit_to, length_of, measure, paid, step_cost, watch
+from ipgo.chunks import Chunk, Cost
 from ipgo.comparison import UNSEEN_PROMPTS, Comparison, Plan
 from ipgo.config import RunConfig
 from ipgo.errors import InputError
 from ipgo.evaluation import evaluate
 from ipgo.runner import Models, check_method, facts, finish_chunk, fit_chunk, forget_peak_memory, load_models
-from ipgo.store import Chunk, Cost, Run, save_scores
+from ipgo.store import Run
 from ipgo.task import Progress
 
 # Settings that decide which models are in memory.

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from ipgo import files
+from ipgo.artefacts import load_identities, load_scores
 from ipgo.budget import LENGTH, Price, length_of
 from ipgo.config import NOT_RESULTS, RunConfig, flatten, merge
 from ipgo.errors import InputError, IpgoError, ResumeError, unknown
 from ipgo.evaluation import Score
 from ipgo.prompts import check_prompts
-from ipgo.store import Run, check_rewards, differences, load_identities, load_scores
+from ipgo.store import Run, check_rewards, differences
 
 SCHEMA = 1
 PLAN = "plan.json"

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ipgo.adapters import Adapter, InsertionAdapter, JointAdapter, NoiseAdapter, generate, stack
+from ipgo.artefacts import load_adapter, save_adapter
 from ipgo.backends import load_backend
 from ipgo.budget import Price, step_cost
 from ipgo.config import RunConfig
@@ -18,7 +19,6 @@ from ipgo.methods.black_box import BlackBoxIPGO
 from ipgo.methods.joint import Joint
 from ipgo.rewards import as_reward
 from ipgo.sampling import Sampling
-from ipgo.store import load_adapter, save_adapter
 from ipgo.task import Task
 from ipgo.training import Ascent
 from tests import tiny_families as tiny

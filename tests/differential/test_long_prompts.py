@@ -14,17 +14,18 @@ from ipgo.adapters import (
     generate,
     stack,
 )
+from ipgo.artefacts import adapter_facts
 from ipgo.backends import load_backend
 from ipgo.embeds import concatenate
 from ipgo.errors import InputError
+from ipgo.fitting import fit
 from ipgo.insertion import Insertion
 from ipgo.methods import IPGO, Raw
 from ipgo.prompts import number
 from ipgo.relaxation import Relaxation
 from ipgo.rewards import as_reward
-from ipgo.runner import fit
 from ipgo.sampling import Sampling
-from ipgo.store import Run, adapter_facts
+from ipgo.store import Run
 from ipgo.task import Task
 from ipgo.training import Ascent
 from tests import tiny_families as tiny

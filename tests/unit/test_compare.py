@@ -38,7 +38,7 @@ from ipgo.config import RunConfig
 from ipgo.methods import METHODS, BestOfN, Raw
 from ipgo.report import comparison as page
 from ipgo.report.identity import fingerprint, fingerprints, strangers
-from ipgo.report.rows import rows
+from ipgo.report.rows import matrices, rows
 from ipgo.rewards import score
 from ipgo.sampling import Sampling
 
@@ -320,7 +320,7 @@ def test_rows_say_what_the_runs_stored(compared: Path) -> None:
 
 @pytest.mark.usefixtures("fakes")
 def test_matrices_are_win_rates_and_leave_out_what_does_not_transfer(compared: Path) -> None:
-    fitted, unseen = page.matrices(rows(Comparison.open(compared)), "colorfulness")
+    fitted, unseen = matrices(rows(Comparison.open(compared)), "colorfulness")
     assert fitted.labels == ("raw", "ipgo", "ipgo-once", "best-of-n", "picky", "spender")
     assert unseen.labels == ("raw", "ipgo", "ipgo-once", "picky", "spender")
     for (a, b), rate in fitted.wins.items():
@@ -447,7 +447,7 @@ def test_entries_that_another_reward_has_scored_are_marked(
     entries = rows(Comparison.open(folder))
     (line,) = (line for line in table.splitlines() if line.startswith("| spender | unseen |"))
     assert line.endswith(" † |")
-    fitted, unseen = page.matrices(entries, "colorfulness")
+    fitted, unseen = matrices(entries, "colorfulness")
     for matrix in (fitted, unseen):
         # Of best-of-n nothing is known, so nothing speaks against it.
         assert not any("ipgo-once" in pair and "best-of-n" not in pair for pair in matrix.wins)

@@ -11,7 +11,7 @@ from ipgo.backends import load_backend
 from ipgo.insertion import Insertion
 from ipgo.methods import DDPO, IPGO, DPODiffusion
 from ipgo.methods import dpo_diffusion as words
-from ipgo.policy import PPO
+from ipgo.ppo import PPO
 from ipgo.rewards import as_reward
 from ipgo.sampling import Sampling
 from ipgo.task import Task

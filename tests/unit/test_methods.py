@@ -11,6 +11,7 @@ from scipy import stats
 from ipgo import cli
 from ipgo.adapters import Adapter, EmbeddingAdapter, LoRA, NoiseAdapter, WeightAdapter, generate, stack
 from ipgo.adapters.noise import PATCH, norm_penalty, tail_bound, whiteness_penalty
+from ipgo.artefacts import load_adapter, save_adapter
 from ipgo.backends import load_backend
 from ipgo.embeds import PromptEmbeds
 from ipgo.errors import InputError, ResumeError
@@ -18,7 +19,7 @@ from ipgo.methods import DNO, METHODS, BestOfN, DRaFT, Embedding, ReNO
 from ipgo.rewards import as_reward, load_reward, score
 from ipgo.sampling import Sampling
 from ipgo.seeding import derive
-from ipgo.store import Run, load_adapter, save_adapter
+from ipgo.store import Run
 from ipgo.task import Task
 from ipgo.training import Ascent, maximize
 from tests import tiny_families as tiny

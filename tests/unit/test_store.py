@@ -29,8 +29,9 @@ from ipgo import (
     load_adapter,
     save_adapter,
 )
+from ipgo.artefacts import load_identities, load_scores, save_scores
+from ipgo.chunks import Chunk, Cost
 from ipgo.config import RunConfig
-from ipgo.store import Chunk, Cost, load_identities, load_scores, save_scores
 
 CONFIG = RunConfig(("a fox", "a lemon", "an owl"), IPGO(ascent=Ascent(steps=4)), chunk=2)
 

@@ -16,11 +16,12 @@ from markupsafe import Markup
 from PIL import Image
 
 from ipgo.adapters import ADAPTERS
+from ipgo.artefacts import adapter_facts, load_identities, load_scores
 from ipgo.config import flatten
 from ipgo.evaluation import Gain, Score, summarise
 from ipgo.prompts import Prompt
 from ipgo.report import charts
-from ipgo.store import EVALUATION, Run, adapter_facts, load_identities, load_scores
+from ipgo.store import EVALUATION, Run
 
 VISIBLE = 0.0005  # the page shows three digits
 LARGEST = 512  # pixels; larger images are shown smaller, so that the page stays light
