@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
     from ipgo.comparison import Plan
-    from ipgo.report.comparison import Table
+    from ipgo.report.tables import Table
 
 COMPARISONS = Path(__file__).parent / "comparisons"  # {name}.yaml; methods.yaml has what methods need
 Settings = dict[str, Any]
@@ -179,8 +179,9 @@ def entries_of(
 def show_comparison(place: Path) -> int:
     """Write the page and the tables again, and print what came out; 1 if something failed."""
     from ipgo.comparison import Comparison
-    from ipgo.report.comparison import cost_table, raised, raised_table, write_comparison
+    from ipgo.report.comparison import incomparable, write_comparison
     from ipgo.report.rows import rows
+    from ipgo.report.tables import cost_table, raised, raised_table
 
     folder = Comparison.open(place)
     written, entries = write_comparison(folder), rows(folder)
@@ -189,6 +190,8 @@ def show_comparison(place: Path) -> int:
     print()
     for name, file in written.items():
         print(f"{name + ':':<10}{file}")
+    for each in incomparable(entries):
+        print(f"ipgo: {each}", file=sys.stderr)
     failures = [
         f"{row.label} ({row.errors[0]})" if row.errors else row.label for row in entries if row.failed
     ]

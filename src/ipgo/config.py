@@ -50,7 +50,7 @@ class RunConfig:
         padding: max_length as stock pipelines do, or none: the denoiser sees the text alone.
         scheduler: ddim, pndm, lms, euler or dpm++; None is the model's own.
         image_size: side of the images in pixels; None is the model's own.
-        long_prompts: refuse prompts that are too long for the encoder, or truncate them.
+        long_prompts: refuse prompts that are too long for the encoder, truncate them, or chunk them into windows.
         dtype: auto, float32, bfloat16 or float16.
         chunk: how many prompts are fitted at once: a matter of memory, not of results.
         device: auto, cpu, cuda or cuda:N.

@@ -14,10 +14,11 @@ import yaml
 
 from ipgo import files
 from ipgo.adapters import Adapter, stack
+from ipgo.artefacts import adapter_facts, load_adapter, save_adapter
 from ipgo.errors import InputError
 from ipgo.evaluation import Gain, summarise
 from ipgo.prompts import Prompt
-from ipgo.store import Run, adapter_facts, load_adapter, save_adapter
+from ipgo.store import Run
 
 FILES = ("adapter.json", "adapter.safetensors")
 MOST = 8  # prompts with pictures on a card

@@ -34,13 +34,23 @@ class NoiseAdapter(Adapter):
     latents: nn.Parameter  # (N, 1 or 1 + steps, C, h, w)
 
     def __init__(
-        self, prompts: Sequence[str], shape: Sequence[int], seed: int, penalty: Penalty = "none"
+        self,
+        prompts: Sequence[str],
+        shape: Sequence[int],
+        seed: int,
+        penalty: Penalty = "none",
+        long_prompts: str = "refuse",
     ) -> None:
         super().__init__(prompts)
         if penalty not in get_args(Penalty):
             raise unknown("noise penalty", penalty, get_args(Penalty))
-        self.seed, self.penalised_by = seed, penalty
-        self.options = {"shape": list(shape), "seed": seed, "penalty": penalty}
+        self.seed, self.penalised_by, self.long_prompts = seed, penalty, long_prompts
+        self.options = {
+            "shape": list(shape),
+            "seed": seed,
+            "penalty": penalty,
+            "long_prompts": long_prompts,
+        }
         self.latents = nn.Parameter(torch.zeros(len(prompts), *shape))
 
     @classmethod
@@ -66,7 +76,7 @@ class NoiseAdapter(Adapter):
         if len(seeds) != 1:
             raise InputError(f"seeds is {list(seeds)}; this method replaces the noise of exactly one seed")
         plain = backend.noise(seeds, steps)  # (1, 1 + steps, C, h, w)
-        adapter = cls(prompts, plain.shape[1:], seeds[0], penalty)
+        adapter = cls(prompts, plain.shape[1:], seeds[0], penalty, backend.long_prompts)
         with torch.no_grad():
             adapter.latents.copy_(plain)
         return adapter

@@ -66,7 +66,8 @@ def load_backend(
         image_size: side of the square images in pixels; None is the model's own.
         padding: max_length, or none (the denoiser sees text only, as in the IPGO notebook).
         scheduler: ddim, pndm, lms, euler or dpm++; None is the model's own.
-        long_prompts: refuse, or truncate to the encoder's length.
+        long_prompts: refuse, truncate to the encoder's length, or chunk (SD 1 and 2, SDXL): read them in windows
+            of that length, each with its own marks of begin and end.
 
     Raises:
         InputError: an unknown name or option, a family that is not known or does not have the option, or a

@@ -29,7 +29,7 @@ class Backend(ABC):
         name: what it was loaded from.
         device, dtype: where and in which format its weights are. Latents and images are at least float32.
         embed_dim: D, the width of the prompt embeddings.
-        max_tokens: the longest prompt, with its marks.
+        max_tokens: the longest prompt, or with long_prompts="chunk" the longest window, with its marks.
         guidance: what this model has of `facts.guidance`.
         padding: "max_length" (prompts are padded as stock pipelines do) or "none" (the denoiser sees text only).
         modules: "denoiser", "text_encoder" (and "text_encoder_2" ...), "decoder": frozen, in eval mode.
@@ -110,14 +110,15 @@ class Backend(ABC):
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Raise `InputError` for a prompt that the encoder cannot take. Needs the tokenizer only."""
-        if self.long_prompts == "truncate":
+        if self.long_prompts != "refuse":
             return
+        allowed = '"truncate" or "chunk"' if self.facts.chunked else '"truncate"'
         rows = self.tokenizer(list(prompts), padding=False).input_ids
         for prompt, ids in zip(prompts, rows, strict=True):
             if len(ids) > self.max_tokens:
                 raise InputError(
                     f"prompt {prompt[:60]!r} has {len(ids)} tokens and the encoder takes {self.max_tokens}; "
-                    'shorten it, or allow long_prompts="truncate"'
+                    f"shorten it, or allow long_prompts={allowed}"
                 )
 
     def encode(self, prompts: Sequence[str]) -> PromptEmbeds:
@@ -151,7 +152,12 @@ class Backend(ABC):
         leaves cross-attention as it is (every softmax weight splits into k equal ones), so both are repeated
         to their least common multiple: exact at any length, and cheap when it is small. With 77 states,
         11 + 11 inserted ones give 693, but 10 + 10 give 7,469.
+
+        Raises:
+            InputError: the prompts have unequal lengths, for which a pipeline has no mask.
         """
+        if any(half is not None and half.present is not None for half in (cond, uncond)):
+            raise InputError("a pipeline takes prompts of equal length; give it these one by one")
         if uncond is None:
             return _named("", cond)
         length = math.lcm(cond.length, uncond.length)

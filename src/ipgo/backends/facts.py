@@ -9,7 +9,7 @@ from ipgo.backends.schedulers import SCHEDULERS
 from ipgo.errors import InputError, unknown
 
 PADDINGS = ("max_length", "none")
-LONG_PROMPTS = ("refuse", "truncate")
+LONG_PROMPTS = ("refuse", "truncate", "chunk")
 
 Guidance = Literal["classifier-free", "distilled", "none"]
 
@@ -26,6 +26,7 @@ class Facts:
         guidance: "classifier-free", "distilled" (the scale is an input of the network), "none"; of several,
             a model has one.
         process: "diffusion", whose schedulers can be exchanged, or "flow", which keeps its own.
+        chunked: can longer prompts be read in windows of so many tokens (long_prompts="chunk")?
     """
 
     tokens: int
@@ -34,6 +35,7 @@ class Facts:
     pooled: bool
     guidance: tuple[Guidance, ...]
     process: Literal["diffusion", "flow"]
+    chunked: bool = False
 
     def __str__(self) -> str:
         padding = {"always": "padding hidden", "never": "padding seen", "optional": "padding seen or hidden"}
@@ -69,5 +71,9 @@ class Opening:
         """Raise `InputError` for an option that no model of the family `name` has."""
         if self.padding == "none" and facts.masked != "optional":
             raise InputError(f"padding is 'none'; with {name} only 'max_length' is possible")
+        if self.long_prompts == "chunk" and not facts.chunked:
+            raise InputError(
+                f"long_prompts is 'chunk'; with {name} only 'refuse' and 'truncate' are possible"
+            )
         if self.scheduler is not None and facts.process == "flow":
             raise InputError(f"scheduler is {self.scheduler!r}; {name} is a flow model and keeps its own")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ipgo.backends.base import Backend, latent_side
 from ipgo.backends.facts import Facts, Opening
-from ipgo.backends.text import clip_tokens, tokenize
+from ipgo.backends.text import clip_tokens, read
 from ipgo.embeds import PromptEmbeds
 
 
@@ -28,6 +28,7 @@ class StableDiffusion(Backend):
         pooled=False,
         guidance=("classifier-free", "distilled"),
         process="diffusion",
+        chunked=True,
     )
 
     def __init__(self, pipe: Any, name: str, opening: Opening) -> None:
@@ -42,10 +43,9 @@ class StableDiffusion(Backend):
         return self.pipe.unet.config.in_channels, side, side
 
     def _encode(self, prompts: Sequence[str], padding: str) -> PromptEmbeds:
-        ids, mask = tokenize(self.pipe.tokenizer, prompts, self.max_tokens, padding)
+        windows = read(self.pipe.tokenizer, prompts, self.max_tokens, padding, self.long_prompts)
         # CLIP is causal, so the padding that follows a text does not change its states.
-        states = self.pipe.text_encoder(ids.to(self.device))[0]  # (B, L, D)
-        return PromptEmbeds(states, mask.to(self.device))
+        return windows.embeds(self.pipe.text_encoder(windows.ids.to(self.device))[0])
 
     def predict(
         self,
@@ -78,7 +78,9 @@ class StableDiffusion(Backend):
 
 def attended(backend: Backend, prompt: PromptEmbeds) -> PromptEmbeds:
     """With a mask of what the UNet looks at: padding too, unless padding="none"."""
-    return prompt if backend.padding == "none" else replace(prompt, mask=torch.ones_like(prompt.mask))
+    if backend.padding == "none":
+        return prompt
+    return replace(prompt, mask=torch.ones_like(prompt.mask) if prompt.present is None else prompt.present)
 
 
 def hidden(mask: Tensor) -> Tensor | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from ipgo.backends.base import Backend, latent_side
 from ipgo.backends.facts import Facts, Opening
 from ipgo.backends.stable_diffusion import attended, hidden
-from ipgo.backends.text import clip_tokens, tokenize
+from ipgo.backends.text import clip_tokens, read
 from ipgo.embeds import PromptEmbeds
 
 
@@ -30,6 +31,7 @@ class StableDiffusionXL(Backend):
         pooled=True,
         guidance=("classifier-free",),
         process="diffusion",
+        chunked=True,
     )
 
     def __init__(self, pipe: Any, name: str, opening: Opening) -> None:
@@ -51,16 +53,16 @@ class StableDiffusionXL(Backend):
     def _encode(self, prompts: Sequence[str], padding: str) -> PromptEmbeds:
         states = []
         for tokenizer, encoder in self._encoders():
-            ids, mask = tokenize(tokenizer, prompts, self.max_tokens, padding)
-            answer = encoder(ids.to(self.device), output_hidden_states=True)
+            windows = read(tokenizer, prompts, self.max_tokens, padding, self.long_prompts)
+            answer = encoder(windows.ids.to(self.device), output_hidden_states=True)
             states.append(answer.hidden_states[-2])
-        return PromptEmbeds(torch.cat(states, dim=-1), mask.to(self.device), answer.text_embeds)
+        return windows.embeds(torch.cat(states, dim=-1), answer.text_embeds)
 
     def _negative(self, prompt: str, length: int) -> PromptEmbeds:
         full = super()._negative(prompt, length)
         if prompt or not self.pipe.config.force_zeros_for_empty_prompt or full.pooled is None:
             return full
-        return PromptEmbeds(torch.zeros_like(full.embeds), full.mask, torch.zeros_like(full.pooled))
+        return replace(full, embeds=torch.zeros_like(full.embeds), pooled=torch.zeros_like(full.pooled))
 
     def predict(
         self,
