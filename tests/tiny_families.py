@@ -1,7 +1,10 @@
 """Tiny random pipelines of every family, from the real classes, in memory."""
 
+import inspect
+
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -15,6 +18,10 @@ from diffusers import (
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    SanaPipeline,
+    SanaSprintPipeline,
+    SanaTransformer2DModel,
+    SCMScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
@@ -24,6 +31,9 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -236,3 +246,83 @@ def pixart_sigma():
 def pixart_told_its_size():
     """With the micro-conditions that alpha has at 1024 pixels."""
     return pixart(sample_size=128)
+
+
+def gemma_tokenizer():
+    """Gemma's tokenizer with one token for each letter, and one for each line of Sana's instruction."""
+    marks = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", "\n"]
+    vocabulary = {name: index for index, name in enumerate([*marks, *"abcdefghijklmnopqrstuvwxyz"])}
+    tokenizer = GemmaTokenizer(vocab=vocabulary, merges=[], padding_side="left", add_bos_token=True)
+    tokenizer.add_tokens(
+        inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+    )
+    return tokenizer
+
+
+def gemma(tokenizer, width):
+    config = Gemma2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=width,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=2,
+    )
+    return Gemma2Model(config).eval()
+
+
+def sana(kind=SanaPipeline, scheduler=None, channels=4, **config):
+    torch.manual_seed(0)
+    tokenizer = gemma_tokenizer()
+    transformer = SanaTransformer2DModel(
+        in_channels=channels,
+        out_channels=channels,
+        num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=16,
+        sample_size=16,
+        **config,
+    )
+    blocks = {
+        "block_types": ("ResBlock", "EfficientViTBlock"),
+        "block_out_channels": (8, 8),
+        "layers_per_block": (1, 1),
+        "qkv_multiscales": ((), (5,)),
+    }
+    vae = AutoencoderDC(
+        latent_channels=channels,
+        attention_head_dim=2,
+        **{f"encoder_{name}": value for name, value in blocks.items()},
+        **{f"decoder_{name}": value for name, value in blocks.items()},
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+        scaling_factor=0.5,
+    )
+    pipe = kind(
+        tokenizer=tokenizer,
+        text_encoder=gemma(tokenizer, 16),
+        vae=vae.eval(),
+        transformer=louder(transformer, "attn2.to_out", "attn2.to_v", "caption_norm"),
+        scheduler=scheduler or FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+    return quiet(pipe)
+
+
+def sana_with_dpm():
+    """With the scheduler that Sana was published with, and a scaled time."""
+    scheduler = DPMSolverMultistepScheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
+    )
+    return sana(scheduler=scheduler, timestep_scale=1.5)
+
+
+def sana_sprint():
+    return sana(SanaSprintPipeline, SCMScheduler(), guidance_embeds=True, qk_norm="rms_norm_across_heads")

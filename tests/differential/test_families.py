@@ -25,6 +25,12 @@ INSERTION = Insertion(num_prefix=11, num_suffix=11, rank=8)
 T5 = {"max_sequence_length": tiny.T5_TOKENS}
 SMALL = {"height": 16, "width": 16}
 PIXART = {**T5, "clean_caption": False, "use_resolution_binning": False}
+SANA = {"clean_caption": False, "use_resolution_binning": False, "height": 32, "width": 32}
+
+
+def sprint_steps(steps):
+    """The pipeline's default is for two steps alone."""
+    return {} if steps == 2 else {"intermediate_timesteps": None}
 
 
 @dataclass(frozen=True)
@@ -35,12 +41,14 @@ class Case:
         call: the pipeline's own arguments.
         options: of `load_backend`.
         guidance: scales, off and on.
+        steps: arguments that the pipeline needs for a number of steps.
     """
 
     build: Callable[[], Any]
     call: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     guidance: tuple[float, ...] = (1.0, 5.0)
+    steps: Callable[[int], dict[str, Any]] = lambda steps: {}
 
 
 CASES = {
@@ -58,6 +66,9 @@ CASES = {
     "pixart-alpha": Case(tiny.pixart, PIXART, guidance=(1.0, 4.5)),
     "pixart-alpha-size": Case(tiny.pixart_told_its_size, {**PIXART, **SMALL}, {"image_size": 16}),
     "pixart-sigma": Case(tiny.pixart_sigma, PIXART),
+    "sana": Case(tiny.sana, SANA, guidance=(1.0, 4.5)),
+    "sana-dpm": Case(tiny.sana_with_dpm, SANA, guidance=(1.0, 4.5)),
+    "sana-sprint": Case(tiny.sana_sprint, SANA, guidance=(1.0, 4.5), steps=sprint_steps),
 }
 # One case for each family: the slower tests.
 ONE_EACH = [
@@ -70,6 +81,8 @@ ONE_EACH = [
     "flux-schnell",
     "pixart-alpha",
     "pixart-sigma",
+    "sana",
+    "sana-sprint",
 ]
 
 
@@ -117,9 +130,10 @@ def test_sampling_equals_the_pipeline(pipes, name, count, steps):
         theirs = pipe(
             prompts,
             num_inference_steps=steps,
-            guidance_scale=scale,
             output_type="pt",
+            **backend.pipeline_guidance(scale),
             **noise_of(backend, count),
+            **case.steps(steps),
             **case.call,
         ).images
         close(ours, theirs)
@@ -148,9 +162,10 @@ def test_a_plain_pipeline_draws_what_was_inserted(pipes, name, count):
         theirs = pipe(
             **kwargs,
             num_inference_steps=3,
-            guidance_scale=scale,
             output_type="pt",
+            **backend.pipeline_guidance(scale),
             **noise_of(backend, count),
+            **case.steps(3),
             **case.call,
         ).images
         close(ours, theirs)
@@ -181,9 +196,10 @@ def test_our_gradient_is_that_of_the_undecorated_pipeline(pipes, name):
                 pipe,
                 **backend.pipeline_kwargs(cond, uncond),
                 num_inference_steps=3,
-                guidance_scale=sampling.guidance_scale,
                 output_type="pt",
+                **backend.pipeline_guidance(sampling.guidance_scale),
                 **noise_of(backend, 2),
+                **case.steps(3),
                 **case.call,
             )
             .images

@@ -62,8 +62,9 @@ def test_options_that_a_family_lacks_are_refused(options, message):
         load_backend(tiny.flux(), device="cpu", **options)
 
 
-def test_distilled_guidance_has_no_negative_prompt():
-    backend = load_backend(tiny.flux(), device="cpu", image_size=16)
+@pytest.mark.parametrize("build", [tiny.flux, tiny.lcm, tiny.sana_sprint])
+def test_distilled_guidance_has_no_negative_prompt(build):
+    backend = load_backend(build(), device="cpu", image_size=16)
     sampling = Sampling(1, 3.5, negative_prompt="blurry")
     with pytest.raises(InputError, match="negative_prompt is 'blurry'; it needs classifier-free guidance"):
         generate(backend, ["sun"], [0], Adapter(), sampling)
@@ -98,3 +99,20 @@ def test_without_t5_clip_counts():
     prompt = backend.encode(["sun"])
     assert prompt.length == 77 + 256
     assert not prompt.mask[:, 77:].any()
+
+
+def test_sana_sees_the_longest_prompt_whole():
+    backend = load_backend(tiny.sana(), device="cpu")
+    longest = backend.encode(["a" * 298, "sun"])
+    assert longest.mask.sum(1).tolist() == [300, 2 + 3]  # with its mark, and the instruction's last state
+    with pytest.raises(InputError, match="has 300 tokens and the encoder takes 299"):
+        backend.encode(["a" * 299])
+    assert backend.unconditional("blurry", longest).mask.sum(1).tolist() == [7, 7]  # without the instruction
+
+
+def test_every_consistency_step_uses_the_noise_of_its_row():
+    backend = load_backend(tiny.sana_sprint(), device="cpu")
+    pair = generate(backend, ["sun", "a dog"], [3, 4], Adapter(), Sampling(3, 4.5))
+    alone = generate(backend, ["a dog"], [4], Adapter(), Sampling(3, 4.5))
+    torch.testing.assert_close(pair[1:], alone, atol=1e-5, rtol=0)
+    assert backend.noise([4], Sampling(3).noise_steps(backend)).shape[1] == 1 + 3

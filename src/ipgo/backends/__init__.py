@@ -9,6 +9,7 @@ from ipgo.backends.base import Backend
 from ipgo.backends.facts import Facts, Opening
 from ipgo.backends.flux import Flux
 from ipgo.backends.pixart import PixArtAlpha, PixArtSigma
+from ipgo.backends.sana import Sana, SanaSprint
 from ipgo.backends.stable_diffusion import StableDiffusion
 from ipgo.backends.stable_diffusion_3 import StableDiffusion3
 from ipgo.backends.stable_diffusion_xl import StableDiffusionXL
@@ -26,6 +27,8 @@ FAMILIES: dict[str, type[Backend]] = {
     "FluxPipeline": Flux,
     "PixArtAlphaPipeline": PixArtAlpha,
     "PixArtSigmaPipeline": PixArtSigma,
+    "SanaPipeline": Sana,
+    "SanaSprintPipeline": SanaSprint,
 }
 
 # name -> the class of the pipeline, and where it is.
@@ -42,6 +45,8 @@ BACKENDS: dict[str, tuple[str, str]] = {
     "flux-schnell": ("FluxPipeline", "black-forest-labs/FLUX.1-schnell"),
     "pixart-alpha": ("PixArtAlphaPipeline", "PixArt-alpha/PixArt-XL-2-512x512"),
     "pixart-sigma": ("PixArtSigmaPipeline", "PixArt-alpha/PixArt-Sigma-XL-2-512-MS"),
+    "sana": ("SanaPipeline", "Efficient-Large-Model/Sana_1600M_1024px_diffusers"),
+    "sana-sprint": ("SanaSprintPipeline", "Efficient-Large-Model/Sana_Sprint_1.6B_1024px_diffusers"),
 }
 
 

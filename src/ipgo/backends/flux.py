@@ -15,7 +15,6 @@ from ipgo.backends.facts import Facts, Opening
 from ipgo.backends.schedulers import shift
 from ipgo.backends.text import clip_tokens, tokenize
 from ipgo.embeds import PromptEmbeds
-from ipgo.errors import InputError
 
 SIDE = 128  # of the latents, where no size is asked for; the network itself knows none
 
@@ -58,16 +57,6 @@ class Flux(Backend):
         ids, mask = tokenize(pipe.tokenizer_2, prompts, self.max_tokens, "max_length")
         states = pipe.text_encoder_2(ids.to(self.device))[0]  # it reads the padding too
         return PromptEmbeds(states, mask.to(self.device), pooled)
-
-    def unconditional(self, negative_prompt: str, cond: PromptEmbeds) -> PromptEmbeds:
-        """Refused: there is no such half.
-
-        Raises:
-            InputError: always.
-        """
-        raise InputError(
-            f"backend {self.name!r} has no unconditional half; its guidance is {self.guidance!r}"
-        )
 
     def predict(
         self,
