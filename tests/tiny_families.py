@@ -26,7 +26,10 @@ from diffusers import (
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -34,6 +37,9 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -326,3 +332,58 @@ def sana_with_dpm():
 
 def sana_sprint():
     return sana(SanaSprintPipeline, SCMScheduler(), guidance_embeds=True, qk_norm="rms_norm_across_heads")
+
+
+QWEN_TOKENS = 56
+CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "<|im_start|>assistant\n{% if not enable_thinking %}<think></think>{% endif %}"
+)
+
+
+def qwen_tokenizer():
+    """Qwen's tokenizer with one token for each byte and each mark, and a chat template of its form."""
+    vocabulary = {name: index for index, name in enumerate(sorted(ByteLevel.alphabet()))}
+    tokenizer = Qwen2Tokenizer(
+        vocab=vocabulary, merges=[], model_max_length=QWEN_TOKENS, chat_template=CHAT, padding_side="right"
+    )
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>", "user", "assistant", "<think>", "</think>"])
+    return tokenizer
+
+
+def qwen3(kind, tokenizer, layers):
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=128,
+    )
+    return kind(config).eval()
+
+
+def z_image():
+    torch.manual_seed(0)
+    tokenizer = qwen_tokenizer()
+    transformer = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=1,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[4, 6, 6],
+        axes_lens=[256, 32, 32],
+    )
+    pipe = ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=qwen3(Qwen3Model, tokenizer, 2),
+        tokenizer=tokenizer,
+        transformer=louder(transformer, "cap_embedder.1", "adaLN"),
+    )
+    return quiet(pipe)

@@ -25,6 +25,7 @@ INSERTION = Insertion(num_prefix=11, num_suffix=11, rank=8)
 T5 = {"max_sequence_length": tiny.T5_TOKENS}
 SMALL = {"height": 16, "width": 16}
 PIXART = {**T5, "clean_caption": False, "use_resolution_binning": False}
+QWEN = {"max_sequence_length": tiny.QWEN_TOKENS}
 SANA = {"clean_caption": False, "use_resolution_binning": False, "height": 32, "width": 32}
 
 
@@ -69,6 +70,7 @@ CASES = {
     "sana": Case(tiny.sana, SANA, guidance=(1.0, 4.5)),
     "sana-dpm": Case(tiny.sana_with_dpm, SANA, guidance=(1.0, 4.5)),
     "sana-sprint": Case(tiny.sana_sprint, SANA, guidance=(1.0, 4.5), steps=sprint_steps),
+    "z-image": Case(tiny.z_image, {**QWEN, **SMALL}, {"image_size": 16}),
 }
 # One case for each family: the slower tests.
 ONE_EACH = [
@@ -83,6 +85,7 @@ ONE_EACH = [
     "pixart-sigma",
     "sana",
     "sana-sprint",
+    "z-image",
 ]
 
 
@@ -107,11 +110,15 @@ def noise_of(backend, count):
 
 
 def joined(kwargs):
-    """The arguments of several prompts as those of one batch."""
-    return {
-        name: torch.cat([each[name] for each in kwargs]) if isinstance(value, torch.Tensor) else value
-        for name, value in kwargs[0].items()
-    }
+    """The arguments of several prompts as those of one batch: tensors, or lists with one of them for each."""
+    whole = {}
+    for name, value in kwargs[0].items():
+        all_of_it = [each[name] for each in kwargs]
+        if isinstance(value, torch.Tensor):
+            whole[name] = torch.cat(all_of_it)
+        else:
+            whole[name] = [row for part in all_of_it for row in part] if isinstance(value, list) else value
+    return whole
 
 
 def close(ours, theirs):
@@ -171,6 +178,17 @@ def test_a_plain_pipeline_draws_what_was_inserted(pipes, name, count):
         close(ours, theirs)
     raw = generate(backend, prompts, SEEDS[:count], Adapter(), Sampling(3, scale))
     assert (ours - raw).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_a_row_does_not_depend_on_its_neighbours(pipes, name):
+    """Prompts of several lengths, with embeddings inserted around them."""
+    case, _, backend = open_case(pipes, name)
+    adapter = InsertionAdapter(PROMPTS, backend.embed_dim, INSERTION)
+    sampling = Sampling(2, case.guidance[-1])
+    together = generate(backend, PROMPTS, SEEDS, adapter, sampling)
+    alone = generate(backend, PROMPTS[2:], SEEDS[2:], adapter, sampling)
+    torch.testing.assert_close(together[2:], alone, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", ONE_EACH)

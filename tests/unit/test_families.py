@@ -12,6 +12,8 @@ from ipgo.relaxation import Relaxation
 from ipgo.sampling import Sampling
 from tests import tiny_families as tiny
 
+CHAT_MARKS = "<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n"
+
 
 def test_a_scheduler_that_hides_its_noise_is_refused():
     pipe = tiny.sdxl(DDPMScheduler())
@@ -108,6 +110,23 @@ def test_sana_sees_the_longest_prompt_whole():
     with pytest.raises(InputError, match="has 300 tokens and the encoder takes 299"):
         backend.encode(["a" * 299])
     assert backend.unconditional("blurry", longest).mask.sum(1).tolist() == [7, 7]  # without the instruction
+
+
+def test_the_marks_of_a_chat_count():
+    backend = load_backend(tiny.z_image(), device="cpu", image_size=16)
+    spent = len(backend.tokenizer(CHAT_MARKS).input_ids)
+    assert backend.encode(["a" * (tiny.QWEN_TOKENS - spent)]).mask.all()
+    with pytest.raises(InputError, match=f"has {tiny.QWEN_TOKENS + 1} tokens and the encoder takes"):
+        backend.encode(["a" * (tiny.QWEN_TOKENS - spent + 1)])
+
+
+def test_learned_noise_for_a_pipeline_whose_prompts_are_lists():
+    pipe = tiny.z_image()
+    backend = load_backend(pipe, device="cpu", image_size=16)
+    adapter = NoiseAdapter.start(backend, ["sun"], [3], shared=False)
+    kwargs = adapter.prompt_kwargs(pipe, "sun")
+    assert [states.shape[1] for states in kwargs["prompt_embeds"]] == [backend.embed_dim]
+    assert torch.equal(kwargs["latents"], backend.noise([3])[:, 0])
 
 
 def test_every_consistency_step_uses_the_noise_of_its_row():

@@ -13,6 +13,7 @@ from ipgo.backends.sana import Sana, SanaSprint
 from ipgo.backends.stable_diffusion import StableDiffusion
 from ipgo.backends.stable_diffusion_3 import StableDiffusion3
 from ipgo.backends.stable_diffusion_xl import StableDiffusionXL
+from ipgo.backends.z_image import ZImage
 from ipgo.devices import choose_device, choose_dtype
 from ipgo.errors import InputError, unknown
 
@@ -29,6 +30,7 @@ FAMILIES: dict[str, type[Backend]] = {
     "PixArtSigmaPipeline": PixArtSigma,
     "SanaPipeline": Sana,
     "SanaSprintPipeline": SanaSprint,
+    "ZImagePipeline": ZImage,
 }
 
 # name -> the class of the pipeline, and where it is.
@@ -47,6 +49,7 @@ BACKENDS: dict[str, tuple[str, str]] = {
     "pixart-sigma": ("PixArtSigmaPipeline", "PixArt-alpha/PixArt-Sigma-XL-2-512-MS"),
     "sana": ("SanaPipeline", "Efficient-Large-Model/Sana_1600M_1024px_diffusers"),
     "sana-sprint": ("SanaSprintPipeline", "Efficient-Large-Model/Sana_Sprint_1.6B_1024px_diffusers"),
+    "z-image-turbo": ("ZImagePipeline", "Tongyi-MAI/Z-Image-Turbo"),
 }
 
 
