@@ -6,6 +6,7 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLQwenImage,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
@@ -18,6 +19,8 @@ from diffusers import (
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SanaPipeline,
     SanaSprintPipeline,
     SanaTransformer2DModel,
@@ -37,6 +40,8 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3Model,
@@ -386,4 +391,70 @@ def z_image():
         tokenizer=tokenizer,
         transformer=louder(transformer, "cap_embedder.1", "adaLN"),
     )
+    return quiet(pipe)
+
+
+def qwen_vl(tokenizer):
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0},
+            "pad_token_id": 0,
+        },
+        vision_config={
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_heads": 2,
+            "out_hidden_size": 16,
+            "fullatt_block_indexes": [0],
+        },
+        **dict.fromkeys(
+            ["image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"],
+            len(tokenizer) - 1,
+        ),
+    )
+    return Qwen2_5_VLForConditionalGeneration(config).eval()
+
+
+def qwen_image():
+    torch.manual_seed(0)
+    tokenizer = qwen_tokenizer()
+    tokenizer.add_tokens(
+        ["system", "Describe the image by detailing the color, shape, size, texture, quantity, "]
+    )
+    tokenizer.add_tokens(["text, spatial relationships of the objects and background:", "<|vision_pad|>"])
+    transformer = QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(4, 6, 6),
+    )
+    vae = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.1, 0.0, -0.1, 0.0],
+        latents_std=[1.0, 2.0, 0.5, 1.0],
+    )
+    pipe = QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=vae.eval(),
+        text_encoder=qwen_vl(tokenizer),
+        tokenizer=tokenizer,
+        transformer=louder(transformer, "txt_in.weight"),
+    )
+    pipe.tokenizer_max_length = QWEN_TOKENS
+    before, _ = pipe.prompt_template_encode.split("{}")
+    pipe.prompt_template_encode_start_idx = len(tokenizer(before).input_ids)
     return quiet(pipe)

@@ -43,6 +43,7 @@ class Case:
         options: of `load_backend`.
         guidance: scales, off and on.
         steps: arguments that the pipeline needs for a number of steps.
+        negative: must the pipeline be given an empty negative prompt to guide at all?
     """
 
     build: Callable[[], Any]
@@ -50,6 +51,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     guidance: tuple[float, ...] = (1.0, 5.0)
     steps: Callable[[int], dict[str, Any]] = lambda steps: {}
+    negative: bool = False
 
 
 CASES = {
@@ -71,6 +73,7 @@ CASES = {
     "sana-dpm": Case(tiny.sana_with_dpm, SANA, guidance=(1.0, 4.5)),
     "sana-sprint": Case(tiny.sana_sprint, SANA, guidance=(1.0, 4.5), steps=sprint_steps),
     "z-image": Case(tiny.z_image, {**QWEN, **SMALL}, {"image_size": 16}),
+    "qwen-image": Case(tiny.qwen_image, SMALL, {"image_size": 16}, negative=True),
 }
 # One case for each family: the slower tests.
 ONE_EACH = [
@@ -86,6 +89,7 @@ ONE_EACH = [
     "sana",
     "sana-sprint",
     "z-image",
+    "qwen-image",
 ]
 
 
@@ -109,13 +113,21 @@ def noise_of(backend, count):
     return {"latents": backend.pipeline_latents(backend.noise(SEEDS[:count])[:, 0])}
 
 
+def padded(values, length):
+    """(B, L, ...) with zeros up to `length`; what is padded is masked."""
+    return torch.cat(
+        [values, values.new_zeros(len(values), length - values.shape[1], *values.shape[2:])], dim=1
+    )
+
+
 def joined(kwargs):
     """The arguments of several prompts as those of one batch: tensors, or lists with one of them for each."""
     whole = {}
     for name, value in kwargs[0].items():
         all_of_it = [each[name] for each in kwargs]
         if isinstance(value, torch.Tensor):
-            whole[name] = torch.cat(all_of_it)
+            longest = max(each.shape[1] for each in all_of_it)
+            whole[name] = torch.cat([padded(each, longest) for each in all_of_it])
         else:
             whole[name] = [row for part in all_of_it for row in part] if isinstance(value, list) else value
     return whole
@@ -132,6 +144,7 @@ def test_sampling_equals_the_pipeline(pipes, name, count, steps):
     case, pipe, backend = open_case(pipes, name)
     prompts = list(PROMPTS[:count])
     images = []
+    negative = {"negative_prompt": [""] * count} if case.negative else {}
     for scale in case.guidance:
         ours = generate(backend, prompts, SEEDS[:count], Adapter(), Sampling(steps, scale))
         theirs = pipe(
@@ -142,6 +155,7 @@ def test_sampling_equals_the_pipeline(pipes, name, count, steps):
             **noise_of(backend, count),
             **case.steps(steps),
             **case.call,
+            **negative,
         ).images
         close(ours, theirs)
         images.append(ours)

@@ -7,12 +7,15 @@ from diffusers import DDPMScheduler
 from ipgo.adapters import Adapter, NoiseAdapter, generate
 from ipgo.backends import load_backend
 from ipgo.backends.flux import pack, unpack
+from ipgo.backends.qwen_image import compact
+from ipgo.embeds import PromptEmbeds
 from ipgo.errors import InputError
 from ipgo.relaxation import Relaxation
 from ipgo.sampling import Sampling
 from tests import tiny_families as tiny
 
-CHAT_MARKS = "<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n"
+MARKS_AFTER = "<|im_end|>\n<|im_start|>assistant\n"
+MARKS = "<|im_start|>user\n" + MARKS_AFTER
 
 
 def test_a_scheduler_that_hides_its_noise_is_refused():
@@ -112,12 +115,21 @@ def test_sana_sees_the_longest_prompt_whole():
     assert backend.unconditional("blurry", longest).mask.sum(1).tolist() == [7, 7]  # without the instruction
 
 
-def test_the_marks_of_a_chat_count():
-    backend = load_backend(tiny.z_image(), device="cpu", image_size=16)
-    spent = len(backend.tokenizer(CHAT_MARKS).input_ids)
+@pytest.mark.parametrize(("build", "marks"), [(tiny.z_image, MARKS), (tiny.qwen_image, MARKS_AFTER)])
+def test_the_marks_of_a_chat_count(build, marks):
+    backend = load_backend(build(), device="cpu", image_size=16)
+    spent = len(backend.tokenizer(marks).input_ids)
     assert backend.encode(["a" * (tiny.QWEN_TOKENS - spent)]).mask.all()
     with pytest.raises(InputError, match=f"has {tiny.QWEN_TOKENS + 1} tokens and the encoder takes"):
         backend.encode(["a" * (tiny.QWEN_TOKENS - spent + 1)])
+
+
+def test_padding_goes_behind_the_text():
+    embeds = torch.arange(2 * 5 * 1.0).view(2, 5, 1)
+    mask = torch.tensor([[True, False, True, False, True], [False, True, False, False, False]])
+    found = compact(PromptEmbeds(embeds, mask))
+    assert found.embeds[..., 0].tolist() == [[0, 2, 4], [6, 5, 7]]
+    assert found.mask.tolist() == [[True] * 3, [True, False, False]]
 
 
 def test_learned_noise_for_a_pipeline_whose_prompts_are_lists():

@@ -9,6 +9,7 @@ from ipgo.backends.base import Backend
 from ipgo.backends.facts import Facts, Opening
 from ipgo.backends.flux import Flux
 from ipgo.backends.pixart import PixArtAlpha, PixArtSigma
+from ipgo.backends.qwen_image import QwenImage
 from ipgo.backends.sana import Sana, SanaSprint
 from ipgo.backends.stable_diffusion import StableDiffusion
 from ipgo.backends.stable_diffusion_3 import StableDiffusion3
@@ -31,6 +32,7 @@ FAMILIES: dict[str, type[Backend]] = {
     "SanaPipeline": Sana,
     "SanaSprintPipeline": SanaSprint,
     "ZImagePipeline": ZImage,
+    "QwenImagePipeline": QwenImage,
 }
 
 # name -> the class of the pipeline, and where it is.
@@ -50,6 +52,7 @@ BACKENDS: dict[str, tuple[str, str]] = {
     "sana": ("SanaPipeline", "Efficient-Large-Model/Sana_1600M_1024px_diffusers"),
     "sana-sprint": ("SanaSprintPipeline", "Efficient-Large-Model/Sana_Sprint_1.6B_1024px_diffusers"),
     "z-image-turbo": ("ZImagePipeline", "Tongyi-MAI/Z-Image-Turbo"),
+    "qwen-image": ("QwenImagePipeline", "Qwen/Qwen-Image"),
 }
 
 

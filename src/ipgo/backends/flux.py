@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ipgo.backends.base import Backend, latent_side
 from ipgo.backends.facts import Facts, Opening
-from ipgo.backends.schedulers import shift
+from ipgo.backends.schedulers import shifted
 from ipgo.backends.text import clip_tokens, tokenize
 from ipgo.embeds import PromptEmbeds
 
@@ -87,9 +86,7 @@ class Flux(Backend):
         return self.guided(denoise, latents, cond, None, guidance_scale)
 
     def _timesteps(self, steps: int, latents: Tensor) -> dict[str, Any]:
-        tokens = latents.shape[-2] * latents.shape[-1] // 4
-        sigmas = np.linspace(1.0, 1 / steps, steps)
-        return {"sigmas": sigmas, "mu": shift(tokens, self.pipe.scheduler.config)}
+        return shifted(steps, latents.shape[-2] * latents.shape[-1] // 4, self.pipe.scheduler.config)
 
     def pipeline_latents(self, latents: Tensor) -> Tensor:
         return pack(latents)

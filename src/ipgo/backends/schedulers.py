@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,6 +58,11 @@ def shift(tokens: int, config: Any) -> float:
     """mu, how far a flow's schedule is shifted for an image of so many tokens: linear in their number."""
     slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
     return float(config.base_shift + slope * (tokens - config.base_image_seq_len))
+
+
+def shifted(steps: int, tokens: int, config: Any) -> dict[str, Any]:
+    """Arguments of `set_timesteps` for an image of so many tokens: equal steps from 1 on, and their shift."""
+    return {"sigmas": np.linspace(1.0, 1 / steps, steps), "mu": shift(tokens, config)}
 
 
 class Denoised(NamedTuple):

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ipgo.backends.base import Backend, latent_side
 from ipgo.backends.facts import Facts, Opening
-from ipgo.backends.schedulers import shift
+from ipgo.backends.schedulers import shifted
 from ipgo.backends.text import chat, tokenize
 from ipgo.embeds import PromptEmbeds
 
@@ -73,9 +72,7 @@ class ZImage(Backend):
         return self.guided(denoise, latents, cond, uncond, guidance_scale)
 
     def _timesteps(self, steps: int, latents: Tensor) -> dict[str, Any]:
-        tokens = latents.shape[-2] * latents.shape[-1] // 4
-        sigmas = np.linspace(1.0, 1 / steps, steps)
-        return {"sigmas": sigmas, "mu": shift(tokens, self.pipe.scheduler.config)}
+        return shifted(steps, latents.shape[-2] * latents.shape[-1] // 4, self.pipe.scheduler.config)
 
     def pipeline_kwargs(self, cond: PromptEmbeds, uncond: PromptEmbeds | None) -> dict[str, Any]:
         """Arguments that give a stock pipeline these prompts: lists of (L, D), without padding."""
