@@ -74,6 +74,8 @@ CASES = {
     "sana-sprint": Case(tiny.sana_sprint, SANA, guidance=(1.0, 4.5), steps=sprint_steps),
     "z-image": Case(tiny.z_image, {**QWEN, **SMALL}, {"image_size": 16}),
     "qwen-image": Case(tiny.qwen_image, SMALL, {"image_size": 16}, negative=True),
+    "flux2-klein": Case(tiny.flux_2, {**QWEN, **SMALL}, {"image_size": 16}, (1.0,)),
+    "flux2-klein-base": Case(lambda: tiny.flux_2(distilled=False), {**QWEN, **SMALL}, {"image_size": 16}),
 }
 # One case for each family: the slower tests.
 ONE_EACH = [
@@ -90,6 +92,8 @@ ONE_EACH = [
     "sana-sprint",
     "z-image",
     "qwen-image",
+    "flux2-klein",
+    "flux2-klein-base",
 ]
 
 
@@ -148,7 +152,7 @@ def test_sampling_equals_the_pipeline(pipes, name, count, steps):
     for scale in case.guidance:
         ours = generate(backend, prompts, SEEDS[:count], Adapter(), Sampling(steps, scale))
         theirs = pipe(
-            prompts,
+            prompt=prompts,
             num_inference_steps=steps,
             output_type="pt",
             **backend.pipeline_guidance(scale),

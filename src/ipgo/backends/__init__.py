@@ -8,6 +8,7 @@ from typing import Any
 from ipgo.backends.base import Backend
 from ipgo.backends.facts import Facts, Opening
 from ipgo.backends.flux import Flux
+from ipgo.backends.flux_2 import Flux2Klein
 from ipgo.backends.pixart import PixArtAlpha, PixArtSigma
 from ipgo.backends.qwen_image import QwenImage
 from ipgo.backends.sana import Sana, SanaSprint
@@ -33,6 +34,7 @@ FAMILIES: dict[str, type[Backend]] = {
     "SanaSprintPipeline": SanaSprint,
     "ZImagePipeline": ZImage,
     "QwenImagePipeline": QwenImage,
+    "Flux2KleinPipeline": Flux2Klein,
 }
 
 # name -> the class of the pipeline, and where it is.
@@ -53,6 +55,8 @@ BACKENDS: dict[str, tuple[str, str]] = {
     "sana-sprint": ("SanaSprintPipeline", "Efficient-Large-Model/Sana_Sprint_1.6B_1024px_diffusers"),
     "z-image-turbo": ("ZImagePipeline", "Tongyi-MAI/Z-Image-Turbo"),
     "qwen-image": ("QwenImagePipeline", "Qwen/Qwen-Image"),
+    "flux2-klein": ("Flux2KleinPipeline", "black-forest-labs/FLUX.2-klein-4B"),
+    "flux2-klein-base": ("Flux2KleinPipeline", "black-forest-labs/FLUX.2-klein-base-4B"),
 }
 
 
