@@ -120,7 +120,7 @@ def lcm():
     return quiet(LatentConsistencyModelPipeline(**parts, requires_safety_checker=False))
 
 
-def sdxl(scheduler=None, *, zeros=True, **vae_config):
+def sdxl(scheduler=None, *, zeros=True, scale_width=None, **vae_config):
     torch.manual_seed(0)
     tokenizer = byte_tokenizer()
     unet = UNet2DConditionModel(
@@ -137,6 +137,7 @@ def sdxl(scheduler=None, *, zeros=True, **vae_config):
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=6 * 8 + 24,
+        time_cond_proj_dim=scale_width,
     )
     pipe = StableDiffusionXLPipeline(
         vae=vae(**vae_config),
@@ -144,7 +145,7 @@ def sdxl(scheduler=None, *, zeros=True, **vae_config):
         text_encoder_2=clip(CLIPTextModelWithProjection, tokenizer, 24),
         tokenizer=tokenizer,
         tokenizer_2=byte_tokenizer(),
-        unet=louder(unet, "attn2.to_out", "attn2.to_v"),
+        unet=louder(unet, "attn2.to_out", "attn2.to_v", "cond_proj"),
         scheduler=scheduler or DDIMScheduler(**LEVELS, clip_sample=False, steps_offset=1),
         force_zeros_for_empty_prompt=zeros,
         add_watermarker=False,
@@ -154,6 +155,12 @@ def sdxl(scheduler=None, *, zeros=True, **vae_config):
 
 def sdxl_turbo():
     return sdxl(EulerAncestralDiscreteScheduler(**LEVELS, timestep_spacing="trailing"))
+
+
+def lcm_sdxl():
+    """With a UNet that takes the guidance scale."""
+    scheduler = LCMScheduler(**LEVELS, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    return sdxl(scheduler, scale_width=16)
 
 
 T5_TOKENS = 16
