@@ -73,9 +73,9 @@ def load_backend(
     """Open a frozen text-to-image backend.
 
     Args:
-        source: a name in `BACKENDS`, a local diffusers folder, a hub id `owner/name`, or a pipeline object
-            (which is used as it is: its parameters are frozen, and it stays where it is if `device` and
-            `dtype` are "auto").
+        source: a name in `BACKENDS`, a local diffusers folder, a .safetensors file of Stable Diffusion or SDXL,
+            a hub id `owner/name`, or a pipeline object (which is used as it is: its parameters are frozen, and
+            it stays where it is if `device` and `dtype` are "auto").
         device: auto, cpu, cuda or cuda:N.
         dtype: auto, float32, bfloat16, float16 or float64.
         image_size: side of the square images in pixels; None is the model's own.
@@ -97,7 +97,7 @@ def load_backend(
     kinds = [kind.__name__ for kind in type(source).__mro__ if kind.__name__ in FAMILIES]
     if not kinds:
         raise InputError(
-            f"a backend opens a name, a folder or a pipeline ({', '.join(FAMILIES)}), "
+            f"a backend opens a name, a folder, a file or a pipeline ({', '.join(FAMILIES)}), "
             f"not {type(source).__name__}"
         )
     opening.check(FAMILIES[kinds[0]].facts, kinds[0])
@@ -110,10 +110,14 @@ def load_backend(
 
 
 def _place(source: str | Path) -> tuple[str, str | Path]:
-    """The class of the pipeline that a name, a folder or a hub id stands for, and where it is."""
+    """The class of the pipeline that a name, a folder, a file or a hub id stands for, and where it is."""
+    if isinstance(source, str) and source in BACKENDS:
+        return BACKENDS[source]
+    if Path(source).suffix == ".safetensors":
+        from ipgo.backends.single_file import file_class
+
+        return file_class(Path(source)), source
     if isinstance(source, str):
-        if source in BACKENDS:
-            return BACKENDS[source]
         if "/" not in source and not Path(source).exists():
             raise unknown("backend", source, BACKENDS)
         if (source[0] in "/.~" or source.count("/") > 1) and not Path(source).exists():
@@ -130,7 +134,11 @@ def _family(kind: str, source: str) -> type[Backend]:
 
 
 def _open(place: str | Path, kind: str, device: str, dtype: str) -> Any:
+    chosen = choose_device(device)
+    if Path(place).suffix == ".safetensors":
+        from ipgo.backends.single_file import open_file
+
+        return open_file(Path(place), kind, choose_dtype(dtype, chosen)).to(chosen)
     from ipgo.backends.folder import open_pipeline
 
-    chosen = choose_device(device)
     return open_pipeline(place, kind, choose_dtype(dtype, chosen)).to(chosen)
