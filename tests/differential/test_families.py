@@ -295,6 +295,42 @@ def test_the_declared_facts_are_so(pipes, name):
         assert moved(replace(prompt, pooled=prompt.pooled + 1))
 
 
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_the_declared_layout_and_scales_are_so(pipes, name, monkeypatch):
+    """How pipelines take latents, what the network gets of the time, and what the VAE gets of the latents."""
+    _, pipe, backend = open_case(pipes, name)
+    latents = backend.noise([0])[:, 0]
+    assert (backend.pipeline_latents(latents).ndim == 3) == (backend.facts.latents == "packed")
+    own = {"SCMScheduler": "angle", "FlowMatchEulerDiscreteScheduler": "flow"}
+    assert backend.facts.prediction == own.get(type(pipe.scheduler).__name__, "scheduler")
+
+    seen = []
+    hook = backend.modules["denoiser"].register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["timestep"] if "timestep" in kwargs else args[1]),
+        with_kwargs=True,
+    )
+    t = backend.scheduler(2, latents).timesteps[0]
+    with torch.no_grad():
+        backend.predict(latents, t, backend.encode(PROMPTS[:1]), None, 1.0)
+    hook.remove()
+    times = {
+        "t": lambda: t,
+        "t / 1000": lambda: t / 1000,
+        "1 - t / 1000": lambda: 1 - t / 1000,
+        "share of noise": lambda: t.sin() / (t.sin() + t.cos()),
+    }
+    torch.testing.assert_close(seen[0].flatten()[0].double(), times[backend.facts.time]().double())
+
+    decode = pipe.vae.decode
+    given = []
+    monkeypatch.setattr(pipe.vae, "decode", lambda z, **kwargs: given.append(z) or decode(z, **kwargs))
+    for constant in (0.0, 1.0):
+        backend.decode(torch.full_like(latents, constant))
+    zero, one = given
+    assert (zero.abs().max() == 0) == (backend.facts.scaling == "factor")
+    assert ((one - zero).std() > 1e-3) == (backend.facts.scaling == "mean and deviation")
+
+
 def test_sdxl_in_float16_decodes_in_float32():
     pipe = tiny.sdxl()
     backend = load_backend(pipe, device="cpu", dtype="float16")

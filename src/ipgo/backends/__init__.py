@@ -7,6 +7,7 @@ from typing import Any
 
 from ipgo.backends.base import Backend
 from ipgo.backends.facts import Facts, Opening
+from ipgo.backends.few_steps import FewSteps, by_name
 from ipgo.backends.flux import Flux
 from ipgo.backends.flux_2 import Flux2Klein
 from ipgo.backends.pixart import PixArtAlpha, PixArtSigma
@@ -19,7 +20,7 @@ from ipgo.backends.z_image import ZImage
 from ipgo.devices import choose_device, choose_dtype
 from ipgo.errors import InputError, unknown
 
-__all__ = ["BACKENDS", "FAMILIES", "Backend", "Facts", "load_backend"]
+__all__ = ["BACKENDS", "FAMILIES", "Backend", "Facts", "FewSteps", "few_steps", "load_backend"]
 
 # The pipeline class of diffusers -> who opens it.
 FAMILIES: dict[str, type[Backend]] = {
@@ -107,6 +108,11 @@ def load_backend(
     if dtype != "auto":
         given.to(choose_dtype(dtype, given.device))
     return FAMILIES[kinds[0]](given, type(source).__name__, opening)
+
+
+def few_steps(source: str) -> FewSteps | None:
+    """How a model is sampled that draws in a few steps, by its name alone; None for others."""
+    return by_name(BACKENDS[source][1] if source in BACKENDS else source)
 
 
 def _place(source: str | Path) -> tuple[str, str | Path]:

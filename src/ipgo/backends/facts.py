@@ -12,6 +12,8 @@ PADDINGS = ("max_length", "none")
 LONG_PROMPTS = ("refuse", "truncate")
 
 Guidance = Literal["classifier-free", "distilled", "none"]
+Time = Literal["t", "t / 1000", "1 - t / 1000", "share of noise"]
+Scaling = Literal["factor", "factor and shift", "mean and deviation"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,13 @@ class Facts:
         guidance: "classifier-free", "distilled" (the scale is an input of the network), "none"; of several,
             a model has one.
         process: "diffusion", whose schedulers can be exchanged, or "flow", which keeps its own.
+        latents: how stock pipelines take them: a "grid" (B, C, h, w), or "packed" into a row of patches. Here they
+            are always a grid.
+        time: what the network gets of a scheduler's timestep t.
+        scaling: how latents are brought to the VAE's: divided by a factor, also shifted, or each channel given
+            its mean and deviation.
+        prediction: what the network says: what its "scheduler" is configured for (noise, velocity or the clean
+            latents), a "flow" from the latents to noise, or that flow turned to an "angle" of noise.
     """
 
     tokens: int
@@ -34,6 +43,10 @@ class Facts:
     pooled: bool
     guidance: tuple[Guidance, ...]
     process: Literal["diffusion", "flow"]
+    latents: Literal["grid", "packed"] = "grid"
+    time: Time = "t"
+    scaling: Scaling = "factor"
+    prediction: Literal["scheduler", "flow", "angle"] = "scheduler"
 
     def __str__(self) -> str:
         padding = {"always": "padding hidden", "never": "padding seen", "optional": "padding seen or hidden"}

@@ -32,6 +32,10 @@ class Flux(Backend):
         pooled=True,
         guidance=("distilled", "none"),
         process="flow",
+        latents="packed",
+        time="t / 1000",
+        scaling="factor and shift",
+        prediction="flow",
     )
 
     def __init__(self, pipe: Any, name: str, opening: Opening) -> None:

@@ -31,6 +31,9 @@ class Flux2Klein(Backend):
         pooled=False,
         guidance=("classifier-free", "none"),
         process="flow",
+        time="t / 1000",
+        scaling="mean and deviation",
+        prediction="flow",
     )
 
     def __init__(self, pipe: Any, name: str, opening: Opening) -> None:

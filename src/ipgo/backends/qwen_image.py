@@ -36,6 +36,10 @@ class QwenImage(Backend):
         pooled=False,
         guidance=("classifier-free",),
         process="flow",
+        latents="packed",
+        time="t / 1000",
+        scaling="mean and deviation",
+        prediction="flow",
     )
 
     def __init__(self, pipe: Any, name: str, opening: Opening) -> None:

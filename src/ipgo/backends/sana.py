@@ -35,6 +35,7 @@ class Sana(Backend):
         pooled=False,
         guidance=("classifier-free",),
         process="flow",
+        prediction="flow",
     )
 
     def __init__(self, pipe: Any, name: str, opening: Opening) -> None:
@@ -99,7 +100,9 @@ class SanaSprint(Sana):
     The guidance scale is an input of the network, so there is no unconditional half.
     """
 
-    facts: ClassVar[Facts] = replace(Sana.facts, guidance=("distilled",))
+    facts: ClassVar[Facts] = replace(
+        Sana.facts, guidance=("distilled",), time="share of noise", prediction="angle"
+    )
 
     def __init__(self, pipe: Any, name: str, opening: Opening) -> None:
         super().__init__(pipe, name, opening)

@@ -96,4 +96,5 @@ class TrigFlow:
 
     def add_noise(self, clean: Tensor, noise: Tensor, angle: Tensor) -> Tensor:
         """Clean latents at an angle, for `noise` of N(0, 1)."""
-        return angle.cos() * clean + angle.sin() * self.init_noise_sigma * noise
+        noisy: Tensor = angle.cos() * clean + angle.sin() * self.init_noise_sigma * noise
+        return noisy

@@ -31,6 +31,9 @@ class ZImage(Backend):
         pooled=False,
         guidance=("classifier-free",),
         process="flow",
+        time="1 - t / 1000",
+        scaling="factor and shift",
+        prediction="flow",
     )
 
     def __init__(self, pipe: Any, name: str, opening: Opening) -> None:
