@@ -6,6 +6,7 @@ Whatever needs torch is imported inside the commands, so that `ipgo --help` answ
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -86,7 +87,8 @@ def _fail(message: str, code: int) -> int:
 
 def fit(argv: list[str]) -> int:
     """`ipgo fit`: settings from a preset, then a file, then flags, checked as early as possible."""
-    from ipgo.config import build, method_of, parse, presets, read_settings, run_parser
+    from ipgo.config import build, flatten, merge, method_of, parse, presets, read_settings, run_parser
+    from ipgo.defaults import for_backend
     from ipgo.methods import METHODS
     from ipgo.rewards import check_reward
     from ipgo.runner import check_method, held_out, load_models, run, warn_of_unseen_words
@@ -94,7 +96,7 @@ def fit(argv: list[str]) -> int:
 
     # These decide which other options there are.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("--preset", "--config", "--method"):
+    for name in ("--preset", "--config", "--method", "--backend"):
         first.add_argument(name)
     try:
         chosen, rest = first.parse_known_args([underscores(word) for word in argv])
@@ -103,8 +105,17 @@ def fit(argv: list[str]) -> int:
     settings = read_settings(chosen.preset, chosen.config)
     if chosen.method not in (None, method_of(settings)):
         settings["method"] = {"name": chosen.method}
+    if chosen.backend is not None:
+        settings["backend"] = chosen.backend
 
     parser = run_parser(method_of(settings))
+    few = for_backend(str(settings.get("backend")), method_of(settings))
+    if few:
+        said = ", ".join(f"{name} {json.dumps(value)}" for name, value in flatten(few).items())
+        logging.getLogger("ipgo").info(
+            "%s draws in few steps; where nothing else is asked for: %s", settings["backend"], said
+        )
+    settings = merge(few, settings)
     parser.usage = "ipgo fit PROMPT... [options]"
     parser.description = "Learn embeddings for one prompt or many, and judge them on new noise."
     parser.epilog = f"--method NAME chooses what learns and has the options above ({', '.join(METHODS)})."

@@ -39,7 +39,7 @@ def _names(kind: str, name: str | None) -> list[str]:
     if kind == "rewards":
         return [f"{each:<18}{describe(each)}" for each in REWARDS]
     if kind == "backends":
-        return [f"{each:<16}{FAMILIES[family].facts}" for each, (family, _) in BACKENDS.items()]
+        return [f"{each:<18}{FAMILIES[family].facts}" for each, (family, _) in BACKENDS.items()]
     return presets()
 
 

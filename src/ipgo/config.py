@@ -39,7 +39,7 @@ class RunConfig:
         prompts: the texts to fit.
         prompts_from: the file, set or collection that they were read from, for the record.
         method: what learns, and its hyperparameters.
-        backend: a backend's name, a diffusers folder, or a hub id.
+        backend: a backend's name, a diffusers folder, a .safetensors file, or a hub id.
         reward: what to raise: a name, a sum such as "emoji-clip+0.5*emoji-aesthetic", or mine.py:function.
         held_out: rewards that only judge the result; None is all those that come with the backend.
         sampling: how images are sampled.

@@ -13,8 +13,8 @@ from PIL import Image
 from ipgo.adapters import Adapter
 from ipgo.backends import Backend
 from ipgo.config import RunConfig
+from ipgo.defaults import defaults
 from ipgo.evaluation import Gain, Score, summarise
-from ipgo.methods.ipgo import IPGO
 from ipgo.prompts import Prompt
 from ipgo.rewards import Reward, as_reward
 from ipgo.runner import check_method, load_models, run, warn_of_unseen_words
@@ -63,8 +63,8 @@ def fit(
     *,
     reward: str | Reward = "emoji-preference",
     backend: str | Backend = "emoji",
-    method: Method = IPGO(),
-    sampling: Sampling = Sampling(),
+    method: Method | None = None,
+    sampling: Sampling | None = None,
     seeds: Sequence[int] = (0,),
     unseen_seeds: int = 4,
     seed: int = 0,
@@ -80,19 +80,22 @@ def fit(
         reward: a spec as in `load_reward`, or any function (images (B, 3, H, W) in [0, 1], prompts) -> (B,).
         backend: a name, folder or hub id as in `load_backend`, or a loaded backend.
         out: where to keep the run; an unfinished one there is continued. None keeps nothing.
-        method, sampling, seeds, unseen_seeds, seed, shared, chunk, device: see `RunConfig`.
+        method, sampling: None is IPGO and 20 steps, or what a few-step model wants (see `defaults.for_backend`).
+        seeds, unseen_seeds, seed, shared, chunk, device: see `RunConfig`.
 
     Raises:
         InputError: settings or prompts that cannot work. ResumeError: `out` holds a run with other settings.
     """
     given_reward = None if isinstance(reward, str) else as_reward(reward)
     given_backend = None if isinstance(backend, str) else backend
+    name = backend if isinstance(backend, str) else backend.name
+    own_method, own_sampling = defaults(name)
     config = RunConfig(
         prompts=(prompts,) if isinstance(prompts, str) else tuple(prompts),
-        method=method,
-        backend=backend if isinstance(backend, str) else backend.name,
+        method=method or own_method,
+        backend=name,
         reward=reward if isinstance(reward, str) else as_reward(reward).name,
-        sampling=sampling,
+        sampling=sampling or own_sampling,
         seeds=tuple(seeds),
         unseen_seeds=unseen_seeds,
         seed=seed,

@@ -133,7 +133,8 @@ def _base(backend: str) -> str | None:
     from ipgo.backends import BACKENDS
 
     place = BACKENDS[backend][1] if backend in BACKENDS else backend
-    return place if place.count("/") == 1 and not place.startswith((".", "~", "/")) else None
+    local = place.startswith((".", "~", "/")) or place.endswith(".safetensors")
+    return place if place.count("/") == 1 and not local else None
 
 
 def _limits(run: Run, adapter: Adapter) -> str:

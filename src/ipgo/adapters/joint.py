@@ -75,5 +75,4 @@ class JointAdapter(Adapter):
     def prompt_kwargs(self, pipe: Any, prompt: str, negative_prompt: str = "") -> dict[str, Any]:
         """As `Adapter.prompt_kwargs`, with the initial noise."""
         kwargs = super().prompt_kwargs(pipe, prompt, negative_prompt)
-        latents = self.initial.pipeline_latents(pipe, prompt)
-        return {**kwargs, "latents": latents.to(kwargs["prompt_embeds"])}
+        return {**kwargs, "latents": self.initial.pipeline_latents(pipe, prompt)}

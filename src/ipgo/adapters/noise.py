@@ -107,12 +107,13 @@ class NoiseAdapter(Adapter):
         if self.latents.shape[1] > 1:
             raise InputError("a pipeline takes the initial noise only; this adapter holds that of every step")
         kwargs = super().prompt_kwargs(pipe, prompt, negative_prompt)
-        return {**kwargs, "latents": self.pipeline_latents(pipe, prompt).to(kwargs["prompt_embeds"])}
+        return {**kwargs, "latents": self.pipeline_latents(pipe, prompt)}
 
     def pipeline_latents(self, pipe: Any, prompt: str) -> Tensor:
-        """The initial noise of `prompt`, in the layout of the pipeline's `latents`."""
+        """The initial noise of `prompt`, in the layout and format of the pipeline's `latents`."""
+        backend = load_backend(pipe)
         latents = self.latents[self.rows([prompt])][:, 0].detach()
-        return load_backend(pipe).pipeline_latents(latents)
+        return backend.pipeline_latents(latents).to(backend.device, backend.dtype)
 
 
 def norm_penalty(noise: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ PADDINGS = ("max_length", "none")
 LONG_PROMPTS = ("refuse", "truncate", "chunk")
 
 Guidance = Literal["classifier-free", "distilled", "none"]
+Time = Literal["t", "t / 1000", "1 - t / 1000", "share of noise"]
+Scaling = Literal["factor", "factor and shift", "mean and deviation"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,13 @@ class Facts:
             a model has one.
         process: "diffusion", whose schedulers can be exchanged, or "flow", which keeps its own.
         chunked: can longer prompts be read in windows of so many tokens (long_prompts="chunk")?
+        latents: how stock pipelines take them: a "grid" (B, C, h, w), or "packed" into a row of patches. Here they
+            are always a grid.
+        time: what the network gets of a scheduler's timestep t.
+        scaling: how latents are brought to the VAE's: divided by a factor, also shifted, or each channel given
+            its mean and deviation.
+        prediction: what the network says: what its "scheduler" is configured for (noise, velocity or the clean
+            latents), a "flow" from the latents to noise, or that flow turned to an "angle" of noise.
     """
 
     tokens: int
@@ -36,6 +45,10 @@ class Facts:
     guidance: tuple[Guidance, ...]
     process: Literal["diffusion", "flow"]
     chunked: bool = False
+    latents: Literal["grid", "packed"] = "grid"
+    time: Time = "t"
+    scaling: Scaling = "factor"
+    prediction: Literal["scheduler", "flow", "angle"] = "scheduler"
 
     def __str__(self) -> str:
         padding = {"always": "padding hidden", "never": "padding seen", "optional": "padding seen or hidden"}

@@ -55,17 +55,13 @@ class StableDiffusion(Backend):
         uncond: PromptEmbeds | None,
         guidance_scale: float,
     ) -> Tensor:
-        width = self.pipe.unet.config.time_cond_proj_dim
-        scale = None
-        if width is not None:
-            weight = torch.tensor([guidance_scale - 1.0])  # w of the paper, which is 0 without guidance
-            scale = self.pipe.get_guidance_scale_embedding(weight, embedding_dim=width).to(latents.device)
+        scale = embedded_scale(self, guidance_scale)
 
         def denoise(latents: Tensor, prompt: PromptEmbeds) -> Tensor:
             output: Tensor = self.pipe.unet(
                 latents.to(self.dtype),
                 timestep,
-                timestep_cond=None if scale is None else scale.to(self.dtype).expand(len(latents), -1),
+                timestep_cond=None if scale is None else scale.expand(len(latents), -1),
                 encoder_hidden_states=prompt.embeds,
                 encoder_attention_mask=hidden(prompt.mask),
                 return_dict=False,
@@ -86,3 +82,14 @@ def attended(backend: Backend, prompt: PromptEmbeds) -> PromptEmbeds:
 def hidden(mask: Tensor) -> Tensor | None:
     """None where nothing is hidden: attention without a mask is faster."""
     return None if bool(mask.all()) else mask
+
+
+def embedded_scale(backend: Backend, guidance_scale: float) -> Tensor | None:
+    """(1, E): the guidance scale as an input of a UNet that is distilled with it; None for others."""
+    pipe = backend.pipe
+    width = pipe.unet.config.time_cond_proj_dim
+    if width is None:
+        return None
+    weight = torch.tensor([guidance_scale - 1.0])  # w of the paper, which is 0 without guidance
+    scale: Tensor = pipe.get_guidance_scale_embedding(weight, embedding_dim=width)
+    return scale.to(backend.device, backend.dtype)

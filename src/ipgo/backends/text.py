@@ -89,3 +89,16 @@ def read(
 def clip_tokens(tokenizer: Any, encoder: Any) -> int:
     """The longest prompt that a CLIP text encoder takes."""
     return min(int(tokenizer.model_max_length), int(encoder.config.max_position_embeddings))
+
+
+def chat(tokenizer: Any, prompts: Sequence[str], *, thinking: bool) -> list[str]:
+    """Prompts as messages of a user, up to where a chat model would answer, or `thinking`, would begin to think."""
+    return [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=thinking,
+        )
+        for prompt in prompts
+    ]
