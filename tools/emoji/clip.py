@@ -14,7 +14,7 @@ from tools.emoji.loop import DEVICE, Schedule, save, train, trained
 from tools.emoji.networks import attacked, embed_images, pixels, read_texts, shifted
 
 SCHEDULES = {
-    "clip": Schedule(steps=1_000, batch=128, lr=1e-3, warmup=60, weight_decay=0.05),
+    "clip": Schedule(steps=1_600, batch=128, lr=1e-3, warmup=60, weight_decay=0.05),
     "harden": Schedule(steps=500, batch=96, lr=4e-4, warmup=30, weight_decay=0.05),
 }
 RADIUS = 2.0  # of the largest disturbance, L2 over a picture in [-1, 1]: 0.018 a value

@@ -18,7 +18,7 @@ from tools.emoji.sprites import BUILD
 
 SCHEDULES = {
     "vae": Schedule(steps=4_500, batch=8, lr=1.5e-3, ema=0.995),
-    "denoiser": Schedule(steps=4_000, batch=32, lr=6e-4, warmup=150, ema=0.998),
+    "denoiser": Schedule(steps=9_000, batch=32, lr=6e-4, warmup=150, ema=0.998),
 }
 PAIRS = 0.7  # share of scenes with two objects: they take the longest to learn
 
