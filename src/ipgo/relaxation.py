@@ -45,13 +45,14 @@ class Relaxation:
     """Lets a backend's text encoder read mixtures.
 
     Raises:
-        InputError: it has several encoders, whose tokens need not be the same.
+        InputError: it has several encoders, whose tokens need not be the same, or one that reads a text otherwise
+            than between two marks.
     """
 
     def __init__(self, backend: Backend) -> None:
-        if "text_encoder_2" in backend.modules:
+        if "text_encoder_2" in backend.modules or len(backend.tokenizer("").input_ids) != 2:
             raise InputError(
-                f"the gradient of words needs one text encoder; backend {backend.name!r} has more"
+                f"the gradient of words needs one CLIP text encoder; backend {backend.name!r} has others"
             )
         self.backend = backend
         self._known: dict[str, Tensor] = {}
