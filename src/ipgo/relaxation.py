@@ -45,13 +45,14 @@ class Relaxation:
     """Lets a backend's text encoder read mixtures.
 
     Raises:
-        InputError: it has several encoders, whose tokens need not be the same, or reads prompts in windows.
+        InputError: it has several encoders, whose tokens need not be the same, one that reads a text otherwise than
+            between two marks, or one that reads prompts in windows.
     """
 
     def __init__(self, backend: Backend) -> None:
-        if "text_encoder_2" in backend.modules:
+        if "text_encoder_2" in backend.modules or len(backend.tokenizer("").input_ids) != 2:
             raise InputError(
-                f"the gradient of words needs one text encoder; backend {backend.name!r} has more: "
+                f"the gradient of words needs one CLIP text encoder; backend {backend.name!r} has others: "
                 "use solver='evolutionary'"
             )
         if backend.long_prompts == "chunk":

@@ -331,6 +331,26 @@ def test_the_declared_layout_and_scales_are_so(pipes, name, monkeypatch):
     assert ((one - zero).std() > 1e-3) == (backend.facts.scaling == "mean and deviation")
 
 
+@pytest.mark.parametrize("name", ONE_EACH)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_stays_close(name, dtype):
+    """Images and the direction of the gradient, of pipelines with few digits and with all."""
+    case = CASES[name]
+    found = []
+    for each in ("float32", dtype):
+        backend = load_backend(case.build(), device="cpu", dtype=each, **case.options)
+        adapter = InsertionAdapter(PROMPTS, backend.embed_dim, INSERTION)
+        sampling = Sampling(2, case.guidance[-1])
+        images = generate(backend, PROMPTS[:2], SEEDS[:2], adapter, sampling, backprop_steps=2)
+        images.sum().backward()
+        gradient = torch.cat([p.grad.flatten() for p in adapter.parameters() if p.grad is not None])
+        found.append((images.detach(), gradient))
+    (exact, own), (coarse, other) = found
+    assert coarse.dtype == torch.float32
+    assert (exact - coarse).abs().mean() < 0.02
+    assert torch.cosine_similarity(own, other, dim=0) > 0.8
+
+
 def test_sdxl_in_float16_decodes_in_float32():
     pipe = tiny.sdxl()
     backend = load_backend(pipe, device="cpu", dtype="float16")

@@ -35,9 +35,10 @@ def test_a_pipeline_without_its_text_encoder_is_refused():
         load_backend(pipe, device="cpu")
 
 
-def test_the_gradient_of_words_needs_one_text_encoder():
-    with pytest.raises(InputError, match="needs one text encoder"):
-        Relaxation(load_backend(tiny.sdxl(), device="cpu"))
+@pytest.mark.parametrize("build", [tiny.sdxl, tiny.pixart, tiny.sana, tiny.z_image])
+def test_the_gradient_of_words_needs_one_clip(build):
+    with pytest.raises(InputError, match="needs one CLIP text encoder"):
+        Relaxation(load_backend(build(), device="cpu"))
 
 
 def test_an_image_size_that_cuts_latents_is_refused():
@@ -52,6 +53,26 @@ def test_folders_are_opened_and_checked_part_by_part(tmp_path):
     (tmp_path / "text_encoder_2" / "model.safetensors").unlink()
     with pytest.raises(InputError, match=r"weights are missing: .*text_encoder_2"):
         load_backend(str(tmp_path), device="cpu")
+
+
+@pytest.mark.parametrize("build", [tiny.sana, tiny.sana_sprint, tiny.z_image, tiny.flux_2])
+def test_a_folder_draws_what_its_pipeline_draws(build, tmp_path):
+    """With an encoder that is a language model, and its tokenizer."""
+    pipe = build()
+    pipe.save_pretrained(tmp_path, safe_serialization=True)
+    original, opened = (load_backend(source, device="cpu", image_size=32) for source in (pipe, str(tmp_path)))
+    assert type(opened) is type(original)
+    images = [generate(each, ["a red cat"], [3], Adapter(), Sampling(2, 4.0)) for each in (original, opened)]
+    torch.testing.assert_close(*images, atol=1e-6, rtol=0)
+
+
+def test_qwen_image_is_known_by_its_folder(tmp_path):
+    """Its template is no part of the folder, and the tiny tokenizer's is shorter."""
+    pipe = tiny.qwen_image()
+    pipe.save_pretrained(tmp_path, safe_serialization=True)
+    opened = load_backend(tmp_path, device="cpu", image_size=16)
+    assert type(opened) is type(load_backend(pipe, device="cpu"))
+    assert (opened.max_tokens, opened.instruction_tokens) == (512, 34)
 
 
 @pytest.mark.parametrize(
