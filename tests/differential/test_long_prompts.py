@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from ipgo import cli
 from ipgo.adapters import (
     Adapter,
     EmbeddingAdapter,
@@ -211,6 +212,20 @@ def test_a_run_records_it(tmp_path):
         "long_prompts"
     ] == ("chunk")
     assert result[0].adapter.long_prompts == "chunk"
+
+
+def test_the_command_line(pipeline_folder, tmp_path, capsys):
+    words = ["fit", LONG, "--backend", pipeline_folder, "--reward", "contrast", "--sampling.steps", "2"]
+    words += ["--method.ascent.steps", "1", "--method.ascent.backprop_steps", "1", "--unseen-seeds", "0"]
+    words += ["--held-out", "colorfulness", "--out", str(tmp_path / "run")]
+    assert cli.main(words) == 2
+    assert (
+        'has 155 tokens and the encoder takes 77; shorten it, or allow long_prompts="truncate" or "chunk"'
+        in (capsys.readouterr().err)
+    )
+    assert cli.main([*words, "--long-prompts", "chunk"]) == 0
+    assert cli.main(["generate", str(tmp_path / "run"), "--out", str(tmp_path / "images")]) == 0
+    assert len(list((tmp_path / "images").iterdir())) == 1
 
 
 def test_what_cannot_be_read_in_windows_is_refused():
