@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from ipgo import __version__
 from ipgo.cli_compare import compare, comparisons, show_comparison
 from ipgo.cli_explain import explain
+from ipgo.cli_plan import plan
 from ipgo.cli_publish import publish
 from ipgo.cli_score import score
 from ipgo.errors import InputError, IpgoError, unknown
@@ -38,6 +39,7 @@ commands:
   evaluate   judge a finished run on more seeds, other rewards, or prompts it never saw
   compare    run many methods on the same prompts, seeds and budget, and make the table
   score      score pictures that are already there
+  plan       say what a fit takes of a GPU's memory, without one
   explain    say what learned embeddings are close to, and what each of them does
   report     write the page that shows a run or a comparison
   publish    write a run's adapter with a model card, as a folder or on the hub
@@ -363,6 +365,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "explain": explain,
     "evaluate": evaluate,
     "score": score,
+    "plan": plan,
     "report": report,
     "publish": publish,
     "list": list_,
