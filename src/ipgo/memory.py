@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -87,15 +87,16 @@ def new_sizes() -> FakeTensorMode:
 
 
 @contextmanager
-def sizes_only(sizes: FakeTensorMode, dtype: torch.dtype) -> Iterator[None]:
+def sizes_only(sizes: FakeTensorMode | None, dtype: torch.dtype) -> Iterator[None]:
     """Modules built in here have parameters of `dtype` that have a size and no numbers, and take no memory.
 
-    They can be called outside too: what depends on them has no numbers either, everything else does.
+    They can be called outside too: what depends on them has no numbers either, everything else does. With None for
+    `sizes` only the dtype is set.
     """
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with sizes:
+        with sizes or nullcontext():
             yield
     finally:
         torch.set_default_dtype(before)
@@ -108,9 +109,16 @@ def tensors_of(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
         yield from module.buffers()
 
 
-def build(kind: Callable[[], Any], sizes: FakeTensorMode, dtype: torch.dtype) -> Any:
-    """What `kind()` returns, with sizes only, frozen and in eval mode; layers that loading keeps in float32 are."""
-    with sizes_only(sizes, dtype), no_init_weights():
+def build(
+    kind: Callable[[], Any], sizes: FakeTensorMode | None, dtype: torch.dtype, device: str = "cpu"
+) -> Any:
+    """What `kind()` returns, frozen and in eval mode; layers that loading keeps in float32 are.
+
+    Args:
+        sizes: build it with sizes only; None gives random numbers, on `device`.
+    """
+    initialised = nullcontext() if sizes is None else no_init_weights()
+    with sizes_only(sizes, dtype), torch.device(device), initialised:
         module = kind()
         if hasattr(module, "tie_weights"):  # transformers does this with the initial values
             module.tie_weights(recompute_mapping=False)

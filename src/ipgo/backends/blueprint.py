@@ -44,15 +44,15 @@ class Blueprint:
     longest: Mapping[str, int] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def pipeline(self, sizes: FakeTensorMode, dtype: torch.dtype) -> Any:
-        """The pipeline of diffusers, whose modules have sizes and no numbers (`ipgo.memory.sizes_only`)."""
+    def pipeline(self, sizes: FakeTensorMode | None, dtype: torch.dtype, device: str = "cpu") -> Any:
+        """The pipeline of diffusers; see `ipgo.memory.build`."""
         import diffusers  # here, because it takes seconds
 
         kind = getattr(diffusers, self.kind)
         arguments: dict[str, Any] = {}
         for name, parameter in inspect.signature(kind).parameters.items():
             if name in self.parts:
-                arguments[name] = _made(self.parts[name], sizes, dtype)
+                arguments[name] = _made(self.parts[name], sizes, dtype, device)
             elif name.startswith("tokenizer") and name.replace("tokenizer", "text_encoder") in self.parts:
                 arguments[name] = Tokens(self.longest.get(name, UNBOUNDED))
             elif parameter.default is inspect.Parameter.empty:
@@ -62,7 +62,7 @@ class Blueprint:
         return kind(**arguments, **self.options)
 
 
-def _made(part: Part, sizes: FakeTensorMode, dtype: torch.dtype) -> Any:
+def _made(part: Part, sizes: FakeTensorMode | None, dtype: torch.dtype, device: str) -> Any:
     import diffusers
     import transformers
 
@@ -70,8 +70,8 @@ def _made(part: Part, sizes: FakeTensorMode, dtype: torch.dtype) -> Any:
     if part.kind.endswith("Scheduler"):
         return kind.from_config(dict(part.config))  # its tables have numbers
     if part.library == "diffusers":
-        return build(lambda: kind.from_config(dict(part.config)), sizes, dtype)
-    return build(lambda: kind(kind.config_class(**part.config)), sizes, dtype)
+        return build(lambda: kind.from_config(dict(part.config)), sizes, dtype, device)
+    return build(lambda: kind(kind.config_class(**part.config)), sizes, dtype, device)
 
 
 def read_blueprint(folder: Path) -> Blueprint:

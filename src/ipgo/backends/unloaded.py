@@ -50,8 +50,18 @@ def unloaded_backend(source: str, sizes: FakeTensorMode, dtype: torch.dtype, **o
     Raises:
         InputError: as `load_backend` and `blueprint_of`.
     """
-    blueprint = blueprint_of(source)
+    return open_blueprint(blueprint_of(source), sizes, dtype, **opening)
+
+
+def open_blueprint(
+    blueprint: Blueprint,
+    sizes: FakeTensorMode | None,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    **opening: Any,
+) -> Backend:
+    """A backend of that blueprint; with None for `sizes` it has random numbers, on `device`."""
     Opening(**opening).check(FAMILIES[blueprint.kind].facts, blueprint.kind)
-    pipe = blueprint.pipeline(sizes, dtype)
+    pipe = blueprint.pipeline(sizes, dtype, device)
     with sizes_only(sizes, torch.float32):  # for the copy of a VAE that overflows in float16
         return load_backend(pipe, **opening)

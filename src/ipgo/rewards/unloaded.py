@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
     BlipTextConfig,
@@ -82,8 +83,8 @@ BLIP_TEXT: dict[str, Any] = {
 TOWERS = {"clip": VIT_L, "aesthetic": VIT_L, "pickscore": VIT_H, "hpsv2": VIT_H, "hpsv2.1": VIT_H}
 
 
-def unloaded_reward(spec: str, sizes: FakeTensorMode) -> Reward:
-    """As `load_reward`, but published models have sizes and no numbers (`ipgo.memory.sizes_only`).
+def unloaded_reward(spec: str, sizes: FakeTensorMode | None, device: str = "cpu") -> Reward:
+    """As `load_reward`, but published models have sizes and no numbers, or random ones (`ipgo.memory.build`).
 
     A path to their weights is not followed, but for the folder of a CLIPModel, whose configuration is read. Bundled
     rewards and those of one's own are loaded.
@@ -91,23 +92,23 @@ def unloaded_reward(spec: str, sizes: FakeTensorMode) -> Reward:
     Raises:
         InputError: as `load_reward`, and for a CLIP of the hub that is not here, whose size is not known.
     """
-    return combine(spec, lambda name: _unloaded(name, sizes))
+    return combine(spec, lambda name: _unloaded(name, sizes, device))
 
 
-def _unloaded(name: str, sizes: FakeTensorMode) -> Reward:
+def _unloaded(name: str, sizes: FakeTensorMode | None, device: str) -> Reward:
     bare = re.split("[@:]", name, maxsplit=1)[0]
     if bare not in SOURCES:
-        return load_reward(name, device="cpu")
+        return load_reward(name, device=device)
     check_reward(name)
     if bare == "imagereward":
-        return _imagereward(name, sizes)
+        return _imagereward(name, sizes, device)
     config = _clip_config(name, bare)
-    model = build(lambda: CLIPModel(config), sizes, torch.float32)
+    model = build(lambda: CLIPModel(config), sizes, torch.float32, device)
     preprocessing = Preprocessing(
         config.vision_config.image_size, "pad" if bare.startswith("hps") else "crop"
     )
     if bare == "aesthetic":
-        head = torch.zeros(config.projection_dim), torch.zeros(())
+        head = _head(config.projection_dim, device)
         return Aesthetic(name, model, preprocessing, head, {})
     return ClipReward(name, model, Tokens(UNBOUNDED), preprocessing, {}, scaled=bare == "pickscore")
 
@@ -124,12 +125,16 @@ def _clip_config(name: str, bare: str) -> Any:
     return CLIPConfig.from_pretrained(place)
 
 
-def _imagereward(name: str, sizes: FakeTensorMode) -> ImageReward:
+def _imagereward(name: str, sizes: FakeTensorMode | None, device: str) -> ImageReward:
     vision_config, text_config = BlipVisionConfig(**BLIP_VISION), BlipTextConfig(**BLIP_TEXT)
     towers = (
-        build(lambda: BlipVisionModel(vision_config), sizes, torch.float32),
-        build(lambda: BlipTextModel(text_config, add_pooling_layer=False), sizes, torch.float32),
+        build(lambda: BlipVisionModel(vision_config), sizes, torch.float32, device),
+        build(lambda: BlipTextModel(text_config, add_pooling_layer=False), sizes, torch.float32, device),
     )
-    head = torch.zeros(text_config.hidden_size), torch.zeros(())
+    head = _head(text_config.hidden_size, device)
     preprocessing = Preprocessing(vision_config.image_size, "crop")
     return ImageReward(name, towers, Tokens(UNBOUNDED), head, preprocessing, {})
+
+
+def _head(width: int, device: str) -> tuple[Tensor, Tensor]:
+    return torch.ones(width, device=device), torch.zeros((), device=device)
