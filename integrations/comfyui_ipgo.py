@@ -5,8 +5,9 @@ Copy this file into ComfyUI/custom_nodes and `pip install ipgo` into ComfyUI's e
 does, on both sides: [prefix; conditioning; suffix] along the tokens.
 
 Limits: models with one text encoder, padded to 77 tokens, whose denoiser does not care about their order (Stable
-Diffusion 1.x and 2.x); adapters without cross-attention and learned with padding="max_length". Adapters of other
-kinds or widths are refused; that the checkpoint is the one that the adapter was learned on, the node cannot see.
+Diffusion 1.x and 2.x); adapters without cross-attention, learned with padding="max_length" and without
+insertion.pooled and insertion.negative. Adapters of other kinds or widths are refused; that the checkpoint is the one
+that the adapter was learned on, the node cannot see.
 """
 
 from pathlib import Path
@@ -49,6 +50,11 @@ class IPGOEmbeddings:
             raise ipgo.InputError(
                 f"adapter {adapter!r} has cross_attention={learned.insertion.cross_attention!r} and "
                 f"padding={learned.padding!r}; this node takes 'none' and 'max_length'"
+            )
+        if learned.insertion.pooled or learned.insertion.negative:
+            raise ipgo.InputError(
+                f"adapter {adapter!r} learned more than embeddings around the prompt (insertion.pooled or "
+                "insertion.negative), which this node does not put in"
             )
         only = learned.prompts[0] if learned.prompts is not None and len(learned.prompts) == 1 else prompt
         row = learned.rows([prompt or only])

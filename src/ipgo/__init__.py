@@ -15,9 +15,11 @@ from ipgo.errors import InputError, IpgoError, MissingExtraError, ResumeError, R
 
 if TYPE_CHECKING:
     from ipgo.adapters import Adapter, InsertionAdapter, LoRA, generate
+    from ipgo.artefacts import load_adapter, save_adapter
     from ipgo.backends import Backend, load_backend
     from ipgo.embeds import PromptEmbeds
     from ipgo.evaluation import Gain, Interval, Score, evaluate, summarise, win_rate
+    from ipgo.fitting import Fitted, Result, fit
     from ipgo.insertion import Insertion
     from ipgo.methods import (
         DDPO,
@@ -38,9 +40,8 @@ if TYPE_CHECKING:
     )
     from ipgo.publish import from_pretrained, push_to_hub, save_pretrained
     from ipgo.rewards import Reward, as_reward, load_reward
-    from ipgo.runner import Fitted, Result, fit
     from ipgo.sampling import Sampling
-    from ipgo.store import Run, load_adapter, save_adapter
+    from ipgo.store import Run
     from ipgo.task import Progress, Task
     from ipgo.training import Ascent
 
@@ -49,9 +50,11 @@ __version__ = "0.1.0"
 # Names that need torch are imported when first used, so that `import ipgo` and `ipgo --help` are quick.
 _HOME = {
     "adapters": ("Adapter", "InsertionAdapter", "LoRA", "generate"),
+    "artefacts": ("load_adapter", "save_adapter"),
     "backends": ("Backend", "load_backend"),
     "embeds": ("PromptEmbeds",),
     "evaluation": ("Gain", "Interval", "Score", "evaluate", "summarise", "win_rate"),
+    "fitting": ("Fitted", "Result", "fit"),
     "insertion": ("Insertion",),
     "methods": (
         "DDPO",
@@ -72,9 +75,8 @@ _HOME = {
     ),
     "publish": ("from_pretrained", "push_to_hub", "save_pretrained"),
     "rewards": ("Reward", "as_reward", "load_reward"),
-    "runner": ("Fitted", "Result", "fit"),
     "sampling": ("Sampling",),
-    "store": ("Run", "load_adapter", "save_adapter"),
+    "store": ("Run",),
     "task": ("Progress", "Task"),
     "training": ("Ascent",),
 }

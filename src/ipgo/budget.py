@@ -14,7 +14,6 @@ import torch
 
 from ipgo.backends import Backend
 from ipgo.config import RunConfig
-from ipgo.embeds import PromptEmbeds
 from ipgo.errors import InputError
 from ipgo.sampling import Sampling, unconditional
 from ipgo.task import Method, Progress
@@ -65,7 +64,7 @@ def measure(backend: Backend, prompts: tuple[str, ...], sampling: Sampling) -> P
     def seconds(to_embeds: bool, to_latents: bool) -> float:
         embeds = original.embeds.detach().clone().requires_grad_(to_embeds)
         latents = noise.clone().requires_grad_(to_latents)
-        cond = PromptEmbeds(embeds, original.mask, original.pooled)
+        cond = dataclasses.replace(original, embeds=embeds)
         started = _now(backend)
         with torch.set_grad_enabled(to_embeds):
             output = backend.predict(latents, timestep, cond, uncond, sampling.guidance_scale)
@@ -124,7 +123,9 @@ def step_cost(config: RunConfig, image: int, price: Price) -> float:
     if ascent.random_backprop:
         depth = (1 + depth) / 2
     # After the first differentiated call the latents carry gradient too, into both halves of the next.
-    differentiated = price.gradient - 1 + (price.both - 1) * (depth - 1)
+    negative = getattr(getattr(config.method, "insertion", None), "negative", False)
+    first = price.both if negative else price.gradient
+    differentiated = first - 1 + (price.both - 1) * (depth - 1)
     cost = image + differentiated + price.gradient * ascent.renoised
     return cost * ascent.batch_size * ascent.accumulate / len(config.prompts) if config.shared else cost
 

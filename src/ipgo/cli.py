@@ -6,6 +6,7 @@ Whatever needs torch is imported inside the commands, so that `ipgo --help` answ
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -14,14 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ipgo import __version__
-from ipgo.cli_compare import compare, comparisons, show_comparison
+from ipgo.cli_compare import compare, show_comparison
 from ipgo.cli_doctor import doctor
 from ipgo.cli_explain import explain
+from ipgo.cli_list import list_
 from ipgo.cli_plan import plan
 from ipgo.cli_publish import publish
 from ipgo.cli_score import score
 from ipgo.errors import InputError, IpgoError, unknown
-from ipgo.prompts import prompt_sets, read_prompts, slug
+from ipgo.prompts import read_prompts, slug
 from ipgo.terminal import command_parser, find_adapter, loading, read_texts, underscores
 
 if TYPE_CHECKING:
@@ -89,7 +91,8 @@ def _fail(message: str, code: int) -> int:
 
 def fit(argv: list[str]) -> int:
     """`ipgo fit`: settings from a preset, then a file, then flags, checked as early as possible."""
-    from ipgo.config import build, method_of, parse, presets, read_settings, run_parser
+    from ipgo.config import build, flatten, merge, method_of, parse, presets, read_settings, run_parser
+    from ipgo.defaults import for_backend
     from ipgo.methods import METHODS
     from ipgo.rewards import check_reward
     from ipgo.runner import check_method, held_out, load_models, run, warn_of_unseen_words
@@ -97,7 +100,7 @@ def fit(argv: list[str]) -> int:
 
     # These decide which other options there are.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("--preset", "--config", "--method"):
+    for name in ("--preset", "--config", "--method", "--backend"):
         first.add_argument(name)
     try:
         chosen, rest = first.parse_known_args([underscores(word) for word in argv])
@@ -106,8 +109,17 @@ def fit(argv: list[str]) -> int:
     settings = read_settings(chosen.preset, chosen.config)
     if chosen.method not in (None, method_of(settings)):
         settings["method"] = {"name": chosen.method}
+    if chosen.backend is not None:
+        settings["backend"] = chosen.backend
 
     parser = run_parser(method_of(settings))
+    few = for_backend(str(settings.get("backend")), method_of(settings))
+    if few:
+        said = ", ".join(f"{name} {json.dumps(value)}" for name, value in flatten(few).items())
+        logging.getLogger("ipgo").info(
+            "%s draws in few steps; where nothing else is asked for: %s", settings["backend"], said
+        )
+    settings = merge(few, settings)
     parser.usage = "ipgo fit PROMPT... [options]"
     parser.description = "Learn embeddings for one prompt or many, and judge them on new noise."
     parser.epilog = f"--method NAME chooses what learns and has the options above ({', '.join(METHODS)})."
@@ -259,12 +271,13 @@ def evaluate(argv: list[str]) -> int:
     import dataclasses
 
     from ipgo.adapters import Adapter
+    from ipgo.artefacts import save_scores
     from ipgo.config import check_seeds
     from ipgo.evaluation import evaluate, summarise
     from ipgo.prompts import check_prompts
     from ipgo.report import write_report
     from ipgo.runner import load_models
-    from ipgo.store import Run, save_scores
+    from ipgo.store import EVALUATION, Run
 
     check_seeds(tuple(args.seeds))
     folder = Run.open(args.run)
@@ -290,7 +303,7 @@ def evaluate(argv: list[str]) -> int:
         config.reward,
         models.judge,
     )
-    save_scores(folder.path / "evaluation.jsonl", scores)
+    save_scores(folder.path / EVALUATION, scores, models.identities)
     unseen = "" if prompts == done else ", never fitted"
     print(f"{len(prompts)} prompts{unseen}, seeds {_span(args.seeds)}\n{table(summarise(scores))}")
     print(f"scores: {folder.path / 'evaluation.jsonl'}\nreport: {write_report(folder)[0]}")
@@ -311,53 +324,6 @@ def report(argv: list[str]) -> int:
         return show_comparison(args.run)
     print(write_report(Run.open(args.run))[0])
     return 0
-
-
-def list_(argv: list[str]) -> int:
-    """`ipgo list`: the names that the other commands take."""
-    parser = command_parser("list", "What there is.")
-    kinds = ("objects", "prompts", "rewards", "backends", "methods", "presets", "comparisons")
-    parser.add_argument("kind", nargs="?", help=f"{', '.join(kinds)}; all but the objects, if left out")
-    parser.add_argument("name", nargs="?", help="one of them in full, such as `ipgo list prompts one:test`")
-    args = parser.parse_args(argv)
-    if args.kind not in (None, *kinds):
-        raise unknown("kind", args.kind, kinds)
-    for kind in [args.kind] if args.kind else kinds[1:]:
-        print("\n".join([f"{kind}:", *(f"  {line}" for line in _names(kind, args.name))]))
-    return 0
-
-
-def _names(kind: str, name: str | None) -> list[str]:
-    if kind == "prompts":
-        return read_prompts(name) if name else [f"{each}:train  {each}:test" for each in prompt_sets()]
-    if kind == "objects":
-        return _objects(name or "emoji")
-    from ipgo.backends import BACKENDS, FAMILIES
-    from ipgo.config import presets
-    from ipgo.methods import METHODS
-    from ipgo.rewards import REWARDS, describe
-
-    if kind == "methods":
-        return [f"{each:<16}{(method.__doc__ or '').splitlines()[0]}" for each, method in METHODS.items()]
-    if kind == "comparisons":
-        return comparisons()
-    if kind == "rewards":
-        return [f"{each:<18}{describe(each)}" for each in REWARDS]
-    if kind == "backends":
-        return [f"{each:<16}{FAMILIES[family].facts}" for each, (family, _) in BACKENDS.items()]
-    return presets()
-
-
-def _objects(backend: str) -> list[str]:
-    """What a backend's vocabulary says that it can draw, with other words for the same in brackets."""
-    from ipgo.runner import vocabulary
-
-    known = vocabulary(backend)
-    if known is None:
-        raise InputError(f"backend {backend!r} has no vocabulary.json: it does not say what it can draw")
-    lines = [f"{each} ({', '.join(others)})" if others else each for each, others in known["objects"].items()]
-    more = ("colours", "styles", "relations", "quality")
-    return [*lines, *(f"-- {kind}: {', '.join(known[kind])}" for kind in more if known.get(kind))]
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {

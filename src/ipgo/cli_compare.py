@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
     from ipgo.comparison import Plan
-    from ipgo.report.comparison import Table
+    from ipgo.report.tables import Table
 
 COMPARISONS = Path(__file__).parent / "comparisons"  # {name}.yaml; methods.yaml has what methods need
 Settings = dict[str, Any]
@@ -25,11 +25,13 @@ Settings = dict[str, Any]
 def compare(argv: list[str]) -> int:
     """`ipgo compare`: settings from a file, then flags; every entry is checked before a model is loaded."""
     from ipgo.comparison import Comparison
-    from ipgo.config import parse
+    from ipgo.config import merge, parse
+    from ipgo.defaults import for_backend
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--config")
     first.add_argument("--out")
+    first.add_argument("--backend")
     first.add_argument("--redraw", action="store_true")
     try:
         chosen, rest = first.parse_known_args([underscores(word) for word in argv])
@@ -42,6 +44,9 @@ def compare(argv: list[str]) -> int:
     settings = read_comparison(chosen.config) if chosen.config else {}
     entries = settings.pop("entries", None) or {}
     method = settings.pop("method", None) or {}
+    if chosen.backend is not None:
+        settings["backend"] = chosen.backend
+    settings = merge(for_backend(str(settings.get("backend")), "raw"), settings)
     parsed = parse(_parser(), settings, rest)
     plan = plan_of(parsed, entries, method)
     place = Path(chosen.out or Path("runs") / f"compare-{slug(parsed.prompts or plan.prompts[0])}")
@@ -127,7 +132,7 @@ def plan_of(parsed: Namespace, entries: Mapping[str, Any], method: Mapping[str, 
     return Plan(
         prompts=prompts,
         common={key: value for key, value in common.items() if key not in ("prompts", "method")},
-        entries=entries_of(parsed.methods, entries, method),
+        entries=entries_of(parsed.methods, entries, method, parsed.backend),
         budget=parsed.budget,
         price=Price(*parsed.price) if parsed.price else None,
         unseen_prompts=tuple(read_prompts(unseen)) if unseen else (),
@@ -135,7 +140,7 @@ def plan_of(parsed: Namespace, entries: Mapping[str, Any], method: Mapping[str, 
 
 
 def entries_of(
-    names: str | None, entries: Mapping[str, Any], method: Mapping[str, Any]
+    names: str | None, entries: Mapping[str, Any], method: Mapping[str, Any], backend: str = "emoji"
 ) -> dict[str, Settings]:
     """The entries that are asked for by label: a file's, or methods with the settings that they need.
 
@@ -143,11 +148,13 @@ def entries_of(
         names: labels and methods with commas between; None is all of the file's entries.
         entries: the file's, by label.
         method: what the file's entries of one method have in common, with its name.
+        backend: whose name may say that it draws in a few steps.
 
     Raises:
         InputError: nothing to compare, or a name that is neither.
     """
     from ipgo.config import merge, read_settings
+    from ipgo.defaults import for_backend
     from ipgo.methods import METHODS
 
     if not isinstance(entries, Mapping):
@@ -170,7 +177,8 @@ def entries_of(
         name = given.get("name") or (label if label in METHODS else method.get("name"))
         if name not in METHODS:
             raise InputError(f"entry {label!r} has method {name!r}; choose from {', '.join(METHODS)}")
-        common = dict(method) if method.get("name") == name else {}
+        few = for_backend(backend, name).get("method") or {}
+        common = merge(few, dict(method) if method.get("name") == name else {})
         settings = {**own, "method": merge(common, {**given, "name": name})}
         found[label] = merge(dict(needed.get(name) or {}), settings)
     return found
@@ -179,8 +187,9 @@ def entries_of(
 def show_comparison(place: Path) -> int:
     """Write the page and the tables again, and print what came out; 1 if something failed."""
     from ipgo.comparison import Comparison
-    from ipgo.report.comparison import cost_table, raised, raised_table, write_comparison
+    from ipgo.report.comparison import incomparable, write_comparison
     from ipgo.report.rows import rows
+    from ipgo.report.tables import cost_table, raised, raised_table
 
     folder = Comparison.open(place)
     written, entries = write_comparison(folder), rows(folder)
@@ -189,6 +198,8 @@ def show_comparison(place: Path) -> int:
     print()
     for name, file in written.items():
         print(f"{name + ':':<10}{file}")
+    for each in incomparable(entries):
+        print(f"ipgo: {each}", file=sys.stderr)
     failures = [
         f"{row.label} ({row.errors[0]})" if row.errors else row.label for row in entries if row.failed
     ]

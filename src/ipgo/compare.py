@@ -9,13 +9,15 @@ from dataclasses import replace
 from typing import Any
 
 from ipgo.adapters import Adapter
+from ipgo.artefacts import save_scores
 from ipgo.budget import BudgetSpent, calls_of_an_image, fit_to, length_of, measure, paid, step_cost, watch
+from ipgo.chunks import Chunk, Cost
 from ipgo.comparison import UNSEEN_PROMPTS, Comparison, Plan
 from ipgo.config import RunConfig
 from ipgo.errors import InputError
 from ipgo.evaluation import evaluate
 from ipgo.runner import Models, check_method, facts, finish_chunk, fit_chunk, forget_peak_memory, load_models
-from ipgo.store import Chunk, Cost, Run, save_scores
+from ipgo.store import Run
 from ipgo.task import Progress
 
 # Settings that decide which models are in memory.
@@ -33,13 +35,17 @@ def compare(folder: Comparison) -> None:
 
     Raises:
         InputError: the models of the first entry cannot be loaded.
+        ResumeError: its rewards are not those that the entries before were scored by.
     """
     plan, shelf = folder.plan, dict[tuple[Any, ...], Models]()
-    if not folder.started:
-        first = plan.config(next(iter(plan.entries)))
-        backend = _models(first, shelf).backend
-        price = plan.price or measure(backend, first.prompts[: first.chunk], first.sampling)
-        folder.start(replace(plan, price=price), facts(backend))
+    first = plan.config(next(iter(plan.entries)))
+    models = _models(first, shelf)
+    if folder.started:
+        folder.check_rewards(models.identities)
+    else:
+        price = plan.price or measure(models.backend, first.prompts[: first.chunk], first.sampling)
+        about = {**facts(models.backend), "rewards": models.identities}
+        folder.start(replace(plan, price=price), about)
     for number, label in enumerate(plan.entries, 1):
         logger.info("%s (%d of %d)", label, number, len(plan.entries))
         try:
@@ -146,4 +152,4 @@ def _judge_unseen_prompts(run: Run, models: Models, prompts: Sequence[str]) -> N
     scores = evaluate(
         models.backend, adapters, models.rewards, prompts, seeds, config.sampling, config.reward, models.judge
     )
-    save_scores(file, scores)
+    save_scores(file, scores, models.identities)

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from ipgo import files
+from ipgo.artefacts import load_identities, load_scores
 from ipgo.budget import LENGTH, Price, length_of
 from ipgo.config import NOT_RESULTS, RunConfig, flatten, merge
 from ipgo.errors import InputError, IpgoError, ResumeError, unknown
 from ipgo.evaluation import Score
 from ipgo.prompts import check_prompts
-from ipgo.store import Run, differences, load_scores
+from ipgo.store import Run, check_rewards, differences
 
 SCHEMA = 1
 PLAN = "plan.json"
@@ -157,7 +158,7 @@ class Comparison:
         return cls(path, there)
 
     def start(self, plan: Plan, about: Mapping[str, Any]) -> None:
-        """Make the folder; `about` are the versions and the device that the comparison began with."""
+        """Make the folder; `about`: versions and device that it begins with, and the identities of its rewards."""
         try:
             files.write_json(self.path / PLAN, {"schema": SCHEMA, **about, "plan": plan.to_json()})
         except OSError as error:
@@ -189,6 +190,18 @@ class Comparison:
     def unseen_prompts(self, label: str) -> list[Score]:
         """An entry's scores on prompts that it was not fitted to; none if it was not judged on any."""
         return load_scores(self.folder(label) / UNSEEN_PROMPTS)
+
+    def identities(self, label: str) -> list[dict[str, Any]]:
+        """What decides an entry's scores, by reward: on what it was fitted to, and on unseen prompts."""
+        run = self.run(label)
+        return [
+            run.identities if run is not None else {},
+            load_identities(self.folder(label) / UNSEEN_PROMPTS),
+        ]
+
+    def check_rewards(self, now: Mapping[str, Any]) -> None:
+        """Raise `ResumeError` if rewards of these identities would score the rest by another measure."""
+        check_rewards(self.path, self.facts.get("rewards", {}), now)
 
     def failures(self) -> dict[str, dict[str, dict[str, str]]]:
         """By label and prompt ("" is the entry as a whole): the error in words, and its traceback."""

@@ -39,7 +39,7 @@ class RunConfig:
         prompts: the texts to fit.
         prompts_from: the file, set or collection that they were read from, for the record.
         method: what learns, and its hyperparameters.
-        backend: a backend's name, a diffusers folder, or a hub id.
+        backend: a backend's name, a diffusers folder, a .safetensors file, or a hub id.
         reward: what to raise: a name, a sum such as "emoji-clip+0.5*emoji-aesthetic", or mine.py:function.
         held_out: rewards that only judge the result; None is all those that come with the backend.
         sampling: how images are sampled.
@@ -50,7 +50,7 @@ class RunConfig:
         padding: max_length as stock pipelines do, or none: the denoiser sees the text alone.
         scheduler: ddim, pndm, lms, euler or dpm++; None is the model's own.
         image_size: side of the images in pixels; None is the model's own.
-        long_prompts: refuse prompts that are too long for the encoder, or truncate them.
+        long_prompts: refuse prompts that are too long for the encoder, truncate them, or chunk them into windows.
         dtype: auto, float32, bfloat16 or float16.
         chunk: how many prompts are fitted at once: a matter of memory, not of results.
         device: auto, cpu, cuda or cuda:N.

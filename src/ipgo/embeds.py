@@ -16,10 +16,13 @@ class PromptEmbeds:
     Attributes:
         embeds: (B, L, D), one state per position.
         mask: (B, L) bool, True at text and False at padding. It always says which is which; whether a
-            denoiser looks at it is the backend's business.
+            denoiser looks at it is the backend's business. Text may come in several runs: one of each text
+            encoder, with padding between.
         pooled: (B, P) or None, the vector that some families add to the states.
         early: what the denoiser gets in place of all this at the first steps; None is the same at every step.
         late_share: with `early`, the share of the steps, the last ones, that get this; at least one does.
+        present: (B, L) bool, False at what only fills up a batch of prompts of unequal length, which no
+            denoiser may look at; None: there is no such thing.
     """
 
     embeds: Tensor
@@ -27,6 +30,7 @@ class PromptEmbeds:
     pooled: Tensor | None = None
     early: PromptEmbeds | None = None
     late_share: float = 1.0
+    present: Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -45,12 +49,10 @@ class PromptEmbeds:
         """Put (B, n, D) embeddings before and after the states, in their dtype; they count as text."""
         before, after = (inserted.to(self.embeds) for inserted in (prefix, suffix))
         embeds = torch.cat([before, self.embeds, after], dim=1)  # (B, n + L + m, D)
-        text = self.mask.new_ones(())
-        mask = torch.cat(
-            [text.expand(before.shape[:2]), self.mask, text.expand(after.shape[:2])], dim=1
-        )  # (B, n + L + m)
+        mask = _widened(self.mask, before.shape[1], after.shape[1])
+        present = None if self.present is None else _widened(self.present, before.shape[1], after.shape[1])
         early = None if self.early is None else self.early.insert(prefix, suffix)
-        return PromptEmbeds(embeds, mask, self.pooled, early, self.late_share)
+        return PromptEmbeds(embeds, mask, self.pooled, early, self.late_share, present)
 
     def mean(self) -> Tensor:
         """(B, D): the mean state over the text positions, at least in float32."""
@@ -64,22 +66,45 @@ class PromptEmbeds:
         norms: Tensor = torch.linalg.vector_norm(states, dim=-1)  # (B, L)
         return (norms * self.mask).sum(1) / self.mask.sum(1)
 
+    def ends(self) -> list[Tensor]:
+        """For each row the positions (R,) where its R runs of text end, rising; runs that touch are one."""
+        after = torch.cat([self.mask[:, 1:], self.mask.new_zeros(len(self.mask), 1)], dim=1)  # (B, L)
+        return [row.nonzero()[:, 0] for row in self.mask & ~after]
+
+    def keep(self, places: Sequence[int]) -> PromptEmbeds:
+        """Only the states at these positions (of `early` nothing is kept)."""
+        kept = list(places)
+        present = None if self.present is None else self.present[:, kept]
+        return PromptEmbeds(self.embeds[:, kept], self.mask[:, kept], self.pooled, present=present)
+
     def select(self, rows: Tensor) -> PromptEmbeds:
         """The prompts at `rows` (B',), which may repeat."""
         pooled = None if self.pooled is None else self.pooled[rows]
         early = None if self.early is None else self.early.select(rows)
-        return PromptEmbeds(self.embeds[rows], self.mask[rows], pooled, early, self.late_share)
+        present = None if self.present is None else self.present[rows]
+        return PromptEmbeds(self.embeds[rows], self.mask[rows], pooled, early, self.late_share, present)
 
 
 def concatenate(prompts: Sequence[PromptEmbeds]) -> PromptEmbeds:
-    """The rows of all as one batch; shorter prompts are padded with zeros. All have a pooled vector, or none."""
+    """The rows of all as one batch; shorter prompts are filled up with zeros. All have a pooled vector, or none."""
     length = max(prompt.length for prompt in prompts)
     pooled = [prompt.pooled for prompt in prompts if prompt.pooled is not None]
+    whole = all(prompt.length == length and prompt.present is None for prompt in prompts)
+    present = [
+        torch.ones_like(prompt.mask) if prompt.present is None else prompt.present for prompt in prompts
+    ]
     return PromptEmbeds(
         torch.cat([_padded(prompt.embeds, length) for prompt in prompts]),
         torch.cat([_padded(prompt.mask, length) for prompt in prompts]),
         torch.cat(pooled) if pooled else None,
+        present=None if whole else torch.cat([_padded(each, length) for each in present]),
     )
+
+
+def _widened(mask: Tensor, before: int, after: int) -> Tensor:
+    """(B, L) bool with True at `before` positions more in front and `after` behind."""
+    first, last = (mask.new_ones(len(mask), count) for count in (before, after))
+    return torch.cat([first, mask, last], dim=1)
 
 
 def _padded(values: Tensor, length: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from ipgo.embeds import PromptEmbeds
 from ipgo.errors import InputError
 from ipgo.rewards import Reward, score
 from ipgo.runner import vocabulary
-from ipgo.sampling import Sampling, denoise, sample
+from ipgo.sampling import Sampling, denoise, sample, unconditional
 
 WORDS = 64  # words encoded at once
 
@@ -54,7 +54,7 @@ class Explanation:
         drift: |mean of all text states - mean of the prompt's own| / |mean of the prompt's own|.
         text_attention, padding_attention: shares in each step of the prompt's own states and of the padding's;
             with those of the inserted ones they add up to 1.
-        inserted: prefix first.
+        inserted: prefix first; what is learned of the negative prompt takes part in `value`, but is not told.
     """
 
     prompt: str
@@ -70,7 +70,10 @@ class Explanation:
 
 
 class Vocabulary:
-    """Words in the text encoder's output space: each is the state of its last token, alone in a prompt."""
+    """Words in the text encoder's output space: each is the state of its last token, alone in a prompt.
+
+    With several text encoders, whose states stand one after another (SD3), a word has a state of each.
+    """
 
     def __init__(self, backend: Backend, words: Sequence[str]) -> None:
         self.words = tuple(words)
@@ -78,9 +81,9 @@ class Vocabulary:
         for start in range(0, len(words), WORDS):
             with torch.no_grad():
                 encoded = backend.encode(words[start : start + WORDS])
-            rows = torch.arange(len(encoded.mask), device=encoded.mask.device)
-            states.append(encoded.embeds[rows, encoded.mask.sum(1) - 2].float())  # before the end mark
-        self.states = F.normalize(torch.cat(states), dim=-1)  # (V, D)
+            rows = zip(encoded.embeds.float(), encoded.ends(), strict=True)
+            states += [own[ends - 1] for own, ends in rows]  # before the end marks
+        self.states = F.normalize(torch.stack(states), dim=-1)  # (V, R, D)
 
     @classmethod
     def of(cls, backend: Backend) -> Vocabulary:
@@ -103,7 +106,8 @@ class Vocabulary:
 
     def nearest(self, vectors: Tensor, count: int) -> list[tuple[tuple[str, float], ...]]:
         """The words with the highest cosines to each of (n, D), and these."""
-        cosines = F.normalize(vectors.float(), dim=-1) @ self.states.mT  # (n, V)
+        # Of a word's states the nearest counts.
+        cosines = torch.einsum("nd,vrd->nvr", F.normalize(vectors.float(), dim=-1), self.states).amax(-1)
         values, numbers = cosines.topk(min(count, len(self.words)))
         return [
             tuple((self.words[number], value) for number, value in zip(*pair, strict=True))
@@ -158,7 +162,7 @@ def explain(
         seeds=tuple(seeds),
         reward=reward.name,
         value=value,
-        raw=look.value(reward, look.original),
+        raw=look.raw(reward),
         prompt_norm=float(look.original.norm()[0]),
         drift=float((look.cond.mean()[0] - center).norm() / center.norm()),
         text_attention=tuple(own[:, text].sum(1).tolist()),
@@ -169,8 +173,7 @@ def explain(
 
 def without(cond: PromptEmbeds, place: int) -> PromptEmbeds:
     """The states (B, L - 1, D) that are left if the one at `place` is taken out."""
-    kept = [number for number in range(cond.length) if number != place]
-    return replace(cond, embeds=cond.embeds[:, kept], mask=cond.mask[:, kept])
+    return cond.keep([number for number in range(cond.length) if number != place])
 
 
 class _Look:
@@ -190,6 +193,14 @@ class _Look:
     def value(self, reward: Reward, cond: PromptEmbeds) -> float:
         """The reward's mean over the seeds, with these states."""
         uncond = self.adapter.unconditional(self.backend, self.prompts, cond, self.sampling)
+        return self._mean(reward, cond, uncond)
+
+    @torch.no_grad()
+    def raw(self, reward: Reward) -> float:
+        """The same of the prompt as it is."""
+        return self._mean(reward, self.original, unconditional(self.backend, self.original, self.sampling))
+
+    def _mean(self, reward: Reward, cond: PromptEmbeds, uncond: PromptEmbeds | None) -> float:
         images = sample(self.backend, cond, uncond, self.noise, self.sampling)
         return float(score(reward, images, self.prompts).mean())
 

@@ -39,6 +39,8 @@ class Insertion:
         norm: mean norm of an inserted embedding at the start. Small ones begin near the image of the raw
             prompt. None is the norm of the prompt's own embeddings, 0 leaves it at sqrt(rank / 3), as the
             paper does.
+        pooled: learn a change of the vector for the whole prompt too, where there is one (SDXL, SD3, FLUX.1).
+        negative: insert as many embeddings around the negative prompt's too, and with `pooled` change its vector.
     """
 
     num_prefix: int = 10
@@ -50,6 +52,8 @@ class Insertion:
     bounded: bool = True
     cross_attention: CrossAttention = "none"
     norm: float | None = 1.0
+    pooled: bool = False
+    negative: bool = False
 
     def __post_init__(self) -> None:
         if min(self.num_prefix, self.num_suffix) < 0 or self.num_prefix + self.num_suffix == 0:
@@ -77,6 +81,14 @@ class Insertion:
             )
         if self.rotations == "applied" and width % 2:
             raise InputError(f'insertion.rotations need an even width, not {width}; use rotations="none"')
+
+    def check_guidance(self, scale: float) -> None:
+        """Raise `InputError` if a negative prompt is to be learned that a guidance of `scale` never looks at."""
+        if self.negative and scale <= 1:
+            raise InputError(
+                f"sampling.guidance_scale is {scale}; insertion.negative needs one above 1, since there is no "
+                "negative prompt without guidance"
+            )
 
     def rank_of(self, count: int, width: int) -> int:
         """r for a side of `count` embeddings."""

@@ -14,10 +14,11 @@ import yaml
 
 from ipgo import files
 from ipgo.adapters import Adapter, stack
+from ipgo.artefacts import adapter_facts, load_adapter, save_adapter
 from ipgo.errors import InputError
 from ipgo.evaluation import Gain, summarise
 from ipgo.prompts import Prompt
-from ipgo.store import Run, adapter_facts, load_adapter, save_adapter
+from ipgo.store import Run
 
 FILES = ("adapter.json", "adapter.safetensors")
 MOST = 8  # prompts with pictures on a card
@@ -132,7 +133,8 @@ def _base(backend: str) -> str | None:
     from ipgo.backends import BACKENDS
 
     place = BACKENDS[backend][1] if backend in BACKENDS else backend
-    return place if place.count("/") == 1 and not place.startswith((".", "~", "/")) else None
+    local = place.startswith((".", "~", "/")) or place.endswith(".safetensors")
+    return place if place.count("/") == 1 and not local else None
 
 
 def _limits(run: Run, adapter: Adapter) -> str:

@@ -45,13 +45,19 @@ class Relaxation:
     """Lets a backend's text encoder read mixtures.
 
     Raises:
-        InputError: it has several encoders, whose tokens need not be the same.
+        InputError: it has several encoders, whose tokens need not be the same, or reads prompts in windows.
     """
 
     def __init__(self, backend: Backend) -> None:
         if "text_encoder_2" in backend.modules:
             raise InputError(
-                f"the gradient of words needs one text encoder; backend {backend.name!r} has more"
+                f"the gradient of words needs one text encoder; backend {backend.name!r} has more: "
+                "use solver='evolutionary'"
+            )
+        if backend.long_prompts == "chunk":
+            raise InputError(
+                "long_prompts is 'chunk'; the gradient of words reads one window: use 'truncate', "
+                "or solver='evolutionary'"
             )
         self.backend = backend
         self._known: dict[str, Tensor] = {}

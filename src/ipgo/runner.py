@@ -8,32 +8,29 @@ import json
 import logging
 import platform
 import sys
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from ipgo import __version__
 from ipgo.adapters import Adapter
 from ipgo.backends import BACKENDS, Backend, load_backend
+from ipgo.chunks import Chunk, Cost
 from ipgo.config import RunConfig
 from ipgo.devices import choose_device
 from ipgo.errors import InputError
-from ipgo.evaluation import Gain, Judge, Score, draw, score, summarise
+from ipgo.evaluation import Judge, draw, score
 from ipgo.images import to_pil
-from ipgo.methods.ipgo import IPGO
-from ipgo.prompts import Prompt, unseen_words
-from ipgo.rewards import Reward, as_reward, identity_of, load_reward
-from ipgo.sampling import Sampling
-from ipgo.store import Chunk, Cost, Run
-from ipgo.task import Method, Progress, Task
+from ipgo.prompts import unseen_words
+from ipgo.rewards import Reward, identity_of, load_reward
+from ipgo.store import Run
+from ipgo.task import Progress, Task
 
 BUNDLED_REWARDS = {"emoji": ("emoji-preference", "emoji-clip", "emoji-aesthetic")}
 CHECKPOINT_SECONDS = 10.0
@@ -258,116 +255,3 @@ def warn_of_unseen_words(config: RunConfig) -> None:
             f"{word!r} (nearest: {near!r})" if near else repr(word) for word, near in unseen.items()
         )
         logger.warning("the model has never seen %s; `ipgo list objects` shows what it can draw", words)
-
-
-# ------------------------------------------------------------------------------------------------------
-# The Python entry point.
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """What became of one prompt. `before` and `after` are pictures by seed, fitted and unseen alike."""
-
-    prompt: str
-    adapter: Adapter
-    before: dict[int, Image.Image]
-    after: dict[int, Image.Image]
-    history: list[dict[str, Any]]
-    scores: list[Score]
-    failed: bool
-
-
-@dataclass(frozen=True)
-class Result(Sequence[Fitted]):
-    """What `fit` made: a sequence with one `Fitted` for each prompt, and the means over all of them.
-
-    Attributes:
-        fitted: one for each prompt, in their order.
-        on_fitted_seeds, on_unseen_seeds: gains by reward; the second is the honest one.
-        path: the run's folder, or None if it was not kept.
-    """
-
-    fitted: tuple[Fitted, ...]
-    on_fitted_seeds: list[Gain]
-    on_unseen_seeds: list[Gain]
-    path: Path | None
-
-    def __len__(self) -> int:
-        return len(self.fitted)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.fitted[index]
-
-
-def fit(
-    prompts: str | Sequence[str],
-    *,
-    reward: str | Reward = "emoji-preference",
-    backend: str | Backend = "emoji",
-    method: Method = IPGO(),
-    sampling: Sampling = Sampling(),
-    seeds: Sequence[int] = (0,),
-    unseen_seeds: int = 4,
-    seed: int = 0,
-    shared: bool = False,
-    chunk: int = 4,
-    out: str | Path | None = None,
-    device: str = "auto",
-) -> Result:
-    """Raise a reward for some prompts, and judge the result on noise that was not fitted.
-
-    Args:
-        prompts: one prompt or several.
-        reward: a spec as in `load_reward`, or any function (images (B, 3, H, W) in [0, 1], prompts) -> (B,).
-        backend: a name, folder or hub id as in `load_backend`, or a loaded backend.
-        out: where to keep the run; an unfinished one there is continued. None keeps nothing.
-        method, sampling, seeds, unseen_seeds, seed, shared, chunk, device: see `RunConfig`.
-
-    Raises:
-        InputError: settings or prompts that cannot work. ResumeError: `out` holds a run with other settings.
-    """
-    given_reward = None if isinstance(reward, str) else as_reward(reward)
-    given_backend = None if isinstance(backend, str) else backend
-    config = RunConfig(
-        prompts=(prompts,) if isinstance(prompts, str) else tuple(prompts),
-        method=method,
-        backend=backend if isinstance(backend, str) else backend.name,
-        reward=reward if isinstance(reward, str) else as_reward(reward).name,
-        sampling=sampling,
-        seeds=tuple(seeds),
-        unseen_seeds=unseen_seeds,
-        seed=seed,
-        shared=shared,
-        padding=given_backend.padding if given_backend is not None else "max_length",
-        chunk=chunk,
-        device=device,
-    )
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Run.open(Path(out) if out is not None else Path(temporary) / "run", config)
-        check_method(folder)
-        warn_of_unseen_words(config)
-        run(folder, load_models(config, given_backend, given_reward))
-        return result_of(folder, Path(out) if out is not None else None)
-
-
-def result_of(folder: Run, path: Path | None = None) -> Result:
-    """Read a finished run back."""
-    config, scores = folder.config, folder.scores()
-    fitted = []
-    for prompt, stored in zip(folder.prompts, folder.results(), strict=True):
-        before, after = (_pictures(folder, prompt, when) for when in ("before", "after"))
-        own = [each for each in scores if each.prompt == prompt.text]
-        adapter, history = folder.load_adapter(prompt), folder.history(prompt)
-        fitted.append(Fitted(prompt.text, adapter, before, after, history, own, stored["status"] == "failed"))
-    return Result(
-        tuple(fitted),
-        summarise(scores, seeds=config.seeds),
-        summarise(scores, seeds=config.new_seeds),
-        path,
-    )
-
-
-def _pictures(folder: Run, prompt: Prompt, when: str) -> dict[int, Image.Image]:
-    seeds = (*folder.config.seeds, *folder.config.new_seeds)
-    files = {seed: folder.image(prompt, when, seed) for seed in seeds}
-    return {seed: Image.open(file).copy() for seed, file in files.items() if file.is_file()}

@@ -4,67 +4,29 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import shutil
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
 
 from ipgo import files
-from ipgo.adapters import ADAPTERS, Adapter
+from ipgo.adapters import Adapter
+from ipgo.artefacts import load_adapter, save_adapter, save_scores
+from ipgo.chunks import Checkpoint, Chunk, Cost, read_checkpoint, write_checkpoint
 from ipgo.config import RunConfig, flatten
-from ipgo.errors import InputError, ResumeError, unknown
+from ipgo.errors import InputError, ResumeError
 from ipgo.evaluation import Score
 from ipgo.prompts import Prompt, number
 from ipgo.task import Progress
 
 SCHEMA = 1
 LOCK = ".lock"
-logger = logging.getLogger("ipgo")
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Prompts that are fitted together."""
-
-    prompts: tuple[Prompt, ...]
-
-    @property
-    def key(self) -> str:
-        """The name of its checkpoint: first and last position."""
-        return f"{self.prompts[0].id[:4]}-{self.prompts[-1].id[:4]}"
-
-    @property
-    def texts(self) -> tuple[str, ...]:
-        return tuple(prompt.text for prompt in self.prompts)
-
-
-@dataclass
-class Cost:
-    """What fitting a chunk has taken so far; `calls` as in `Backend.calls`, memory in MiB."""
-
-    calls: Counter[str] = field(default_factory=Counter)
-    seconds: float = 0.0
-    peak_memory: float = 0.0
-    sessions: int = 1  # how often the work was started: 1 unless it was interrupted
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A chunk's state after `step`, and what it had cost by then."""
-
-    step: int
-    state: dict[str, Tensor]
-    cost: Cost
+EVALUATION = "evaluation.jsonl"  # what a finished run was judged on later
 
 
 class Run:
@@ -143,13 +105,13 @@ class Run:
 
     def _check_rewards(self, now: Mapping[str, Any]) -> None:
         """Scores of one run are compared with each other, so one name must stay one reward."""
-        there = self.facts.get("rewards", {})
-        other = [name for name in now if name in there and there[name] != now[name]]
-        if other:
-            raise ResumeError(
-                f"{str(self.path)!r} was scored by another {other[0]!r} (its weights, preprocessing or version "
-                "differ), and the scores do not compare; give the same weights, or another folder"
-            )
+        check_rewards(self.path, self.identities, now)
+
+    @property
+    def identities(self) -> dict[str, Any]:
+        """What decides the scores, by reward: as they were when the run began."""
+        found: dict[str, Any] = self.facts.get("rewards", {})
+        return found
 
     def release(self) -> None:
         """Leave the folder to other processes; the end of this one does so too, however it comes."""
@@ -218,14 +180,7 @@ class Run:
         """All that `checkpoint` needs. The histories go to the disk before it, so they never lag behind."""
         for file in self._histories(chunk).values():
             files.sync(file)
-        about = {
-            "step": progress.step,
-            "prompts": chunk.texts,
-            "digest": self.config.digest(),
-            **vars(cost),
-        }
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in progress.state().items()}
-        files.write(self._checkpoint_file(chunk), save(state, metadata={"about": json.dumps(about)}))
+        write_checkpoint(self._checkpoint_file(chunk), chunk, self.config.digest(), progress, cost)
 
     def checkpoint(self, chunk: Chunk) -> Checkpoint | None:
         """The newest state of a chunk, with its histories cut back to that step; None if there is none.
@@ -233,27 +188,10 @@ class Run:
         A damaged file is set aside under another name and said to be: the chunk then starts again.
         """
         file = self._checkpoint_file(chunk)
-        found = self._read_checkpoint(file, chunk) if file.is_file() else None
+        found = read_checkpoint(file, chunk, self.config.digest()) if file.is_file() else None
         for history in self._histories(chunk).values():
             _cut(history, found.step if found is not None else 0)
         return found
-
-    def _read_checkpoint(self, file: Path, chunk: Chunk) -> Checkpoint | None:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                about = json.loads(tensors.metadata()["about"])
-                state = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
-        except (SafetensorError, KeyError, TypeError, ValueError):
-            aside = file.with_suffix(".damaged")
-            file.replace(aside)
-            logger.warning(
-                "checkpoint %s is damaged; set aside as %s, the chunk starts again", file, aside.name
-            )
-            return None
-        if about["prompts"] != list(chunk.texts) or about["digest"] != self.config.digest():
-            return None  # cut with another chunk size: these prompts start again
-        cost = Cost(Counter(about["calls"]), about["seconds"], about["peak_memory"], about["sessions"] + 1)
-        return Checkpoint(about["step"], state, cost)
 
     def drop_checkpoint(self, chunk: Chunk) -> None:
         self._checkpoint_file(chunk).unlink(missing_ok=True)
@@ -323,53 +261,14 @@ class Run:
         return self.path / name
 
 
-def save_adapter(adapter: Adapter, folder: Path, settings: Mapping[str, Any] | None = None) -> None:
-    """Write adapter.safetensors and adapter.json. `settings`: the backend and sampling that it belongs to."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.state_dict().items()}
-    about = {"schema": SCHEMA, "kind": adapter.kind, "options": adapter.options, "prompts": adapter.prompts}
-    files.write(folder / "adapter.safetensors", save(tensors))
-    files.write_json(folder / "adapter.json", {**about, "settings": dict(settings or {})})
-
-
-def load_adapter(folder: Path | str) -> Adapter:
-    """Read what `save_adapter` wrote.
-
-    Raises:
-        InputError: no adapter there, one of an unknown kind, or a damaged one.
-    """
-    about = adapter_facts(Path(folder))
-    if about.get("kind") not in ADAPTERS:
-        raise unknown("adapter kind", str(about.get("kind")), ADAPTERS)
-    file = Path(folder) / "adapter.safetensors"
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            state = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
-        prompts = None if about["prompts"] is None else tuple(about["prompts"])
-        adapter = ADAPTERS[about["kind"]](prompts, **about["options"])
-        adapter.load_state_dict(state)
-    except (SafetensorError, OSError, RuntimeError, KeyError, TypeError) as error:
-        raise InputError(f"adapter {str(file)!r} cannot be read: {str(error).splitlines()[0]}") from None
-    if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
-        raise InputError(f"adapter {str(file)!r} holds numbers that are not finite")
-    return adapter
-
-
-def adapter_facts(folder: Path) -> dict[str, Any]:
-    """adapter.json; `InputError` if it is missing or damaged."""
-    if not (folder / "adapter.json").is_file():
-        raise InputError(f"{str(folder)!r} is not an adapter folder: it has no adapter.json")
-    return files.read_json(folder / "adapter.json")
-
-
-def save_scores(file: Path, scores: Iterable[Score]) -> None:
-    """One JSON object a line."""
-    files.write_lines(file, (asdict(each) for each in scores))
-
-
-def load_scores(file: Path) -> list[Score]:
-    """The inverse of `save_scores`; no file is no scores."""
-    return [Score(**line) for line in files.read_lines(file)]
+def check_rewards(path: Path, there: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise `ResumeError` if a reward of the same name has another identity than the one that `path` has."""
+    other = [name for name in now if name in there and there[name] != now[name]]
+    if other:
+        raise ResumeError(
+            f"{str(path)!r} was scored by another {other[0]!r} (its weights, preprocessing or version "
+            "differ), and the scores do not compare; give the same weights, or another folder"
+        )
 
 
 def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:

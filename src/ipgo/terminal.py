@@ -53,8 +53,9 @@ def find_adapter(path: Path) -> tuple[Adapter, dict[str, Any]]:
     `path` may also be the hub's `owner/name`.
     """
     from ipgo.adapters import stack
+    from ipgo.artefacts import adapter_facts, load_adapter
     from ipgo.publish import fetch
-    from ipgo.store import Run, adapter_facts, load_adapter
+    from ipgo.store import Run
 
     path = fetch(path)
     if not (path / "run.json").is_file():

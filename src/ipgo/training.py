@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor, distributed, nn
 
 from ipgo.adapters import Adapter
-from ipgo.errors import InputError, ResumeError, RewardError, unknown
+from ipgo.errors import InputError, RewardError, unknown
+from ipgo.resume import all_tensors, copied, fill
 from ipgo.rewards import score
 from ipgo.sampling import decode, denoise, last_latents, redo_last_step
 from ipgo.seeding import derive, generator
@@ -23,6 +25,7 @@ Optimizer = Literal["adam", "sgd"]
 PATIENCE = 3  # steps in a row without a finite gradient before a row is given up
 MOMENTUM = 0.9  # Nesterov's, of optimizer="sgd"
 FLOAT16_SCALE = 2.0**10  # a float16 backend loses small gradients; a row that overflows halves its own
+logger = logging.getLogger("ipgo")
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,9 @@ def maximize(
     torch.distributed is up).
 
     A row whose reward or gradient is not finite goes back to its kept values and, after three such steps in
-    a row, is given up; the fit ends early when none is left.
+    a row, is given up; the fit ends early when none is left. With a backend in float16 each row's loss is
+    multiplied by a power of two, and its gradient divided by it; a gradient that overflows halves it, and counts
+    only once there is nothing left to halve.
 
     Args:
         resume: what `Progress.state()` returned; the fit goes on with the same bits.
@@ -276,10 +281,12 @@ class _Climb:
         good = finite & ~self._failed()
         if not self.task.shared:
             good &= memory["rewards"].isfinite()
-        memory["misses"] = torch.where(good, 0, memory["misses"] + 1)
-        memory["loss_scale"] = torch.where(
-            good, memory["loss_scale"], (memory["loss_scale"] / 2).clamp(min=1)
-        )
+        overflow = ~finite & (memory["loss_scale"] > 1)
+        if not self.task.shared:
+            overflow &= memory["rewards"].isfinite()
+        memory["misses"] = torch.where(good, 0, memory["misses"] + ~overflow)
+        memory["loss_scale"] = torch.where(overflow, memory["loss_scale"] / 2, memory["loss_scale"])
+        self._report()
         if self.task.shared or not self.task.seeds:
             # Rewards of different steps come from different prompts or noise: keep the latest.
             memory["best"] = torch.where(good, memory["rewards"], memory["best"])
@@ -292,6 +299,16 @@ class _Climb:
         memory["best"] = torch.where(improved, scores, memory["best"])
         self._copy(self.adapter, self.kept, improved)
         return good
+
+    def _report(self) -> None:
+        """Say which rows were given up just now, and what may help."""
+        half = self.task.backend.dtype == torch.float16
+        hint = "; float16 may be too coarse, so try bfloat16 or float32" if half else ""
+        for row in (self.memory["misses"] == PATIENCE).nonzero()[:, 0].tolist():
+            whose = "the fit" if self.task.shared else f"prompt {self.task.prompts[row]!r}"
+            logger.warning(
+                "%s is given up: reward or gradient was not finite %d times%s", whose, PATIENCE, hint
+            )
 
     @torch.no_grad()
     def _update(self, step: int, good: Tensor) -> None:
@@ -339,33 +356,6 @@ class _Climb:
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         fill(self._tensors(), state)
-
-
-def all_tensors(
-    memory: Mapping[str, Tensor], adapter: Adapter, kept: Adapter, optimizer: torch.optim.Optimizer
-) -> dict[str, Tensor]:
-    """Everything that a fit goes on from, by name; not copied."""
-    tensors = {f"memory.{name}": value for name, value in memory.items()}
-    for prefix, each in (("adapter", adapter), ("kept", kept)):
-        tensors |= {f"{prefix}.{name}": value for name, value in each.state_dict().items()}
-    for name, parameter in adapter.named_parameters():
-        tensors |= {f"optimizer.{key}.{name}": value for key, value in optimizer.state[parameter].items()}
-    return tensors
-
-
-def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same on the CPU, to be kept."""
-    return {name: value.detach().cpu().clone() for name, value in tensors.items()}
-
-
-@torch.no_grad()
-def fill(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    """Put a kept state into `tensors`; `ResumeError` for one of another fit."""
-    shapes, stored = ({name: each.shape for name, each in part.items()} for part in (tensors, state))
-    if shapes != stored:
-        raise ResumeError("this checkpoint belongs to a fit with other settings or prompts")
-    for name, value in state.items():
-        tensors[name].copy_(value)
 
 
 def _optimizer(parameters: Mapping[str, nn.Parameter], kind: Optimizer) -> torch.optim.Optimizer:

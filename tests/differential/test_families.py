@@ -25,6 +25,13 @@ INSERTION = Insertion(num_prefix=11, num_suffix=11, rank=8)
 T5 = {"max_sequence_length": tiny.T5_TOKENS}
 SMALL = {"height": 16, "width": 16}
 PIXART = {**T5, "clean_caption": False, "use_resolution_binning": False}
+QWEN = {"max_sequence_length": tiny.QWEN_TOKENS}
+SANA = {"clean_caption": False, "use_resolution_binning": False, "height": 32, "width": 32}
+
+
+def sprint_steps(steps):
+    """The pipeline's default is for two steps alone."""
+    return {} if steps == 2 else {"intermediate_timesteps": None}
 
 
 @dataclass(frozen=True)
@@ -35,12 +42,16 @@ class Case:
         call: the pipeline's own arguments.
         options: of `load_backend`.
         guidance: scales, off and on.
+        steps: arguments that the pipeline needs for a number of steps.
+        negative: must the pipeline be given an empty negative prompt to guide at all?
     """
 
     build: Callable[[], Any]
     call: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     guidance: tuple[float, ...] = (1.0, 5.0)
+    steps: Callable[[int], dict[str, Any]] = lambda steps: {}
+    negative: bool = False
 
 
 CASES = {
@@ -50,6 +61,7 @@ CASES = {
     "sdxl-without-zeros": Case(lambda: tiny.sdxl(zeros=False)),
     "sdxl-latents-mean": Case(lambda: tiny.sdxl(latents_mean=[0.1, 0, -0.1, 0], latents_std=[1, 2, 0.5, 1])),
     "sdxl-turbo": Case(tiny.sdxl_turbo),
+    "lcm-sdxl": Case(tiny.lcm_sdxl, guidance=(1.0, 8.5)),
     "sd3": Case(tiny.sd3, T5),
     "sd3-without-t5": Case(lambda: tiny.sd3(with_t5=False)),
     "sd3-dynamic-shift": Case(lambda: tiny.sd3(use_dynamic_shifting=True), T5),
@@ -58,6 +70,13 @@ CASES = {
     "pixart-alpha": Case(tiny.pixart, PIXART, guidance=(1.0, 4.5)),
     "pixart-alpha-size": Case(tiny.pixart_told_its_size, {**PIXART, **SMALL}, {"image_size": 16}),
     "pixart-sigma": Case(tiny.pixart_sigma, PIXART),
+    "sana": Case(tiny.sana, SANA, guidance=(1.0, 4.5)),
+    "sana-dpm": Case(tiny.sana_with_dpm, SANA, guidance=(1.0, 4.5)),
+    "sana-sprint": Case(tiny.sana_sprint, SANA, guidance=(1.0, 4.5), steps=sprint_steps),
+    "z-image": Case(tiny.z_image, {**QWEN, **SMALL}, {"image_size": 16}),
+    "qwen-image": Case(tiny.qwen_image, SMALL, {"image_size": 16}, negative=True),
+    "flux2-klein": Case(tiny.flux_2, {**QWEN, **SMALL}, {"image_size": 16}, (1.0,)),
+    "flux2-klein-base": Case(lambda: tiny.flux_2(distilled=False), {**QWEN, **SMALL}, {"image_size": 16}),
 }
 # One case for each family: the slower tests.
 ONE_EACH = [
@@ -65,11 +84,18 @@ ONE_EACH = [
     "lcm",
     "sdxl",
     "sdxl-turbo",
+    "lcm-sdxl",
     "sd3",
     "flux-dev",
     "flux-schnell",
     "pixart-alpha",
     "pixart-sigma",
+    "sana",
+    "sana-sprint",
+    "z-image",
+    "qwen-image",
+    "flux2-klein",
+    "flux2-klein-base",
 ]
 
 
@@ -93,12 +119,24 @@ def noise_of(backend, count):
     return {"latents": backend.pipeline_latents(backend.noise(SEEDS[:count])[:, 0])}
 
 
+def padded(values, length):
+    """(B, L, ...) with zeros up to `length`; what is padded is masked."""
+    return torch.cat(
+        [values, values.new_zeros(len(values), length - values.shape[1], *values.shape[2:])], dim=1
+    )
+
+
 def joined(kwargs):
-    """The arguments of several prompts as those of one batch."""
-    return {
-        name: torch.cat([each[name] for each in kwargs]) if isinstance(value, torch.Tensor) else value
-        for name, value in kwargs[0].items()
-    }
+    """The arguments of several prompts as those of one batch: tensors, or lists with one of them for each."""
+    whole = {}
+    for name, value in kwargs[0].items():
+        all_of_it = [each[name] for each in kwargs]
+        if isinstance(value, torch.Tensor):
+            longest = max(each.shape[1] for each in all_of_it)
+            whole[name] = torch.cat([padded(each, longest) for each in all_of_it])
+        else:
+            whole[name] = [row for part in all_of_it for row in part] if isinstance(value, list) else value
+    return whole
 
 
 def close(ours, theirs):
@@ -112,15 +150,18 @@ def test_sampling_equals_the_pipeline(pipes, name, count, steps):
     case, pipe, backend = open_case(pipes, name)
     prompts = list(PROMPTS[:count])
     images = []
+    negative = {"negative_prompt": [""] * count} if case.negative else {}
     for scale in case.guidance:
         ours = generate(backend, prompts, SEEDS[:count], Adapter(), Sampling(steps, scale))
         theirs = pipe(
-            prompts,
+            prompt=prompts,
             num_inference_steps=steps,
-            guidance_scale=scale,
             output_type="pt",
+            **backend.pipeline_guidance(scale),
             **noise_of(backend, count),
+            **case.steps(steps),
             **case.call,
+            **negative,
         ).images
         close(ours, theirs)
         images.append(ours)
@@ -148,14 +189,26 @@ def test_a_plain_pipeline_draws_what_was_inserted(pipes, name, count):
         theirs = pipe(
             **kwargs,
             num_inference_steps=3,
-            guidance_scale=scale,
             output_type="pt",
+            **backend.pipeline_guidance(scale),
             **noise_of(backend, count),
+            **case.steps(3),
             **case.call,
         ).images
         close(ours, theirs)
     raw = generate(backend, prompts, SEEDS[:count], Adapter(), Sampling(3, scale))
     assert (ours - raw).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_a_row_does_not_depend_on_its_neighbours(pipes, name):
+    """Prompts of several lengths, with embeddings inserted around them."""
+    case, _, backend = open_case(pipes, name)
+    adapter = InsertionAdapter(PROMPTS, backend.embed_dim, INSERTION)
+    sampling = Sampling(2, case.guidance[-1])
+    together = generate(backend, PROMPTS, SEEDS, adapter, sampling)
+    alone = generate(backend, PROMPTS[2:], SEEDS[2:], adapter, sampling)
+    torch.testing.assert_close(together[2:], alone, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", ONE_EACH)
@@ -181,9 +234,10 @@ def test_our_gradient_is_that_of_the_undecorated_pipeline(pipes, name):
                 pipe,
                 **backend.pipeline_kwargs(cond, uncond),
                 num_inference_steps=3,
-                guidance_scale=sampling.guidance_scale,
                 output_type="pt",
+                **backend.pipeline_guidance(sampling.guidance_scale),
                 **noise_of(backend, 2),
+                **case.steps(3),
                 **case.call,
             )
             .images
@@ -239,6 +293,42 @@ def test_the_declared_facts_are_so(pipes, name):
     assert (prompt.pooled is not None) == backend.facts.pooled
     if prompt.pooled is not None:
         assert moved(replace(prompt, pooled=prompt.pooled + 1))
+
+
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_the_declared_layout_and_scales_are_so(pipes, name, monkeypatch):
+    """How pipelines take latents, what the network gets of the time, and what the VAE gets of the latents."""
+    _, pipe, backend = open_case(pipes, name)
+    latents = backend.noise([0])[:, 0]
+    assert (backend.pipeline_latents(latents).ndim == 3) == (backend.facts.latents == "packed")
+    own = {"SCMScheduler": "angle", "FlowMatchEulerDiscreteScheduler": "flow"}
+    assert backend.facts.prediction == own.get(type(pipe.scheduler).__name__, "scheduler")
+
+    seen = []
+    hook = backend.modules["denoiser"].register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["timestep"] if "timestep" in kwargs else args[1]),
+        with_kwargs=True,
+    )
+    t = backend.scheduler(2, latents).timesteps[0]
+    with torch.no_grad():
+        backend.predict(latents, t, backend.encode(PROMPTS[:1]), None, 1.0)
+    hook.remove()
+    times = {
+        "t": lambda: t,
+        "t / 1000": lambda: t / 1000,
+        "1 - t / 1000": lambda: 1 - t / 1000,
+        "share of noise": lambda: t.sin() / (t.sin() + t.cos()),
+    }
+    torch.testing.assert_close(seen[0].flatten()[0].double(), times[backend.facts.time]().double())
+
+    decode = pipe.vae.decode
+    given = []
+    monkeypatch.setattr(pipe.vae, "decode", lambda z, **kwargs: given.append(z) or decode(z, **kwargs))
+    for constant in (0.0, 1.0):
+        backend.decode(torch.full_like(latents, constant))
+    zero, one = given
+    assert (zero.abs().max() == 0) == (backend.facts.scaling == "factor")
+    assert ((one - zero).std() > 1e-3) == (backend.facts.scaling == "mean and deviation")
 
 
 def test_sdxl_in_float16_decodes_in_float32():

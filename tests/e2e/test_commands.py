@@ -164,10 +164,22 @@ def test_a_shared_adapter_is_for_any_prompt(
     out = capsys.readouterr().out
     assert "2 prompts, never fitted, seeds 5, 6" in out
     assert "contrast" in out
-    lines = [json.loads(line) for line in (shared / "evaluation.jsonl").read_text().splitlines()]
+    first, *lines = [json.loads(line) for line in (shared / "evaluation.jsonl").read_text().splitlines()]
+    run = Run.open(shared)
+    assert first == {
+        "rewards": {"contrast": ipgo.rewards.identity_of(ipgo.load_reward("contrast"))}
+        | {run.config.reward: run.identities[run.config.reward]}
+    }
     assert len(lines) == 2 * 2 * 2 * 2
     assert {line["prompt"] for line in lines} == {"a bus", "a cup"}
-    assert "Judged again" in (shared / "report.html").read_text()
+    page = (shared / "report.html").read_text()
+    assert "Judged again" in page
+    assert "do not compare with those above" not in page
+    raised = run.config.reward
+    first["rewards"][raised]["version"] += 1
+    files.write_lines(shared / "evaluation.jsonl", [first, *lines])
+    assert cli.main(["report", str(shared)]) == 0
+    assert f"{raised}: not scored by what scored the run" in (shared / "report.html").read_text()
 
 
 def test_python_gives_the_same_numbers(fitted: Path, pipeline_folder: str) -> None:

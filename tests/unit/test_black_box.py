@@ -9,6 +9,7 @@ import torch
 
 from ipgo import cli, optimizers
 from ipgo.adapters import InsertionAdapter, generate
+from ipgo.artefacts import load_adapter, save_adapter
 from ipgo.errors import InputError, MissingExtraError, ResumeError
 from ipgo.images import to_pil
 from ipgo.insertion import Insertion
@@ -17,7 +18,7 @@ from ipgo.methods.black_box import _Points, searched
 from ipgo.optimizers import CMA, TuRBO
 from ipgo.rewards import as_reward, score
 from ipgo.sampling import Sampling
-from ipgo.store import Run, load_adapter, save_adapter
+from ipgo.store import Run
 from ipgo.task import Task
 
 PROMPTS = ("a red cat", "sun")

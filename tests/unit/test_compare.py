@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import itertools
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ from ipgo import (
     Run,
     Task,
     cli,
+    files,
     generate,
     load_backend,
     load_reward,
@@ -35,7 +37,8 @@ from ipgo.comparison import Comparison, Plan
 from ipgo.config import RunConfig
 from ipgo.methods import METHODS, BestOfN, Raw
 from ipgo.report import comparison as page
-from ipgo.report.rows import rows
+from ipgo.report.identity import fingerprint, fingerprints, strangers
+from ipgo.report.rows import matrices, rows
 from ipgo.rewards import score
 from ipgo.sampling import Sampling
 
@@ -317,7 +320,7 @@ def test_rows_say_what_the_runs_stored(compared: Path) -> None:
 
 @pytest.mark.usefixtures("fakes")
 def test_matrices_are_win_rates_and_leave_out_what_does_not_transfer(compared: Path) -> None:
-    fitted, unseen = page.matrices(rows(Comparison.open(compared)), "colorfulness")
+    fitted, unseen = matrices(rows(Comparison.open(compared)), "colorfulness")
     assert fitted.labels == ("raw", "ipgo", "ipgo-once", "best-of-n", "picky", "spender")
     assert unseen.labels == ("raw", "ipgo", "ipgo-once", "picky", "spender")
     for (a, b), rate in fitted.wins.items():
@@ -409,6 +412,71 @@ def test_a_stopped_comparison_goes_on_to_the_same_results(
 
 
 @pytest.mark.usefixtures("fakes")
+def test_another_reward_of_the_same_name_is_refused(
+    compared: Path, pipeline_folder: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert Comparison.open(compared).facts["rewards"].keys() == {"colorfulness", "contrast"}
+    other = {"id": "contrast", "version": 2}
+    monkeypatch.setattr(runner, "identity_of", lambda reward: other)
+    assert command(pipeline_folder, compared) == 2
+    assert "was scored by another 'colorfulness'" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("fakes")
+def test_entries_that_another_reward_has_scored_are_marked(
+    compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(compared, tmp_path / "table"))
+    for label, name in (("ipgo-once", "colorfulness"), ("spender", "contrast")):
+        about = folder / "entries" / label / "run.json"
+        facts = files.read_json(about)
+        facts["rewards"][name]["weights"] = ["00"]
+        files.write_json(about, facts)
+    about = folder / "entries" / "best-of-n" / "run.json"
+    files.write_json(about, {key: value for key, value in files.read_json(about).items() if key != "rewards"})
+    assert cli.main(["compare", "--redraw", "--out", str(folder)]) == 1
+    error = capsys.readouterr().err
+    first = "ipgo-once: not scored by the colorfulness that scored raw"
+    second = "spender: not scored by the contrast that scored raw"
+    table, html = ((folder / f"comparison.{kind}").read_text() for kind in ("md", "html"))
+    for text in (error, table, html):
+        assert first in text
+        assert second in text
+    assert "| ipgo-once † |" in table
+    assert table.count("†: scored by another") == 2
+    entries = rows(Comparison.open(folder))
+    (line,) = (line for line in table.splitlines() if line.startswith("| spender | unseen |"))
+    assert line.endswith(" † |")
+    fitted, unseen = matrices(entries, "colorfulness")
+    for matrix in (fitted, unseen):
+        # Of best-of-n nothing is known, so nothing speaks against it.
+        assert not any("ipgo-once" in pair and "best-of-n" not in pair for pair in matrix.wins)
+        assert ("ipgo", "spender") in matrix.wins
+    assert ("ipgo", "best-of-n") in fitted.wins
+    others = [each for each in entries if each.label != "ipgo-once"]
+    assert page.lead(entries, "colorfulness") == page.lead(others, "colorfulness")
+    lines = list(csv.DictReader((folder / "comparison.csv").read_text().splitlines()))
+    prints = {line["entry"]: line["reward_fingerprint"] for line in lines if line["reward"] == "colorfulness"}
+    assert prints["ipgo"] == prints["spender"] != prints["ipgo-once"]
+    assert prints["best-of-n"] == ""
+
+
+def test_fingerprints_by_hand() -> None:
+    one, other = {"id": "clip", "weights": ["a"]}, {"id": "clip", "weights": ["b"]}
+    assert fingerprint(one) == fingerprint(dict(reversed(one.items()))) != fingerprint(other)
+    same, mixed = (
+        fingerprints([{"clip": one}, {}, {"clip": one}]),
+        fingerprints([{"clip": one}, {"clip": other}]),
+    )
+    assert same == {"clip": (fingerprint(one),)}
+    assert len(mixed["clip"]) == 2
+    found = strangers([("x", {}), ("a", same), ("b", same), ("c", fingerprints([{"clip": other}]))])
+    assert found == {"clip": ("a", ("c",))}
+    assert strangers([("a", same), ("m", mixed)]) == {"clip": ("a", ("m",))}
+    assert strangers([("a", same), ("b", same)]) == {}
+
+
+@pytest.mark.usefixtures("fakes")
 def test_another_plan_is_refused_with_what_differs(
     compared: Path, pipeline_folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -455,6 +523,9 @@ def test_shared_entries_are_judged_on_prompts_they_never_saw(pipeline_folder: st
     raw, ipgo, reno = rows(folder)
     assert ipgo.unseen_prompts["colorfulness"].gain.n == 1
     assert {each.prompt for each in folder.unseen_prompts("ipgo")} == {"a bus"}
+    stored, beside = folder.identities("ipgo")
+    assert stored == beside
+    assert beside["contrast"]["id"] == "contrast"
     assert ipgo.transfers == "unseen seeds and prompts"
     assert raw.unseen_prompts == {}
     assert "shared is true" in reno.errors[0]

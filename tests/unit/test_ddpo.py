@@ -9,13 +9,14 @@ import torch
 import ipgo.policy
 from ipgo import cli
 from ipgo.adapters import Adapter, LoRA, generate
+from ipgo.artefacts import load_adapter, save_adapter
 from ipgo.backends import load_backend
 from ipgo.errors import InputError, ResumeError
 from ipgo.methods import DDPO
-from ipgo.policy import PPO, advantages, log_probability, surrogate
+from ipgo.ppo import PPO, advantages, log_probability, surrogate
 from ipgo.rewards import as_reward, score
 from ipgo.sampling import Sampling
-from ipgo.store import Run, load_adapter, save_adapter
+from ipgo.store import Run
 from ipgo.task import Task
 
 PROMPTS = ("a red cat", "sun")

@@ -11,6 +11,7 @@ import torch
 
 from ipgo import cli
 from ipgo.adapters import Adapter, TextAdapter, generate
+from ipgo.artefacts import load_adapter, save_adapter
 from ipgo.backends import BACKENDS, load_backend
 from ipgo.errors import InputError, ResumeError, RewardError
 from ipgo.methods import DPODiffusion
@@ -18,7 +19,7 @@ from ipgo.methods.dpo_diffusion import _Words
 from ipgo.relaxation import Mixture, Relaxation, shortcut
 from ipgo.rewards import as_reward, load_reward, score
 from ipgo.sampling import Sampling, denoise, unconditional
-from ipgo.store import Run, load_adapter, save_adapter
+from ipgo.store import Run
 from ipgo.substitution import Space, Template, load_word_list, negative_slots, synonym_slots
 from ipgo.task import Task
 from tools.emoji import word_list

@@ -25,6 +25,7 @@ from ipgo.adapters import NoiseAdapter
 from ipgo.backends import Backend
 from ipgo.explain import Vocabulary, attention_weights, explain
 from ipgo.sampling import Sampling
+from tests import tiny_families as tiny
 
 PROMPT = "a fox"
 SAMPLING = Sampling(steps=3, guidance_scale=3.0)
@@ -120,6 +121,25 @@ def test_the_nearest_word_of_a_words_state_is_that_word(own: Backend) -> None:
     assert nearest[0][0] == "q"
     assert nearest[0][1] == pytest.approx(1, abs=1e-5)
     assert nearest[1][1] < nearest[0][1]
+
+
+def test_a_word_has_a_state_of_each_text_encoder() -> None:
+    """SD3's text is CLIP's and then T5's, with padding between."""
+    pipe = tiny.sd3()
+    backend = load_backend(pipe, device="cpu")
+    words = Vocabulary(backend, ["sun", "q", "cat"])
+    assert words.states.shape == (3, 2, backend.embed_dim)
+    with torch.no_grad():
+        ids = pipe.tokenizer(["sun"], padding="max_length", return_tensors="pt").input_ids
+        encoders = (pipe.text_encoder, pipe.text_encoder_2)
+        clip = torch.cat([each(ids, output_hidden_states=True).hidden_states[-2][0, 3] for each in encoders])
+        ids = pipe.tokenizer_3(["sun"], padding="max_length", return_tensors="pt").input_ids
+        t5 = pipe.text_encoder_3(ids)[0][0, ids[0].tolist().index(pipe.tokenizer_3.eos_token_id) - 1]
+    clip = torch.cat([clip, clip.new_zeros(backend.embed_dim - len(clip))])
+    for state in (clip, t5):
+        ((nearest, _),) = words.nearest(3 * state[None], 2)
+        assert nearest[0] == "sun"
+        assert nearest[1] == pytest.approx(1, abs=1e-5)
 
 
 def test_norms_and_drift_by_hand(own: Backend) -> None:

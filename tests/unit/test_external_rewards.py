@@ -1,14 +1,17 @@
 """Rewards from outside: real commands, and a person at a terminal that is not there."""
 
+import hashlib
 import io
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from ipgo.errors import InputError, RewardError
 from ipgo.methods import BestOfN
-from ipgo.rewards import check_reward, external, load_reward, score
+from ipgo.rewards import check_reward, external, identity_of, load_reward, score
 from ipgo.sampling import Sampling
 from ipgo.task import Task
 
@@ -98,6 +101,21 @@ def test_wrong_commands_are_refused(line, message):
             load(f"cmd:{line}")
 
 
+def test_a_command_is_known_by_its_line_and_its_files(script, tmp_path):
+    file, table = script("cat $2"), tmp_path / "table.csv"
+    table.write_text("1")
+    line = f"cmd:{file} {{image}} {table}"
+    first = identity_of(load_reward(f"2*{line}", device="cpu"))["terms"][0]["reward"]
+    assert first["id"] == line
+    assert first["weights"] == [hashlib.sha256(Path(each).read_bytes()).hexdigest() for each in (file, table)]
+    table.write_text("2")
+    assert identity_of(load_reward(line, device="cpu")) != first
+    table.write_text("1")
+    assert identity_of(load_reward(line, device="cpu")) == first
+    found = identity_of(load_reward("cmd:wc -c {image}", device="cpu"))
+    assert found["weights"] == [hashlib.sha256(Path(shutil.which("wc")).read_bytes()).hexdigest()]
+
+
 def test_a_search_with_a_command(script, backend):
     """Best-of-N by the file's size."""
     reward = load_reward(f"cmd:{script('wc -c < $1')} {{image}}", device="cpu")
@@ -117,6 +135,13 @@ def test_a_person_is_asked_until_there_is_a_number(monkeypatch, capsys):
     assert asked.count("cosy + warm, 0 to 10?") == 5
     assert asked.count("please type a number") == 3
     assert "0.png  'a cat': cosy" in asked
+
+
+def test_a_person_is_known_by_the_question(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    found = identity_of(load_reward("ask: how cosy? ", device="cpu"))
+    assert (found["id"], found["weights"]) == ("ask:how cosy?", None)
+    assert identity_of(load_reward("ask:", device="cpu"))["id"] == "ask:how good is it?"
 
 
 def test_a_person_who_leaves(monkeypatch):

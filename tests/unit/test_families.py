@@ -7,10 +7,15 @@ from diffusers import DDPMScheduler
 from ipgo.adapters import Adapter, NoiseAdapter, generate
 from ipgo.backends import load_backend
 from ipgo.backends.flux import pack, unpack
+from ipgo.backends.qwen_image import compact
+from ipgo.embeds import PromptEmbeds
 from ipgo.errors import InputError
 from ipgo.relaxation import Relaxation
 from ipgo.sampling import Sampling
 from tests import tiny_families as tiny
+
+MARKS_AFTER = "<|im_end|>\n<|im_start|>assistant\n"
+MARKS = "<|im_start|>user\n" + MARKS_AFTER
 
 
 def test_a_scheduler_that_hides_its_noise_is_refused():
@@ -62,12 +67,13 @@ def test_options_that_a_family_lacks_are_refused(options, message):
         load_backend(tiny.flux(), device="cpu", **options)
 
 
-def test_distilled_guidance_has_no_negative_prompt():
-    backend = load_backend(tiny.flux(), device="cpu", image_size=16)
+@pytest.mark.parametrize("build", [tiny.flux, tiny.lcm, tiny.sana_sprint, tiny.flux_2])
+def test_distilled_guidance_has_no_negative_prompt(build):
+    backend = load_backend(build(), device="cpu", image_size=16)
     sampling = Sampling(1, 3.5, negative_prompt="blurry")
     with pytest.raises(InputError, match="negative_prompt is 'blurry'; it needs classifier-free guidance"):
         generate(backend, ["sun"], [0], Adapter(), sampling)
-    with pytest.raises(InputError, match="has no unconditional half; its guidance is 'distilled'"):
+    with pytest.raises(InputError, match=r"has no unconditional half; its guidance is '(distilled|none)'"):
         backend.unconditional("", backend.encode(["sun"]))
 
 
@@ -98,3 +104,49 @@ def test_without_t5_clip_counts():
     prompt = backend.encode(["sun"])
     assert prompt.length == 77 + 256
     assert not prompt.mask[:, 77:].any()
+
+
+def test_sana_sees_the_longest_prompt_whole():
+    backend = load_backend(tiny.sana(), device="cpu")
+    longest = backend.encode(["a" * 298, "sun"])
+    assert longest.mask.sum(1).tolist() == [300, 2 + 3]  # with its mark, and the instruction's last state
+    with pytest.raises(InputError, match="has 300 tokens and the encoder takes 299"):
+        backend.encode(["a" * 299])
+    assert backend.unconditional("blurry", longest).mask.sum(1).tolist() == [7, 7]  # without the instruction
+
+
+@pytest.mark.parametrize(
+    ("build", "marks"),
+    [(tiny.z_image, MARKS), (tiny.qwen_image, MARKS_AFTER), (tiny.flux_2, MARKS + "<think></think>")],
+)
+def test_the_marks_of_a_chat_count(build, marks):
+    backend = load_backend(build(), device="cpu", image_size=16)
+    spent = len(backend.tokenizer(marks).input_ids)
+    assert backend.encode(["a" * (tiny.QWEN_TOKENS - spent)]).mask.all()
+    with pytest.raises(InputError, match=f"has {tiny.QWEN_TOKENS + 1} tokens and the encoder takes"):
+        backend.encode(["a" * (tiny.QWEN_TOKENS - spent + 1)])
+
+
+def test_padding_goes_behind_the_text():
+    embeds = torch.arange(2 * 5 * 1.0).view(2, 5, 1)
+    mask = torch.tensor([[True, False, True, False, True], [False, True, False, False, False]])
+    found = compact(PromptEmbeds(embeds, mask))
+    assert found.embeds[..., 0].tolist() == [[0, 2, 4], [6, 5, 7]]
+    assert found.mask.tolist() == [[True] * 3, [True, False, False]]
+
+
+def test_learned_noise_for_a_pipeline_whose_prompts_are_lists():
+    pipe = tiny.z_image()
+    backend = load_backend(pipe, device="cpu", image_size=16)
+    adapter = NoiseAdapter.start(backend, ["sun"], [3], shared=False)
+    kwargs = adapter.prompt_kwargs(pipe, "sun")
+    assert [states.shape[1] for states in kwargs["prompt_embeds"]] == [backend.embed_dim]
+    assert torch.equal(kwargs["latents"], backend.noise([3])[:, 0])
+
+
+def test_every_consistency_step_uses_the_noise_of_its_row():
+    backend = load_backend(tiny.sana_sprint(), device="cpu")
+    pair = generate(backend, ["sun", "a dog"], [3, 4], Adapter(), Sampling(3, 4.5))
+    alone = generate(backend, ["a dog"], [4], Adapter(), Sampling(3, 4.5))
+    torch.testing.assert_close(pair[1:], alone, atol=1e-5, rtol=0)
+    assert backend.noise([4], Sampling(3).noise_steps(backend)).shape[1] == 1 + 3

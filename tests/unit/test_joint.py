@@ -8,13 +8,14 @@ import torch
 from ipgo import cli
 from ipgo.adapters import Adapter, InsertionAdapter, JointAdapter, NoiseAdapter, generate, stack
 from ipgo.adapters.noise import norm_penalty
+from ipgo.artefacts import load_adapter, save_adapter
 from ipgo.backends import load_backend
 from ipgo.errors import InputError
 from ipgo.insertion import Insertion
 from ipgo.methods import Joint
 from ipgo.rewards import load_reward, score
 from ipgo.sampling import Sampling, sample
-from ipgo.store import Run, load_adapter, save_adapter
+from ipgo.store import Run
 from ipgo.task import Task
 from ipgo.training import Ascent, maximize
 

@@ -11,15 +11,18 @@ from scipy import stats
 from ipgo import cli
 from ipgo.adapters import Adapter, EmbeddingAdapter, LoRA, NoiseAdapter, WeightAdapter, generate, stack
 from ipgo.adapters.noise import PATCH, norm_penalty, tail_bound, whiteness_penalty
+from ipgo.artefacts import load_adapter, save_adapter
 from ipgo.backends import load_backend
+from ipgo.embeds import PromptEmbeds
 from ipgo.errors import InputError, ResumeError
 from ipgo.methods import DNO, METHODS, BestOfN, DRaFT, Embedding, ReNO
 from ipgo.rewards import as_reward, load_reward, score
 from ipgo.sampling import Sampling
 from ipgo.seeding import derive
-from ipgo.store import Run, load_adapter, save_adapter
+from ipgo.store import Run
 from ipgo.task import Task
 from ipgo.training import Ascent, maximize
+from tests import tiny_families as tiny
 
 PROMPTS = ("a red cat", "sun")
 SAMPLING = Sampling(steps=2, guidance_scale=3.0)
@@ -395,3 +398,27 @@ def test_an_embedding_starts_as_the_prompt(backend, pipe):
         EmbeddingAdapter.start(load_backend(pipe, device="cpu", padding="none"), PROMPTS, shared=False)
     with pytest.raises(InputError, match=r"states of shape \(5, 32\); .* takes \(77, 32\)"):
         generate(backend, PROMPTS[:1], [0], EmbeddingAdapter(PROMPTS, 5, 32), SAMPLING)
+
+
+def test_preservation_looks_at_the_end_of_every_encoders_text():
+    pipe = tiny.sd3()
+    backend = load_backend(pipe, device="cpu")
+    prompts = ("a red cat", "sun")
+    adapter = EmbeddingAdapter.start(backend, prompts, shared=False)
+    original = backend.encode(prompts)
+    with torch.no_grad():
+        adapter.embeds += torch.randn(adapter.embeds.shape, generator=torch.Generator().manual_seed(0))
+    cond = adapter.condition(backend, prompts, original)
+    found = adapter.penalty(original, cond, backend.noise([0, 0]))
+    for row, prompt in enumerate(prompts):
+        ends = [len(pipe.tokenizer(prompt).input_ids) - 1, 77 + len(pipe.tokenizer_3(prompt).input_ids) - 1]
+        pairs = [(original.embeds[row, end], cond.embeds[row, end]) for end in ends]
+        cosines = [(a @ b / (a.norm() * b.norm())).item() for a, b in pairs]
+        assert found[row].item() == pytest.approx(1 - sum(cosines) / 2, abs=1e-5)
+
+
+def test_the_ends_of_text_by_hand():
+    rows = ["110010", "111111", "000001", "101010", "000000"]
+    mask = torch.tensor([[sign == "1" for sign in row] for row in rows])
+    ends = PromptEmbeds(torch.zeros(5, 6, 2), mask).ends()
+    assert [each.tolist() for each in ends] == [[1, 4], [5], [5], [0, 2, 4], []]

@@ -43,11 +43,10 @@ def count(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def test_every_backend_that_is_not_bundled_is_written_down() -> None:
-    assert set(PUBLISHED) == set(BACKENDS) - {"emoji"} == set(COUNTS)
-    assert {name: blueprint.kind for name, blueprint in PUBLISHED.items()} == {
-        name: kind for name, (kind, _) in BACKENDS.items() if name != "emoji"
-    }
+def test_what_is_written_down_is_of_the_family_that_opens_it() -> None:
+    assert set(PUBLISHED) == set(COUNTS)
+    for name, blueprint in PUBLISHED.items():
+        assert blueprint.kind == BACKENDS[name][0]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -197,15 +197,20 @@ def test_rows_stand_alone_and_gradients_reach_the_pictures_only(
     assert not any(parameter.requires_grad for parameter in reward.parameters())
 
 
-def test_the_gradient_is_that_of_finite_differences(folder: Path) -> None:
-    reward = load_reward(f"clip:{folder}", device="cpu").double()
-    reward.model.set_attn_implementation("sdpa")  # the plain one takes its softmax in float32
-    images = (0.3 + 0.4 * IMAGES[:1, :, :34, :33]).double()  # far from where resizing clips
+@pytest.mark.parametrize("variant", ["", "@notebook"])
+@pytest.mark.parametrize("name", sorted(SOURCES))
+def test_the_gradient_is_that_of_finite_differences(folder: Path, name: str, variant: str) -> None:
+    reward = load_reward(f"{name}{variant}:{weights(folder, name)}", device="cpu").double()
+    for part in reward.children():
+        part.set_attn_implementation("sdpa")  # CLIP's plain one takes its softmax in float32
+    images = (0.3 + 0.4 * IMAGES[:2, :, :34, :33]).double()  # far from where resizing clips
     direction = torch.randn(images.shape, generator=torch.Generator().manual_seed(1)).double()
 
     def along(step: torch.Tensor) -> torch.Tensor:
-        return reward(images + step * direction, PROMPTS[:1])
+        return reward(images + step * direction, PROMPTS[:2])
 
+    slopes = torch.autograd.functional.jacobian(along, torch.zeros((), dtype=torch.double))
+    assert (slopes.abs() > 1e-6).all()
     assert torch.autograd.gradcheck(along, torch.zeros((), dtype=torch.double, requires_grad=True))
 
 

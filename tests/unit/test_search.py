@@ -5,12 +5,12 @@ import torch
 
 from ipgo.adapters import ADAPTERS, Adapter, TextAdapter, generate, shorten, stack
 from ipgo.adapters.text import BYTES
+from ipgo.artefacts import load_adapter, save_adapter
 from ipgo.backends import load_backend
 from ipgo.errors import InputError, ResumeError
 from ipgo.rewards import as_reward, load_reward
 from ipgo.sampling import Sampling
 from ipgo.search import search
-from ipgo.store import load_adapter, save_adapter
 from ipgo.task import Task
 
 PROMPTS = ("a red cat", "sun")

@@ -29,8 +29,9 @@ from ipgo import (
     load_adapter,
     save_adapter,
 )
+from ipgo.artefacts import load_identities, load_scores, save_scores
+from ipgo.chunks import Chunk, Cost
 from ipgo.config import RunConfig
-from ipgo.store import Chunk, Cost, load_scores, save_scores
 
 CONFIG = RunConfig(("a fox", "a lemon", "an owl"), IPGO(ascent=Ascent(steps=4)), chunk=2)
 
@@ -252,6 +253,12 @@ def test_scores_round_trip(tmp_path: Path) -> None:
     ]
     save_scores(tmp_path / "s.jsonl", scores)
     assert load_scores(tmp_path / "s.jsonl") == scores
+    assert load_identities(tmp_path / "s.jsonl") == {}
+    rewards = {"r": {"id": "r", "version": 1}}
+    save_scores(tmp_path / "s.jsonl", scores, rewards)
+    assert load_scores(tmp_path / "s.jsonl") == scores
+    assert load_identities(tmp_path / "s.jsonl") == rewards
+    assert load_identities(tmp_path / "none.jsonl") == {}
 
 
 def test_a_run_is_not_continued_with_a_reward_of_other_weights(tmp_path: Path) -> None:

@@ -7,13 +7,14 @@ import torch
 
 from ipgo import cli
 from ipgo.adapters import Adapter, TextEncoderAdapter, generate, stack
+from ipgo.artefacts import load_adapter, save_adapter
 from ipgo.backends import load_backend
 from ipgo.embeds import PromptEmbeds
 from ipgo.errors import InputError
 from ipgo.methods import TextCraftor
 from ipgo.rewards import load_reward, score
 from ipgo.sampling import Sampling, decode
-from ipgo.store import Run, load_adapter, save_adapter
+from ipgo.store import Run
 from ipgo.task import Task
 
 PROMPTS = ("a red cat", "sun")

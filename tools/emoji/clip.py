@@ -11,18 +11,21 @@ from transformers import CLIPModel
 
 from tools.emoji import data, parts, tokenizer, world
 from tools.emoji.loop import DEVICE, Schedule, save, train, trained
-from tools.emoji.networks import attacked, embed_images, embed_texts, pixels, shifted
+from tools.emoji.networks import attacked, embed_images, pixels, read_texts, shifted
 
 SCHEDULES = {
-    "clip": Schedule(steps=1_600, batch=128, lr=1e-3, warmup=60, weight_decay=0.05),
+    "clip": Schedule(steps=1_000, batch=128, lr=1e-3, warmup=60, weight_decay=0.05),
     "harden": Schedule(steps=500, batch=96, lr=4e-4, warmup=30, weight_decay=0.05),
 }
 RADIUS = 2.0  # of the largest disturbance, L2 over a picture in [-1, 1]: 0.018 a value
 
 
 class Probe(nn.Module):
-    """CLIP while it trains: linear heads read the scene's content and quality off the image embedding, and are thrown
-    away."""
+    """CLIP while it trains: linear heads read the scene's content and quality off the image embedding, and the content
+    off the text's last states, and are thrown away.
+
+    Without the second, nothing makes the states that the denoiser attends to say which object stands where.
+    """
 
     SIZES = (3, len(world.NAMES), len(world.NAMES) + 1, len(world.COLOURS), len(world.STYLES), 6)
 
@@ -31,6 +34,7 @@ class Probe(nn.Module):
         self.clip = model
         self.heads = nn.Linear(parts.TEXT_WIDTH, sum(self.SIZES))
         self.quality = nn.Linear(parts.TEXT_WIDTH, 1)
+        self.said = nn.Linear(parts.TEXT_WIDTH, sum(self.SIZES))
 
     def loss(self, embeds: Tensor, facts: Tensor, quality: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Cross-entropy of every fact, squared error of the quality; and how well both are read."""
@@ -41,6 +45,21 @@ class Probe(nn.Module):
         error = F.mse_loss(self.quality(embeds)[:, 0], quality)
         right = (logits[1].argmax(-1) == targets[:, 1]).float().mean()
         return value + 15 * error, {"object": right.item(), "quality": error.item()}
+
+    def text_loss(self, states: Tensor, claims: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """Cross-entropy of every fact that a text claims; `states` (T, 2, W), `claims` (T, 6)."""
+        logits = self.said(states).split(self.SIZES, dim=-1)
+        targets = claims.clone()
+        targets[:, 2] += 1
+        targets[targets[:, 5] == world.ANY_DAMAGE, 5] = world.UNSAID
+        value = sum(
+            F.cross_entropy(
+                a.flatten(0, 1), b.repeat_interleave(2), ignore_index=world.UNSAID, reduction="sum"
+            )
+            for a, b in zip(logits, targets.T, strict=True)
+        )
+        both = torch.stack([logits[i][:, 0].argmax(-1) == targets[:, i] for i in (1, 2)]).all(0)
+        return value / (2 * len(claims)), {"read": both.float().mean().item()}
 
 
 def contrast(image: Tensor, text: Tensor, scale: Tensor, other: Tensor) -> Tensor:
@@ -61,11 +80,12 @@ class Batch(NamedTuple):
     texts: tuple[str, ...]
     other: Tensor  # (T, T + P) bool, for `contrast`
     facts: Tensor  # (T + P, 6)
+    claims: Tensor  # (T, 6)
     quality: Tensor  # (T + P,)
 
 
 def batches() -> Callable[[np.random.Generator, int], Batch]:
-    """Draws batches: captions made anew each time, a quarter of the pictures spoilt twins of others.
+    """Draws batches: captions made anew each time, a quarter of the pictures are spoilt twins, many show two objects.
 
     The twins are negatives of their captions: of two pictures that show what a text says, the clear one matches it
     better.
@@ -74,20 +94,22 @@ def batches() -> Callable[[np.random.Generator, int], Batch]:
     decoded = np.load(data.DECODED, mmap_mode="r")
     facts, twin_facts = (np.array([world.facts(scene) for scene in each]) for each in (scenes, twins))
     quality, twin_quality = (np.array([s.quality for s in each], np.float32) for each in (scenes, twins))
-    clean = data.clean_rows(scenes)
+    clean, double = data.clean_rows(scenes), np.flatnonzero(facts[:, 2] >= 0)
 
     def draw(rng: np.random.Generator, batch: int) -> Batch:
         pairs = batch // 4
         chosen = rng.integers(len(twins), size=pairs)
-        rows = np.concatenate([clean[chosen], rng.integers(len(images), size=batch - 2 * pairs)])
-        texts, claims = zip(*(world.caption(rng, scenes[i]) for i in rows), strict=True)
+        fresh = rng.integers(len(images), size=batch // 4), rng.choice(double, batch - 2 * pairs - batch // 4)
+        rows = np.concatenate([clean[chosen], *fresh])
+        texts, said = zip(*(world.caption(rng, scenes[i]) for i in rows), strict=True)
         known = np.concatenate([facts[rows], twin_facts[chosen]])
-        other = world.contradicts(np.array(claims), known)
+        claims = np.array(said)
+        other = world.contradicts(claims, known)
         other[np.arange(pairs), len(rows) + np.arange(pairs)] = True
         other[np.arange(len(rows)), np.arange(len(rows))] = True
         x = pixels(np.concatenate([data.pictures(rng, images, decoded, rows), spoilt[chosen]]))
         clear = np.concatenate([quality[rows], twin_quality[chosen]])
-        told = [torch.from_numpy(each).to(DEVICE) for each in (other, known, clear)]
+        told = [torch.from_numpy(each).to(DEVICE) for each in (other, known, claims, clear)]
         return Batch(shifted(rng, x), texts, *told)
 
     return draw
@@ -113,8 +135,10 @@ def train_clip() -> None:
 
     def loss(rng: np.random.Generator, batch: int) -> tuple[Tensor, dict[str, float]]:
         drawn = draw(rng, batch)
-        image = embed_images(probe.clip, drawn.pictures)
-        return _loss(probe, drawn, image, embed_texts(probe.clip, tokens, drawn.texts))
+        text, states = read_texts(probe.clip, tokens, drawn.texts)
+        value, figures = _loss(probe, drawn, embed_images(probe.clip, drawn.pictures), text)
+        said, read = probe.text_loss(states, drawn.claims)
+        return value + 0.3 * said, figures | read
 
     train("clip-probe", probe, loss, SCHEDULES["clip"])
     save("clip", probe.clip)
@@ -135,7 +159,7 @@ def harden() -> None:
 
     def loss(rng: np.random.Generator, batch: int) -> tuple[Tensor, dict[str, float]]:
         drawn = draw(rng, batch)
-        text = embed_texts(probe.clip, tokens, drawn.texts)
+        text, _ = read_texts(probe.clip, tokens, drawn.texts)
 
         def harm(pictures: Tensor) -> Tensor:
             return _loss(probe, drawn, embed_images(probe.clip, pictures), text)[0]

@@ -52,6 +52,19 @@ def embed_texts(model: CLIPModel, tokens: CLIPTokenizer, texts: Sequence[str]) -
     return F.normalize(text.float(), dim=-1)
 
 
+def read_texts(model: CLIPModel, tokens: CLIPTokenizer, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Normalised embeddings (B, D); and the states (B, 2, W) at the end of each text and at the last padding after it.
+
+    The padding is not masked, as Stable Diffusion reads it.
+    """
+    inputs = tokens(list(texts), padding=True, return_tensors="pt").to(DEVICE)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        output = model.text_model(inputs.input_ids)
+        text = model.text_projection(output.pooler_output)
+    states = torch.stack([output.pooler_output, output.last_hidden_state[:, -1]], dim=1)
+    return F.normalize(text.float(), dim=-1), states.float()
+
+
 def attacked(
     rng: np.random.Generator, images: Tensor, harm: Callable[[Tensor], Tensor], radius: float, steps: int = 2
 ) -> Tensor:

@@ -27,7 +27,8 @@ JUDGE_SIZES = (3, len(world.NAMES), len(world.NAMES) + 1, len(world.COLOURS), le
 def train_judge() -> None:
     """Facts and quality from pictures, half of them of two objects; a third through the VAE, as the generator's are.
 
-    Another seed, order and architecture than CLIP's, and no network but the frozen VAE touches it.
+    Another seed, order and architecture than CLIP's, and no network but the frozen VAE touches it. The pictures are
+    disturbed against the judge itself, so that what an optimiser adds unseen does not mislead it.
     """
     images, scenes = data.load("train")
     decoded = np.load(data.DECODED, mmap_mode="r")
@@ -40,14 +41,18 @@ def train_judge() -> None:
         half = batch // 2
         rows = np.sort(np.concatenate([rng.choice(single, batch - half), rng.choice(pairs, half)]))
         x = shifted(rng, pixels(data.pictures(rng, images, decoded, rows)))
-        facts = torch.from_numpy(known[rows]).to(DEVICE)
+        facts, clear = (torch.from_numpy(each[rows]).to(DEVICE) for each in (known, quality))
         facts[:, 2] += 1
-        with torch.autocast(DEVICE.type, torch.bfloat16):
-            *logits, clean = judge(x)
-        value = sum(F.cross_entropy(a.float(), facts[:, i]) for i, a in enumerate(logits))
-        clean_error = F.mse_loss(clean.float()[:, 0], torch.from_numpy(quality[rows]).to(DEVICE))
-        right = torch.stack([logits[i].argmax(-1) == facts[:, i] for i in (1, 2)]).all(0).float().mean()
-        return value + 4 * clean_error, {"objects": right.item(), "quality": clean_error.item()}
+
+        def error(pictures: Tensor) -> tuple[Tensor, dict[str, float]]:
+            with torch.autocast(DEVICE.type, torch.bfloat16):
+                *logits, clean = judge(pictures)
+            value = sum(F.cross_entropy(a.float(), facts[:, i]) for i, a in enumerate(logits))
+            clean_error = F.mse_loss(clean.float()[:, 0], clear)
+            right = torch.stack([logits[i].argmax(-1) == facts[:, i] for i in (1, 2)]).all(0).float().mean()
+            return value + 4 * clean_error, {"objects": right.item(), "quality": clean_error.item()}
+
+        return error(attacked(rng, x, lambda pictures: error(pictures)[0], RADIUS, steps=1))
 
     train("judge", judge, loss, SCHEDULES["judge"], seed=77)
 

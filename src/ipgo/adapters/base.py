@@ -27,16 +27,17 @@ class Adapter(nn.Module):
         options: JSON values: `ADAPTERS[kind](prompts, **options)` builds an adapter that the tensors fit
             into.
         prompts: one for each row; None if one row is shared by every prompt.
-        padding: the backend's padding that it was learned with.
+        padding, long_prompts: the backend's, that it was learned with, as far as that is kept.
     """
 
     kind: ClassVar[str] = "identity"
     transfers: ClassVar[str] = "seeds"
     needs_all_steps: ClassVar[bool] = False
-    learns_unconditional: ClassVar[bool] = False
+    learns_unconditional: bool = False
     options: dict[str, Any]
     prompts: tuple[str, ...] | None
     padding: str = "max_length"
+    long_prompts: str = "refuse"
 
     def __init__(self, prompts: Sequence[str] | None = None) -> None:
         super().__init__()
@@ -94,7 +95,7 @@ class Adapter(nn.Module):
         Raises:
             InputError: the adapter was not fitted to `prompt`, or does not fit the pipeline.
         """
-        backend = load_backend(pipe, padding=self.padding)
+        backend = load_backend(pipe, padding=self.padding, long_prompts=self.long_prompts)
         with torch.no_grad():
             cond = self.condition(backend, [prompt], backend.encode([prompt]))
             # Any scale above 1: only the prompts are wanted.

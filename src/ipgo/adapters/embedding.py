@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import ClassVar, Self
 
 import torch
@@ -21,9 +22,10 @@ class EmbeddingAdapter(Adapter):
 
     embeds: nn.Parameter  # (N, L, D)
 
-    def __init__(self, prompts: Sequence[str], length: int, width: int) -> None:
+    def __init__(self, prompts: Sequence[str], length: int, width: int, long_prompts: str = "refuse") -> None:
         super().__init__(prompts)
-        self.options = {"length": length, "width": width}
+        self.long_prompts = long_prompts
+        self.options = {"length": length, "width": width, "long_prompts": long_prompts}
         self.embeds = nn.Parameter(torch.zeros(len(prompts), length, width))
 
     @classmethod
@@ -31,7 +33,7 @@ class EmbeddingAdapter(Adapter):
         """The prompts' own states.
 
         Raises:
-            InputError: `shared`, or a backend without padding, whose prompts differ in length.
+            InputError: `shared`, a backend without padding, or prompts that differ in their number of windows.
         """
         if shared:
             raise InputError(
@@ -39,9 +41,14 @@ class EmbeddingAdapter(Adapter):
             )
         _check_padding(backend)
         with torch.no_grad():
-            own = backend.encode(prompts).embeds
-            adapter = cls(prompts, *own.shape[1:])
-            adapter.embeds.copy_(own)
+            own = backend.encode(prompts)
+            if own.present is not None:
+                raise InputError(
+                    f"long_prompts is {backend.long_prompts!r}; whole prompts that are learned together need "
+                    "equally many windows, so fit them one by one"
+                )
+            adapter = cls(prompts, own.length, backend.embed_dim, backend.long_prompts)
+            adapter.embeds.copy_(own.embeds)
         return adapter
 
     def condition(self, backend: Backend, prompts: Sequence[str], original: PromptEmbeds) -> PromptEmbeds:
@@ -52,14 +59,16 @@ class EmbeddingAdapter(Adapter):
                 f"backend {backend.name!r} takes {tuple(original.embeds.shape[1:])}"
             )
         learned = self.embeds[self.rows(prompts)]
-        return PromptEmbeds(learned.to(original.embeds), original.mask, original.pooled)
+        return replace(original, embeds=learned.to(original.embeds))
 
     def penalty(self, original: PromptEmbeds, conditioned: PromptEmbeds, noise: Tensor) -> Tensor:
-        """1 - the cosine of the states at the end of the text, before and after (PEO's preservation)."""
-        rows = torch.arange(len(original.mask), device=original.mask.device)
-        end = original.mask.sum(1) - 1
-        before, after = original.embeds[rows, end], conditioned.embeds[rows, end]
-        return 1 - torch.cosine_similarity(before, after, dim=-1)
+        """1 - the cosine of the states at the end of the text, before and after (PEO's preservation).
+
+        With several text encoders it is the mean over the ends of what each of them made.
+        """
+        pairs = zip(original.embeds, conditioned.embeds, original.ends(), strict=True)
+        cosines = [torch.cosine_similarity(before[end], after[end], dim=-1) for before, after, end in pairs]
+        return torch.stack([1 - each.mean() for each in cosines])
 
 
 def _check_padding(backend: Backend) -> None:

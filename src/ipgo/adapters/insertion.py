@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ipgo.adapters.base import Adapter
 from ipgo.backends import Backend
 from ipgo.embeds import PromptEmbeds
 from ipgo.errors import InputError
 from ipgo.insertion import InsertedEmbeddings, Insertion, cross_attend
+from ipgo.sampling import Sampling
 from ipgo.seeding import derive
 
 
 class InsertionAdapter(Adapter):
-    """A prefix and a suffix of embeddings for each prompt, or one pair shared by all (arXiv 2503.21812)."""
+    """A prefix and a suffix of embeddings for each prompt, or one pair shared by all (arXiv 2503.21812).
+
+    And, if `insertion` says so, as much for the negative prompt, and what is added to the vectors of both.
+    """
 
     kind: ClassVar[str] = "insertion"
+
+    pooled: nn.Parameter | None  # (N, P), starts at 0
+    negative_pooled: nn.Parameter | None  # (N, P), starts at 0
 
     def __init__(
         self,
@@ -29,36 +36,93 @@ class InsertionAdapter(Adapter):
         insertion: Insertion | Mapping[str, Any],
         padding: str = "max_length",
         seed: int = 0,
+        long_prompts: str = "refuse",
+        pooled_width: int = 0,
     ) -> None:
+        """`pooled_width` is P, the width of the backend's vector for the whole prompt, where one is learned."""
         super().__init__(prompts)
         self.width = width
         self.insertion = insertion if isinstance(insertion, Insertion) else Insertion(**insertion)
-        self.padding = padding
-        self.options = {"width": width, "insertion": asdict(self.insertion), "padding": padding}
+        self.padding, self.long_prompts = padding, long_prompts
+        self.options = {
+            "width": width,
+            "insertion": asdict(self.insertion),
+            "padding": padding,
+            "long_prompts": long_prompts,
+            "pooled_width": pooled_width,
+        }
+        self.learns_unconditional = self.insertion.negative
         seeds = [seed] if prompts is None else [derive(seed, prompt) for prompt in prompts]
         self.prefix = _side(seeds, "prefix", self.insertion.num_prefix, width, self.insertion)
         self.suffix = _side(seeds, "suffix", self.insertion.num_suffix, width, self.insertion)
+        before, after = self.insertion.num_prefix, self.insertion.num_suffix
+        negative = self.insertion.negative
+        self.negative_prefix = _side(seeds, "negative prefix", before * negative, width, self.insertion)
+        self.negative_suffix = _side(seeds, "negative suffix", after * negative, width, self.insertion)
+        vectors = pooled_width if self.insertion.pooled else 0
+        self.pooled = _vectors(len(seeds), vectors)
+        self.negative_pooled = _vectors(len(seeds), vectors * negative)
 
     @classmethod
     def start(
         cls, backend: Backend, prompts: Sequence[str], insertion: Insertion, *, seed: int, shared: bool
     ) -> InsertionAdapter:
-        """The point where a fit to `prompts` begins, with `insertion.norm` resolved for each row."""
-        adapter = cls(None if shared else prompts, backend.embed_dim, insertion, backend.padding, seed)
+        """The point where a fit to `prompts` begins, with `insertion.norm` resolved for each row.
+
+        Raises:
+            InputError: what is to be learned is not there in this backend.
+        """
+        if insertion.negative and backend.guidance != "classifier-free":
+            raise InputError(
+                f"insertion.negative is true; it needs classifier-free guidance, and that of backend "
+                f"{backend.name!r} is {backend.guidance!r}"
+            )
+        if insertion.pooled and not backend.facts.pooled:
+            raise InputError(
+                f"insertion.pooled is true; backend {backend.name!r} has no vector for the whole prompt"
+            )
+        own = None if shared else prompts
+        width = _pooled_width(backend, prompts[0]) if insertion.pooled else 0
+        adapter = cls(own, backend.embed_dim, insertion, backend.padding, seed, backend.long_prompts, width)
         if insertion.norm is None:
             with torch.no_grad():
-                norms = backend.encode(prompts).norm().cpu()  # (P,)
+                norms = backend.encode(prompts).norm().cpu()  # (prompts,)
             for side in adapter.sides():
                 side.scale_to_(norms.mean() if shared else norms)
         return adapter
 
     def sides(self) -> list[InsertedEmbeddings]:
-        """The prefix and the suffix, as far as there are any."""
-        return [side for side in (self.prefix, self.suffix) if side is not None]
+        """The prefix and the suffix, and those of the negative prompt, as far as there are any."""
+        every = (self.prefix, self.suffix, self.negative_prefix, self.negative_suffix)
+        return [side for side in every if side is not None]
 
     def condition(self, backend: Backend, prompts: Sequence[str], original: PromptEmbeds) -> PromptEmbeds:
         self._check(backend)
-        return self.insert(self.rows(prompts), original)
+        rows = self.rows(prompts)
+        return self._changed(self.insert(rows, original), rows, self.pooled)
+
+    def unconditional(
+        self, backend: Backend, prompts: Sequence[str], cond: PromptEmbeds, sampling: Sampling
+    ) -> PromptEmbeds | None:
+        if not self.insertion.negative:
+            return super().unconditional(backend, prompts, cond, sampling)
+        # Its own length is that of the prompt without what is inserted; both then grow by as much.
+        own = cond.keep(range(self.insertion.num_prefix, cond.length - self.insertion.num_suffix))
+        original = super().unconditional(backend, prompts, own, sampling)
+        if original is None:
+            return None
+        rows = self.rows(prompts)
+        whole = original.insert(
+            self._embeds(self.negative_prefix, rows, original),
+            self._embeds(self.negative_suffix, rows, original),
+        )
+        return self._changed(whole, rows, self.negative_pooled)
+
+    def _changed(self, prompt: PromptEmbeds, rows: Tensor, change: nn.Parameter | None) -> PromptEmbeds:
+        """With `change` (N, P) added to the vectors (B, P)."""
+        if change is None or prompt.pooled is None:
+            return prompt
+        return replace(prompt, pooled=prompt.pooled + change[rows.to(change.device)].to(prompt.pooled))
 
     def insert(self, rows: Tensor, original: PromptEmbeds) -> PromptEmbeds:
         """[prefix; original; suffix], by the adapter's rows (B,) for the B rows of `original`."""
@@ -85,6 +149,10 @@ class InsertionAdapter(Adapter):
             raise InputError(
                 f"this adapter was learned with padding={self.padding!r}; the backend has {backend.padding!r}"
             )
+        if self.pooled is not None and not backend.facts.pooled:
+            raise InputError(
+                f"this adapter changes a vector for the whole prompt; backend {backend.name!r} has none"
+            )
 
     def penalty(self, original: PromptEmbeds, conditioned: PromptEmbeds, noise: Tensor) -> Tensor:
         """Conformity: the mean over D of |mean(conditioned) - mean(original)|, means over text positions."""
@@ -93,6 +161,17 @@ class InsertionAdapter(Adapter):
     def project_(self) -> None:
         for side in self.sides():
             side.project_()
+
+
+def _vectors(count: int, width: int) -> nn.Parameter | None:
+    return nn.Parameter(torch.zeros(count, width)) if width else None
+
+
+def _pooled_width(backend: Backend, prompt: str) -> int:
+    with torch.no_grad():
+        pooled = backend.encode([prompt]).pooled
+    assert pooled is not None
+    return pooled.shape[-1]
 
 
 def _side(

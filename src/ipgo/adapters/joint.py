@@ -12,6 +12,7 @@ from ipgo.adapters.insertion import InsertionAdapter
 from ipgo.adapters.noise import NoiseAdapter
 from ipgo.backends import Backend
 from ipgo.embeds import PromptEmbeds
+from ipgo.sampling import Sampling
 
 
 class JointAdapter(Adapter):
@@ -35,7 +36,8 @@ class JointAdapter(Adapter):
         self.inserted = InsertionAdapter(prompts, **inserted)
         self.initial = NoiseAdapter(prompts, **initial)
         self.noise_weight = noise_weight
-        self.padding = self.inserted.padding
+        self.padding, self.long_prompts = self.inserted.padding, self.inserted.long_prompts
+        self.learns_unconditional = self.inserted.learns_unconditional
         self.options = {
             "inserted": self.inserted.options,
             "initial": self.initial.options,
@@ -54,6 +56,11 @@ class JointAdapter(Adapter):
     def condition(self, backend: Backend, prompts: Sequence[str], original: PromptEmbeds) -> PromptEmbeds:
         return self.inserted.condition(backend, prompts, original)
 
+    def unconditional(
+        self, backend: Backend, prompts: Sequence[str], cond: PromptEmbeds, sampling: Sampling
+    ) -> PromptEmbeds | None:
+        return self.inserted.unconditional(backend, prompts, cond, sampling)
+
     def noise(self, backend: Backend, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> Tensor:
         return self.initial.noise(backend, prompts, seeds, steps)
 
@@ -68,5 +75,4 @@ class JointAdapter(Adapter):
     def prompt_kwargs(self, pipe: Any, prompt: str, negative_prompt: str = "") -> dict[str, Any]:
         """As `Adapter.prompt_kwargs`, with the initial noise."""
         kwargs = super().prompt_kwargs(pipe, prompt, negative_prompt)
-        latents = self.initial.pipeline_latents(pipe, prompt)
-        return {**kwargs, "latents": latents.to(kwargs["prompt_embeds"])}
+        return {**kwargs, "latents": self.initial.pipeline_latents(pipe, prompt)}

@@ -34,13 +34,23 @@ class NoiseAdapter(Adapter):
     latents: nn.Parameter  # (N, 1 or 1 + steps, C, h, w)
 
     def __init__(
-        self, prompts: Sequence[str], shape: Sequence[int], seed: int, penalty: Penalty = "none"
+        self,
+        prompts: Sequence[str],
+        shape: Sequence[int],
+        seed: int,
+        penalty: Penalty = "none",
+        long_prompts: str = "refuse",
     ) -> None:
         super().__init__(prompts)
         if penalty not in get_args(Penalty):
             raise unknown("noise penalty", penalty, get_args(Penalty))
-        self.seed, self.penalised_by = seed, penalty
-        self.options = {"shape": list(shape), "seed": seed, "penalty": penalty}
+        self.seed, self.penalised_by, self.long_prompts = seed, penalty, long_prompts
+        self.options = {
+            "shape": list(shape),
+            "seed": seed,
+            "penalty": penalty,
+            "long_prompts": long_prompts,
+        }
         self.latents = nn.Parameter(torch.zeros(len(prompts), *shape))
 
     @classmethod
@@ -66,7 +76,7 @@ class NoiseAdapter(Adapter):
         if len(seeds) != 1:
             raise InputError(f"seeds is {list(seeds)}; this method replaces the noise of exactly one seed")
         plain = backend.noise(seeds, steps)  # (1, 1 + steps, C, h, w)
-        adapter = cls(prompts, plain.shape[1:], seeds[0], penalty)
+        adapter = cls(prompts, plain.shape[1:], seeds[0], penalty, backend.long_prompts)
         with torch.no_grad():
             adapter.latents.copy_(plain)
         return adapter
@@ -97,12 +107,13 @@ class NoiseAdapter(Adapter):
         if self.latents.shape[1] > 1:
             raise InputError("a pipeline takes the initial noise only; this adapter holds that of every step")
         kwargs = super().prompt_kwargs(pipe, prompt, negative_prompt)
-        return {**kwargs, "latents": self.pipeline_latents(pipe, prompt).to(kwargs["prompt_embeds"])}
+        return {**kwargs, "latents": self.pipeline_latents(pipe, prompt)}
 
     def pipeline_latents(self, pipe: Any, prompt: str) -> Tensor:
-        """The initial noise of `prompt`, in the layout of the pipeline's `latents`."""
+        """The initial noise of `prompt`, in the layout and format of the pipeline's `latents`."""
+        backend = load_backend(pipe)
         latents = self.latents[self.rows([prompt])][:, 0].detach()
-        return load_backend(pipe).pipeline_latents(latents)
+        return backend.pipeline_latents(latents).to(backend.device, backend.dtype)
 
 
 def norm_penalty(noise: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ipgo.adapters.base import Adapter
 from ipgo.backends import Backend
-from ipgo.embeds import PromptEmbeds
+from ipgo.embeds import PromptEmbeds, concatenate
 from ipgo.errors import InputError
 from ipgo.sampling import Sampling
 
@@ -77,17 +77,13 @@ class TextAdapter(Adapter):
         negatives, rows = self.negatives, self.rows(prompts).tolist()
         if whole is None or not any(negatives[row] for row in rows):
             return whole
-        embeds, mask = whole.embeds.clone(), whole.mask.clone()
-        pooled = None if whole.pooled is None else whole.pooled.clone()
+        halves = []
         for place, row in enumerate(rows):
-            if negatives[row]:
-                own = torch.tensor([place], device=mask.device)
-                with torch.no_grad():
-                    half = backend.unconditional(negatives[row], cond.select(own))
-                embeds[place], mask[place] = half.embeds[0], half.mask[0]
-                if pooled is not None and half.pooled is not None:
-                    pooled[place] = half.pooled[0]
-        return PromptEmbeds(embeds, mask, pooled)
+            own = torch.tensor([place], device=whole.mask.device)
+            with torch.no_grad():
+                half = backend.unconditional(negatives[row], cond.select(own)) if negatives[row] else None
+            halves.append(half or whole.select(own))
+        return concatenate(halves)
 
 
 def _put(texts: Sequence[str], rows: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -24,7 +25,7 @@ class TextEncoderAdapter(Adapter):
     """
 
     kind: ClassVar[str] = "text-encoder"
-    learns_unconditional: ClassVar[bool] = True
+    learns_unconditional: bool = True
 
     changes: nn.ParameterDict  # (N, *shape) of each weight, what is added to it
 
@@ -81,7 +82,13 @@ class TextEncoderAdapter(Adapter):
             vectors = [answers[row].pooled for row in rows]
             own = [vector[place] for place, vector in enumerate(vectors) if vector is not None]
             pooled = torch.stack(own).to(pooled)
-        return PromptEmbeds(embeds.to(original.embeds), original.mask, pooled, original, self.late_share)
+        return replace(
+            original,
+            embeds=embeds.to(original.embeds),
+            pooled=pooled,
+            early=original,
+            late_share=self.late_share,
+        )
 
     def _call(self, encoder: nn.Module, row: int, encode: Callable[[], PromptEmbeds]) -> PromptEmbeds:
         weights = {

@@ -7,15 +7,20 @@ from typing import Any
 
 from ipgo.backends.base import Backend
 from ipgo.backends.facts import Facts, Opening
+from ipgo.backends.few_steps import FewSteps, by_name
 from ipgo.backends.flux import Flux
+from ipgo.backends.flux_2 import Flux2Klein
 from ipgo.backends.pixart import PixArtAlpha, PixArtSigma
+from ipgo.backends.qwen_image import QwenImage
+from ipgo.backends.sana import Sana, SanaSprint
 from ipgo.backends.stable_diffusion import StableDiffusion
 from ipgo.backends.stable_diffusion_3 import StableDiffusion3
 from ipgo.backends.stable_diffusion_xl import StableDiffusionXL
+from ipgo.backends.z_image import ZImage
 from ipgo.devices import choose_device, choose_dtype
 from ipgo.errors import InputError, unknown
 
-__all__ = ["BACKENDS", "FAMILIES", "Backend", "Facts", "load_backend"]
+__all__ = ["BACKENDS", "FAMILIES", "Backend", "Facts", "FewSteps", "few_steps", "load_backend"]
 
 # The pipeline class of diffusers -> who opens it.
 FAMILIES: dict[str, type[Backend]] = {
@@ -26,6 +31,11 @@ FAMILIES: dict[str, type[Backend]] = {
     "FluxPipeline": Flux,
     "PixArtAlphaPipeline": PixArtAlpha,
     "PixArtSigmaPipeline": PixArtSigma,
+    "SanaPipeline": Sana,
+    "SanaSprintPipeline": SanaSprint,
+    "ZImagePipeline": ZImage,
+    "QwenImagePipeline": QwenImage,
+    "Flux2KleinPipeline": Flux2Klein,
 }
 
 # name -> the class of the pipeline, and where it is.
@@ -42,6 +52,12 @@ BACKENDS: dict[str, tuple[str, str]] = {
     "flux-schnell": ("FluxPipeline", "black-forest-labs/FLUX.1-schnell"),
     "pixart-alpha": ("PixArtAlphaPipeline", "PixArt-alpha/PixArt-XL-2-512x512"),
     "pixart-sigma": ("PixArtSigmaPipeline", "PixArt-alpha/PixArt-Sigma-XL-2-512-MS"),
+    "sana": ("SanaPipeline", "Efficient-Large-Model/Sana_1600M_1024px_diffusers"),
+    "sana-sprint": ("SanaSprintPipeline", "Efficient-Large-Model/Sana_Sprint_1.6B_1024px_diffusers"),
+    "z-image-turbo": ("ZImagePipeline", "Tongyi-MAI/Z-Image-Turbo"),
+    "qwen-image": ("QwenImagePipeline", "Qwen/Qwen-Image"),
+    "flux2-klein": ("Flux2KleinPipeline", "black-forest-labs/FLUX.2-klein-4B"),
+    "flux2-klein-base": ("Flux2KleinPipeline", "black-forest-labs/FLUX.2-klein-base-4B"),
 }
 
 
@@ -58,15 +74,16 @@ def load_backend(
     """Open a frozen text-to-image backend.
 
     Args:
-        source: a name in `BACKENDS`, a local diffusers folder, a hub id `owner/name`, or a pipeline object
-            (which is used as it is: its parameters are frozen, and it stays where it is if `device` and
-            `dtype` are "auto").
+        source: a name in `BACKENDS`, a local diffusers folder, a .safetensors file of Stable Diffusion or SDXL,
+            a hub id `owner/name`, or a pipeline object (which is used as it is: its parameters are frozen, and
+            it stays where it is if `device` and `dtype` are "auto").
         device: auto, cpu, cuda or cuda:N.
         dtype: auto, float32, bfloat16, float16 or float64.
         image_size: side of the square images in pixels; None is the model's own.
         padding: max_length, or none (the denoiser sees text only, as in the IPGO notebook).
         scheduler: ddim, pndm, lms, euler or dpm++; None is the model's own.
-        long_prompts: refuse, or truncate to the encoder's length.
+        long_prompts: refuse, truncate to the encoder's length, or chunk (SD 1 and 2, SDXL): read them in windows
+            of that length, each with its own marks of begin and end.
 
     Raises:
         InputError: an unknown name or option, a family that is not known or does not have the option, or a
@@ -82,7 +99,7 @@ def load_backend(
     kinds = [kind.__name__ for kind in type(source).__mro__ if kind.__name__ in FAMILIES]
     if not kinds:
         raise InputError(
-            f"a backend opens a name, a folder or a pipeline ({', '.join(FAMILIES)}), "
+            f"a backend opens a name, a folder, a file or a pipeline ({', '.join(FAMILIES)}), "
             f"not {type(source).__name__}"
         )
     opening.check(FAMILIES[kinds[0]].facts, kinds[0])
@@ -94,11 +111,20 @@ def load_backend(
     return FAMILIES[kinds[0]](given, type(source).__name__, opening)
 
 
+def few_steps(source: str) -> FewSteps | None:
+    """How a model is sampled that draws in a few steps, by its name alone; None for others."""
+    return by_name(BACKENDS[source][1] if source in BACKENDS else source)
+
+
 def _place(source: str | Path) -> tuple[str, str | Path]:
-    """The class of the pipeline that a name, a folder or a hub id stands for, and where it is."""
+    """The class of the pipeline that a name, a folder, a file or a hub id stands for, and where it is."""
+    if isinstance(source, str) and source in BACKENDS:
+        return BACKENDS[source]
+    if Path(source).suffix == ".safetensors":
+        from ipgo.backends.single_file import file_class
+
+        return file_class(Path(source)), source
     if isinstance(source, str):
-        if source in BACKENDS:
-            return BACKENDS[source]
         if "/" not in source and not Path(source).exists():
             raise unknown("backend", source, BACKENDS)
         if (source[0] in "/.~" or source.count("/") > 1) and not Path(source).exists():
@@ -115,7 +141,11 @@ def _family(kind: str, source: str) -> type[Backend]:
 
 
 def _open(place: str | Path, kind: str, device: str, dtype: str) -> Any:
+    chosen = choose_device(device)
+    if Path(place).suffix == ".safetensors":
+        from ipgo.backends.single_file import open_file
+
+        return open_file(Path(place), kind, choose_dtype(dtype, chosen)).to(chosen)
     from ipgo.backends.folder import open_pipeline
 
-    chosen = choose_device(device)
     return open_pipeline(place, kind, choose_dtype(dtype, chosen)).to(chosen)

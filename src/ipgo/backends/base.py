@@ -18,6 +18,8 @@ from ipgo.embeds import PromptEmbeds, concatenate
 from ipgo.errors import InputError
 from ipgo.seeding import generator
 
+Denoise = Callable[[Tensor, PromptEmbeds], Tensor]
+
 
 class Backend(ABC):
     """A frozen pipeline that encodes prompts, predicts noise and decodes latents.
@@ -29,7 +31,7 @@ class Backend(ABC):
         name: what it was loaded from.
         device, dtype: where and in which format its weights are. Latents and images are at least float32.
         embed_dim: D, the width of the prompt embeddings.
-        max_tokens: the longest prompt, with its marks.
+        max_tokens: the longest prompt, or with long_prompts="chunk" the longest window, with its marks.
         guidance: what this model has of `facts.guidance`.
         padding: "max_length" (prompts are padded as stock pipelines do) or "none" (the denoiser sees text only).
         modules: "denoiser", "text_encoder" (and "text_encoder_2" ...), "decoder": frozen, in eval mode.
@@ -106,18 +108,32 @@ class Backend(ABC):
         """Arguments of a scheduler's `set_timesteps`."""
         return {"num_inference_steps": steps}
 
+    def _lengths(self, prompts: Sequence[str]) -> list[int]:
+        """How long each prompt is, with its marks. Needs the tokenizer only."""
+        return [len(ids) for ids in self.tokenizer(list(prompts), padding=False).input_ids]
+
+    def _combine(self, uncond: Tensor, cond: Tensor, guidance_scale: float) -> Tensor:
+        """What the two halves of classifier-free guidance make together."""
+        return uncond + guidance_scale * (cond - uncond)
+
+    def _pixels(self, latents: Tensor) -> Tensor:
+        """What the VAE makes of latents, (B, 3, H, W) in [-1, 1]."""
+        vae: Any = self.modules["decoder"]
+        pixels: Tensor = vae.decode(self._to_vae(latents), return_dict=False)[0]
+        return pixels
+
     # -- prompts ----------------------------------------------------------------------------------------
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Raise `InputError` for a prompt that the encoder cannot take. Needs the tokenizer only."""
-        if self.long_prompts == "truncate":
+        if self.long_prompts != "refuse":
             return
-        rows = self.tokenizer(list(prompts), padding=False).input_ids
-        for prompt, ids in zip(prompts, rows, strict=True):
-            if len(ids) > self.max_tokens:
+        allowed = '"truncate" or "chunk"' if self.facts.chunked else '"truncate"'
+        for prompt, length in zip(prompts, self._lengths(prompts), strict=True):
+            if length > self.max_tokens:
                 raise InputError(
-                    f"prompt {prompt[:60]!r} has {len(ids)} tokens and the encoder takes {self.max_tokens}; "
-                    'shorten it, or allow long_prompts="truncate"'
+                    f"prompt {prompt[:60]!r} has {length} tokens and the encoder takes {self.max_tokens}; "
+                    f"shorten it, or allow long_prompts={allowed}"
                 )
 
     def encode(self, prompts: Sequence[str]) -> PromptEmbeds:
@@ -130,7 +146,14 @@ class Backend(ABC):
 
         The padded negative prompt; with padding="none" cut to each row's own length. That is the IPGO
         notebook's rule. It has no states beyond the encoder's length (77), so a longer row gets just those.
+
+        Raises:
+            InputError: the model's guidance has no such half, or the negative prompt is too long.
         """
+        if self.guidance != "classifier-free":
+            raise InputError(
+                f"backend {self.name!r} has no unconditional half; its guidance is {self.guidance!r}"
+            )
         self.check_prompts([negative_prompt])
         full = self._negative(negative_prompt, cond.length)
         full = full.select(torch.zeros(len(cond.mask), dtype=torch.long, device=self.device))
@@ -151,7 +174,12 @@ class Backend(ABC):
         leaves cross-attention as it is (every softmax weight splits into k equal ones), so both are repeated
         to their least common multiple: exact at any length, and cheap when it is small. With 77 states,
         11 + 11 inserted ones give 693, but 10 + 10 give 7,469.
+
+        Raises:
+            InputError: the prompts have unequal lengths, for which a pipeline has no mask.
         """
+        if any(half is not None and half.present is not None for half in (cond, uncond)):
+            raise InputError("a pipeline takes prompts of equal length; give it these one by one")
         if uncond is None:
             return _named("", cond)
         length = math.lcm(cond.length, uncond.length)
@@ -161,6 +189,10 @@ class Backend(ABC):
                 "negative_", replace(uncond, embeds=uncond.embeds.repeat(1, length // uncond.length, 1))
             ),
         }
+
+    def pipeline_guidance(self, scale: float) -> dict[str, Any]:
+        """Arguments that give a stock pipeline a guidance scale, which is ours: 1 or less is none."""
+        return {"guidance_scale": scale}
 
     def pipeline_latents(self, latents: Tensor) -> Tensor:
         """(B, C, h, w) initial noise in the layout of a stock pipeline's `latents`."""
@@ -194,13 +226,19 @@ class Backend(ABC):
 
     def guided(
         self,
-        denoise: Callable[[Tensor, PromptEmbeds], Tensor],
+        denoise: Denoise,
         latents: Tensor,
         cond: PromptEmbeds,
         uncond: PromptEmbeds | None,
         guidance_scale: float,
     ) -> Tensor:
-        """`classifier_free`, counted in the ledger."""
+        """u + g (c - u): classifier-free guidance (Ho and Salimans, arXiv 2207.12598, eq. 6 with g = 1 + w).
+
+        Or what the family makes of both halves in `_combine`. Without `uncond`, or with g <= 1, it is c.
+
+        Args:
+            denoise: (latents, prompt) to the model output; here the prompt's mask says what is attended to.
+        """
         self.calls["denoiser"] += len(latents)
         both = False
         if torch.is_grad_enabled():
@@ -209,48 +247,43 @@ class Backend(ABC):
             both = latents.requires_grad or negative or _learned(self.modules["denoiser"])
             self.calls["denoiser_grad"] += len(latents)
             self.calls["denoiser_grad_both"] += len(latents) * both
-        return classifier_free(denoise, latents, cond, uncond, guidance_scale, uncond_grad=both)
+        if uncond is None or guidance_scale <= 1:
+            return denoise(latents, cond)
+        padded = self.facts.masked == "never" and cond.length != uncond.length  # and nothing would hide it
+        if padded or (torch.is_grad_enabled() and not both):
+            halves = in_two_calls(denoise, latents, uncond, cond, both)
+        else:
+            halves = in_one_call(denoise, latents, uncond, cond)
+        return self._combine(*halves, guidance_scale)
 
     def decode(self, latents: Tensor) -> Tensor:
         """(B, C, h, w) latents to (B, 3, H, W) images in [0, 1]."""
         self.calls["decoder"] += len(latents)
         vae: Any = self.modules["decoder"]
-        pixels = vae.decode(self._to_vae(latents.to(vae.dtype)), return_dict=False)[0]
-        images: Tensor = (pixels.to(latents.dtype) / 2 + 0.5).clamp(0, 1)
-        return images
+        pixels = self._pixels(latents.to(vae.dtype)).to(latents.dtype)
+        return (pixels / 2 + 0.5).clamp(0, 1)
 
 
 def _learned(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
-def classifier_free(
-    denoise: Callable[[Tensor, PromptEmbeds], Tensor],
-    latents: Tensor,
-    cond: PromptEmbeds,
-    uncond: PromptEmbeds | None,
-    guidance_scale: float,
-    uncond_grad: bool,
-) -> Tensor:
-    """u + g (c - u): classifier-free guidance (Ho and Salimans, arXiv 2207.12598, eq. 6 with g = 1 + w).
+def in_one_call(
+    denoise: Denoise, latents: Tensor, uncond: PromptEmbeds, cond: PromptEmbeds
+) -> tuple[Tensor, Tensor]:
+    """Both halves of guidance, the shorter one padded with states that are not attended to."""
+    u, c = denoise(torch.cat([latents, latents]), concatenate([uncond, cond])).chunk(2)
+    return u, c
 
-    Without `uncond`, or with g <= 1, it is c. One network call computes both halves, the shorter one padded with
-    states that are not attended to, unless a gradient is wanted and cannot flow through the unconditional half:
-    that half is then called alone, and builds no graph.
 
-    Args:
-        denoise: (latents, prompt) to the model output; here the prompt's mask says what is attended to.
-        uncond_grad: can a gradient flow through the unconditional half?
-    """
-    if uncond is None or guidance_scale <= 1:
-        return denoise(latents, cond)
-    if torch.is_grad_enabled() and not uncond_grad:
-        c = denoise(latents, cond)
-        with torch.no_grad():
-            u = denoise(latents, uncond)
-    else:
-        u, c = denoise(torch.cat([latents, latents]), concatenate([uncond, cond])).chunk(2)
-    return u + guidance_scale * (c - u)
+def in_two_calls(
+    denoise: Denoise, latents: Tensor, uncond: PromptEmbeds, cond: PromptEmbeds, uncond_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """Both halves of guidance; the unconditional one builds no graph unless `uncond_grad`."""
+    c = denoise(latents, cond)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and uncond_grad):
+        u = denoise(latents, uncond)
+    return u, c
 
 
 def latent_side(pipe: Any, own: int, image_size: int | None, patch: int = 1) -> int:

@@ -9,9 +9,11 @@ from ipgo.backends.schedulers import SCHEDULERS
 from ipgo.errors import InputError, unknown
 
 PADDINGS = ("max_length", "none")
-LONG_PROMPTS = ("refuse", "truncate")
+LONG_PROMPTS = ("refuse", "truncate", "chunk")
 
 Guidance = Literal["classifier-free", "distilled", "none"]
+Time = Literal["t", "t / 1000", "1 - t / 1000", "share of noise"]
+Scaling = Literal["factor", "factor and shift", "mean and deviation"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,14 @@ class Facts:
         guidance: "classifier-free", "distilled" (the scale is an input of the network), "none"; of several,
             a model has one.
         process: "diffusion", whose schedulers can be exchanged, or "flow", which keeps its own.
+        chunked: can longer prompts be read in windows of so many tokens (long_prompts="chunk")?
+        latents: how stock pipelines take them: a "grid" (B, C, h, w), or "packed" into a row of patches. Here they
+            are always a grid.
+        time: what the network gets of a scheduler's timestep t.
+        scaling: how latents are brought to the VAE's: divided by a factor, also shifted, or each channel given
+            its mean and deviation.
+        prediction: what the network says: what its "scheduler" is configured for (noise, velocity or the clean
+            latents), a "flow" from the latents to noise, or that flow turned to an "angle" of noise.
     """
 
     tokens: int
@@ -34,6 +44,11 @@ class Facts:
     pooled: bool
     guidance: tuple[Guidance, ...]
     process: Literal["diffusion", "flow"]
+    chunked: bool = False
+    latents: Literal["grid", "packed"] = "grid"
+    time: Time = "t"
+    scaling: Scaling = "factor"
+    prediction: Literal["scheduler", "flow", "angle"] = "scheduler"
 
     def __str__(self) -> str:
         padding = {"always": "padding hidden", "never": "padding seen", "optional": "padding seen or hidden"}
@@ -69,5 +84,9 @@ class Opening:
         """Raise `InputError` for an option that no model of the family `name` has."""
         if self.padding == "none" and facts.masked != "optional":
             raise InputError(f"padding is 'none'; with {name} only 'max_length' is possible")
+        if self.long_prompts == "chunk" and not facts.chunked:
+            raise InputError(
+                f"long_prompts is 'chunk'; with {name} only 'refuse' and 'truncate' are possible"
+            )
         if self.scheduler is not None and facts.process == "flow":
             raise InputError(f"scheduler is {self.scheduler!r}; {name} is a flow model and keeps its own")

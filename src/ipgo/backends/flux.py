@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ipgo.backends.base import Backend, latent_side
 from ipgo.backends.facts import Facts, Opening
-from ipgo.backends.schedulers import shift
+from ipgo.backends.schedulers import shifted
 from ipgo.backends.text import clip_tokens, tokenize
 from ipgo.embeds import PromptEmbeds
-from ipgo.errors import InputError
 
 SIDE = 128  # of the latents, where no size is asked for; the network itself knows none
 
@@ -34,6 +32,10 @@ class Flux(Backend):
         pooled=True,
         guidance=("distilled", "none"),
         process="flow",
+        latents="packed",
+        time="t / 1000",
+        scaling="factor and shift",
+        prediction="flow",
     )
 
     def __init__(self, pipe: Any, name: str, opening: Opening) -> None:
@@ -58,16 +60,6 @@ class Flux(Backend):
         ids, mask = tokenize(pipe.tokenizer_2, prompts, self.max_tokens, "max_length")
         states = pipe.text_encoder_2(ids.to(self.device))[0]  # it reads the padding too
         return PromptEmbeds(states, mask.to(self.device), pooled)
-
-    def unconditional(self, negative_prompt: str, cond: PromptEmbeds) -> PromptEmbeds:
-        """Refused: there is no such half.
-
-        Raises:
-            InputError: always.
-        """
-        raise InputError(
-            f"backend {self.name!r} has no unconditional half; its guidance is {self.guidance!r}"
-        )
 
     def predict(
         self,
@@ -98,9 +90,7 @@ class Flux(Backend):
         return self.guided(denoise, latents, cond, None, guidance_scale)
 
     def _timesteps(self, steps: int, latents: Tensor) -> dict[str, Any]:
-        tokens = latents.shape[-2] * latents.shape[-1] // 4
-        sigmas = np.linspace(1.0, 1 / steps, steps)
-        return {"sigmas": sigmas, "mu": shift(tokens, self.pipe.scheduler.config)}
+        return shifted(steps, latents.shape[-2] * latents.shape[-1] // 4, self.pipe.scheduler.config)
 
     def pipeline_latents(self, latents: Tensor) -> Tensor:
         return pack(latents)

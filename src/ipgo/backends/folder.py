@@ -41,7 +41,7 @@ def pipeline_class(source: str | Path) -> str:
             file = hf_hub_download(str(source), INDEX)
         except (OSError, ValueError) as error:
             raise _cannot_open(source, error) from error
-        return _class_name(Path(file), source)
+        return class_name(Path(file), source)
     path = Path(source)
     if path.suffix in PICKLES:
         raise InputError(f"backend {str(path)!r} is a pickle, which can run code; give a safetensors folder")
@@ -49,7 +49,7 @@ def pipeline_class(source: str | Path) -> str:
         raise InputError(f"backend folder {str(path)!r} does not exist")
     if not (path / INDEX).is_file():
         raise InputError(f"backend folder {str(path)!r} has no {INDEX}: it is not a diffusers folder")
-    return _class_name(path / INDEX, source)
+    return class_name(path / INDEX, source)
 
 
 def open_pipeline(source: str | Path, kind: str, dtype: torch.dtype) -> Any:
@@ -62,7 +62,7 @@ def open_pipeline(source: str | Path, kind: str, dtype: torch.dtype) -> Any:
     if "safety_checker" in cls._optional_components:
         options = {"safety_checker": None, "requires_safety_checker": False}
     try:
-        with _no_bars() if local else nullcontext():
+        with no_bars() if local else nullcontext():
             return cls.from_pretrained(str(source), dtype=dtype, use_safetensors=True, **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise _cannot_open(source, error) from error
@@ -82,7 +82,7 @@ def check_folder(path: Path) -> None:
         if not (path / needed).exists():
             raise InputError(f"backend folder {str(path)!r} is incomplete: {needed} is missing")
     for file in weights:
-        _check_weights(file)
+        check_weights(file)
 
 
 def _parts(index: Mapping[str, Any]) -> dict[str, str]:
@@ -91,7 +91,8 @@ def _parts(index: Mapping[str, Any]) -> dict[str, str]:
     return {part: value[0] for part, value in pairs.items() if value[0] is not None}
 
 
-def _class_name(index: Path, source: str | Path) -> str:
+def class_name(index: Path, source: str | Path) -> str:
+    """The pipeline class that a model_index.json names."""
     try:
         return str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
     except (ValueError, KeyError, TypeError):
@@ -104,7 +105,7 @@ def _cannot_open(source: str | Path, error: Exception) -> InputError:
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
+def no_bars() -> Iterator[None]:
     """Without the progress bars of diffusers and transformers, which run while a folder is read."""
     loggings = [each for each in (diffusers_logging, transformers_logging) if each.is_progress_bar_enabled()]
     for each in loggings:
@@ -124,7 +125,8 @@ def _weight_files(folder: Path, file_name: str) -> list[Path]:
     return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
 
 
-def _check_weights(file: Path) -> None:
+def check_weights(file: Path) -> None:
+    """Raise `InputError` unless it is there, whole, and in safetensors."""
     if not file.is_file():
         if any(file.parent.glob("*.bin")):
             raise InputError(

@@ -81,21 +81,26 @@ class PixArtAlpha(Backend):
 
     def pipeline_kwargs(self, cond: PromptEmbeds, uncond: PromptEmbeds | None) -> dict[str, Any]:
         """Arguments that give a stock pipeline these prompts; the shorter half is padded, and the padding masked."""
-        if uncond is None:
-            return {"prompt_embeds": cond.embeds, "prompt_attention_mask": cond.mask.to(torch.int64)}
-        both = concatenate([cond, uncond])
-        rows = len(cond.mask)
-        mask = both.mask.to(torch.int64)
-        return {
-            "negative_prompt": None,
-            "prompt_embeds": both.embeds[:rows],
-            "prompt_attention_mask": mask[:rows],
-            "negative_prompt_embeds": both.embeds[rows:],
-            "negative_prompt_attention_mask": mask[rows:],
-        }
+        return masked_kwargs(cond, uncond)
 
 
 class PixArtSigma(PixArtAlpha):
     """A `diffusers.PixArtSigmaPipeline`: as alpha, with longer prompts."""
 
     facts: ClassVar[Facts] = replace(PixArtAlpha.facts, tokens=300)
+
+
+def masked_kwargs(cond: PromptEmbeds, uncond: PromptEmbeds | None) -> dict[str, Any]:
+    """Arguments for a pipeline that wants both halves equally long, and a mask for each."""
+    if uncond is None:
+        return {"prompt_embeds": cond.embeds, "prompt_attention_mask": cond.mask.to(torch.int64)}
+    both = concatenate([cond, uncond])
+    rows = len(cond.mask)
+    mask = both.mask.to(torch.int64)
+    return {
+        "negative_prompt": None,
+        "prompt_embeds": both.embeds[:rows],
+        "prompt_attention_mask": mask[:rows],
+        "negative_prompt_embeds": both.embeds[rows:],
+        "negative_prompt_attention_mask": mask[rows:],
+    }

@@ -186,7 +186,7 @@ _ANCESTRAL = Part(
     "diffusers", "EulerAncestralDiscreteScheduler", {**_SHIPPED, "timestep_spacing": "trailing"}
 )
 
-# The names of `ipgo.backends.BACKENDS` whose weights are not bundled.
+# Names of `ipgo.backends.BACKENDS` whose weights are not bundled; not yet all of them.
 PUBLISHED: dict[str, Blueprint] = {
     "sd15": _stable_diffusion("StableDiffusionPipeline", _UNET_15, _CLIP_L, _PNDM),
     "sd-turbo": _stable_diffusion(

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from ipgo.errors import InputError
 
@@ -21,7 +25,7 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 # Models' own schedulers that add noise at every step: where it is given ...
-STOCHASTIC = ("EulerAncestralDiscreteScheduler", "LCMScheduler")
+STOCHASTIC = ("EulerAncestralDiscreteScheduler", "LCMScheduler", "SCMScheduler")
 # ... and where it could not be, so that no image could be drawn twice.
 REFUSED = (
     "DDPMScheduler", "DPMSolverSDEScheduler", "KDPM2AncestralDiscreteScheduler", "SASolverScheduler",
@@ -54,3 +58,43 @@ def shift(tokens: int, config: Any) -> float:
     """mu, how far a flow's schedule is shifted for an image of so many tokens: linear in their number."""
     slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
     return float(config.base_shift + slope * (tokens - config.base_image_seq_len))
+
+
+def shifted(steps: int, tokens: int, config: Any) -> dict[str, Any]:
+    """Arguments of `set_timesteps` for an image of so many tokens: equal steps from 1 on, and their shift."""
+    return {"sigmas": np.linspace(1.0, 1 / steps, steps), "mu": shift(tokens, config)}
+
+
+class Denoised(NamedTuple):
+    """What a consistency step makes of noisy latents: clean ones (B, C, h, w)."""
+
+    denoised: Tensor
+
+
+class TrigFlow:
+    """An `SCMScheduler` in the form of an `LCMScheduler` (arXiv 2410.11081, TrigFlow).
+
+    Its own noise comes with the latents' size, its timesteps end with that of no call, and it cannot add noise to
+    clean latents. Angles run from pi / 2, noise alone, to 0.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler = scheduler
+        self.config = scheduler.config
+        self.init_noise_sigma = scheduler.config.sigma_data
+        self.timesteps = scheduler.timesteps[:-1]
+
+    @property
+    def step_index(self) -> int:
+        return int(self.scheduler.step_index)
+
+    def step(
+        self, prediction: Tensor, timestep: Tensor, latents: Tensor, generator: torch.Generator
+    ) -> Denoised:
+        answer = self.scheduler.step(prediction, timestep, latents, generator=generator)
+        return Denoised(answer.pred_original_sample)
+
+    def add_noise(self, clean: Tensor, noise: Tensor, angle: Tensor) -> Tensor:
+        """Clean latents at an angle, for `noise` of N(0, 1)."""
+        noisy: Tensor = angle.cos() * clean + angle.sin() * self.init_noise_sigma * noise
+        return noisy

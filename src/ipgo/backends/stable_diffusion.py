@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ipgo.backends.base import Backend, latent_side
 from ipgo.backends.facts import Facts, Opening
-from ipgo.backends.text import clip_tokens, tokenize
+from ipgo.backends.text import clip_tokens, read
 from ipgo.embeds import PromptEmbeds
 
 
@@ -28,6 +28,7 @@ class StableDiffusion(Backend):
         pooled=False,
         guidance=("classifier-free", "distilled"),
         process="diffusion",
+        chunked=True,
     )
 
     def __init__(self, pipe: Any, name: str, opening: Opening) -> None:
@@ -42,10 +43,9 @@ class StableDiffusion(Backend):
         return self.pipe.unet.config.in_channels, side, side
 
     def _encode(self, prompts: Sequence[str], padding: str) -> PromptEmbeds:
-        ids, mask = tokenize(self.pipe.tokenizer, prompts, self.max_tokens, padding)
+        windows = read(self.pipe.tokenizer, prompts, self.max_tokens, padding, self.long_prompts)
         # CLIP is causal, so the padding that follows a text does not change its states.
-        states = self.pipe.text_encoder(ids.to(self.device))[0]  # (B, L, D)
-        return PromptEmbeds(states, mask.to(self.device))
+        return windows.embeds(self.pipe.text_encoder(windows.ids.to(self.device))[0])
 
     def predict(
         self,
@@ -55,17 +55,13 @@ class StableDiffusion(Backend):
         uncond: PromptEmbeds | None,
         guidance_scale: float,
     ) -> Tensor:
-        width = self.pipe.unet.config.time_cond_proj_dim
-        scale = None
-        if width is not None:
-            weight = torch.tensor([guidance_scale - 1.0])  # w of the paper, which is 0 without guidance
-            scale = self.pipe.get_guidance_scale_embedding(weight, embedding_dim=width).to(latents.device)
+        scale = embedded_scale(self, guidance_scale)
 
         def denoise(latents: Tensor, prompt: PromptEmbeds) -> Tensor:
             output: Tensor = self.pipe.unet(
                 latents.to(self.dtype),
                 timestep,
-                timestep_cond=None if scale is None else scale.to(self.dtype).expand(len(latents), -1),
+                timestep_cond=None if scale is None else scale.expand(len(latents), -1),
                 encoder_hidden_states=prompt.embeds,
                 encoder_attention_mask=hidden(prompt.mask),
                 return_dict=False,
@@ -78,9 +74,22 @@ class StableDiffusion(Backend):
 
 def attended(backend: Backend, prompt: PromptEmbeds) -> PromptEmbeds:
     """With a mask of what the UNet looks at: padding too, unless padding="none"."""
-    return prompt if backend.padding == "none" else replace(prompt, mask=torch.ones_like(prompt.mask))
+    if backend.padding == "none":
+        return prompt
+    return replace(prompt, mask=torch.ones_like(prompt.mask) if prompt.present is None else prompt.present)
 
 
 def hidden(mask: Tensor) -> Tensor | None:
     """None where nothing is hidden: attention without a mask is faster."""
     return None if bool(mask.all()) else mask
+
+
+def embedded_scale(backend: Backend, guidance_scale: float) -> Tensor | None:
+    """(1, E): the guidance scale as an input of a UNet that is distilled with it; None for others."""
+    pipe = backend.pipe
+    width = pipe.unet.config.time_cond_proj_dim
+    if width is None:
+        return None
+    weight = torch.tensor([guidance_scale - 1.0])  # w of the paper, which is 0 without guidance
+    scale: Tensor = pipe.get_guidance_scale_embedding(weight, embedding_dim=width)
+    return scale.to(backend.device, backend.dtype)

@@ -32,6 +32,8 @@ class StableDiffusion3(Backend):
         pooled=True,
         guidance=("classifier-free",),
         process="flow",
+        scaling="factor and shift",
+        prediction="flow",
     )
     optional: ClassVar[tuple[str, ...]] = ("text_encoder_3",)
 

@@ -1,8 +1,9 @@
-"""Stable Diffusion XL, SDXL-Turbo and every diffusers folder of the same class."""
+"""Stable Diffusion XL, SDXL-Turbo, its latent consistency models and every diffusers folder of the same class."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor
 
 from ipgo.backends.base import Backend, latent_side
 from ipgo.backends.facts import Facts, Opening
-from ipgo.backends.stable_diffusion import attended, hidden
-from ipgo.backends.text import clip_tokens, tokenize
+from ipgo.backends.stable_diffusion import attended, embedded_scale, hidden
+from ipgo.backends.text import clip_tokens, read
 from ipgo.embeds import PromptEmbeds
 
 
@@ -19,7 +20,8 @@ class StableDiffusionXL(Backend):
     """A `diffusers.StableDiffusionXLPipeline` whose parameters are frozen; no watermark is applied.
 
     The states of two text encoders side by side, and the vector of the second. An empty negative prompt counts
-    as none: where the pipeline's configuration says so, its states are zeros.
+    as none: where the pipeline's configuration says so, its states are zeros. The UNet of a latent consistency
+    model takes the guidance scale as an input (arXiv 2310.04378).
     """
 
     facts: ClassVar[Facts] = Facts(
@@ -27,14 +29,17 @@ class StableDiffusionXL(Backend):
         ordered=False,
         masked="optional",
         pooled=True,
-        guidance=("classifier-free",),
+        guidance=("classifier-free", "distilled"),
         process="diffusion",
+        chunked=True,
     )
 
     def __init__(self, pipe: Any, name: str, opening: Opening) -> None:
         super().__init__(pipe, name, opening)
         self.embed_dim = pipe.unet.config.cross_attention_dim
         self.max_tokens = min(clip_tokens(tokenizer, encoder) for tokenizer, encoder in self._encoders())
+        if pipe.unet.config.time_cond_proj_dim is not None:
+            self.guidance = "distilled"
         if pipe.vae.dtype == torch.float16 and pipe.vae.config.force_upcast:
             # It overflows in float16. A copy: the pipeline's own VAE is as before.
             self.modules["decoder"] = _in_float32(pipe.vae)
@@ -50,16 +55,16 @@ class StableDiffusionXL(Backend):
     def _encode(self, prompts: Sequence[str], padding: str) -> PromptEmbeds:
         states = []
         for tokenizer, encoder in self._encoders():
-            ids, mask = tokenize(tokenizer, prompts, self.max_tokens, padding)
-            answer = encoder(ids.to(self.device), output_hidden_states=True)
+            windows = read(tokenizer, prompts, self.max_tokens, padding, self.long_prompts)
+            answer = encoder(windows.ids.to(self.device), output_hidden_states=True)
             states.append(answer.hidden_states[-2])
-        return PromptEmbeds(torch.cat(states, dim=-1), mask.to(self.device), answer.text_embeds)
+        return windows.embeds(torch.cat(states, dim=-1), answer.text_embeds)
 
     def _negative(self, prompt: str, length: int) -> PromptEmbeds:
         full = super()._negative(prompt, length)
         if prompt or not self.pipe.config.force_zeros_for_empty_prompt or full.pooled is None:
             return full
-        return PromptEmbeds(torch.zeros_like(full.embeds), full.mask, torch.zeros_like(full.pooled))
+        return replace(full, embeds=torch.zeros_like(full.embeds), pooled=torch.zeros_like(full.pooled))
 
     def predict(
         self,
@@ -72,11 +77,13 @@ class StableDiffusionXL(Backend):
         height, width = (side * self.pipe.vae_scale_factor for side in latents.shape[-2:])
         # The size of the original, the corner it was cropped at, the size that is wanted.
         sizes = torch.tensor([height, width, 0, 0, height, width], dtype=self.dtype, device=self.device)
+        scale = embedded_scale(self, guidance_scale)
 
         def denoise(latents: Tensor, prompt: PromptEmbeds) -> Tensor:
             output: Tensor = self.pipe.unet(
                 latents.to(self.dtype),
                 timestep,
+                timestep_cond=None if scale is None else scale.expand(len(latents), -1),
                 encoder_hidden_states=prompt.embeds,
                 encoder_attention_mask=hidden(prompt.mask),
                 added_cond_kwargs={"text_embeds": prompt.pooled, "time_ids": sizes.expand(len(latents), -1)},

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from ipgo.embeds import PromptEmbeds
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str], length: int, padding: str) -> tuple[Tensor, Tensor]:
@@ -17,6 +21,84 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], length: int, padding: str) 
     return tokens.input_ids, tokens.attention_mask.to(torch.bool)
 
 
+@dataclass(frozen=True)
+class Windows:
+    """Prompts as a CLIP text encoder reads them: each in one window, or in several that know nothing of each other.
+
+    Attributes:
+        ids: (N, L), the windows of the first prompt, then those of the next, and so on.
+        mask: (N, L) bool, True at text and its marks.
+        counts: how many windows each prompt has.
+        padding: "max_length", or "longest": nothing follows the longest text.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    counts: tuple[int, ...]
+    padding: str
+
+    def embeds(self, states: Tensor, vectors: Tensor | None = None) -> PromptEmbeds:
+        """What an encoder made of the windows, for B prompts: states of all windows side by side.
+
+        Args:
+            states: (N, L, D).
+            vectors: (N, P) or None; a prompt gets that of its first window, as if it had been truncated.
+        """
+        windows = self.mask.to(states.device)
+        mask, present = self._joined(windows), self._joined(torch.ones_like(windows))
+        # The windows before a prompt's last one are full, so that its text has no gaps.
+        end = int(mask.sum(1).max()) if self.padding == "longest" else mask.shape[1]
+        mask, present = mask[:, :end], present[:, :end]
+        first = [sum(self.counts[:number]) for number in range(len(self.counts))]
+        return PromptEmbeds(
+            self._joined(states)[:, :end],
+            mask,
+            None if vectors is None else vectors[first],
+            present=None if bool(present.all()) else present,
+        )
+
+    def _joined(self, values: Tensor) -> Tensor:
+        """(N, L, ...) to (B, max(counts) * L, ...), filled up with zeros."""
+        rows = [windows.flatten(0, 1) for windows in torch.split(values, list(self.counts))]
+        return pad_sequence(rows, batch_first=True)
+
+
+def read(
+    tokenizer: Any, prompts: Sequence[str], length: int, padding: str, long_prompts: str = "truncate"
+) -> Windows:
+    """As `tokenize`; with long_prompts="chunk" longer prompts go on in windows of `length`, with marks each."""
+    ids, mask = tokenize(tokenizer, prompts, length, padding)
+    if long_prompts != "chunk":
+        return Windows(ids, mask, (1,) * len(ids), padding)
+    texts = [row[1:-1] for row in tokenizer(list(prompts), padding=False).input_ids]  # without the marks
+    size = length - 2
+    parts = [[text[at : at + size] for at in range(0, max(len(text), 1), size)] for text in texts]
+    counts = tuple(map(len, parts))
+    if max(counts) == 1:
+        return Windows(ids, mask, counts, padding)
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    windows = [torch.tensor([start, *part, end]) for each in parts for part in each]
+    ids = torch.full((len(windows), length), tokenizer.pad_token_id)
+    mask = torch.zeros(ids.shape, dtype=torch.bool)
+    for row, window in enumerate(windows):
+        ids[row, : len(window)] = window
+        mask[row, : len(window)] = True
+    return Windows(ids, mask, counts, padding)
+
+
 def clip_tokens(tokenizer: Any, encoder: Any) -> int:
     """The longest prompt that a CLIP text encoder takes."""
     return min(int(tokenizer.model_max_length), int(encoder.config.max_position_embeddings))
+
+
+def chat(tokenizer: Any, prompts: Sequence[str], *, thinking: bool) -> list[str]:
+    """Prompts as messages of a user, up to where a chat model would answer, or `thinking`, would begin to think."""
+    return [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=thinking,
+        )
+        for prompt in prompts
+    ]

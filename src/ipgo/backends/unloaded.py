@@ -28,11 +28,11 @@ def blueprint_of(source: str) -> Blueprint:
         return PUBLISHED[name]
     folder = Path(BACKENDS[name][1] if name in BACKENDS else source)
     if not folder.is_dir():
-        if "/" not in source:
+        if "/" not in source and source not in BACKENDS:
             raise unknown("backend", source, BACKENDS)
         raise InputError(
-            f"backend {source!r} is no local folder, and the sizes of its models are not known; known are the folders "
-            f"of diffusers and {', '.join(BACKENDS)}"
+            f"backend {source!r} is no local folder, and the sizes of its models are not known; known are those of "
+            f"diffusers folders and of emoji, {', '.join(PUBLISHED)}"
         )
     found = read_blueprint(folder)
     if found.kind not in FAMILIES:

@@ -56,6 +56,10 @@ class BlackBoxIPGO:
                 "insertion.basis is 'free'; this method searches the coefficients of a fixed basis, "
                 "so it must be 'orthonormal'"
             )
+        if self.insertion.pooled:
+            raise InputError(
+                "insertion.pooled is true; this method searches coefficients and angles, which a vector has not"
+            )
         if self.optimizer not in get_args(Search):
             raise unknown("optimizer", str(self.optimizer), get_args(Search))
         for field, least in (("candidates", 1), ("population", 4), ("initial", 2)):
@@ -66,6 +70,7 @@ class BlackBoxIPGO:
             raise InputError(f"spread is {self.spread}; it must be above 0 and at most 2/3")
 
     def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
+        self.insertion.check_guidance(task.sampling.guidance_scale)
         adapter = InsertionAdapter.start(
             task.backend, task.prompts, self.insertion, seed=task.seed, shared=task.shared
         )

@@ -9,7 +9,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from ipgo.adapters import LoRA, WeightAdapter
-from ipgo.policy import PPO, reinforce
+from ipgo.policy import reinforce
+from ipgo.ppo import PPO
 from ipgo.task import Progress, Task
 
 

@@ -146,7 +146,7 @@ class _Words:
 
     def __init__(self, method: DPODiffusion, task: Task, spaces: Sequence[Space]) -> None:
         self.method, self.task, self.spaces = method, task, spaces
-        self.relaxation = Relaxation(task.backend)
+        self.relaxation = Relaxation(task.backend) if method.climbing else None
         self.step = 0
         slots = max(len(space.slots) for space in spaces)
         options = max(len(slot) for space in spaces for slot in space.slots)
@@ -158,11 +158,13 @@ class _Words:
         if method.climbing:
             logits[..., 0] = 1  # the gradient starts from the text as it is, evolution from anywhere
         total = method.climbing + method.candidates
+        half = task.backend.dtype == torch.float16
         # Everything that lives from step to step.
         self.memory = {
             "logits": logits,
             "squares": torch.zeros_like(logits),
             "momentum": torch.zeros_like(logits),
+            "loss_scale": torch.full((len(spaces),), FLOAT16_SCALE if half else 1.0),
             "choices": torch.zeros(len(spaces), total, slots, dtype=torch.long),
             "rewards": torch.full((len(spaces), total), torch.nan),
         }
@@ -239,15 +241,20 @@ class _Words:
         """One step of RMSprop along the gradient of the mixtures' rewards."""
         count = len(self.task.prompts)
         batches = [[number] for number in range(count)] if self.task.shared else [list(range(count))]
-        scale = FLOAT16_SCALE if self.task.backend.dtype == torch.float16 else 1.0
+        scale = self.memory["loss_scale"]  # (N,)
         grad = torch.zeros_like(self.memory["logits"])
         for batch in batches:
             with torch.enable_grad():
                 logits = self.memory["logits"].clone().requires_grad_()
-                objective = self.mixed_rewards(logits, choices, batch, step).sum() / len(batches)
-                if objective.requires_grad:  # not if every slot is empty in this draw
-                    grad += torch.autograd.grad(objective * scale, logits)[0] / scale
-        grad = grad.nan_to_num(nan=0.0).clamp(-MAX_GRADIENT, MAX_GRADIENT)
+                rewards = self.mixed_rewards(logits, choices, batch, step)
+                if rewards.requires_grad:  # not if every slot is empty in this draw
+                    objective = (rewards * scale.to(rewards)).sum() / len(batches)
+                    grad += torch.autograd.grad(objective, logits)[0]
+        grad /= scale[:, None, None]
+        finite = grad.isfinite()
+        scale /= torch.where(finite.flatten(1).all(1), 1, 2)
+        scale.clamp_(min=1)
+        grad = grad.where(finite, 0).clamp(-MAX_GRADIENT, MAX_GRADIENT)
         squares, momentum = self.memory["squares"], self.memory["momentum"]
         squares.mul_(DECAY).addcmul_(grad, grad, value=1 - DECAY)
         momentum.mul_(MOMENTUM).add_(grad / (squares.sqrt() + TINY))
@@ -280,7 +287,8 @@ class _Words:
         self, prompts: Sequence[str], rows: Sequence[int], choices: Sequence[Choice], weights: Tensor
     ) -> tuple[PromptEmbeds, PromptEmbeds | None]:
         """Both halves of guidance, each a mixture where it has slots."""
-        backend, sampling = self.task.backend, self.task.sampling
+        backend, sampling, relaxation = self.task.backend, self.task.sampling, self.relaxation
+        assert relaxation is not None
         positive, negative = [], []
         for row, prompt in zip(rows, prompts, strict=True):
             space = self.spaces[row]
@@ -289,14 +297,14 @@ class _Words:
             chosen = space.split(choices[row])
             positive.append(Mixture(template, chosen[0], weights[row, :count]))
             negative.append(Mixture(space.negative, chosen[1], weights[row, count:]))
-        with self.relaxation.mixed(positive):
+        with relaxation.mixed(positive):
             cond = backend.encode([mixture.text for mixture in positive])
         if self.method.target == "positive":
             return cond, unconditional(backend, cond, sampling)
         halves = []
         for number, mixture in enumerate(negative):
             own = cond.select(torch.tensor([number], device=cond.mask.device))
-            with self.relaxation.mixed([mixture]):
+            with relaxation.mixed([mixture]):
                 halves.append(backend.unconditional(mixture.text, own))
         return cond, concatenate(halves)
 

@@ -32,6 +32,7 @@ class IPGO:
     ascent: Ascent = DEFAULT
 
     def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
+        self.insertion.check_guidance(task.sampling.guidance_scale)
         adapter = InsertionAdapter.start(
             task.backend, task.prompts, self.insertion, seed=task.seed, shared=task.shared
         )

@@ -16,11 +16,12 @@ from markupsafe import Markup
 from PIL import Image
 
 from ipgo.adapters import ADAPTERS
+from ipgo.artefacts import adapter_facts, load_identities, load_scores
 from ipgo.config import flatten
 from ipgo.evaluation import Gain, Score, summarise
 from ipgo.prompts import Prompt
 from ipgo.report import charts
-from ipgo.store import Run, adapter_facts, load_scores
+from ipgo.store import EVALUATION, Run
 
 VISIBLE = 0.0005  # the page shows three digits
 LARGEST = 512  # pixels; larger images are shown smaller, so that the page stays light
@@ -59,7 +60,7 @@ def render(run: Run) -> str:
     """The page as text."""
     config, results, scores = run.config, run.results(), run.scores()
     fitted, unseen = (summarise(scores, seeds=seeds) for seeds in (config.seeds, config.new_seeds))
-    later = load_scores(run.path / "evaluation.jsonl")
+    later, scored_by = load_scores(run.path / EVALUATION), load_identities(run.path / EVALUATION)
     name, rewards, bold, before = _mean_curve(run)
     template = environment().get_template("page.html.j2")
     return template.render(
@@ -71,6 +72,7 @@ def render(run: Run) -> str:
         later=summarise(later) if later else [],
         later_seeds=len({each.seed for each in later}),
         later_prompts=len({each.prompt for each in later}),
+        later_strange=[name for name, own in scored_by.items() if run.identities.get(name, own) != own],
         curve=charts.curve(rewards, bold, before),
         curve_name=name,
         scatters=_scatters(scores, config.reward, config.new_seeds or config.seeds),

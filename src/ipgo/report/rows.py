@@ -13,6 +13,7 @@ from ipgo.config import FIRST_UNSEEN
 from ipgo.evaluation import Gain, Interval, Score, average, summarise, win_rate
 from ipgo.report import charts
 from ipgo.report.build import total_cost
+from ipgo.report.identity import Fingerprints, comparable, fingerprints, strangers
 from ipgo.store import Run
 
 POINTS = 60  # of a curve of reward against budget
@@ -29,6 +30,7 @@ class Row:
             prompts" or "nothing"; "" before a prompt is finished.
         prompts, finished, failed: how many there are, have a result, and went wrong.
         errors: in words, each once.
+        rewards: what its scores were given by, as `identity.fingerprints`.
         scores: those of its own images, under its label; of its own raw images under "raw".
         fitted, unseen, unseen_prompts: what it did to each reward, by reward: on noise it was fitted to, on
             noise it was not (empty if it transfers to nothing), and on prompts it was not (shared entries).
@@ -48,6 +50,7 @@ class Row:
     finished: int
     failed: int
     errors: tuple[str, ...]
+    rewards: Fingerprints
     scores: list[Score]
     fitted: dict[str, Gain]
     unseen: dict[str, Gain]
@@ -100,6 +103,7 @@ def _row(folder: Comparison, label: str, failures: Mapping[str, Mapping[str, str
         finished=len(results),
         failed=wrong,
         errors=errors,
+        rewards=fingerprints(folder.identities(label)),
         scores=[*fitted, *unseen],
         fitted=_gains(fitted),
         unseen=_gains(unseen),
@@ -203,8 +207,9 @@ def _costs(results: Sequence[Mapping[str, Any]], price: Price) -> dict[str, Any]
 
 
 def matrices(entries: Sequence[Row], reward: str) -> list[Matrix]:
-    """Win rates in the raised reward between all entries: on fitted noise, and on unseen noise."""
+    """Win rates in the raised reward between all entries that it scored alike: on fitted noise, and on unseen."""
     found = []
+    scored = {row.label: row.rewards.get(reward) for row in entries}
     for place, noise in enumerate(("fitted noise", "unseen noise")):
         chosen = {
             row.label: own_scores(row, reward, bool(place)) for row in entries if row.means[place] is not None
@@ -213,11 +218,17 @@ def matrices(entries: Sequence[Row], reward: str) -> list[Matrix]:
         for ours, a in chosen.items():
             for theirs, b in chosen.items():
                 shared = {(each.prompt, each.seed) for each in a} & {(each.prompt, each.seed) for each in b}
-                if ours != theirs and shared:
+                if ours != theirs and shared and comparable(scored[ours], scored[theirs]):
                     wins[ours, theirs] = win_rate([*a, *b], ours, theirs, reward)
         if wins:
             found.append(Matrix(noise, tuple(chosen), wins))
     return found
+
+
+def strange_to(entries: Sequence[Row], reward: str) -> tuple[str, ...]:
+    """The labels of the entries whose scores of a reward do not compare with the others'."""
+    found = strangers([(row.label, row.rewards) for row in entries])
+    return found[reward][1] if reward in found else ()
 
 
 def own_scores(row: Row, reward: str, unseen: bool) -> list[Score]:

@@ -10,8 +10,9 @@ import sys
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -19,7 +20,9 @@ from torch import Tensor
 
 from ipgo.errors import InputError, RewardError
 from ipgo.images import to_pil
+from ipgo.rewards.checkpoints import identity
 
+PICTURES = "written as PNG, 8 bits a channel"
 PATIENCE = 600  # seconds that a command may take for one image
 
 
@@ -65,6 +68,13 @@ class Command(External):
         if shutil.which(self.words[0]) is None:
             raise InputError(f"reward {self.name!r}: there is no program {self.words[0]!r} that can be run")
 
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """The line, and the program and every file that it names, by their contents."""
+        named = [Path(word) for word in self.words[1:] if Path(word).is_file()]
+        files = [Path(shutil.which(self.words[0]) or self.words[0]), *named]
+        return identity(self.name, files, PICTURES)
+
     def rate(self, file: Path, prompt: str) -> float:
         # The prompt comes last, since it may hold anything.
         words = [word.replace("{image}", str(file)).replace("{prompt}", prompt) for word in self.words]
@@ -93,6 +103,8 @@ class Question(External):
     def __init__(self, question: str) -> None:
         self.name = f"ask:{question}"
         self.question = question.strip() or "how good is it?"
+        # A person has no weights: who answered, and in which mood, is not known.
+        self.identity = {**identity(f"ask:{self.question}", [], PICTURES), "weights": None}
         self._need_terminal()
 
     def _need_terminal(self) -> None:

@@ -1,0 +1,119 @@
+"""How far can each bundled reward be followed before the picture is lost?
+
+    python benchmarks/over_optimisation.py --prompts 'one:test?n=4' --out docs/over-optimisation
+
+IPGO is fitted ever harder (larger inserted embeddings, more and larger steps). For each strength: how much the followed
+reward rose, in standard deviations of that reward over raw images; what the rewards that were not followed did, in
+theirs; and whether the judge still finds the object. A reward that resists parts from the judge late, or not at all.
+Everything is measured on unseen noise. Writes a table (.md), a plot (.png), and the pictures themselves (-images.png).
+"""
+
+import argparse
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from PIL import Image
+
+import ipgo
+from ipgo.prompts import read_prompts
+from ipgo.runner import BUNDLED_REWARDS
+
+REWARDS = BUNDLED_REWARDS["emoji"]
+FITTED = (0, 1, 2, 3)
+STRENGTHS = {  # norm of the inserted embeddings, steps, learning rate
+    "norm 1, 30 steps": (1.0, 30, 0.03),
+    "norm 4, 30 steps": (4.0, 30, 0.03),
+    "norm 4, 80 steps, lr 0.1": (4.0, 80, 0.1),
+    "norm of the prompt, 80 steps, lr 0.1": (None, 80, 0.1),
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """What one strength did: rises in standard deviations of raw images, and the judge's object accuracy."""
+
+    rises: dict[str, float]
+    gain: float
+    before: float
+    after: float
+
+
+def measure(reward: str, strength: str, prompts: list[str]) -> tuple[Point, Image.Image]:
+    """One fit of all prompts, scored on unseen noise; and a strip of one unseen image of each."""
+    norm, steps, lr = STRENGTHS[strength]
+    default = ipgo.IPGO()
+    insertion = replace(default.insertion, norm=norm)
+    method = ipgo.IPGO(insertion, replace(default.ascent, steps=steps, lr=lr, lr_decay=1.0))
+    result = ipgo.fit(prompts, reward=reward, method=method, seeds=FITTED)
+    values: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for each in (each for fitted in result for each in fitted.scores if each.seed not in FITTED):
+        values[each.method, each.reward].append(each.value)
+    gains = {name: np.mean(values["ipgo", name]) - np.mean(values["raw", name]) for name in REWARDS}
+    rises = {name: float(gains[name] / np.std(values["raw", name])) for name in REWARDS}
+    before, after = (float(np.mean(values[each, "judge-object"])) for each in ("raw", "ipgo"))
+    strip = np.concatenate([np.asarray(fitted.after[max(fitted.after)]) for fitted in result], axis=1)
+    return Point(rises, float(gains[reward]), before, after), Image.fromarray(strip)
+
+
+def plot(found: dict[str, list[Point]], path: Path) -> None:
+    """One panel a reward: held-out rewards, and the judge, against the rise of the followed one."""
+    figure, panels = plt.subplots(
+        1, len(found), figsize=(4 * len(found), 3.4), sharey=True, layout="constrained"
+    )
+    for panel, (reward, points) in zip(np.atleast_1d(panels), found.items(), strict=True):
+        x = [0.0, *(point.rises[reward] for point in points)]
+        for name in REWARDS:
+            if name != reward:
+                panel.plot(x, [0.0, *(point.rises[name] for point in points)], "o-", label=name)
+        judge = panel.twinx()
+        judge.plot(x, [points[0].before, *(point.after for point in points)], "ks--", label="judge: object")
+        judge.set_ylim(0, 1.05)
+        panel.axvline(1, color="0.8")
+        panel.set(title=reward, xlabel="rise of the followed reward, in standard deviations")
+        panel.legend(loc="lower left", fontsize=8)
+    np.atleast_1d(panels)[0].set_ylabel("held-out rewards, likewise")
+    judge.set_ylabel("judge: object (dashed)")
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--rewards", nargs="+", default=list(REWARDS), choices=REWARDS)
+    parser.add_argument("--prompts", default="one:test?n=4")
+    parser.add_argument("--strengths", nargs="+", default=list(STRENGTHS), choices=STRENGTHS)
+    parser.add_argument("--out", type=Path, default=Path("docs/over-optimisation"), help="without suffix")
+    options = parser.parse_args()
+    prompts = read_prompts(options.prompts)
+    lines = [
+        "| reward | strength | gain | in sd | held-out, in their sd | judge: object |",
+        "|---|---|---|---|---|---|",
+    ]
+    print("\n".join(lines))
+    found: dict[str, list[Point]] = {}
+    sheet = []
+    for reward in options.rewards:
+        for strength in options.strengths:
+            point, strip = measure(reward, strength, prompts)
+            found.setdefault(reward, []).append(point)
+            sheet.append(np.asarray(strip))
+            held = "; ".join(
+                f"{name.removeprefix('emoji-')} {rise:+.1f}"
+                for name, rise in point.rises.items()
+                if name != reward
+            )
+            lines.append(
+                f"| {reward} | {strength} | {point.gain:+.3f} | {point.rises[reward]:+.1f} | {held} "
+                f"| {point.before:.0%} to {point.after:.0%} |"
+            )
+            print(lines[-1], flush=True)
+    plot(found, options.out.with_suffix(".png"))
+    Image.fromarray(np.concatenate(sheet)).save(options.out.with_name(options.out.name + "-images.png"))
+    command = f"python benchmarks/over_optimisation.py --prompts '{options.prompts}'"
+    options.out.with_suffix(".md").write_text(f"`{command}`\n\n" + "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""What others read too: adapters and scores, as files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from ipgo import files
+from ipgo.adapters import ADAPTERS, Adapter
+from ipgo.errors import InputError, unknown
+from ipgo.evaluation import Score
+
+SCHEMA = 1
+
+
+def save_adapter(adapter: Adapter, folder: Path, settings: Mapping[str, Any] | None = None) -> None:
+    """Write adapter.safetensors and adapter.json. `settings`: the backend and sampling that it belongs to."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.state_dict().items()}
+    about = {"schema": SCHEMA, "kind": adapter.kind, "options": adapter.options, "prompts": adapter.prompts}
+    files.write(folder / "adapter.safetensors", save(tensors))
+    files.write_json(folder / "adapter.json", {**about, "settings": dict(settings or {})})
+
+
+def load_adapter(folder: Path | str) -> Adapter:
+    """Read what `save_adapter` wrote.
+
+    Raises:
+        InputError: no adapter there, one of an unknown kind, or a damaged one.
+    """
+    about = adapter_facts(Path(folder))
+    if about.get("kind") not in ADAPTERS:
+        raise unknown("adapter kind", str(about.get("kind")), ADAPTERS)
+    file = Path(folder) / "adapter.safetensors"
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            state = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+        prompts = None if about["prompts"] is None else tuple(about["prompts"])
+        adapter = ADAPTERS[about["kind"]](prompts, **about["options"])
+        adapter.load_state_dict(state)
+    except (SafetensorError, OSError, RuntimeError, KeyError, TypeError) as error:
+        raise InputError(f"adapter {str(file)!r} cannot be read: {str(error).splitlines()[0]}") from None
+    if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
+        raise InputError(f"adapter {str(file)!r} holds numbers that are not finite")
+    return adapter
+
+
+def adapter_facts(folder: Path) -> dict[str, Any]:
+    """adapter.json; `InputError` if it is missing or damaged."""
+    if not (folder / "adapter.json").is_file():
+        raise InputError(f"{str(folder)!r} is not an adapter folder: it has no adapter.json")
+    return files.read_json(folder / "adapter.json")
+
+
+def save_scores(file: Path, scores: Iterable[Score], rewards: Mapping[str, Any] | None = None) -> None:
+    """One JSON object a line; with `rewards`, the first line is {"rewards": their identities by name}."""
+    head = [] if rewards is None else [{"rewards": dict(rewards)}]
+    files.write_lines(file, [*head, *(asdict(each) for each in scores)])
+
+
+def load_scores(file: Path) -> list[Score]:
+    """The scores that `save_scores` wrote; no file is no scores."""
+    return [Score(**line) for line in files.read_lines(file) if "rewards" not in line]
+
+
+def load_identities(file: Path) -> dict[str, Any]:
+    """The identities of rewards that `save_scores` wrote, by name; none if there is no file or it has none."""
+    found: dict[str, Any] = {}
+    for line in files.read_lines(file)[:1]:
+        found = line.get("rewards", found)
+    return found

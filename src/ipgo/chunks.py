@@ -1,0 +1,81 @@
+"""Prompts that are fitted together, what that costs, and where an interrupted fit goes on from."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ipgo import files
+from ipgo.prompts import Prompt
+from ipgo.task import Progress
+
+logger = logging.getLogger("ipgo")
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Prompts that are fitted together."""
+
+    prompts: tuple[Prompt, ...]
+
+    @property
+    def key(self) -> str:
+        """The name of its checkpoint: first and last position."""
+        return f"{self.prompts[0].id[:4]}-{self.prompts[-1].id[:4]}"
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return tuple(prompt.text for prompt in self.prompts)
+
+
+@dataclass
+class Cost:
+    """What fitting a chunk has taken so far; `calls` as in `Backend.calls`, memory in MiB."""
+
+    calls: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
+    peak_memory: float = 0.0
+    sessions: int = 1  # how often the work was started: 1 unless it was interrupted
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A chunk's state after `step`, and what it had cost by then."""
+
+    step: int
+    state: dict[str, Tensor]
+    cost: Cost
+
+
+def write_checkpoint(file: Path, chunk: Chunk, digest: str, progress: Progress, cost: Cost) -> None:
+    """All that `read_checkpoint` needs; `digest` is that of the settings."""
+    about = {"step": progress.step, "prompts": chunk.texts, "digest": digest, **vars(cost)}
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in progress.state().items()}
+    files.write(file, save(state, metadata={"about": json.dumps(about)}))
+
+
+def read_checkpoint(file: Path, chunk: Chunk, digest: str) -> Checkpoint | None:
+    """What was written there for these prompts and settings.
+
+    A damaged file is set aside under another name and said to be.
+    """
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            about = json.loads(tensors.metadata()["about"])
+            state = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+    except (SafetensorError, KeyError, TypeError, ValueError):
+        aside = file.with_suffix(".damaged")
+        file.replace(aside)
+        logger.warning("checkpoint %s is damaged; set aside as %s, the chunk starts again", file, aside.name)
+        return None
+    if about["prompts"] != list(chunk.texts) or about["digest"] != digest:
+        return None  # cut with another chunk size: these prompts start again
+    cost = Cost(Counter(about["calls"]), about["seconds"], about["peak_memory"], about["sessions"] + 1)
+    return Checkpoint(about["step"], state, cost)

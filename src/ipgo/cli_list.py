@@ -1,0 +1,55 @@
+"""`ipgo list`: the names that the other commands take."""
+
+from __future__ import annotations
+
+from ipgo.cli_compare import comparisons
+from ipgo.errors import InputError, unknown
+from ipgo.prompts import prompt_sets, read_prompts
+from ipgo.terminal import command_parser
+
+
+def list_(argv: list[str]) -> int:
+    """`ipgo list`: the names that the other commands take."""
+    parser = command_parser("list", "What there is.")
+    kinds = ("objects", "prompts", "rewards", "backends", "methods", "presets", "comparisons")
+    parser.add_argument("kind", nargs="?", help=f"{', '.join(kinds)}; all but the objects, if left out")
+    parser.add_argument("name", nargs="?", help="one of them in full, such as `ipgo list prompts one:test`")
+    args = parser.parse_args(argv)
+    if args.kind not in (None, *kinds):
+        raise unknown("kind", args.kind, kinds)
+    for kind in [args.kind] if args.kind else kinds[1:]:
+        print("\n".join([f"{kind}:", *(f"  {line}" for line in _names(kind, args.name))]))
+    return 0
+
+
+def _names(kind: str, name: str | None) -> list[str]:
+    if kind == "prompts":
+        return read_prompts(name) if name else [f"{each}:train  {each}:test" for each in prompt_sets()]
+    if kind == "objects":
+        return _objects(name or "emoji")
+    from ipgo.backends import BACKENDS, FAMILIES
+    from ipgo.config import presets
+    from ipgo.methods import METHODS
+    from ipgo.rewards import REWARDS, describe
+
+    if kind == "methods":
+        return [f"{each:<16}{(method.__doc__ or '').splitlines()[0]}" for each, method in METHODS.items()]
+    if kind == "comparisons":
+        return comparisons()
+    if kind == "rewards":
+        return [f"{each:<18}{describe(each)}" for each in REWARDS]
+    if kind == "backends":
+        return [f"{each:<18}{FAMILIES[family].facts}" for each, (family, _) in BACKENDS.items()]
+    return presets()
+
+
+def _objects(backend: str) -> list[str]:
+    """What a backend's vocabulary says that it can draw, with other words for the same in brackets."""
+    from ipgo.runner import vocabulary
+
+    known = vocabulary(backend)
+    if known is None:
+        raise InputError(f"backend {backend!r} has no vocabulary.json: it does not say what it can draw")
+    lines = [f"{each} ({', '.join(others)})" if others else each for each, others in known["objects"].items()]
+    more = ("colours", "styles", "relations", "quality")
+    return [*lines, *(f"-- {kind}: {', '.join(known[kind])}" for kind in more if known.get(kind))]

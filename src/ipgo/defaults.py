@@ -1,0 +1,34 @@
+"""Settings that are other for models that draw in a few steps, where nothing else is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields, replace
+from typing import Any, cast
+
+from ipgo.backends import few_steps
+from ipgo.methods import METHODS
+from ipgo.methods.ipgo import IPGO
+from ipgo.sampling import Sampling
+from ipgo.task import Method
+
+
+def for_backend(backend: str, method: str) -> dict[str, Any]:
+    """Nested settings, as a preset has them, by the backend's name; empty for models of many steps.
+
+    Its steps and guidance scale, and gradient through all of its steps for a method that has such a choice.
+    """
+    few = few_steps(backend)
+    if few is None:
+        return {}
+    chosen: dict[str, Any] = {"sampling": asdict(few)}
+    if any(each.name == "ascent" for each in fields(cast(Any, METHODS[method]))):
+        chosen["method"] = {"ascent": {"backprop_steps": None}}
+    return chosen
+
+
+def defaults(backend: str) -> tuple[Method, Sampling]:
+    """What `ipgo.fit` does with a backend of this name."""
+    few = few_steps(backend)
+    if few is None:
+        return IPGO(), Sampling()
+    return IPGO(ascent=replace(IPGO().ascent, backprop_steps=None)), Sampling(**asdict(few))

@@ -1,0 +1,92 @@
+"""PPO on a denoiser's steps: its settings and its arithmetic (arXiv 1707.06347, 2305.13301)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ipgo.errors import InputError
+
+
+@dataclass(frozen=True)
+class PPO:
+    """How trajectories are drawn and learned from.
+
+    Attributes:
+        epochs: rounds of drawing trajectories and of learning from them.
+        samples: trajectories in an epoch; prompt-batch: of the prompts in shuffled passes.
+        batch_size: trajectories in one forward pass.
+        accumulate: batches, each with all its steps, in one optimiser step.
+        inner_epochs: passes over an epoch's trajectories.
+        eta: noise of the DDIM steps that are learned from, in place of the sampling's.
+        lr: learning rate of AdamW.
+        weight_decay: AdamW's.
+        max_grad_norm: the gradient is shortened to this norm; inf never shortens.
+        clip_range: how far from 1 the ratio of probabilities still pulls. It is small because log-probabilities
+            are means over the latents' dimensions.
+        max_advantage: advantages are clipped to this, and to minus this.
+        history: how many of its latest rewards a prompt's advantages are measured against.
+        min_history: a prompt with fewer is measured against the epoch's rewards.
+    """
+
+    epochs: int = 50
+    samples: int = 16
+    batch_size: int = 4
+    accumulate: int = 2
+    inner_epochs: int = 1
+    eta: float = 1.0
+    lr: float = 3e-4
+    weight_decay: float = 1e-4
+    max_grad_norm: float = 1.0
+    clip_range: float = 1e-4
+    max_advantage: float = 5.0
+    history: int = 32
+    min_history: int = 16
+
+    def __post_init__(self) -> None:
+        least = {"epochs": 1, "samples": 2, "batch_size": 1, "accumulate": 1, "inner_epochs": 1}
+        for field, count in (least | {"weight_decay": 0, "history": 1, "min_history": 1}).items():
+            if not getattr(self, field) >= count:
+                raise InputError(f"ppo.{field} is {getattr(self, field)}; it must be at least {count}")
+        for field in ("eta", "lr", "max_grad_norm", "clip_range", "max_advantage"):
+            if not getattr(self, field) > 0:
+                raise InputError(f"ppo.{field} is {getattr(self, field)}; it must be above 0")
+        if self.eta > 1:
+            raise InputError(f"ppo.eta is {self.eta}; it must be at most 1")
+        if self.min_history > self.history:
+            raise InputError(f"ppo.min_history is {self.min_history}; ppo.history keeps only {self.history}")
+
+
+def log_probability(latents: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """(B,): log N(latents; mean, std^2), the mean over the dimensions of (B, C, h, w) latents; std > 0 is ().
+
+    The mean in place of the sum goes with a clip range of 1e-4 (the paper's code).
+    """
+    distance = (latents - mean) / std
+    return -distance.square().flatten(1).mean(1) / 2 - std.log() - math.log(2 * math.pi) / 2
+
+
+def advantages(rewards: Tensor, numbers: Tensor, recent: Tensor, least: int) -> tuple[Tensor, Tensor]:
+    """How much better than usual rewards (S,) are, and the prompts' recent ones (P, H) with them, newest last.
+
+    (reward - mean) / standard deviation over the recent rewards of its prompt, numbers[i], or over `rewards`
+    where these are fewer than `least`. `recent` is NaN where there was none yet.
+    """
+    recent = recent.clone()
+    for number in torch.unique(numbers).tolist():
+        recent[number] = torch.cat([recent[number], rewards[numbers == number]])[-recent.shape[1] :]
+    mean = recent.nanmean(1)
+    std = (recent - mean[:, None]).square().nanmean(1).sqrt()
+    few = recent.isfinite().sum(1) < least
+    mean = torch.where(few, rewards.mean(), mean)
+    std = torch.where(few, rewards.std(correction=0), std)
+    return (rewards - mean[numbers]) / (std[numbers] + 1e-6), recent
+
+
+def surrogate(log_probability: Tensor, before: Tensor, advantage: Tensor, clip_range: float) -> Tensor:
+    """(B,): what PPO raises (arXiv 1707.06347, eq. 7), of log-probabilities now and when it was drawn (B,)."""
+    ratio = (log_probability - before).exp()
+    return torch.minimum(advantage * ratio, advantage * ratio.clamp(1 - clip_range, 1 + clip_range))

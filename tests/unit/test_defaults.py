@@ -1,0 +1,119 @@
+"""Models of a few steps, by their names."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import ipgo
+from ipgo import cli
+from ipgo.backends import BACKENDS, few_steps
+from ipgo.cli_compare import entries_of
+from ipgo.defaults import for_backend
+from ipgo.methods import METHODS
+
+LEAST = ("--reward", "colorfulness", "--unseen-seeds", "1", "--method.ascent.steps", "1", "--held-out")
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("sd-turbo", (1, 1.0)),
+        ("sdxl-turbo", (1, 1.0)),
+        ("lcm", (4, 8.5)),
+        ("latent-consistency/lcm-sdxl", (4, 1.0)),
+        ("flux-schnell", (4, 1.0)),
+        ("sana-sprint", (2, 4.5)),
+        ("z-image-turbo", (8, 1.0)),
+        ("flux2-klein", (4, 1.0)),
+        ("stabilityai/stable-diffusion-3.5-large-turbo", (4, 1.0)),
+        ("models/sdxl_lightning_8step.safetensors", (8, 1.0)),
+        ("models/SDXL-Lightning/", (4, 1.0)),
+    ],
+)
+def test_few_steps_by_name(source: str, expected: tuple[int, float]) -> None:
+    few = few_steps(source)
+    assert few is not None
+    assert (few.steps, few.guidance_scale) == expected
+
+
+@pytest.mark.parametrize(
+    "source", ["emoji", "sd15", "flux2-klein-base", "turbo/sd15", "turbocharged", "8step"]
+)
+def test_others_have_many_steps(source: str) -> None:
+    assert few_steps(source) is None
+    assert for_backend(source, "ipgo") == {}
+
+
+def test_every_name_of_few_steps_is_known() -> None:
+    assert {name for name in BACKENDS if few_steps(name)} == {
+        *("sd-turbo", "sdxl-turbo", "lcm", "flux-schnell", "sana-sprint", "z-image-turbo", "flux2-klein")
+    }
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradient_goes_through_every_step_where_a_method_has_the_choice(method: str) -> None:
+    chosen = for_backend("sd-turbo", method)
+    assert chosen["sampling"] == {"steps": 1, "guidance_scale": 1.0}
+    has_it = hasattr(METHODS[method](), "ascent")
+    assert chosen.get("method") == ({"ascent": {"backprop_steps": None}} if has_it else None)
+
+
+@pytest.fixture
+def turbo(pipeline_folder: str, tmp_path: Path) -> str:
+    """The tiny pipeline in a folder whose name says that it draws in one step."""
+    shutil.copytree(pipeline_folder, tmp_path / "tiny-turbo")
+    return str(tmp_path / "tiny-turbo")
+
+
+def settings_of(folder: Path) -> tuple[int, float, int | None]:
+    config = json.loads((folder / "run.json").read_text())["config"]
+    return (
+        config["sampling"]["steps"],
+        config["sampling"]["guidance_scale"],
+        config["method"]["ascent"]["backprop_steps"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ((), (1, 1.0, None)),
+        (("--sampling.steps", "3"), (3, 1.0, None)),
+        (("--sampling.guidance_scale", "2", "--method.ascent.backprop_steps", "1"), (1, 2.0, 1)),
+        (("--preset", "fast"), (10, 1.0, 1)),
+    ],
+)
+def test_the_run_records_what_was_chosen(
+    turbo: str,
+    tmp_path: Path,
+    flags: tuple[str, ...],
+    expected: tuple[int, float, int | None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    out = tmp_path / "run"
+    assert cli.main(["fit", "a fox", f"--backend={turbo}", *LEAST, "--out", str(out), *flags]) == 0
+    assert settings_of(out) == expected
+    assert "sampling.steps 1, sampling.guidance_scale 1.0, method.ascent.backprop_steps null" in caplog.text
+
+
+def test_in_python_too(turbo: str, tmp_path: Path) -> None:
+    backend = ipgo.load_backend(turbo, device="cpu")
+    ipgo.fit("a fox", reward="colorfulness", backend=backend, out=tmp_path / "run", unseen_seeds=0)
+    assert settings_of(tmp_path / "run") == (1, 1.0, None)
+    given = ipgo.Sampling(2, 3.0)
+    ipgo.fit(
+        "a fox", reward="colorfulness", backend=turbo, sampling=given, out=tmp_path / "own", unseen_seeds=0
+    )
+    assert settings_of(tmp_path / "own") == (2, 3.0, None)
+
+
+def test_a_comparison_does_the_same_with_every_method() -> None:
+    entries = entries_of("ipgo,draft,raw", {"draft": {"method": {"ascent": {"lr": 0.1}}}}, {}, "sd-turbo")
+    assert entries["ipgo"]["method"] == {"name": "ipgo", "ascent": {"backprop_steps": None}}
+    assert entries["draft"]["method"] == {"name": "draft", "ascent": {"backprop_steps": None, "lr": 0.1}}
+    assert entries["raw"]["method"] == {"name": "raw"}
+    assert entries_of("ipgo", {}, {})["ipgo"]["method"] == {"name": "ipgo"}

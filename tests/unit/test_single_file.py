@@ -1,0 +1,88 @@
+"""One file of weights as published, against the pipeline that they were taken from."""
+
+import shutil
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ipgo.adapters import Adapter, generate
+from ipgo.backends import load_backend
+from ipgo.errors import InputError
+from ipgo.sampling import Sampling
+from tests import tiny_families as tiny
+from tests.conftest import tiny_pipeline
+from tests.ldm_layout import published
+
+BUILDS = {"sd": tiny_pipeline, "sdxl": tiny.sdxl}
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write a pipeline's weights as model.safetensors, and its configuration, without weights, into model/."""
+
+    def written(pipe):
+        folder = tmp_path / "model"
+        pipe.save_pretrained(folder, safe_serialization=True)
+        for weights in folder.rglob("*.safetensors"):
+            weights.unlink()
+        save_file(published(pipe), tmp_path / "model.safetensors")
+        return tmp_path / "model.safetensors"
+
+    return written
+
+
+@pytest.mark.parametrize("name", BUILDS)
+@pytest.mark.parametrize("kind", [str, lambda path: path])
+def test_a_file_draws_what_its_pipeline_draws(write, name, kind):
+    pipe = BUILDS[name]()
+    original, opened = load_backend(pipe, device="cpu"), load_backend(kind(write(pipe)), device="cpu")
+    assert type(opened) is type(original)
+    images = [
+        generate(each, ["a red cat", "sun"], [3, 4], Adapter(), Sampling(2, 5.0))
+        for each in (original, opened)
+    ]
+    assert images[0].std() > 0.02
+    torch.testing.assert_close(*images, atol=1e-6, rtol=0)
+
+
+def test_its_format_is_chosen(write):
+    opened = load_backend(write(tiny_pipeline()), device="cpu", dtype="bfloat16")
+    assert {next(module.parameters()).dtype for module in opened.modules.values()} == {torch.bfloat16}
+
+
+def test_without_its_configuration_it_says_what_to_do(write, monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    file = write(tiny.sdxl())
+    shutil.rmtree(tmp_path / "model")
+    with pytest.raises(
+        InputError, match=r"files of stabilityai/stable-diffusion-xl-base-1\.0 .* into '.*model'"
+    ):
+        load_backend(file)
+
+
+def test_a_configuration_that_does_not_fit_is_named(write, tmp_path):
+    file = write(tiny_pipeline())
+    tiny.sdxl().save_pretrained(tmp_path / "model")
+    with pytest.raises(InputError, match=r"model' does not describe the StableDiffusionPipeline of 'model"):
+        load_backend(file)
+    other = tiny_pipeline()
+    other.unet.register_to_config(block_out_channels=(8, 32))
+    other.save_pretrained(tmp_path / "model")
+    with pytest.raises(InputError, match=r"model\.safetensors' does not fit '.*model': "):
+        load_backend(file)
+
+
+def test_files_that_cannot_be_opened_are_refused(tmp_path):
+    for name in ("part.safetensors", "models/part.safetensors"):
+        with pytest.raises(InputError, match=r"weights are missing: 'm?o?d?e?l?s?/?part\.safetensors'"):
+            load_backend(name)
+    save_file(tiny_pipeline().unet.state_dict(), tmp_path / "part.safetensors")
+    with pytest.raises(InputError, match=r"is not a whole Stable Diffusion 1\.x, 2\.x or SDXL; open other"):
+        load_backend(tmp_path / "part.safetensors")
+    whole = (tmp_path / "part.safetensors").read_bytes()
+    (tmp_path / "part.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match="weights are damaged or half-written"):
+        load_backend(tmp_path / "part.safetensors")
