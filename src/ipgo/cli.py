@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING
 
 from ipgo import __version__
 from ipgo.cli_compare import compare, show_comparison
+from ipgo.cli_doctor import doctor
 from ipgo.cli_explain import explain
 from ipgo.cli_list import list_
+from ipgo.cli_plan import plan
 from ipgo.cli_publish import publish
 from ipgo.cli_score import score
 from ipgo.errors import InputError, IpgoError, unknown
@@ -40,7 +42,9 @@ commands:
   evaluate   judge a finished run on more seeds, other rewards, or prompts it never saw
   compare    run many methods on the same prompts, seeds and budget, and make the table
   score      score pictures that are already there
+  plan       say what a fit takes of a GPU's memory, without one
   explain    say what learned embeddings are close to, and what each of them does
+  doctor     see whether a backend can follow a reward, and what is wrong if it cannot
   report     write the page that shows a run or a comparison
   publish    write a run's adapter with a model card, as a folder or on the hub
   list       what there is: objects, prompts, rewards, backends, methods, presets
@@ -329,6 +333,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "explain": explain,
     "evaluate": evaluate,
     "score": score,
+    "plan": plan,
+    "doctor": doctor,
     "report": report,
     "publish": publish,
     "list": list_,

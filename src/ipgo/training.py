@@ -106,6 +106,23 @@ def maximize(
         InputError: settings that do not fit together. RewardError: a reward that breaks its contract.
         ResumeError: a state of another fit.
     """
+    climb = _start(task, adapter, ascent)
+    if resume is not None:
+        climb.load(resume)
+    return climb.run()
+
+
+def first_gradient(task: Task, adapter: Adapter, ascent: Ascent) -> None:
+    """The part of the first step of `maximize` that takes time and memory: draw, score and differentiate.
+
+    Parameters of `adapter` get their gradient, times the loss scale, and no update. Needs no numbers: see
+    `ipgo.memory.sizes_only`.
+    """
+    _start(task, adapter, ascent).ascend(0)
+
+
+def _start(task: Task, adapter: Adapter, ascent: Ascent) -> _Climb:
+    """Check that settings fit together; see `maximize`."""
     depth, total = ascent.backprop_steps, task.sampling.steps
     if depth is not None and depth > total:
         raise InputError(f"ascent.backprop_steps is {depth}; sampling has only {total} steps")
@@ -118,10 +135,7 @@ def maximize(
         raise InputError(f"ascent.steps is {ascent.steps}; {len(task.seeds)} seeds need at least as many")
     if not task.reward.differentiable:
         raise RewardError(f"reward {task.reward.name!r} has no gradient, which this method needs")
-    climb = _Climb(task, adapter, ascent)
-    if resume is not None:
-        climb.load(resume)
-    return climb.run()
+    return _Climb(task, adapter, ascent)
 
 
 class _Climb:
@@ -156,8 +170,7 @@ class _Climb:
 
     def run(self) -> Iterator[Progress]:
         for step in range(int(self.memory["step"]), self.ascent.steps):
-            with torch.enable_grad(), self.adapter.attached(self.task.backend, self.task.prompts):
-                images = self._ascend(step)
+            images = self.ascend(step)
             norms, finite = self._clip()
             good = self._remember(finite)
             self._update(step, good)
@@ -166,8 +179,12 @@ class _Climb:
             if self._failed().all():
                 return
 
-    def _ascend(self, step: int) -> Tensor | None:
+    def ascend(self, step: int) -> Tensor | None:
         """Draw, score and differentiate the prompts of this step; return the images if all were drawn."""
+        with torch.enable_grad(), self.adapter.attached(self.task.backend, self.task.prompts):
+            return self._ascend(step)
+
+    def _ascend(self, step: int) -> Tensor | None:
         self.optimizer.zero_grad()
         batches = self._batches(step)
         drawn = sum(len(batch) for batch in batches) if self.task.shared else 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -43,7 +42,7 @@ class StableDiffusionXL(Backend):
             self.guidance = "distilled"
         if pipe.vae.dtype == torch.float16 and pipe.vae.config.force_upcast:
             # It overflows in float16. A copy: the pipeline's own VAE is as before.
-            self.modules["decoder"] = copy.deepcopy(pipe.vae).float()
+            self.modules["decoder"] = _in_float32(pipe.vae)
 
     def _encoders(self) -> list[tuple[Any, Any]]:
         pipe = self.pipe
@@ -104,3 +103,10 @@ class StableDiffusionXL(Backend):
         )
         scaled: Tensor = latents * std / config.scaling_factor + mean
         return scaled
+
+
+def _in_float32(vae: Any) -> Any:
+    with vae.device:
+        copied = type(vae).from_config(vae.config)
+    copied.load_state_dict(vae.state_dict())
+    return copied

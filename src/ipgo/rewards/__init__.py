@@ -157,8 +157,13 @@ def load_reward(spec: str, *, device: str = "auto") -> Reward:
             not there and cannot be fetched, a command that cannot be run, or a question without a terminal.
     """
     place = choose_device(device)
+    return combine(spec, lambda name: _load(name, place))
+
+
+def combine(spec: str, load: Callable[[str], Reward]) -> Reward:
+    """What `load` makes of the name in a spec, or the weighted sum of what it makes of each."""
     weights, names = zip(*(_term(term) for term in _terms(spec)), strict=True)
-    rewards = tuple(_load(name, place) for name in names)
+    rewards = tuple(load(name) for name in names)
     if weights == (1.0,):
         return rewards[0]
     return WeightedSum(rewards, weights, spec)

@@ -1,0 +1,45 @@
+"""`ipgo doctor`: can this backend be steered by this reward?"""
+
+from __future__ import annotations
+
+from ipgo.terminal import command_parser, loading
+
+
+def doctor(argv: list[str]) -> int:
+    """`ipgo doctor`: one small step, and what is wrong with it in plain words. 1 if something is."""
+    parser = command_parser(
+        "doctor", "Run one small step, and see whether a gradient of the reward reaches inserted embeddings."
+    )
+    parser.add_argument("--backend", default="emoji", help="as in fit (default: emoji)")
+    parser.add_argument("--reward", default="emoji-preference", help="as in fit (default: emoji-preference)")
+    parser.add_argument("--prompt", default="a lemon on a blue background", help="what is drawn")
+    parser.add_argument("--backprop-steps", type=int, default=2, help="last steps with gradient (default: 2)")
+    parser.add_argument("--steps", type=int, default=4, help="denoising steps (default: 4)")
+    parser.add_argument("--guidance-scale", type=float, default=5.0, help="default: 5")
+    parser.add_argument("--image-size", type=int, help="side of the image (default: the model's own)")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    args = parser.parse_args(argv)
+
+    from ipgo.backends import load_backend
+    from ipgo.doctor import examine
+    from ipgo.rewards import check_reward, load_reward
+    from ipgo.sampling import Sampling
+
+    sampling = Sampling(steps=args.steps, guidance_scale=args.guidance_scale, fit_steps=None)
+    check_reward(args.reward)
+    loading(args.backend)
+    backend = load_backend(args.backend, device=args.device, dtype=args.dtype, image_size=args.image_size)
+    reward = load_reward(args.reward, device=args.device)
+    wrong = 0
+    for finding in examine(backend, reward, args.prompt, sampling, args.backprop_steps):
+        print(f"{'ok   ' if finding.good else 'WRONG'}  {finding.text}", flush=True)
+        if not finding.good:
+            wrong += 1
+            print(f"       to do: {finding.advice}")
+    print(
+        f"\n{args.backend} follows {args.reward}"
+        if not wrong
+        else f"\n{args.backend} cannot follow {args.reward}"
+    )
+    return 1 if wrong else 0

@@ -1,0 +1,144 @@
+"""`ipgo plan`: what a fit takes of a GPU's memory, found without GPU and weights."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from ipgo.errors import InputError, unknown
+from ipgo.terminal import command_parser
+
+if TYPE_CHECKING:
+    from ipgo.plan import Choice, Footprint, Workload
+
+    Measure = Callable[[Choice], Footprint]
+
+DTYPES = ("float16", "bfloat16", "float32")
+GIB = 2**30
+
+
+def plan(argv: list[str]) -> int:
+    """`ipgo plan`: a table of the choices, and for each GPU the one to take. 1 if nothing fits one of them."""
+    args = _parser().parse_args(argv)
+    for name in ("backprop_steps", "steps", "rows"):
+        values = getattr(args, name)
+        if min(values if isinstance(values, list) else [values]) < 1:
+            raise InputError(f"{name} is {values}; it must be at least 1")
+    if max(args.backprop_steps) > args.steps:
+        raise InputError(f"backprop_steps is {max(args.backprop_steps)}; steps allows at most {args.steps}")
+    if args.dtype not in DTYPES:
+        raise unknown("dtype", args.dtype, DTYPES)
+
+    import torch
+
+    from ipgo.plan import RESERVE, memory_of, unloaded
+    from ipgo.sampling import Sampling
+
+    room = {gpu: memory_of(gpu) - RESERVE for gpu in args.gpu}
+    sampling = Sampling(steps=args.steps, fit_steps=None, guidance_scale=args.guidance_scale)
+    workload = unloaded(args.backend, args.reward, sampling, getattr(torch, args.dtype), args.image_size)
+    footprint = lru_cache(maxsize=None)(lambda choice: _measured(workload, choice))
+    for line in (*_headline(args, workload), *_table(args, room, footprint)):
+        print(line, flush=True)
+    print(
+        f"\nOf every GPU {RESERVE / GIB:.2f} GiB are left for what is not counted (CUDA itself, workspaces, gaps)."
+    )
+    lacking = 0
+    for gpu, most in room.items():
+        lacking += not _advise(args, gpu, most, footprint)
+    return 1 if lacking else 0
+
+
+def _advise(args: Any, gpu: str, most: int, footprint: Measure) -> bool:
+    """Print what to take for a GPU with room for `most` bytes; is there anything?"""
+    from ipgo.plan import Choice, fastest
+
+    choice = fastest(lambda each: footprint(each).peak <= most, args.backprop_steps, args.rows)
+    found = footprint(choice or Choice(min(args.backprop_steps), recompute=True))
+    of = f"{found.peak / GIB:.2f} of {most / GIB:.2f} GiB"
+    if choice is None:
+        print(f"\n{gpu}: nothing fits, the least is {of}; a smaller --image-size takes less")
+        return False
+    print(f"\n{gpu}: {_words(choice)}, {of}\n  {shlex.join(fit_command(args, choice))}")
+    return True
+
+
+def _parser() -> Any:
+    parser = command_parser(
+        "plan", "What a step of an IPGO fit takes of a GPU's memory, without the GPU and without the weights."
+    )
+    parser.add_argument(
+        "--backend",
+        default="emoji",
+        help="a backend's name, or a diffusers folder (its weights may be missing)",
+    )
+    parser.add_argument("--reward", default="emoji-preference", help="as in fit")
+    parser.add_argument(
+        "--gpu", nargs="+", required=True, metavar="SIZE", help="memory of one GPU or several, such as 16GB"
+    )
+    parser.add_argument(
+        "--backprop-steps", type=int, nargs="+", default=[1, 2, 4], help="values of K (default: 1 2 4)"
+    )
+    parser.add_argument("--rows", type=int, default=4, help="most prompts to fit at once (default: 4)")
+    parser.add_argument("--steps", type=int, default=8, help="denoising steps of a fit's images (default: 8)")
+    parser.add_argument("--guidance-scale", type=float, default=5.0, help="default: 5")
+    parser.add_argument("--dtype", default="float16", help=f"{', '.join(DTYPES)} (default: float16)")
+    parser.add_argument("--image-size", type=int, help="side of the images (default: the model's own)")
+    return parser
+
+
+def _measured(workload: Workload, choice: Choice) -> Footprint:
+    if sys.stderr.isatty():
+        print(f"\r{_words(choice)} ...\033[K\r", end="", file=sys.stderr)
+    return workload.footprint(choice)
+
+
+def _headline(args: Any, workload: Workload) -> Iterator[str]:
+    side = workload.backend.latent_shape[-1] * workload.backend.pipe.vae_scale_factor
+    yield (
+        f"{args.backend} with {args.reward}: {args.dtype}, {side} x {side} pixels, guidance {args.guidance_scale:g}, "
+        f"{args.steps} steps"
+    )
+    parts = workload.weights()
+    sizes = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+    yield f"weights: {sum(parts.values()) / GIB:.2f} GiB ({sizes})\n"
+
+
+def _table(args: Any, room: dict[str, int], footprint: Measure) -> Iterator[str]:
+    from ipgo.plan import Choice
+
+    yield "| K | recompute | alive before the backward pass, GiB | peak, GiB | " + " | ".join(room) + " |"
+    yield "|---" * (4 + len(room)) + "|"
+    for depth in sorted(set(args.backprop_steps)):
+        for recompute in (False, True):
+            found = footprint(Choice(depth, recompute))
+            fits = ("fits" if found.peak <= bytes_ else "-" for bytes_ in room.values())
+            cells = (
+                depth,
+                "yes" if recompute else "no",
+                f"{found.saved / GIB:.2f}",
+                f"{found.peak / GIB:.2f}",
+            )
+            yield f"| {' | '.join(map(str, (*cells, *fits)))} |"
+
+
+def _words(choice: Choice) -> str:
+    rows = f"{choice.rows} prompts" if choice.rows > 1 else "1 prompt"
+    recompute = "recomputing" if choice.recompute else "without recomputing"
+    return f"K = {choice.backprop_steps} {recompute}, {rows} at once"
+
+
+def fit_command(args: Any, choice: Choice) -> list[str]:
+    """The words of the fit that was planned."""
+    options: dict[str, Any] = {"backend": args.backend, "reward": args.reward, "dtype": args.dtype}
+    options["chunk"] = choice.rows
+    options["method.ascent.backprop_steps"] = choice.backprop_steps
+    options["method.ascent.recompute"] = str(choice.recompute).lower()
+    if args.image_size is not None:
+        options["image_size"] = args.image_size
+    options["sampling.fit_steps"] = args.steps
+    options["sampling.guidance_scale"] = args.guidance_scale
+    return ["ipgo", "fit", "PROMPT", *(f"--{name}={value}" for name, value in options.items())]

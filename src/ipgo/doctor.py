@@ -1,0 +1,206 @@
+"""Does a gradient of this reward reach embeddings inserted into this backend? One small step, and what is wrong."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ipgo.adapters import InsertionAdapter
+from ipgo.backends import Backend
+from ipgo.errors import InputError, RewardError
+from ipgo.insertion import Insertion
+from ipgo.memory import LiveMemory
+from ipgo.plan import Workload
+from ipgo.rewards import Reward, WeightedSum, score
+from ipgo.sampling import Sampling, sample, unconditional
+from ipgo.training import FLOAT16_SCALE
+
+GIB = 2**30
+WITHOUT_GRADIENT = "best-of-n, ipgo-black-box, ddpo"  # methods
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at, in plain words; `advice` says what to do where it is not good."""
+
+    text: str
+    advice: str = ""
+
+    @property
+    def good(self) -> bool:
+        return not self.advice
+
+
+def examine(
+    backend: Backend, reward: Reward, prompt: str, sampling: Sampling, backprop_steps: int
+) -> Iterator[Finding]:
+    """Draw one picture of `prompt` with embeddings inserted, score it, and follow the gradient back.
+
+    Ends after the first finding from which nothing more can be learned.
+
+    Raises:
+        InputError: a prompt that is too long, or more `backprop_steps` than steps.
+    """
+    if not 1 <= backprop_steps <= sampling.steps:
+        raise InputError(f"backprop_steps is {backprop_steps}; it must be between 1 and {sampling.steps}")
+    memory, started = LiveMemory(), time.monotonic()
+    weights = sum(Workload(backend, reward, sampling).weights(memory).values())
+    width = f"embeddings {backend.embed_dim} wide"
+    yield Finding(f"backend {backend.name}: {name_of(backend.dtype)} on {backend.device}, {width}")
+    found: list[Finding] = []
+    try:
+        with memory, torch.enable_grad():  # closed before the yield: modes would leak into the consumer
+            found.extend(_follow(backend, reward, prompt, sampling, backprop_steps))
+    except torch.OutOfMemoryError:
+        advice = "`ipgo plan` says what fits; --backprop-steps 1 and a smaller --image-size take less"
+        found.append(Finding(f"the memory of {backend.device} is not enough", advice))
+    yield from found
+    seconds = time.monotonic() - started
+    yield Finding(
+        f"memory: {memory.peak / GIB:.2f} GiB at most, of which weights {weights / GIB:.2f}; {seconds:.1f} s"
+    )
+
+
+def _follow(
+    backend: Backend, reward: Reward, prompt: str, sampling: Sampling, backprop_steps: int
+) -> Iterator[Finding]:
+    embeds, images, inserted = _draw(backend, prompt, sampling, backprop_steps)
+    drawn = _picture(images, backend)
+    yield drawn
+    if not drawn.good:
+        return
+    wanted = torch.zeros_like(images)
+    for weight, term in _terms(reward):
+        gradient, finding = _judge(term, images, prompt)
+        yield finding
+        if gradient is None:
+            return
+        wanted += weight * gradient
+    scale = FLOAT16_SCALE if backend.dtype == torch.float16 else 1.0  # as in a fit
+    (found,) = torch.autograd.grad(images, embeds, wanted * scale)
+    yield _arrival(found.float()[:, inserted] / scale, backend, backprop_steps)
+
+
+def _draw(
+    backend: Backend, prompt: str, sampling: Sampling, backprop_steps: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The prompt's embeddings (1, L, D) as a leaf, the images (1, 3, H, W), and which of the L are inserted."""
+    insertion = Insertion()
+    adapter = InsertionAdapter.start(backend, [prompt], insertion, seed=0, shared=False)
+    with torch.no_grad():
+        cond = adapter.condition(backend, [prompt], backend.encode([prompt]))
+    embeds = cond.embeds.detach().requires_grad_()
+    noise = backend.noise([0], sampling.noise_steps(backend))
+    uncond = unconditional(backend, cond, sampling)
+    images = sample(
+        backend, replace(cond, embeds=embeds), uncond, noise, sampling, backprop_steps=backprop_steps
+    )
+    places = torch.arange(cond.length, device=backend.device)
+    inserted = (places < insertion.num_prefix) | (places >= cond.length - insertion.num_suffix)
+    return embeds, images, inserted
+
+
+def _picture(images: Tensor, backend: Backend) -> Finding:
+    values = images.detach()
+    side = " x ".join(map(str, values.shape[-2:]))
+    if not values.isfinite().all():
+        return Finding(f"the picture of {side} pixels is not finite: {_overflow(backend)}", _wider(backend))
+    if not images.requires_grad:
+        text = "the picture has no gradient: the backend cuts it off between the embeddings and the picture"
+        return Finding(text, "look for torch.no_grad() and .detach() in its denoiser and its decoder")
+    clamped = ((values <= 0) | (values >= 1)).float().mean().item()
+    if clamped == 1:
+        text = f"all values of the picture of {side} pixels are black or white, where no gradient passes"
+        return Finding(
+            text, "lower --guidance-scale, or see whether the backend draws at all (`ipgo generate`)"
+        )
+    return Finding(
+        f"picture: {side} pixels, finite; {clamped:.0%} of it is black or white and has no gradient"
+    )
+
+
+def _judge(reward: Reward, images: Tensor, prompt: str) -> tuple[Tensor | None, Finding]:
+    """The gradient with respect to the images, or None if there is none to go on with."""
+    name = f"reward {reward.name!r}"
+    if not reward.differentiable:
+        return None, Finding(f"{name} says itself that it has no gradient", _other_method())
+    try:
+        values = score(reward, images, [prompt])
+    except RewardError as error:
+        return None, Finding(
+            str(error), "look for log, sqrt or division at 0, and at the shape: one number a row"
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a reward of one's own may raise
+        reason = (str(error).strip().splitlines() or [""])[0]
+        text = f"{name} fails on a picture that carries a gradient: {type(error).__name__}: {reason}"
+        return None, Finding(text, f"compute it in torch alone, without numpy and PIL; {_other_method()}")
+    if not values.requires_grad:
+        text = f"{name} gives {values.item():.4f}, but the number has no gradient: it was cut off inside"
+        advice = "look for .detach(), .item(), .numpy(), torch.no_grad() and new torch.tensor(...) in it"
+        return None, Finding(text, f"{advice}; {_other_method()}")
+    (gradient,) = torch.autograd.grad(values.sum(), images, retain_graph=True, allow_unused=True)
+    return _checked(gradient, f"{name} gives {values.item():.4f}")
+
+
+def _checked(gradient: Tensor | None, says: str) -> tuple[Tensor | None, Finding]:
+    if gradient is None:
+        advice = "it must be computed from `images`, all the way in torch"
+        return None, Finding(f"{says}, which does not depend on the picture", advice)
+    if not gradient.isfinite().all():
+        advice = "look for sqrt, norm or a power at 0: add a small number inside; or compute it in float32"
+        return None, Finding(f"{says}, but its gradient with respect to the picture is not finite", advice)
+    if not gradient.any():
+        advice = f"look for rounding, thresholds, clamp and argmax in it; {_other_method()}"
+        return None, Finding(f"{says}, but its gradient with respect to the picture is 0 everywhere", advice)
+    size = gradient.norm().item()
+    return gradient, Finding(f"{says}; gradient with respect to the picture: norm {size:.3g}, finite")
+
+
+def _arrival(gradient: Tensor, backend: Backend, backprop_steps: int) -> Finding:
+    """What arrives at the inserted embeddings (1, n, D)."""
+    last = f"the last {backprop_steps} steps" if backprop_steps > 1 else "the last step"
+    if not gradient.isfinite().all():
+        text = f"the gradient at the inserted embeddings is not finite: {_overflow(backend)}"
+        return Finding(text, _wider(backend))
+    if not gradient.any():
+        text = f"the gradient gets through {last}, but is 0 at the inserted embeddings"
+        advice = "the denoiser does not look at them" if backend.dtype != torch.float16 else _wider(backend)
+        return Finding(text, f"{advice}; try more --backprop-steps")
+    none = (gradient == 0).float().mean().item()
+    size, count = gradient.norm().item(), gradient.shape[1]
+    text = f"gradient at the {count} inserted embeddings, through {last}: norm {size:.3g}, finite"
+    return Finding(text + (f", {none:.0%} of it 0" if none else ""))
+
+
+def _terms(reward: Reward) -> list[tuple[float, Reward]]:
+    """With their weights."""
+    if isinstance(reward, WeightedSum):
+        return list(zip(reward.weights, reward.rewards, strict=True))
+    return [(1.0, reward)]
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """`float16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _overflow(backend: Backend) -> str:
+    if backend.dtype == torch.float16:
+        return "float16 has overflowed"
+    return f"in {name_of(backend.dtype)}, which hardly overflows, so weights or sizes are wrong"
+
+
+def _wider(backend: Backend) -> str:
+    if backend.dtype == torch.float16:
+        return "take --dtype bfloat16 where the GPU has it, or else float32"
+    return "check that the weights are whole (`ipgo generate` draws with them), and --image-size"
+
+
+def _other_method() -> str:
+    return f"or take a method that needs no gradient ({WITHOUT_GRADIENT})"

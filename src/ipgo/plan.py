@@ -1,0 +1,169 @@
+"""What a step of a fit takes of a GPU's memory, found without GPU and weights, and the fastest choice that fits.
+
+The step is ipgo's own (`training.first_gradient`), run on models that have sizes and no numbers.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ipgo.adapters import InsertionAdapter
+from ipgo.backends import Backend
+from ipgo.backends.unloaded import unloaded_backend
+from ipgo.errors import InputError
+from ipgo.insertion import Insertion
+from ipgo.memory import NEEDS_NUMBERS, LiveMemory, new_sizes, tensors_of
+from ipgo.rewards import Reward, WeightedSum
+from ipgo.rewards.unloaded import unloaded_reward
+from ipgo.sampling import Sampling
+from ipgo.task import Task
+from ipgo.training import Ascent, first_gradient
+
+# Kept for what is not counted: CUDA's context, its libraries' workspaces, and what the allocator wastes. An allowance.
+RESERVE = 10**9
+UNITS = {"gb": 10**9, "gib": 2**30, "mb": 10**6, "mib": 2**20}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What can be chosen to save memory.
+
+    Attributes:
+        backprop_steps: K, the last denoising steps with gradient. It decides what is learned.
+        recompute: compute the differentiated calls twice in place of keeping their activations.
+        rows: prompts that are fitted at once.
+    """
+
+    backprop_steps: int
+    recompute: bool
+    rows: int = 1
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of one step.
+
+    Attributes:
+        weights: of all models, loaded as a fit loads them.
+        saved: what is alive beside the weights when the reward is known and the backward pass begins.
+        peak: the most that is ever alive, weights included.
+    """
+
+    weights: int
+    saved: int
+    peak: int
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A backend and a reward, with or without numbers, and how the images of a fit are sampled."""
+
+    backend: Backend
+    reward: Reward
+    sampling: Sampling
+
+    def weights(self, memory: LiveMemory | None = None) -> dict[str, int]:
+        """Bytes by model: those of the backend, then "reward"; counted in `memory` from now on, if it is given."""
+        memory = memory or LiveMemory()
+        sizes = {name: memory.add(tensors_of([module])) for name, module in self.backend.modules.items()}
+        # What the pipeline holds beside them, such as the original of a VAE that was copied to float32.
+        modules = [each for each in self.backend.pipe.components.values() if isinstance(each, nn.Module)]
+        sizes["others"] = memory.add(tensors_of(modules))
+        sizes["reward"] = memory.add(tensors_of(_modules_of(self.reward)))
+        return {name: size for name, size in sizes.items() if size}
+
+    def footprint(self, choice: Choice) -> Footprint:
+        """Run the first step of an IPGO fit and count.
+
+        Of the steps without gradient only one is run: the others take the same memory, one after the other.
+
+        Raises:
+            InputError: choices that do not fit together, or a reward that looks at the values of pictures.
+        """
+        steps = min(self.sampling.steps, max(choice.backprop_steps + 1, 2))
+        sampling = replace(self.sampling, steps=steps, fit_steps=None)
+        prompts = tuple(f"prompt {number}" for number in range(choice.rows))
+        memory = LiveMemory()
+        weights = sum(self.weights(memory).values())
+        watched = _Watched(self.reward, memory)
+        task = Task(self.backend, watched, prompts, sampling)
+        ascent = Ascent(backprop_steps=choice.backprop_steps, recompute=choice.recompute)
+        try:
+            with memory, warnings.catch_warnings():
+                # Torch hides this one itself, but not where warnings are errors.
+                warnings.filterwarnings("ignore", "The .grad attribute of a Tensor")
+                adapter = InsertionAdapter.start(self.backend, prompts, Insertion(), seed=0, shared=False)
+                first_gradient(task, adapter, ascent)
+        except NEEDS_NUMBERS as error:
+            raise InputError(
+                f"reward {self.reward.name!r} cannot be planned: it looks at the values of pictures ({error})"
+            ) from None
+        return Footprint(weights, watched.live - weights, memory.peak)
+
+
+class _Watched:
+    """A reward that notes how much memory is alive when it has answered."""
+
+    def __init__(self, reward: Reward, memory: LiveMemory) -> None:
+        self.reward, self.memory = reward, memory
+        self.name, self.differentiable = reward.name, reward.differentiable
+        self.live = 0
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        values = self.reward(images, prompts)
+        self.live = self.memory.live
+        return values
+
+
+def _modules_of(reward: Reward) -> list[nn.Module]:
+    """Those of its terms; what a plain function holds cannot be seen."""
+    if isinstance(reward, WeightedSum):
+        return [module for term in reward.rewards for module in _modules_of(term)]
+    return [reward] if isinstance(reward, nn.Module) else []
+
+
+def unloaded(
+    backend: str, reward: str, sampling: Sampling, dtype: torch.dtype, image_size: int | None = None
+) -> Workload:
+    """A workload from configurations alone.
+
+    Raises:
+        InputError: as `unloaded_backend` and `unloaded_reward`.
+    """
+    sizes = new_sizes()
+    opened = unloaded_backend(backend, sizes, dtype, image_size=image_size)
+    return Workload(opened, unloaded_reward(reward, sizes), sampling)
+
+
+def fastest(fits: Callable[[Choice], bool], depths: Sequence[int], most_rows: int) -> Choice | None:
+    """The first of these that fits, with as many rows as fit; None if none does.
+
+    The largest K comes first, since K decides what is learned and the rest does not; for each K no recomputation
+    comes before recomputation. Rows are then doubled while they fit, up to `most_rows`.
+    """
+    for depth in sorted(set(depths), reverse=True):
+        for recompute in (False, True):
+            choice = Choice(depth, recompute)
+            if not fits(choice):
+                continue
+            while choice.rows < most_rows:
+                more = replace(choice, rows=min(2 * choice.rows, most_rows))
+                if not fits(more):
+                    break
+                choice = more
+            return choice
+    return None
+
+
+def memory_of(gpu: str) -> int:
+    """Bytes of `16GB` (10^9 each), `15.5GiB` (2^30 each), MB or MiB; `InputError` for anything else."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]+)", gpu.strip().lower())
+    if found is None or found[2] not in UNITS or float(found[1]) == 0:
+        raise InputError(f"gpu is {gpu!r}; it must be a size such as 16GB or 15.5GiB")
+    return int(float(found[1]) * UNITS[found[2]])

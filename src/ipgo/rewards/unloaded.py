@@ -1,0 +1,140 @@
+"""The published rewards without their weights: built from configurations alone, to see how large they are.
+
+tests/unit/test_published.py compares the numbers of parameters with the published ones.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import (
+    BlipTextConfig,
+    BlipTextModel,
+    BlipVisionConfig,
+    BlipVisionModel,
+    CLIPConfig,
+    CLIPModel,
+)
+
+from ipgo.errors import InputError
+from ipgo.memory import UNBOUNDED, Tokens, build
+from ipgo.rewards import SOURCES, Reward, check_reward, combine, load_reward
+from ipgo.rewards.aesthetic import Aesthetic
+from ipgo.rewards.clip import ClipReward
+from ipgo.rewards.imagereward import ImageReward
+from ipgo.rewards.preprocessing import Preprocessing
+
+VIT_L: dict[str, Any] = {
+    "text_config": {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+    },
+    "vision_config": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "patch_size": 14,
+    },
+    "projection_dim": 768,
+}
+VIT_H: dict[str, Any] = {
+    "text_config": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "hidden_act": "gelu",
+    },
+    "vision_config": {
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 16,
+        "patch_size": 14,
+        "hidden_act": "gelu",
+    },
+    "projection_dim": 1024,
+}
+BLIP_VISION: dict[str, Any] = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 224,
+    "patch_size": 16,
+}
+BLIP_TEXT: dict[str, Any] = {
+    "vocab_size": 30524,
+    "hidden_size": 768,
+    "encoder_hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 512,
+}
+TOWERS = {"clip": VIT_L, "aesthetic": VIT_L, "pickscore": VIT_H, "hpsv2": VIT_H, "hpsv2.1": VIT_H}
+
+
+def unloaded_reward(spec: str, sizes: FakeTensorMode | None, device: str = "cpu") -> Reward:
+    """As `load_reward`, but published models have sizes and no numbers, or random ones (`ipgo.memory.build`).
+
+    A path to their weights is not followed, but for the folder of a CLIPModel, whose configuration is read. Bundled
+    rewards and those of one's own are loaded.
+
+    Raises:
+        InputError: as `load_reward`, and for a CLIP of the hub that is not here, whose size is not known.
+    """
+    return combine(spec, lambda name: _unloaded(name, sizes, device))
+
+
+def _unloaded(name: str, sizes: FakeTensorMode | None, device: str) -> Reward:
+    bare = re.split("[@:]", name, maxsplit=1)[0]
+    if bare not in SOURCES:
+        return load_reward(name, device=device)
+    check_reward(name)
+    if bare == "imagereward":
+        return _imagereward(name, sizes, device)
+    config = _clip_config(name, bare)
+    model = build(lambda: CLIPModel(config), sizes, torch.float32, device)
+    preprocessing = Preprocessing(
+        config.vision_config.image_size, "pad" if bare.startswith("hps") else "crop"
+    )
+    if bare == "aesthetic":
+        head = _head(config.projection_dim, device)
+        return Aesthetic(name, model, preprocessing, head, {})
+    return ClipReward(name, model, Tokens(UNBOUNDED), preprocessing, {}, scaled=bare == "pickscore")
+
+
+def _clip_config(name: str, bare: str) -> Any:
+    place = name.partition(":")[2] if bare in ("clip", "pickscore") else ""
+    if not place:
+        return CLIPConfig(**TOWERS[bare])
+    if not Path(place).is_dir():
+        raise InputError(
+            f"reward {name!r}: {place!r} is no local folder, and the size of its model is not known; "
+            f"known is that of {bare!r} itself"
+        )
+    return CLIPConfig.from_pretrained(place)
+
+
+def _imagereward(name: str, sizes: FakeTensorMode | None, device: str) -> ImageReward:
+    vision_config, text_config = BlipVisionConfig(**BLIP_VISION), BlipTextConfig(**BLIP_TEXT)
+    towers = (
+        build(lambda: BlipVisionModel(vision_config), sizes, torch.float32, device),
+        build(lambda: BlipTextModel(text_config, add_pooling_layer=False), sizes, torch.float32, device),
+    )
+    head = _head(text_config.hidden_size, device)
+    preprocessing = Preprocessing(vision_config.image_size, "crop")
+    return ImageReward(name, towers, Tokens(UNBOUNDED), head, preprocessing, {})
+
+
+def _head(width: int, device: str) -> tuple[Tensor, Tensor]:
+    return torch.ones(width, device=device), torch.zeros((), device=device)

@@ -1,0 +1,228 @@
+"""`ipgo doctor`: what it says of healthy and of broken rewards and backends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import ipgo
+from ipgo import cli
+from ipgo.adapters import InsertionAdapter
+from ipgo.backends import Backend, load_backend
+from ipgo.doctor import Finding, examine
+from ipgo.insertion import Insertion
+from ipgo.sampling import sample, unconditional
+
+SAMPLING = ipgo.Sampling(steps=3, fit_steps=None)
+PROMPT = "a red fox"
+
+
+def brightness(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    return images.square().mean((1, 2, 3))
+
+
+def findings(backend: Backend, function: Any, backprop_steps: int = 2) -> list[Finding]:
+    return list(examine(backend, ipgo.as_reward(function), PROMPT, SAMPLING, backprop_steps))
+
+
+def wrong(backend: Backend, function: Any) -> Finding:
+    """The one that is not good; nothing comes after it but the memory."""
+    found = findings(backend, function)
+    (bad,) = [each for each in found if not each.good]
+    assert found[-2] is bad
+    return bad
+
+
+def test_a_healthy_pair(backend: Backend) -> None:
+    found = findings(backend, brightness)
+    assert all(each.good for each in found)
+    assert "float32 on cpu" in found[0].text
+    assert "reward 'brightness' gives" in found[2].text
+    assert "gradient at the 20 inserted embeddings, through the last 2 steps" in found[3].text
+    assert "GiB at most" in found[4].text
+
+
+def test_the_size_is_that_of_the_gradient(backend64: Backend) -> None:
+    """Against a difference quotient along the gradient itself, with all steps differentiated."""
+    found = findings(backend64, brightness, 3)
+    size = float(found[3].text.split("norm ")[1].split(",")[0])
+    adapter = InsertionAdapter.start(backend64, [PROMPT], Insertion(), seed=0, shared=False)
+    with torch.no_grad():
+        cond = adapter.condition(backend64, [PROMPT], backend64.encode([PROMPT]))
+    uncond = unconditional(backend64, cond, SAMPLING)
+
+    def value(embeds: Tensor) -> Tensor:
+        given = replace(cond, embeds=embeds)
+        return brightness(
+            sample(backend64, given, uncond, backend64.noise([0]), SAMPLING, backprop_steps=3), []
+        )
+
+    leaf = cond.embeds.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(value(leaf).sum(), leaf)
+    gradient[:, 10:-10] = 0
+    along = 1e-5 * gradient / gradient.norm()
+    with torch.no_grad():
+        rise = (value(cond.embeds + along) - value(cond.embeds - along)).item() / 2e-5
+    assert size == pytest.approx(rise, rel=0.01)
+
+
+def detached(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    return images.detach().mean((1, 2, 3))
+
+
+def constant(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    return torch.ones(len(images), requires_grad=True) * 2
+
+
+def rounded(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    return (images * 255).round().mean((1, 2, 3))
+
+
+def broken(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    return images.mean((1, 2, 3)) * float("nan")
+
+
+def steep(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    return (images - images.detach()).square().mean((1, 2, 3)).sqrt()
+
+
+def numeric(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    return torch.tensor(images.numpy().mean((1, 2, 3)))
+
+
+def one_number(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    return images.mean()
+
+
+@pytest.mark.parametrize(
+    ("function", "text", "advice"),
+    [
+        (detached, "the number has no gradient: it was cut off inside", ".detach()"),
+        (constant, "which does not depend on the picture", "computed from `images`"),
+        (rounded, "is 0 everywhere", "rounding"),
+        (broken, "is not a finite number for 1 of 1 images", "division at 0"),
+        (steep, "its gradient with respect to the picture is not finite", "sqrt"),
+        (
+            numeric,
+            "fails on a picture that carries a gradient: RuntimeError: Can't call numpy()",
+            "without numpy",
+        ),
+        (one_number, "must return a tensor of shape (1,), not ()", "one number a row"),
+        (
+            ipgo.as_reward(brightness, differentiable=False),
+            "says itself that it has no gradient",
+            "best-of-n",
+        ),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_broken_rewards(backend: Backend, function: Any, text: str, advice: str) -> None:
+    bad = wrong(backend, function)
+    assert text in bad.text
+    assert advice in bad.advice
+
+
+def test_the_broken_term_of_a_sum_is_named(backend: Backend, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.py"
+    mine.write_text("def cut(images, prompts):\n    return images.detach().mean((1, 2, 3))\n")
+    reward = ipgo.load_reward(f"contrast+2*{mine}:cut", device="cpu")
+    found = list(examine(backend, reward, PROMPT, SAMPLING, 1))
+    assert "reward 'contrast' gives" in found[2].text
+    assert "reward 'cut' gives" in found[3].text
+    assert [each.good for each in found] == [True, True, True, False, True]
+
+
+def _spoil(backend: Backend, change: Callable[[Tensor], Tensor], part: str = "denoiser") -> Backend:
+    def hook(module: Any, inputs: Any, output: Any) -> Any:
+        return (change(output[0]),)
+
+    module = backend.modules[part]
+    (module if part == "denoiser" else module.decoder).register_forward_hook(  # type: ignore[union-attr]
+        hook if part == "denoiser" else lambda module, inputs, output: change(output)
+    )
+    return backend
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "text"),
+    [
+        ("denoiser", lambda output: output * float("nan"), "is not finite"),
+        ("denoiser", lambda output: output.detach(), "the backend cuts it off"),
+        (
+            "denoiser",
+            lambda output: output + 0 * (output - output.detach()).sqrt(),
+            "embeddings is not finite",
+        ),
+        ("decoder", lambda pixels: pixels.sign() * 3, "are black or white, where no gradient passes"),
+    ],
+)
+def test_broken_backends(make_pipe: Any, part: str, change: Any, text: str) -> None:
+    spoilt = _spoil(load_backend(make_pipe(), device="cpu"), change, part)
+    found = findings(spoilt, brightness)
+    assert [each.good for each in found].count(False) == 1
+    assert text in next(each.text for each in found if not each.good)
+
+
+def test_embeddings_that_are_not_looked_at(make_pipe: Any) -> None:
+    pipe = make_pipe()
+    with torch.no_grad():
+        for name, parameter in pipe.unet.named_parameters():
+            if "attn2.to_out" in name:
+                parameter.zero_()
+    (bad,) = [each for each in findings(load_backend(pipe, device="cpu"), brightness) if not each.good]
+    assert "is 0 at the inserted embeddings" in bad.text
+    assert "the denoiser does not look at them" in bad.advice
+
+
+def test_too_little_memory(backend: Backend) -> None:
+    def greedy(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        raise torch.OutOfMemoryError
+
+    found = findings(backend, greedy)
+    assert "the memory of cpu is not enough" in found[-2].text
+    assert "`ipgo plan`" in found[-2].advice
+
+
+def test_half_precision_is_named(make_pipe: Any) -> None:
+    spoilt = _spoil(load_backend(make_pipe(), device="cpu", dtype="float16"), lambda output: output * 1e5)
+    (bad,) = [each for each in findings(spoilt, brightness) if not each.good]
+    assert "float16 has overflowed" in bad.text
+    assert "--dtype bfloat16" in bad.advice
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--reward", "contrast", "--steps", "2", "--backprop-steps", "1"]) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1] == "emoji follows contrast"
+    assert "WRONG" not in out
+    mine = tmp_path / "mine.py"
+    mine.write_text("def cut(images, prompts):\n    return images.detach().mean((1, 2, 3))\n")
+    command = ["doctor", "--reward", f"{mine}:cut", "--steps", "2", "--backprop-steps", "1"]
+    assert cli.main(command) == 1
+    out = capsys.readouterr().out
+    assert "WRONG  reward 'cut' gives" in out
+    assert "to do: look for .detach()" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--backprop-steps", "5"], "backprop_steps is 5; it must be between 1 and 4"),
+        (["--reward", "contras"], "unknown reward 'contras'; did you mean 'contrast'"),
+        (["--backend", "/nowhere"], "backend folder '/nowhere' does not exist"),
+        (["--steps", "0"], "sampling.steps is 0"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["doctor", *words]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert error.count("\n") == 0

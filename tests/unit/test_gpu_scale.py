@@ -1,0 +1,57 @@
+"""benchmarks/gpu_scale.py at reduced size, on a CPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import ipgo
+from benchmarks import gpu_scale
+from ipgo.backends.unloaded import open_blueprint
+from ipgo.plan import Workload
+from ipgo.rewards import load_reward
+from tests.tiny_families import louder
+
+
+def test_the_table_at_reduced_size(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--size", "tiny", "--rows", "1", "2", "--repeats", "1", "--steps", "3", "--authors-steps", "3"]
+    gpu_scale.main([*words, "--device", "cpu"])
+    head, _, *lines = capsys.readouterr().out.splitlines()
+    columns = [cell.strip() for cell in head.split("|")[1:-1]]
+    rows = [
+        dict(zip(columns, [cell.strip() for cell in line.split("|")[1:-1]], strict=True)) for line in lines
+    ]
+    assert [row["loop"] for row in rows] == [*["ipgo"] * 4, "ipgo, LMS", "the authors'", *["ipgo"] * 4]
+    assert {row["backend"] for row in rows} == {"sd15", "sdxl"}
+    for row in rows:
+        assert float(row["s a step"]) > 0
+        assert float(row["peak, GiB"]) > 0
+        if row["loop"] == "ipgo":
+            assert abs(float(row["plan's error"].rstrip("%"))) <= 1
+
+
+def test_the_authors_loop_learns() -> None:
+    """As re-created: its reward rises on the picture that it is fitted to, and its basis stays orthonormal."""
+    torch.manual_seed(0)
+    backend = open_blueprint(gpu_scale.tiny("sd15"), None, torch.float32)
+    louder(backend.pipe.unet, "attn2.to_out", "attn2.to_v", factor=10)  # make the text matter
+    lms = ipgo.load_backend(backend.pipe, scheduler="lms")
+    rewards: list[float] = []
+    contrast = load_reward("contrast", device="cpu")
+
+    def noted(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        values = contrast(images, prompts)
+        rewards.append(values.item())
+        return values
+
+    sampling = ipgo.Sampling(steps=3, fit_steps=None, guidance_scale=7.5)
+    workload = replace(Workload(lms, contrast, sampling), reward=ipgo.as_reward(noted))
+    for _ in gpu_scale.authors_steps(workload, 20):
+        pass
+    assert len(rewards) == 20
+    assert rewards[-1] > rewards[0]
+    side = gpu_scale.AuthorsSide(32)
+    side()
+    torch.testing.assert_close(side.map.weight.mT @ side.map.weight, torch.eye(32), atol=1e-5, rtol=0)

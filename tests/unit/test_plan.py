@@ -1,0 +1,295 @@
+"""`ipgo plan`: what it says of memory, against steps that were run with numbers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+import ipgo
+from ipgo import cli, plan
+from ipgo.adapters import InsertionAdapter
+from ipgo.backends import Backend, load_backend
+from ipgo.config import build, parse, run_parser
+from ipgo.insertion import Insertion
+from ipgo.memory import LiveMemory, new_sizes
+from ipgo.plan import Choice, Workload, fastest, memory_of, unloaded
+from ipgo.training import Ascent, first_gradient, maximize
+from tests import tiny_families
+from tests.conftest import byte_tokenizer, tiny_pipeline
+from tests.reward_models import tiny_clip
+
+SAMPLING = ipgo.Sampling(steps=3, fit_steps=None)
+FAMILIES = (
+    tiny_pipeline, tiny_families.lcm, tiny_families.sdxl, tiny_families.sd3, tiny_families.flux,
+    tiny_families.pixart,
+)  # fmt: skip
+
+
+def brightness(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    return images.square().mean((1, 2, 3))
+
+
+REWARD = ipgo.as_reward(brightness)
+
+
+def configurations(pipe: Any, folder: Path) -> str:
+    """The pipeline's folder without its weights."""
+    pipe.save_pretrained(folder)
+    for file in folder.rglob("*.safetensors"):
+        file.unlink()
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return configurations(tiny_pipeline(), tmp_path_factory.mktemp("sizes"))
+
+
+@pytest.fixture(scope="module")
+def sizes(folder: str) -> Workload:
+    return replace(unloaded(folder, "contrast", SAMPLING, torch.float32), reward=REWARD)
+
+
+@pytest.mark.parametrize("make", FAMILIES, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("choice", [Choice(2, False), Choice(2, True, 2)], ids=str)
+def test_the_plan_is_what_the_step_takes(make: Callable[[], Any], choice: Choice, tmp_path: Path) -> None:
+    pipe = make()
+    side = 16 if make is tiny_families.flux else None  # its own is large
+    planned = unloaded(configurations(pipe, tmp_path), "contrast", SAMPLING, torch.float32, side)
+    run = Workload(load_backend(pipe, device="cpu", image_size=side), planned.reward, SAMPLING)
+    found, real = planned.footprint(choice), run.footprint(choice)
+    assert found.weights == real.weights
+    assert found.saved == real.saved
+    assert found.peak == pytest.approx(real.peak, rel=0.01)
+
+
+def test_the_allocator_agrees(sizes: Workload) -> None:
+    """Torch's profiler sees every allocation, those inside kernels too."""
+    choice = Choice(2, False, 4)
+    backend = load_backend(tiny_pipeline(), device="cpu")
+    task = ipgo.Task(backend, REWARD, tuple(f"prompt {number}" for number in range(4)), SAMPLING)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        adapter = InsertionAdapter.start(backend, task.prompts, Insertion(), seed=0, shared=False)
+        first_gradient(task, adapter, Ascent(backprop_steps=2))
+    assert seen.profiler is not None
+    live = most = 0
+    for event in seen.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            most = max(most, live)
+    found = sizes.footprint(choice)
+    assert found.peak - found.weights == pytest.approx(most, rel=0.02)
+
+
+def test_a_whole_step_takes_no_more(backend: Backend) -> None:
+    """The update comes after the peak."""
+    workload = Workload(backend, REWARD, SAMPLING)
+    memory = LiveMemory()
+    weights = sum(workload.weights(memory).values())
+    task = ipgo.Task(backend, REWARD, ("prompt 0",), SAMPLING)
+    with memory:
+        adapter = InsertionAdapter.start(backend, task.prompts, Insertion(), seed=0, shared=False)
+        next(maximize(task, adapter, Ascent(backprop_steps=2)))
+    found = workload.footprint(Choice(2, False))
+    assert memory.peak == found.peak
+    assert found.weights == weights
+
+
+def test_a_reward_with_a_model_is_counted(folder: str, tmp_path: Path) -> None:
+    clip = tmp_path / "clip"
+    tiny_clip().save_pretrained(clip)
+    byte_tokenizer().save_pretrained(clip)
+    planned = unloaded(folder, f"clip:{clip}+0.5*contrast", SAMPLING, torch.float32)
+    real: Any = ipgo.load_reward(f"clip:{clip}+0.5*contrast", device="cpu")
+    real.rewards[0].model.set_attn_implementation("sdpa")  # as on a GPU
+    run = Workload(load_backend(tiny_pipeline(), device="cpu"), real, SAMPLING)
+    assert planned.weights() == run.weights()
+    for choice in (Choice(1, False), Choice(3, True)):
+        plan_, measured = planned.footprint(choice), run.footprint(choice)
+        assert plan_.saved == pytest.approx(measured.saved, rel=0.01)
+        assert plan_.peak == pytest.approx(measured.peak, rel=0.01)
+
+
+def test_what_takes_more_and_what_less(sizes: Workload) -> None:
+    kept = [sizes.footprint(Choice(depth, False)) for depth in (1, 2, 3)]
+    again = [sizes.footprint(Choice(depth, True)) for depth in (1, 3)]
+    for less, more in ((kept[0], kept[1]), (kept[1], kept[2])):
+        assert less.peak < more.peak
+        assert less.saved < more.saved
+    for few, many in zip(again, (kept[0], kept[2]), strict=True):
+        assert few.peak < many.peak
+        assert few.saved < many.saved
+    assert again[0].peak <= again[1].peak
+    assert sizes.footprint(Choice(1, False, 2)).peak > kept[0].peak
+
+
+def test_half_precision_and_small_images_take_less(folder: str, sizes: Workload) -> None:
+    choice = Choice(2, False)
+    whole = sizes.footprint(choice)
+    half = replace(unloaded(folder, "contrast", SAMPLING, torch.float16), reward=REWARD).footprint(choice)
+    assert half.weights == pytest.approx(whole.weights / 2, rel=0.01)
+    assert whole.saved / 3 < half.saved < whole.saved
+    small = replace(unloaded(folder, "contrast", SAMPLING, torch.float32, 8), reward=REWARD).footprint(choice)
+    assert small.weights == whole.weights
+    assert small.saved < whole.saved
+
+
+def test_the_bundled_model_and_its_rewards() -> None:
+    workload = unloaded("emoji", "emoji-preference+0.1*emoji-aesthetic", SAMPLING, torch.float32)
+    assert workload.weights()["denoiser"] == 4 * 18_855_908
+    found = workload.footprint(Choice(1, False))
+    assert found.peak > found.weights + found.saved - 1
+
+
+def test_a_reward_that_looks_at_values_cannot_be_planned(sizes: Workload) -> None:
+    def picky(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return images.mean((1, 2, 3)) * float(images.max())
+
+    with pytest.raises(ipgo.InputError, match="reward 'picky' cannot be planned: it looks at the values"):
+        replace(sizes, reward=ipgo.as_reward(picky)).footprint(Choice(1, False))
+
+
+def test_the_fastest_choice() -> None:
+    need = {(1, False): 3, (1, True): 2, (2, False): 5, (2, True): 2.5, (4, False): 9, (4, True): 4}
+
+    def chosen(room: float, rows: int = 4) -> Choice | None:
+        return fastest(
+            lambda each: need[each.backprop_steps, each.recompute] * each.rows <= room, (1, 4, 2), rows
+        )
+
+    assert chosen(9) == Choice(4, False)
+    assert chosen(8.9) == Choice(4, True, 2)  # K before the cost of recomputing
+    assert chosen(3) == Choice(2, True)
+    assert chosen(2) == Choice(1, True)
+    assert chosen(1) is None
+    assert chosen(1000, 6) == Choice(4, False, 6)
+    assert chosen(30, 6) == Choice(4, False, 2)
+
+
+def test_sizes_of_gpus() -> None:
+    assert memory_of("16GB") == 16 * 10**9
+    assert memory_of(" 15.5 gib") == int(15.5 * 2**30)
+    for wrong in ("16", "0GB", "GB", "-1GB", "16TB", "large"):
+        with pytest.raises(ipgo.InputError, match=r"gpu is .* it must be a size such as 16GB"):
+            memory_of(wrong)
+
+
+def words(out: str) -> list[list[str]]:
+    """The cells of a printed table, without its head."""
+    return [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line[:2] == "| "
+    ][1:]
+
+
+def test_the_command(
+    folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(plan, "RESERVE", 10**6)
+    command = ["plan", "--backend", folder, "--reward", "contrast", "--dtype", "float32", "--steps", "3"]
+    assert cli.main([*command, "--gpu", "1GB", "--backprop-steps", "3", "--image-size", "16"]) == 0
+    out = capsys.readouterr().out
+    assert "16 x 16 pixels, guidance 5, 3 steps" in out
+    sizes = unloaded(folder, "contrast", SAMPLING, torch.float32)
+    rows = words(out)
+    assert [row[:2] + row[-1:] for row in rows] == [["3", "no", "fits"], ["3", "yes", "fits"]]
+    assert float(rows[0][3]) == pytest.approx(sizes.footprint(Choice(3, False)).peak / 2**30, abs=0.01)
+    large = out.split("1GB: ")[1].splitlines()
+    assert large[0].startswith("K = 3 without recomputing, 4 prompts at once")
+    flags = [word for word in large[1].split() if word.startswith("--")]
+    config = build(parse(run_parser("ipgo"), {}, flags), ("a fox",))
+    assert config.backend == folder
+    assert config.chunk == 4
+    assert config.sampling.fitting.steps == 3
+    method: Any = config.method
+    assert (method.ascent.backprop_steps, method.ascent.recompute) == (3, False)
+
+
+def test_nothing_fits(
+    folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(plan, "RESERVE", 0)
+    command = ["plan", "--backend", folder, "--reward", "contrast", "--gpu", "1MB", "--backprop-steps", "1"]
+    assert cli.main(command) == 1
+    assert "1MB: nothing fits, the least is" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "required: --gpu"),
+        (["--gpu", "big"], "gpu is 'big'; it must be a size such as 16GB"),
+        (["--gpu", "8GB", "--backend", "sd16"], "unknown backend 'sd16'; did you mean 'sd15'"),
+        (["--gpu", "8GB", "--backend", "some/model"], "the sizes of its models are not known"),
+        (["--gpu", "8GB", "--backend", "sana"], "'sana' is no local folder, and the sizes"),
+        (["--gpu", "8GB", "--reward", "hpsv3"], "unknown reward 'hpsv3'"),
+        (["--gpu", "8GB", "--reward", "cmd:true {image}"], "has no gradient"),
+        (["--gpu", "8GB", "--dtype", "half"], "unknown dtype 'half'; choose from bfloat16, float16, float32"),
+        (["--gpu", "8GB", "--rows", "0"], "rows is 0; it must be at least 1"),
+        (["--gpu", "8GB", "--backprop-steps", "0", "2"], "backprop_steps is [0, 2]; it must be at least 1"),
+        (["--gpu", "8GB", "--backprop-steps", "9"], "backprop_steps is 9; steps allows at most 8"),
+        (["--gpu", "8GB", "--image-size", "50"], "image_size 50 must be a positive multiple of"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["plan", *words]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert error.count("\n") == 0
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "unet/config.json").unlink(), "has no unet/config.json"),
+        (lambda folder: (folder / "vae/config.json").write_text("{"), "has a damaged vae/config.json"),
+        (lambda folder: (folder / "model_index.json").write_text("[]"), "has a damaged model_index.json"),
+        (lambda folder: _change(folder, unet=["mine", "Net"]), "its unet is a mine.Net"),
+        (lambda folder: _change(folder, _class_name="KandinskyPipeline"), "holds a KandinskyPipeline"),
+    ],
+)
+def test_damaged_folders(damage: Callable[[Path], object], message: str, folder: str, tmp_path: Path) -> None:
+    place = tmp_path / "copy"
+    shutil.copytree(folder, place)
+    damage(place)
+    with pytest.raises(ipgo.InputError, match=message):
+        unloaded(str(place), "contrast", SAMPLING, torch.float32)
+
+
+def _change(folder: Path, **values: object) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, **values}))
+
+
+def test_live_memory_counts_storages_once_and_forgets_them() -> None:
+    with LiveMemory() as memory:
+        one = torch.ones(1000)
+        view = one[10:].view(-1, 3)
+        assert memory.live == 4000
+        two = view + 1
+        assert memory.live == 4000 + 4 * 990
+        one.add_(1)
+        assert memory.live == 4000 + 4 * 990
+        del one, view
+        assert memory.live == 4 * 990
+        assert memory.add([two]) == 0
+    assert memory.peak == 4000 + 4 * 990
+
+
+def test_what_has_only_a_size_takes_no_memory() -> None:
+    with new_sizes():
+        huge = torch.empty(10**15)
+    with LiveMemory() as memory:
+        total = (huge + 1).sum()
+    assert memory.peak == 4 * 10**15 + 4
+    assert total.shape == ()
