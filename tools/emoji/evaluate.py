@@ -137,6 +137,30 @@ def judged_sheet(judge: Judge, images: Tensor, prompts: Sequence[str], columns: 
     return sheet
 
 
+def text_figures(pipe: StableDiffusionPipeline, count: int = 4_000) -> dict[str, float]:
+    """Can both objects of a held-out pair, in reading order, be read off the text's last state by a linear map?
+
+    Least squares on training captions. What is not linear there, the denoiser finds hard to learn.
+    """
+    found = []
+    for split, number in (("train", count), ("test", count // 4)):
+        rng = np.random.default_rng(41)
+        scenes = [world.sample_scene(rng, split=split, count=2, clean=True) for _ in range(number)]
+        states = []
+        for start in range(0, number, 250):
+            texts = [world.plain_caption(scene) for scene in scenes[start : start + 250]]
+            ids = pipe.tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
+            states.append(pipe.text_encoder(ids).last_hidden_state[:, -1].float())
+        facts = torch.tensor([world.facts(scene)[1:3] for scene in scenes])
+        found.append((torch.cat([torch.cat(states), torch.ones(number, 1)], dim=1), facts))
+    (x, known), (y, wanted) = found
+    right = []
+    for place in range(2):
+        targets = torch.nn.functional.one_hot(known[:, place], len(world.NAMES)).float()
+        right.append((y @ torch.linalg.lstsq(x, targets).solution).argmax(1) == wanted[:, place])
+    return {"both objects of a pair, linearly": torch.stack(right).all(0).float().mean().item()}
+
+
 def vae_figures(pipe: StableDiffusionPipeline, count: int) -> dict[str, float]:
     """Reconstruction of held-out clean scenes."""
     images = drawn(test_scenes(count, 1, 11) + test_scenes(count // 2, 2, 12))
@@ -207,7 +231,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=500, help="held-out captions of each kind")
     parser.add_argument("--out", type=Path, help="write the table there, under the command that made it")
     parser.add_argument(
-        "--sheet", type=Path, help="also write 100 one-object prompts, with what the judge sees"
+        "--sheet", type=Path, help="also write 50 prompts of each kind, with what the judge sees"
     )
     options = parser.parse_args()
     pipe = StableDiffusionPipeline.from_pretrained(BACKEND, torch_dtype=torch.float32)
@@ -215,17 +239,19 @@ def main() -> None:
     judge = load_judge()
     figures = {
         "speed": speed_figures(pipe),
+        "text encoder": text_figures(pipe),
         "vae": vae_figures(pipe, options.count),
         "rewards": reward_figures(judge, options.count),
         "generator": generator_figures(pipe, judge, options.count),
-        "rewards on generated images": generated_figures(pipe, judge, options.count),
+        "rewards on generated images": generated_figures(pipe, judge, min(options.count, 100)),
     }
     table = "\n".join(["| figure | value |", "|---|---|", *rows(figures)])
     print(table)
     if options.out:
         options.out.write_text(f"`python -m tools.emoji.evaluate --count {options.count}`\n\n{table}\n")
     if options.sheet:
-        prompts = [world.plain_caption(scene) for scene in test_scenes(100, 1, seed=1)]
+        scenes = test_scenes(50, 1, seed=1) + test_scenes(50, 2, seed=2)
+        prompts = [world.plain_caption(scene) for scene in scenes]
         judged_sheet(judge, generate(pipe, prompts), prompts).save(options.sheet)
 
 
