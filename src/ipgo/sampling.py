@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ipgo.backends import Backend
+from ipgo.backends.recomputing import blocks, recomputed
 from ipgo.embeds import PromptEmbeds
 from ipgo.errors import InputError
 
@@ -163,11 +164,22 @@ def last_latents(walk: Iterator[Step]) -> Tensor:
 
 
 def decode(backend: Backend, latents: Tensor, *, recompute: bool = False) -> Tensor:
-    """`Backend.decode`, without keeping activations if `recompute`; the caller's grad mode decides."""
-    if recompute and torch.is_grad_enabled():
+    """`Backend.decode`; the caller's grad mode decides.
+
+    Args:
+        recompute: keep what goes into the decoder's blocks alone, and compute them again in the backward pass, one
+            by one; a decoder without known blocks as a whole.
+    """
+    if not (recompute and torch.is_grad_enabled()):
+        return backend.decode(latents)
+    vae: Any = backend.modules["decoder"]
+    if not blocks(vae.decoder):
         images: Tensor = checkpoint(backend.decode, latents, use_reentrant=False)
         return images
-    return backend.decode(latents)
+    with recomputed(vae.decoder):
+        images = backend.decode(latents)
+    backend.calls["decoder"] += len(latents)  # the work of the backward pass
+    return images
 
 
 def redo_last_step(

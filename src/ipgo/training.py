@@ -46,7 +46,7 @@ class Ascent:
         penalty_weight: weight of the adapter's penalty, for IPGO the conformity penalty.
         batch_size: prompt-batch: prompts in one forward pass.
         accumulate: prompt-batch: forward passes in one optimiser step.
-        recompute: save memory by computing the differentiated calls twice.
+        recompute: save memory by computing the differentiated calls twice, the decoder block by block.
     """
 
     steps: int = 50

@@ -1,0 +1,48 @@
+"""Networks that keep for the backward pass what goes into their blocks, and compute the rest again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+# Classes that diffusers builds decoders of. A network of others has no blocks: those of Qwen-Image's decoder write to a
+# cache that their caller gives them, so a second call would be another one.
+BLOCKS = frozenset(
+    ("ResnetBlock2D", "Attention", "Upsample2D", "ResBlock", "EfficientViTBlock", "DCUpBlock2d")
+)
+
+
+def blocks(network: nn.Module) -> list[nn.Module]:
+    """The parts that can be computed again one by one; none contains another."""
+    found: list[nn.Module] = []
+    for part in network.children():
+        found += [part] if type(part).__name__ in BLOCKS else blocks(part)
+    return found
+
+
+@contextmanager
+def recomputed(network: nn.Module) -> Iterator[None]:
+    """A graph that is built while this is open keeps the inputs of `blocks(network)` and computes the rest again.
+
+    Numbers are the same for a network in eval mode that draws nothing. When this closes, the network is as before;
+    the backward pass may come later.
+    """
+    with ExitStack() as stack:
+        for block in blocks(network):
+            own: Any = vars(block)
+            stack.callback(_put_back, own, own.get("forward"))  # such as a hook that moves the weights
+            again = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+            own["forward"] = again
+        yield
+
+
+def _put_back(own: dict[str, Any], forward: Any) -> None:
+    if forward is None:
+        own.pop("forward", None)
+    else:
+        own["forward"] = forward

@@ -1,0 +1,116 @@
+"""Decoding with the decoder's blocks computed again: the same gradient, less memory, and nothing left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ipgo.backends import Backend, load_backend
+from ipgo.backends.recomputing import blocks, recomputed
+from ipgo.memory import LiveMemory
+from ipgo.sampling import decode
+from tests import tiny_families
+from tests.conftest import tiny_pipeline
+
+FAMILIES = (
+    tiny_pipeline, tiny_families.sdxl, tiny_families.sd3, tiny_families.sana, tiny_families.flux_2,
+    tiny_families.qwen_image,
+)  # fmt: skip
+
+
+def decoder_of(backend: Backend) -> nn.Module:
+    vae: Any = backend.modules["decoder"]
+    decoder: nn.Module = vae.decoder
+    return decoder
+
+
+def attributes(network: nn.Module) -> list[set[str]]:
+    return [set(vars(part)) for part in network.modules()]
+
+
+def latents_of(backend: Backend, rows: int = 2) -> Tensor:
+    return backend.noise(range(rows))[:, 0].requires_grad_()
+
+
+def gradient(latents: Tensor, images: Tensor) -> Tensor:
+    weights = torch.linspace(-1, 1, images.numel()).view_as(images)
+    return torch.autograd.grad((images * weights).sum(), latents)[0]
+
+
+@pytest.mark.parametrize("make", FAMILIES, ids=lambda make: make.__name__)
+def test_the_gradient_is_the_same_and_the_decoder_as_before(make: Callable[[], Any]) -> None:
+    backend = load_backend(make(), device="cpu", image_size=None if make is tiny_pipeline else 32)
+    decoder = decoder_of(backend)
+    assert bool(blocks(decoder)) == (make is not tiny_families.qwen_image)
+    before, latents = attributes(decoder), latents_of(backend)
+    whole = gradient(latents, backend.decode(latents))
+    assert whole.abs().max() > 0
+    backend.calls.clear()
+    images = decode(backend, latents, recompute=True)
+    assert attributes(decoder) == before  # already, though the backward pass is still to come
+    torch.testing.assert_close(gradient(latents, images), whole)
+    assert backend.calls["decoder"] == 2 * len(latents)
+
+
+def test_after_an_error_the_decoder_is_as_before(backend: Backend) -> None:
+    decoder = decoder_of(backend)
+    before = attributes(decoder)
+    with pytest.raises(RuntimeError):
+        decode(backend, torch.zeros(1, 7, 8, 8), recompute=True)
+    assert attributes(decoder) == before
+
+
+def test_a_forward_that_was_replaced_is_used_and_stays() -> None:
+    """As a hook does that moves weights to the device and away."""
+    backend = load_backend(tiny_pipeline(), device="cpu")
+    block, calls = blocks(decoder_of(backend))[0], list[int]()
+    own = block.forward
+
+    def hooked(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return own(*args, **kwargs)
+
+    block.forward = hooked
+    latents = latents_of(backend)
+    gradient(latents, decode(backend, latents, recompute=True))
+    assert block.forward is hooked
+    assert len(calls) == 2
+
+
+def test_without_gradient_nothing_is_computed_again(backend: Backend) -> None:
+    with torch.no_grad():
+        decode(backend, backend.noise([0])[:, 0], recompute=True)
+    assert backend.calls["decoder"] == 1
+
+
+def test_it_takes_less_memory_than_the_decoder_as_a_whole(backend: Backend) -> None:
+    """Most of all of the kept activations, and much of those of a decoder that is computed again in one."""
+    ways: tuple[Callable[[Tensor], Tensor], ...] = (
+        backend.decode,
+        lambda latents: checkpoint(backend.decode, latents, use_reentrant=False),
+        lambda latents: decode(backend, latents, recompute=True),
+    )
+    peaks = []
+    for way in ways:
+        latents = latents_of(backend, 4)
+        with LiveMemory() as memory:
+            gradient(latents, way(latents))
+        peaks.append(memory.peak)
+    kept, whole, parts = peaks
+    assert parts < 0.6 * whole
+    assert whole <= 1.05 * kept
+
+
+def test_no_block_contains_another(backend: Backend) -> None:
+    decoder = decoder_of(backend)
+    found = blocks(decoder)
+    inside = [part for block in found for part in block.modules()]
+    assert len(inside) == len({id(part) for part in inside})
+    with recomputed(decoder):
+        assert all("forward" in vars(block) for block in found)
+    assert not any("forward" in vars(block) for block in found)
