@@ -41,8 +41,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "5 + 5": {"insertion.num_prefix": 5, "insertion.num_suffix": 5},
     "10 + 10": {"insertion.num_prefix": 10, "insertion.num_suffix": 10},
     "no conformity": {"ascent.penalty_weight": 0.0},
+    "negative prompt too": {"insertion.negative": True},
     "conformity 1": {"ascent.penalty_weight": 1.0},
     "lr 1e-1": {"ascent.lr": 1e-1},
+    "60 steps": {"ascent.steps": 60},
     "four seeds": {"seeds": (0, 1, 2, 3)},
     "fresh noise": {"seeds": ()},
 }

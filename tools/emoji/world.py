@@ -218,8 +218,11 @@ def contradicts(claims: np.ndarray, facts: np.ndarray) -> np.ndarray:
     return wrong.any(-1)
 
 
-def caption(rng: np.random.Generator, scene: Scene) -> tuple[str, tuple[int, ...]]:
-    """A caption that is true of the scene, in varying words, parts left out at random; and its claims, as `facts`."""
+def caption(rng: np.random.Generator, scene: Scene, admits: float = 0.4) -> tuple[str, tuple[int, ...]]:
+    """A caption that is true of the scene, in varying words, parts left out at random; and its claims, as `facts`.
+
+    `admits`: how often it says that a visibly degraded picture is so.
+    """
     claims = list(facts(scene))
     subject = noun(rng, scene.objects[0])
     if len(scene.objects) == 2:
@@ -247,7 +250,7 @@ def caption(rng: np.random.Generator, scene: Scene) -> tuple[str, tuple[int, ...
     words = ""
     if scene.degradation is None and rng.random() < 0.35:
         words = str(rng.choice(CLEAN_WORDS))
-    elif scene.degradation and scene.strength > 0.3 and rng.random() < 0.4:
+    elif scene.degradation and scene.strength > 0.3 and rng.random() < admits:
         words = str(rng.choice((*DEGRADATIONS[scene.degradation], POOR_WORD)))
         claims[5] = ANY_DAMAGE if words == POOR_WORD else claims[5]
     if words:
