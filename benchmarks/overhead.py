@@ -26,7 +26,7 @@ from ipgo.training import maximize
 def bare_step(task: ipgo.Task, embeds: Tensor, uncond: Tensor, backprop_steps: int) -> None:
     """The passes of one step, on the pipeline's own modules."""
     pipe = task.backend.pipe  # type: ignore[attr-defined]
-    guidance, rows = task.sampling.guidance_scale, len(embeds)
+    guidance, rows = task.sampling.scale(task.backend), len(embeds)
     embeds = embeds.detach().requires_grad_(True)
     latents = task.backend.noise([0] * rows)[:, 0]
     scheduler = task.backend.scheduler(task.sampling.steps, latents)

@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=8, help="prompts taken of it")
     parser.add_argument("--budget", type=int, default=400, help="denoiser calls of a fit, per prompt")
     parser.add_argument("--lr", type=float, default=1e-2)
-    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--guidance", type=float, help="guidance scale; default: the backend's own")
     parser.add_argument("--evaluate-steps", type=int, default=20)
     parser.add_argument("--out", type=Path, help="write the table there, under the command that made it")
     options = parser.parse_args()

@@ -67,7 +67,7 @@ def measure(backend: Backend, prompts: tuple[str, ...], sampling: Sampling) -> P
         cond = dataclasses.replace(original, embeds=embeds)
         started = _now(backend)
         with torch.set_grad_enabled(to_embeds):
-            output = backend.predict(latents, timestep, cond, uncond, sampling.guidance_scale)
+            output = backend.predict(latents, timestep, cond, uncond, sampling.scale(backend))
         if to_embeds:
             torch.autograd.backward(output.sum())
         return _now(backend) - started

@@ -15,7 +15,7 @@ def doctor(argv: list[str]) -> int:
     parser.add_argument("--prompt", default="a lemon on a blue background", help="what is drawn")
     parser.add_argument("--backprop-steps", type=int, default=2, help="last steps with gradient (default: 2)")
     parser.add_argument("--steps", type=int, default=4, help="denoising steps (default: 4)")
-    parser.add_argument("--guidance-scale", type=float, default=5.0, help="default: 5")
+    parser.add_argument("--guidance-scale", type=float, help="default: the model's own")
     parser.add_argument("--image-size", type=int, help="side of the image (default: the model's own)")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")

@@ -84,7 +84,7 @@ def _parser() -> Any:
     )
     parser.add_argument("--rows", type=int, default=4, help="most prompts to fit at once (default: 4)")
     parser.add_argument("--steps", type=int, default=8, help="denoising steps of a fit's images (default: 8)")
-    parser.add_argument("--guidance-scale", type=float, default=5.0, help="default: 5")
+    parser.add_argument("--guidance-scale", type=float, help="default: the model's own")
     parser.add_argument("--dtype", default="float16", help=f"{', '.join(DTYPES)} (default: float16)")
     parser.add_argument("--image-size", type=int, help="side of the images (default: the model's own)")
     return parser
@@ -98,8 +98,9 @@ def _measured(workload: Workload, choice: Choice) -> Footprint:
 
 def _headline(args: Any, workload: Workload) -> Iterator[str]:
     side = workload.backend.latent_shape[-1] * workload.backend.pipe.vae_scale_factor
+    scale = workload.sampling.scale(workload.backend)
     yield (
-        f"{args.backend} with {args.reward}: {args.dtype}, {side} x {side} pixels, guidance {args.guidance_scale:g}, "
+        f"{args.backend} with {args.reward}: {args.dtype}, {side} x {side} pixels, guidance {scale:g}, "
         f"{args.steps} steps"
     )
     parts = workload.weights()
@@ -140,5 +141,6 @@ def fit_command(args: Any, choice: Choice) -> list[str]:
     if args.image_size is not None:
         options["image_size"] = args.image_size
     options["sampling.fit_steps"] = args.steps
-    options["sampling.guidance_scale"] = args.guidance_scale
+    if args.guidance_scale is not None:
+        options["sampling.guidance_scale"] = args.guidance_scale
     return ["ipgo", "fit", "PROMPT", *(f"--{name}={value}" for name, value in options.items())]

@@ -216,7 +216,7 @@ class _Training:
             step.timestep,
             batch.cond,
             batch.uncond,
-            self.sampling.guidance_scale,
+            self.sampling.scale(self.backend),
         )
         mean, std = self._policy(prediction, step.timestep, step.latents)
         return log_probability(step.next_latents, mean, std)

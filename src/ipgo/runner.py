@@ -233,6 +233,7 @@ def facts(backend: Backend) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(backend.device) if cuda else platform.machine(),
         "threads": torch.get_num_threads(),
         "dtype": str(backend.dtype).removeprefix("torch."),
+        "guidance_scale": backend.guidance_scale,  # where the settings leave it to the backend
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
 

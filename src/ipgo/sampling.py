@@ -23,7 +23,7 @@ class Sampling:
 
     Attributes:
         steps: denoising steps.
-        guidance_scale: weight of classifier-free guidance; 1 or less turns it off.
+        guidance_scale: weight of classifier-free guidance; 1 or less turns it off, None is the backend's own.
         eta: 0 is deterministic; above 0, up to 1, DDIM adds noise at each step.
         negative_prompt: what guidance moves away from.
         fit_steps: denoising steps of the images that a fit draws to learn from, where they are fewer than `steps`;
@@ -32,7 +32,7 @@ class Sampling:
     """
 
     steps: int = 20
-    guidance_scale: float = 5.0
+    guidance_scale: float | None = None
     eta: float = 0.0
     negative_prompt: str = ""
     fit_steps: int | None = 8
@@ -50,6 +50,10 @@ class Sampling:
         """How the images that a fit learns from are sampled."""
         most = self.steps if self.fit_steps is None or self.eta > 0 else self.fit_steps
         return replace(self, steps=min(self.steps, most), fit_steps=None)
+
+    def scale(self, backend: Backend) -> float:
+        """The guidance scale that this backend is sampled with."""
+        return backend.guidance_scale if self.guidance_scale is None else self.guidance_scale
 
     def noise_steps(self, backend: Backend) -> int:
         """How many draws of noise a trajectory needs after the initial one."""
@@ -80,7 +84,7 @@ def unconditional(backend: Backend, cond: PromptEmbeds, sampling: Sampling) -> P
                 f"and that of backend {backend.name!r} is {backend.guidance!r}"
             )
         return None
-    if sampling.guidance_scale <= 1:
+    if sampling.scale(backend) <= 1:
         return None
     with torch.no_grad():
         return backend.unconditional(sampling.negative_prompt, cond)
@@ -119,7 +123,7 @@ def denoise(
                 timestep,
                 cond.at(index, calls),
                 None if uncond is None else uncond.at(index, calls),
-                sampling.guidance_scale,
+                sampling.scale(backend),
             )
             if recompute and torch.is_grad_enabled():
                 counted = Counter(backend.calls)
@@ -201,7 +205,7 @@ def redo_last_step(
     need_ddim(scheduler, "ascent.renoised")
     timestep = scheduler.timesteps[-1]
     noisy = scheduler.add_noise(latents.detach(), noise.to(latents), timestep)
-    prediction = backend.predict(noisy, timestep, cond, uncond, sampling.guidance_scale)
+    prediction = backend.predict(noisy, timestep, cond, uncond, sampling.scale(backend))
     clean: Tensor = scheduler.step(prediction, timestep, noisy).prev_sample
     return clean
 

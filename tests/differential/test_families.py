@@ -169,6 +169,22 @@ def test_sampling_equals_the_pipeline(pipes, name, count, steps):
         assert (images[0] - images[1]).abs().max() > 1e-3  # guidance does something
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_a_guidance_that_is_left_to_the_backend_is_that_of_its_pipeline(pipes, name):
+    case, pipe, backend = open_case(pipes, name)
+    ours = generate(backend, PROMPTS[:1], SEEDS[:1], Adapter(), Sampling(2))
+    theirs = pipe(
+        prompt=list(PROMPTS[:1]),
+        num_inference_steps=2,
+        output_type="pt",
+        **noise_of(backend, 1),
+        **case.steps(2),
+        **case.call,
+        **({"negative_prompt": [""]} if case.negative else {}),
+    ).images
+    close(ours, theirs)
+
+
 @pytest.mark.parametrize("name", ["sd-turbo", "sdxl-turbo"])
 def test_a_single_step(pipes, name):
     _, pipe, backend = open_case(pipes, name)

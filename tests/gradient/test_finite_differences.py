@@ -87,6 +87,6 @@ def test_truncation_keeps_early_steps_out_of_the_graph(make_pipe, name):
         scheduler.step(step.prediction, step.timestep, step.latents)
     last = constants[-1]
     inputs = scheduler.scale_model_input(last.latents, last.timestep)
-    prediction = backend.predict(inputs, last.timestep, cond, uncond, Sampling().guidance_scale)
+    prediction = backend.predict(inputs, last.timestep, cond, uncond, Sampling().scale(backend))
     backend.decode(scheduler.step(prediction, last.timestep, last.latents).prev_sample).sum().backward()
     assert (cond.embeds.grad - truncated).norm() < 1e-4 * truncated.norm()

@@ -10,7 +10,7 @@ import pytest
 
 import ipgo
 from ipgo import cli
-from ipgo.backends import BACKENDS, few_steps
+from ipgo.backends import BACKENDS, GUIDANCE, few_steps
 from ipgo.cli_compare import entries_of
 from ipgo.defaults import for_backend
 from ipgo.methods import METHODS
@@ -98,6 +98,14 @@ def test_the_run_records_what_was_chosen(
     assert cli.main(["fit", "a fox", f"--backend={turbo}", *LEAST, "--out", str(out), *flags]) == 0
     assert settings_of(out) == expected
     assert "sampling.steps 1, sampling.guidance_scale 1.0, method.ascent.backprop_steps null" in caplog.text
+
+
+def test_a_model_known_by_its_name_has_a_guidance_of_its_own(turbo: str, pipeline_folder: str) -> None:
+    """That of its few steps, or the one that the bundled model draws best with; others have their pipeline's."""
+    assert ipgo.Sampling().scale(ipgo.load_backend(turbo, device="cpu")) == 1
+    assert ipgo.Sampling().scale(ipgo.load_backend(pipeline_folder, device="cpu")) == 7.5
+    assert ipgo.Sampling().scale(ipgo.load_backend("emoji", device="cpu")) == GUIDANCE["emoji"]
+    assert ipgo.Sampling(guidance_scale=3.0).scale(ipgo.load_backend("emoji", device="cpu")) == 3
 
 
 def test_in_python_too(turbo: str, tmp_path: Path) -> None:

@@ -210,7 +210,7 @@ def test_the_shortcut_foresees_what_the_scheduler_does(make_pipe, scheduler, pre
     for index in range(3):
         step, fresh = walk[index], backend.scheduler(3, noise[:, 0])
         scaled = fresh.scale_model_input(step.latents, step.timestep)
-        output = backend.predict(scaled, step.timestep, cond, uncond, sampling.guidance_scale)
+        output = backend.predict(scaled, step.timestep, cond, uncond, sampling.scale(backend))
         expected = fresh.step(output, step.timestep, step.latents).pred_original_sample
         backend.calls.clear()
         ours = shortcut(backend, cond, uncond, noise, sampling, index)

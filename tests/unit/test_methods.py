@@ -346,7 +346,7 @@ def test_the_gradient_of_draft_lv(backend64):
     backend.decode = decode
     noisy = alpha.sqrt() * latents[0].detach() + (1 - alpha).sqrt() * fresh
     with adapter.attached(backend, ["sun"]):
-        epsilon = backend.predict(noisy, torch.tensor(last), cond, uncond, SAMPLING.guidance_scale)
+        epsilon = backend.predict(noisy, torch.tensor(last), cond, uncond, SAMPLING.scale(backend))
         clean = (noisy - (1 - alpha).sqrt() * epsilon) / alpha.sqrt()
         again = backend.decode(final.sqrt() * clean + (1 - final).sqrt() * epsilon)
         objective = REWARD(image, ["sun"]) + REWARD(again, ["sun"])

@@ -197,7 +197,7 @@ def test_the_command(
     command = ["plan", "--backend", folder, "--reward", "contrast", "--dtype", "float32", "--steps", "3"]
     assert cli.main([*command, "--gpu", "1GB", "--backprop-steps", "3", "--image-size", "16"]) == 0
     out = capsys.readouterr().out
-    assert "16 x 16 pixels, guidance 5, 3 steps" in out
+    assert "16 x 16 pixels, guidance 7.5, 3 steps" in out
     sizes = unloaded(folder, "contrast", SAMPLING, torch.float32)
     rows = words(out)
     assert [row[:2] + row[-1:] for row in rows] == [["3", "no", "fits"], ["3", "yes", "fits"]]

@@ -15,13 +15,15 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy.stats import spearmanr
 from torch import Tensor
 
+from ipgo import backends
 from ipgo.images import to_pil
+from ipgo.prompts import read_prompts
 from ipgo.rewards.emoji import EmojiClip, Judge, load_aesthetic, load_clip, load_judge, load_preference
 from tools.emoji import sprites, world
 from tools.emoji.export import BACKEND, PACKAGE
 
 STEPS = 20
-GUIDANCE = 5.0
+GUIDANCE = backends.GUIDANCE["emoji"]
 BATCH = 50
 
 
@@ -31,7 +33,11 @@ def unit(images: np.ndarray) -> Tensor:
 
 
 def generate(
-    pipe: StableDiffusionPipeline, prompts: Sequence[str], seed: int = 0, steps: int = STEPS
+    pipe: StableDiffusionPipeline,
+    prompts: Sequence[str],
+    seed: int = 0,
+    steps: int = STEPS,
+    guidance: float = GUIDANCE,
 ) -> Tensor:
     """One image per prompt, each from a seed of its own."""
     images = []
@@ -40,7 +46,7 @@ def generate(
         noise = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
         images.append(
             pipe(
-                part, num_inference_steps=steps, guidance_scale=GUIDANCE, generator=noise, output_type="pt"
+                part, num_inference_steps=steps, guidance_scale=guidance, generator=noise, output_type="pt"
             ).images
         )
     return torch.cat(images)
@@ -215,6 +221,21 @@ def speed_figures(pipe: StableDiffusionPipeline) -> dict[str, float]:
     return {**seconds, "megabytes": size / 1e6}
 
 
+def guidance_table(pipe: StableDiffusionPipeline, judge: Judge, scales: Sequence[float]) -> str:
+    """Which guidance scale is the model's own? On the train halves of the prompt sets, one seed each."""
+    prompts = [prompt for kind in ("one", "two", "styled") for prompt in read_prompts(f"{kind}:train")]
+    rewards = (load_clip(), load_preference(), load_aesthetic())
+    names = " | ".join(reward.name for reward in rewards)
+    lines = [f"| guidance scale | object | colour | style | relation | {names} |", "|---" * 8 + "|"]
+    for scale in scales:
+        images = generate(pipe, prompts, guidance=scale)
+        right = judged(judge, images, prompts)
+        cells = [f"{right[key]:.1%}" for key in ("object", "colour", "style", "relation")]
+        cells += [f"{reward(images, prompts).mean():.3f}" for reward in rewards]
+        lines.append(f"| {scale:g} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def rows(figures: object, name: str = "") -> list[str]:
     """Nested figures as the lines of a table."""
     if isinstance(figures, dict):
@@ -233,10 +254,16 @@ def main() -> None:
     parser.add_argument(
         "--sheet", type=Path, help="also write 50 prompts of each kind, with what the judge sees"
     )
+    parser.add_argument(
+        "--guidance", type=float, nargs="+", help="compare these guidance scales, and nothing else"
+    )
     options = parser.parse_args()
-    pipe = StableDiffusionPipeline.from_pretrained(BACKEND, torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(BACKEND, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     judge = load_judge()
+    if options.guidance:
+        print(guidance_table(pipe, judge, options.guidance))
+        return
     figures = {
         "speed": speed_figures(pipe),
         "text encoder": text_figures(pipe),

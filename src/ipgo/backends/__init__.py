@@ -20,7 +20,7 @@ from ipgo.backends.z_image import ZImage
 from ipgo.devices import choose_device, choose_dtype
 from ipgo.errors import InputError, unknown
 
-__all__ = ["BACKENDS", "FAMILIES", "Backend", "Facts", "FewSteps", "few_steps", "load_backend"]
+__all__ = ["BACKENDS", "FAMILIES", "GUIDANCE", "Backend", "Facts", "FewSteps", "few_steps", "load_backend"]
 
 # The pipeline class of diffusers -> who opens it.
 FAMILIES: dict[str, type[Backend]] = {
@@ -60,6 +60,9 @@ BACKENDS: dict[str, tuple[str, str]] = {
     "flux2-klein-base": ("Flux2KleinPipeline", "black-forest-labs/FLUX.2-klein-base-4B"),
 }
 
+# Guidance scales of models that draw best with another than their pipeline's: see docs/emoji-model.md.
+GUIDANCE = {"emoji": 2.5}
+
 
 def load_backend(
     source: str | Path | object,
@@ -94,8 +97,8 @@ def load_backend(
         kind, place = _place(source)
         family = _family(kind, str(source))
         opening.check(family.facts, kind)
-        pipe = _open(place, kind, device, dtype)
-        return family(pipe, str(source), opening)
+        backend = family(_open(place, kind, device, dtype), str(source), opening)
+        return with_own_scale(backend, str(source))
     kinds = [kind.__name__ for kind in type(source).__mro__ if kind.__name__ in FAMILIES]
     if not kinds:
         raise InputError(
@@ -114,6 +117,14 @@ def load_backend(
 def few_steps(source: str) -> FewSteps | None:
     """How a model is sampled that draws in a few steps, by its name alone; None for others."""
     return by_name(BACKENDS[source][1] if source in BACKENDS else source)
+
+
+def with_own_scale(backend: Backend, source: str) -> Backend:
+    """Give a model that is known by its name the guidance scale that it is meant for."""
+    few = few_steps(source)
+    scale = few.guidance_scale if few is not None else GUIDANCE.get(source)
+    backend.guidance_scale = backend.guidance_scale if scale is None else scale
+    return backend
 
 
 def _place(source: str | Path) -> tuple[str, str | Path]:

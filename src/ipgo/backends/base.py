@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -33,6 +34,7 @@ class Backend(ABC):
         embed_dim: D, the width of the prompt embeddings.
         max_tokens: the longest prompt, or with long_prompts="chunk" the longest window, with its marks.
         guidance: what this model has of `facts.guidance`.
+        guidance_scale: what it is sampled with where nothing else is asked for.
         padding: "max_length" (prompts are padded as stock pipelines do) or "none" (the denoiser sees text only).
         modules: "denoiser", "text_encoder" (and "text_encoder_2" ...), "decoder": frozen, in eval mode.
         calls: the cost ledger, in rows: "denoiser" counts one for each image row of each `predict` call,
@@ -67,6 +69,7 @@ class Backend(ABC):
             **{part: module for part, module in encoders.items() if module is not None},
             "decoder": pipe.vae,
         }
+        self.guidance_scale = self._own_scale()
         self.calls: Counter[str] = Counter()
         self.latent_shape = self._latent_shape(opening.image_size)
         for module in self.modules.values():
@@ -115,6 +118,11 @@ class Backend(ABC):
     def _combine(self, uncond: Tensor, cond: Tensor, guidance_scale: float) -> Tensor:
         """What the two halves of classifier-free guidance make together."""
         return uncond + guidance_scale * (cond - uncond)
+
+    def _own_scale(self) -> float:
+        """The guidance scale that the stock pipeline takes unless told otherwise, in our count."""
+        default: float = inspect.signature(type(self.pipe).__call__).parameters["guidance_scale"].default
+        return default
 
     def _pixels(self, latents: Tensor) -> Tensor:
         """What the VAE makes of latents, (B, 3, H, W) in [-1, 1]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -128,6 +129,10 @@ class QwenImage(Backend):
                 kwargs[f"{prefix}prompt_embeds"] = text.embeds
                 kwargs[f"{prefix}prompt_embeds_mask"] = text.mask.to(torch.int64)
         return kwargs
+
+    def _own_scale(self) -> float:
+        default: float = inspect.signature(type(self.pipe).__call__).parameters["true_cfg_scale"].default
+        return default
 
     def pipeline_guidance(self, scale: float) -> dict[str, Any]:
         """The pipeline's `guidance_scale` is another thing. Without a negative prompt it does not guide at all."""

@@ -83,6 +83,9 @@ class ZImage(Backend):
             return {"prompt_embeds": texts(cond)}
         return {"prompt_embeds": texts(cond), "negative_prompt_embeds": texts(uncond)}
 
+    def _own_scale(self) -> float:
+        return super()._own_scale() + 1
+
     def pipeline_guidance(self, scale: float) -> dict[str, Any]:
         """Arguments that give a stock pipeline a guidance scale: it counts from 0, and c + g (c - u) is its rule."""
         return {"guidance_scale": max(scale - 1, 0.0)}

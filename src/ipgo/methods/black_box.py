@@ -70,7 +70,7 @@ class BlackBoxIPGO:
             raise InputError(f"spread is {self.spread}; it must be above 0 and at most 2/3")
 
     def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
-        self.insertion.check_guidance(task.sampling.guidance_scale)
+        self.insertion.check_guidance(task.sampling.scale(task.backend))
         adapter = InsertionAdapter.start(
             task.backend, task.prompts, self.insertion, seed=task.seed, shared=task.shared
         )

@@ -101,9 +101,10 @@ class DPODiffusion:
                 f"reward {task.reward.name!r} has no gradient, which solver={self.solver!r} needs; "
                 "use solver='evolutionary'"
             )
-        if self.target != "positive" and task.sampling.guidance_scale <= 1:
+        scale = task.sampling.scale(task.backend)
+        if self.target != "positive" and scale <= 1:
             raise InputError(
-                f"sampling.guidance_scale is {task.sampling.guidance_scale}; "
+                f"sampling.guidance_scale is {scale}; "
                 f"target={self.target!r} needs one above 1, since there is no negative prompt without guidance"
             )
         spaces = self.spaces(task)

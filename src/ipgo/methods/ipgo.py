@@ -32,7 +32,7 @@ class IPGO:
     ascent: Ascent = DEFAULT
 
     def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
-        self.insertion.check_guidance(task.sampling.guidance_scale)
+        self.insertion.check_guidance(task.sampling.scale(task.backend))
         adapter = InsertionAdapter.start(
             task.backend, task.prompts, self.insertion, seed=task.seed, shared=task.shared
         )

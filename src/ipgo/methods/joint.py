@@ -43,7 +43,7 @@ class Joint:
             raise InputError(f"noise_weight is {self.noise_weight}; it must be at least 0")
 
     def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
-        self.insertion.check_guidance(task.sampling.guidance_scale)
+        self.insertion.check_guidance(task.sampling.scale(task.backend))
         backend, prompts, shared = task.backend, task.prompts, task.shared
         initial = NoiseAdapter.start(backend, prompts, task.seeds, shared=shared, penalty="norm")
         inserted = InsertionAdapter.start(backend, prompts, self.insertion, seed=task.seed, shared=shared)

@@ -78,10 +78,18 @@ def render(run: Run) -> str:
         scatters=_scatters(scores, config.reward, config.new_seeds or config.seeds),
         cards=[_card(run, prompt, result) for prompt, result in zip(_done(run), results, strict=True)],
         cost=total_cost(results),
-        settings={key: value for key, value in flatten(config.to_json()).items() if key != "prompts"},
+        settings=_settings(run),
         facts=run.facts,
         missing=len(run.prompts) - len(results),
     )
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    """By their flags; what was left to the backend with what that was."""
+    found = {key: value for key, value in flatten(run.config.to_json()).items() if key != "prompts"}
+    if found["sampling.guidance_scale"] is None and "guidance_scale" in run.facts:
+        found["sampling.guidance_scale"] = f"{run.facts['guidance_scale']:g} (the backend's own)"
+    return found
 
 
 def environment() -> Environment:
