@@ -19,6 +19,7 @@ from typing import Any
 
 import ipgo
 from ipgo.adapters import Adapter
+from ipgo.artefacts import load_scores, save_scores
 from ipgo.evaluation import Gain, evaluate, summarise
 from ipgo.prompts import read_prompts
 from ipgo.rewards.emoji import load_judge
@@ -44,11 +45,17 @@ def prompt_wise(name: str, prompts: Sequence[str], reward: str, seeds: Sequence[
 
 def prompt_batch(name: str, train: Sequence[str], test: Sequence[str], reward: str, method: ipgo.IPGO) -> str:
     """One line for a single row fitted to `train` and judged on `test`; cost is that of the whole fit."""
-    fitted = ipgo.fit(train, reward=reward, method=method, shared=True, seeds=(), out=FOLDER / name)
-    backend = ipgo.load_backend("emoji")
-    adapters = {"raw": Adapter(), "ipgo": fitted[0].adapter}
-    rewards = {each: ipgo.load_reward(each) for each in REWARDS}
-    scores = evaluate(backend, adapters, rewards, test, UNSEEN, ipgo.Sampling(), reward, load_judge())
+    fitted = ipgo.fit(
+        train, reward=reward, method=method, shared=True, seeds=(), unseen_seeds=1, out=FOLDER / name
+    )
+    file = FOLDER / name / "unseen-prompts.jsonl"
+    if not file.is_file():
+        backend = ipgo.load_backend("emoji")
+        adapters = {"raw": Adapter(), "ipgo": fitted[0].adapter}
+        rewards = {each: ipgo.load_reward(each) for each in REWARDS}
+        scores = evaluate(backend, adapters, rewards, test, UNSEEN, ipgo.Sampling(), reward, load_judge())
+        save_scores(file, scores)
+    scores = load_scores(file)
     cost = json.loads(next((FOLDER / name).glob("prompts/*/result.json")).read_text())["cost"]
     return line(reward, None, summarise(scores), cost, len(train))
 

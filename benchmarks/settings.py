@@ -32,6 +32,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fits in 20 steps": {"sampling.fit_steps": 20},
     "norm of the prompt": {"insertion.norm": None},
     "norm 1": {"insertion.norm": 1.0},
+    "norm 2": {"insertion.norm": 2.0},
     "norm 4": {"insertion.norm": 4.0},
     "norm as in the paper": {"insertion.norm": 0.0},
     "no rotations": {"insertion.rotations": "none"},

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from transformers import CLIPModel
 
 from tools.emoji import data, parts, tokenizer, world
-from tools.emoji.loop import DEVICE, Schedule, save, train, trained
+from tools.emoji.loop import DEVICE, Schedule, restored, save, train, trained
 from tools.emoji.networks import attacked, embed_images, pixels, read_texts, shifted
 
 SCHEDULES = {
     "clip": Schedule(steps=1_600, batch=128, lr=1e-3, warmup=60, weight_decay=0.05),
     "harden": Schedule(steps=500, batch=96, lr=4e-4, warmup=30, weight_decay=0.05),
 }
+QUALITY = 15  # weight of the squared error of a picture's quality, which is small: it lies in [0, 1]
 RADIUS = 2.0  # of the largest disturbance, L2 over a picture in [-1, 1]: 0.018 a value
 
 
@@ -44,7 +45,7 @@ class Probe(nn.Module):
         value = sum(F.cross_entropy(a, b) for a, b in zip(logits, targets.T, strict=True))
         error = F.mse_loss(self.quality(embeds)[:, 0], quality)
         right = (logits[1].argmax(-1) == targets[:, 1]).float().mean()
-        return value + 15 * error, {"object": right.item(), "quality": error.item()}
+        return value + QUALITY * error, {"object": right.item(), "quality": error.item()}
 
     def text_loss(self, states: Tensor, claims: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Cross-entropy of every fact that a text claims; `states` (T, 2, W), `claims` (T, 6)."""
@@ -129,6 +130,24 @@ def _probe() -> Probe:
     return Probe(parts.clip(len(tokens), tokens.bos_token_id, tokens.eos_token_id))
 
 
+def _restored(draw: Callable[[np.random.Generator, int], Batch], steps: int = 200) -> Probe:
+    """The package's CLIP, whose heads were thrown away: they learn anew first, from its frozen embeddings."""
+    probe = _probe().to(DEVICE)
+    probe.clip.load_state_dict(trained("clip", probe.clip).state_dict())
+    heads = [*probe.heads.parameters(), *probe.quality.parameters()]
+    optimizer = torch.optim.Adam(heads, lr=1e-2)
+    for step in range(steps):
+        batch = draw(np.random.default_rng((77, step)), 192)
+        with torch.no_grad():
+            image = embed_images(probe.clip, batch.pictures)
+        optimizer.zero_grad()
+        probe.loss(image * 14, batch.facts, batch.quality)[0].backward()
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * (1 - step / steps)
+        optimizer.step()
+    return probe
+
+
 def train_clip() -> None:
     """Contrastive, helped by what is known of each scene."""
     tokens, draw, probe = tokenizer.load(), batches(), _probe()
@@ -152,7 +171,7 @@ def harden() -> None:
     tower stays as the denoiser knows it.
     """
     tokens, draw = tokenizer.load(), batches()
-    probe = trained("clip-probe", _probe())
+    probe = _restored(draw) if restored("clip-probe") else trained("clip-probe", _probe())
     probe.requires_grad_(True)
     probe.clip.text_model.requires_grad_(False)
     probe.clip.text_projection.requires_grad_(False)

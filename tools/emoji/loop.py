@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -55,8 +56,6 @@ def _save(path: Path, tensors: dict[str, Tensor], step: int) -> None:
 def _resume(
     path: Path, module: nn.Module, average: dict[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> int:
-    from safetensors import safe_open
-
     with safe_open(path, "pt") as file:
         step = int(file.metadata()["step"])
     tensors = load_file(path)
@@ -138,6 +137,12 @@ def keep(name: str, weights: Mapping[str, Tensor]) -> None:
     """The same for bare tensors. A stage of this name starts its schedule from them."""
     state = {f"model.{k}": v.float().clone() for k, v in weights.items()}
     _save(BUILD / "checkpoints" / f"{name}.safetensors", state, 0)
+
+
+def restored(name: str) -> bool:
+    """Is a part's checkpoint the package's, on which no stage has gone on yet?"""
+    with safe_open(BUILD / "checkpoints" / f"{name}.safetensors", "pt") as file:
+        return int(file.metadata()["step"]) == 0
 
 
 def trained(name: str, module: nn.Module) -> nn.Module:
