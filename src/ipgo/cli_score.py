@@ -35,9 +35,8 @@ def score(argv: list[str]) -> int:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     args = parser.parse_args(argv)
 
-    from ipgo import files
     from ipgo.devices import choose_device
-    from ipgo.rewards import check_reward, identity_of, load_reward, needs_prompts
+    from ipgo.rewards import check_reward, load_reward, needs_prompts
 
     _check_out(args.out)
     pictures = find_pictures(args.images)
@@ -52,19 +51,26 @@ def score(argv: list[str]) -> int:
         _check_picture(file)
     loading(", ".join(args.reward))
     rewards = {spec: load_reward(spec, device=args.device) for spec in args.reward}
-    rows = list(scored(pictures, prompts or [""] * len(pictures), rewards))
+    _put_out(args.out, list(scored(pictures, prompts or [""] * len(pictures), rewards)), rewards)
+    return 0
+
+
+def _put_out(out: Path | None, rows: Sequence[dict[str, Any]], rewards: dict[str, Reward]) -> None:
+    """Write the scores, or print them."""
+    from ipgo import files
+    from ipgo.rewards import identity_of
+
+    if out is None:
+        print(as_csv(rows), end="")
+        return
     identities = {spec: identity_of(reward) for spec, reward in rewards.items()}
     means = {spec: sum(row[spec] for row in rows) / len(rows) for spec in rewards}
-    if args.out is None:
-        print(as_csv(rows), end="")
-    elif args.out.suffix == ".csv":
-        files.write(args.out, as_csv(with_fingerprints(rows, identities)).encode())
+    if out.suffix == ".csv":
+        files.write(out, as_csv(with_fingerprints(rows, identities)).encode())
     else:
-        files.write_json(args.out, {"rewards": identities, "means": means, "images": rows})
-    if args.out is not None:
-        print("\n".join(f"{spec}: {mean:.4f}, the mean of {len(rows)}" for spec, mean in means.items()))
-        print(args.out)
-    return 0
+        files.write_json(out, {"rewards": identities, "means": means, "images": rows})
+    print("\n".join(f"{spec}: {mean:.4f}, the mean of {len(rows)}" for spec, mean in means.items()))
+    print(out)
 
 
 def _check_out(out: Path | None) -> None:
