@@ -241,16 +241,16 @@ def test_the_command(
 def test_a_few_step_model_is_planned_as_it_is_drawn(
     folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By its name: three steps without guidance, with all of them differentiated."""
+    """By its name: two steps without guidance, with all of them differentiated."""
     monkeypatch.setattr(plan, "RESERVE", 10**6)
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(folder, "mine-lcm-3step")
-    command = ["plan", "--backend", "./mine-lcm-3step", "--reward", "contrast", "--gpu", "1GB", "--rows", "1"]
+    shutil.copytree(folder, "mine-lcm-2step")
+    command = ["plan", "--backend", "./mine-lcm-2step", "--reward", "contrast", "--gpu", "1GB", "--rows", "1"]
     assert cli.main(command) == 0
     out = capsys.readouterr().out
-    assert "guidance 1, 3 steps" in out
-    assert sorted({row[0] for row in words(out)}) == ["1", "2", "3"]
-    assert "--method.ascent.backprop_steps=3 " in out
+    assert "guidance 1, 2 steps" in out
+    assert sorted({row[0] for row in words(out)}) == ["1", "2"]
+    assert "--method.ascent.backprop_steps=2 " in out
 
 
 def test_nothing_fits(
