@@ -57,15 +57,6 @@ _TEXT = {
     "pad_token_id": 99,
 }
 SMALL = {
-    "UNet2DConditionModel": {
-        "sample_size": 8,
-        "block_out_channels": (16, 32),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-        "layers_per_block": 1,
-        "attention_head_dim": 4,
-        "norm_num_groups": 4,
-    },
     "AutoencoderKL": {
         "block_out_channels": (8, 16),
         "down_block_types": ("DownEncoderBlock2D",) * 2,
@@ -75,27 +66,62 @@ SMALL = {
     },
     "CLIPTextModel": _TEXT,
     "CLIPTextModelWithProjection": _TEXT,
+    "T5EncoderModel": {
+        "d_model": 64,
+        "d_ff": 64,
+        "d_kv": 8,
+        "num_layers": 1,
+        "num_heads": 2,
+        "vocab_size": 100,
+    },
 }
-WIDTHS = {
-    "sd15": {"cross_attention_dim": 32},
+_UNET = {
+    "sample_size": 8,
+    "block_out_channels": (16, 32),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 1,
+    "attention_head_dim": 4,
+    "norm_num_groups": 4,
+}
+_TRANSFORMER = {"num_layers": 1, "num_attention_heads": 2, "joint_attention_dim": 64}
+DENOISERS = {
+    "sd15": {**_UNET, "cross_attention_dim": 32},
     "sdxl": {
+        **_UNET,
         "cross_attention_dim": 64,
         "transformer_layers_per_block": (1, 1),
         "addition_time_embed_dim": 8,
         "projection_class_embeddings_input_dim": 6 * 8 + 32,
     },
+    "sd3": {
+        **_TRANSFORMER,
+        "sample_size": 8,
+        "attention_head_dim": 8,
+        "caption_projection_dim": 16,
+        "pooled_projection_dim": 2 * 32,
+        "pos_embed_max_size": 8,
+    },
+    "flux-dev": {
+        **_TRANSFORMER,
+        "num_single_layers": 1,
+        "attention_head_dim": 16,
+        "pooled_projection_dim": 32,
+        "axes_dims_rope": (4, 4, 8),
+    },
 }
+SMALL_PIXELS = 16
 
 
 def tiny(name: str) -> Blueprint:
     """The published blueprint with small numbers in it."""
 
-    def small(part: Part) -> Part:
-        widths = WIDTHS[name] if part.kind == "UNet2DConditionModel" else {}
-        return replace(part, config={**part.config, **SMALL.get(part.kind, {}), **widths})
+    def small(key: str, part: Part) -> Part:
+        numbers = DENOISERS[name] if key in ("unet", "transformer") else SMALL.get(part.kind, {})
+        return replace(part, config={**part.config, **numbers})
 
     blueprint = PUBLISHED[name]
-    return replace(blueprint, parts={key: small(part) for key, part in blueprint.parts.items()})
+    return replace(blueprint, parts={key: small(key, part) for key, part in blueprint.parts.items()})
 
 
 # -- the two loops -------------------------------------------------------------------------------------------
@@ -229,8 +255,10 @@ def lines_of(
     """Of one backend, reward and dtype."""
     sampling = ipgo.Sampling(steps=options.steps, fit_steps=None, guidance_scale=options.guidance_scale)
     sizes = new_sizes()
-    planned = Workload(open_blueprint(blueprint, sizes, dtype), unloaded_reward(reward, sizes), sampling)
-    backend = open_blueprint(blueprint, None, dtype, options.device)
+    side = options.image_size
+    known = open_blueprint(blueprint, sizes, dtype, image_size=side)
+    planned = Workload(known, unloaded_reward(reward, sizes), sampling)
+    backend = open_blueprint(blueprint, None, dtype, options.device, image_size=side)
     scorer: Reward = unloaded_reward(reward, None, options.device)
     workload = Workload(backend, scorer, sampling)
     head = [name, reward, str(dtype).removeprefix("torch.")]
@@ -252,7 +280,9 @@ def against_the_authors(
     options: argparse.Namespace, head: list[str], blueprint: Blueprint, workload: Workload
 ) -> Iterator[str]:
     """Both loops with LMS, T = `--authors-steps`, K = 2 and one prompt."""
-    backend: Backend = ipgo.load_backend(workload.backend.pipe, scheduler="lms")
+    backend: Backend = ipgo.load_backend(
+        workload.backend.pipe, scheduler="lms", image_size=options.image_size
+    )
     sampling = ipgo.Sampling(steps=options.authors_steps, fit_steps=None, guidance_scale=7.5)
     same = Workload(backend, workload.reward, sampling)
     count = options.repeats + WARM_UP
@@ -276,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--size", choices=("real", "tiny"), default="real")
     parser.add_argument(
-        "--backends", nargs="+", default=None, help="default: sd15 sdxl, and at real size sd3 flux-dev"
+        "--backends", nargs="+", default=None, help=f"default, and tiny none but these: {' '.join(DENOISERS)}"
     )
     parser.add_argument("--rewards", nargs="+", default=None, help="default: clip hpsv2; tiny: contrast")
     parser.add_argument("--dtypes", nargs="+", default=None, help="default: float16 bfloat16; tiny: float32")
@@ -284,14 +314,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--backprop-steps", type=int, default=2)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--guidance-scale", type=float, default=5.0)
+    parser.add_argument(
+        "--image-size", type=int, default=None, help="side; default: the model's own; tiny: 16"
+    )
     parser.add_argument("--authors-steps", type=int, default=50)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(argv)
     small = options.size == "tiny"
-    options.backends = options.backends or (
-        ["sd15", "sdxl"] if small else ["sd15", "sdxl", "sd3", "flux-dev"]
-    )
+    options.backends = options.backends or list(DENOISERS)
+    options.image_size = options.image_size or (SMALL_PIXELS if small else None)
     options.rewards = options.rewards or (["contrast"] if small else ["clip", "hpsv2"])
     options.dtypes = options.dtypes or (["float32"] if small else ["float16", "bfloat16"])
     for row in table(options):

@@ -30,6 +30,7 @@ from diffusers import (
     SCMScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
     ZImagePipeline,
@@ -110,6 +111,23 @@ def sd_turbo():
     return pipe
 
 
+def sd21():
+    """It predicts velocity, and its UNet projects linearly and has other heads on each level."""
+    parts = tiny_pipeline(prediction_type="v_prediction").components
+    torch.manual_seed(1)
+    own = {"use_linear_projection": True, "attention_head_dim": (2, 4), "upcast_attention": True}
+    unet = UNet2DConditionModel.from_config(parts["unet"].config, **own)
+    parts["unet"] = louder(unet, "attn2.to_out", "attn2.to_v")
+    return quiet(StableDiffusionPipeline(**parts, requires_safety_checker=False))
+
+
+def lcm_lora():
+    """A usual UNet, which a LoRA has made consistent: only the scheduler is another."""
+    pipe = tiny_pipeline()
+    pipe.scheduler = LCMScheduler(**LEVELS, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    return pipe
+
+
 def lcm():
     """The tiny Stable Diffusion with a UNet that takes the guidance scale."""
     parts = tiny_pipeline().components
@@ -180,7 +198,12 @@ def t5(tokenizer, width=32):
     return T5EncoderModel(config).eval()
 
 
-def sd3(*, with_t5=True, **shifting):
+def sd35():
+    """With a second attention of the image to itself in a first layer, and normalised queries and keys."""
+    return sd3(dual_attention_layers=(0,), qk_norm="rms_norm")
+
+
+def sd3(*, with_t5=True, dual_attention_layers=(), qk_norm=None, **shifting):
     torch.manual_seed(0)
     tokenizer, tokenizer_3 = byte_tokenizer(), letters()
     transformer = SD3Transformer2DModel(
@@ -195,6 +218,8 @@ def sd3(*, with_t5=True, **shifting):
         caption_projection_dim=16,
         pooled_projection_dim=8 + 16,
         pos_embed_max_size=8,
+        dual_attention_layers=dual_attention_layers,
+        qk_norm=qk_norm,
     )
     pipe = StableDiffusion3Pipeline(
         transformer=louder(transformer, "context_embedder.weight"),

@@ -2,37 +2,36 @@
 
 from __future__ import annotations
 
-from ipgo.terminal import command_parser, loading
+from argparse import ArgumentParser
+
+from ipgo.errors import InputError
+from ipgo.terminal import check_image, command_parser, drawn_in, given, loading
 
 
 def doctor(argv: list[str]) -> int:
     """`ipgo doctor`: one small step, and what is wrong with it in plain words. 1 if something is."""
-    parser = command_parser(
-        "doctor", "Run one small step, and see whether a gradient of the reward reaches inserted embeddings."
-    )
-    parser.add_argument("--backend", default="emoji", help="as in fit (default: emoji)")
-    parser.add_argument("--reward", default="emoji-preference", help="as in fit (default: emoji-preference)")
-    parser.add_argument("--prompt", default="a lemon on a blue background", help="what is drawn")
-    parser.add_argument("--backprop-steps", type=int, default=2, help="last steps with gradient (default: 2)")
-    parser.add_argument("--steps", type=int, default=4, help="denoising steps (default: 4)")
-    parser.add_argument("--guidance-scale", type=float, help="default: the model's own")
-    parser.add_argument("--image-size", type=int, help="side of the image (default: the model's own)")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    args = parser.parse_args(argv)
+    args = _parser().parse_args(argv)
+    if not args.prompt.strip():
+        raise InputError("prompt is empty; it needs at least one word")
+    check_image(args.guidance_scale, args.image_size)
 
     from ipgo.backends import load_backend
-    from ipgo.doctor import examine
+    from ipgo.devices import choose_device, choose_dtype
+    from ipgo.doctor import check_steps, examine
     from ipgo.rewards import check_reward, load_reward
     from ipgo.sampling import Sampling
 
+    drawn_in(args, 4)
     sampling = Sampling(steps=args.steps, guidance_scale=args.guidance_scale, fit_steps=None)
+    backprop_steps = given(args.backprop_steps, min(2, args.steps))
+    check_steps(sampling, backprop_steps)
+    choose_dtype(args.dtype, choose_device(args.device))
     check_reward(args.reward)
     loading(args.backend)
     backend = load_backend(args.backend, device=args.device, dtype=args.dtype, image_size=args.image_size)
     reward = load_reward(args.reward, device=args.device)
     wrong = 0
-    for finding in examine(backend, reward, args.prompt, sampling, args.backprop_steps):
+    for finding in examine(backend, reward, args.prompt, sampling, backprop_steps):
         print(f"{'ok   ' if finding.good else 'WRONG'}  {finding.text}", flush=True)
         if not finding.good:
             wrong += 1
@@ -43,3 +42,22 @@ def doctor(argv: list[str]) -> int:
         else f"\n{args.backend} cannot follow {args.reward}"
     )
     return 1 if wrong else 0
+
+
+def _parser() -> ArgumentParser:
+    parser = command_parser(
+        "doctor", "Run one small step, and see whether a gradient of the reward reaches inserted embeddings."
+    )
+    parser.add_argument("--backend", default="emoji", help="as in fit (default: emoji)")
+    parser.add_argument("--reward", default="emoji-preference", help="as in fit (default: emoji-preference)")
+    parser.add_argument("--prompt", default="a lemon on a blue background", help="what is drawn")
+    drawn = "or what a few-step model is drawn in"
+    parser.add_argument(
+        "--backprop-steps", type=int, help="last steps with gradient (default: 2, or those there are)"
+    )
+    parser.add_argument("--steps", type=int, help=f"denoising steps (default: 4, {drawn})")
+    parser.add_argument("--guidance-scale", type=float, help="default: the model's own")
+    parser.add_argument("--image-size", type=int, help="side of the image (default: the model's own)")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    return parser

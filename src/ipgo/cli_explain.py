@@ -37,7 +37,7 @@ def explain(argv: list[str]) -> int:
     from ipgo.config import check_seeds
     from ipgo.explain import Vocabulary
     from ipgo.explain import explain as explained
-    from ipgo.rewards import load_reward
+    from ipgo.rewards import identity_of, load_reward
     from ipgo.sampling import Sampling
 
     if args.top < 1:
@@ -68,6 +68,7 @@ def explain(argv: list[str]) -> int:
         content = {
             "schema": 1,
             "adapter": str(args.adapter),
+            "rewards": {spec: identity_of(reward)},
             "prompts": [dataclasses.asdict(x) for x in found],
         }
         files.write_json(args.out, content)

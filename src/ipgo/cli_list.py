@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from ipgo.cli_compare import comparisons
 from ipgo.errors import InputError, unknown
 from ipgo.prompts import prompt_sets, read_prompts
 from ipgo.terminal import command_parser
+
+if TYPE_CHECKING:
+    from ipgo.backends import Facts
 
 
 def list_(argv: list[str]) -> int:
@@ -39,8 +45,17 @@ def _names(kind: str, name: str | None) -> list[str]:
     if kind == "rewards":
         return [f"{each:<18}{describe(each)}" for each in REWARDS]
     if kind == "backends":
-        return [f"{each:<18}{FAMILIES[family].facts}" for each, (family, _) in BACKENDS.items()]
+        return [
+            line
+            for each, (family, place) in BACKENDS.items()
+            for line in _backend(each, "bundled" if Path(place).is_dir() else place, FAMILIES[family].facts)
+        ]
     return presets()
+
+
+def _backend(name: str, place: str, facts: Facts) -> list[str]:
+    """Its name and where its weights are, then what its family declares."""
+    return [f"{name:<18}{place}", *(f"{'':<18}{line}" for line in facts.lines())]
 
 
 def _objects(backend: str) -> list[str]:

@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from ipgo.errors import InputError, unknown
-from ipgo.terminal import command_parser
+from ipgo.terminal import check_image, command_parser, drawn_in
 
 if TYPE_CHECKING:
     from ipgo.plan import Choice, Footprint, Workload
@@ -22,7 +22,7 @@ GIB = 2**30
 
 def plan(argv: list[str]) -> int:
     """`ipgo plan`: a table of the choices, and for each GPU the one to take. 1 if nothing fits one of them."""
-    args = _parser().parse_args(argv)
+    args = _settled(_parser().parse_args(argv))
     for name in ("backprop_steps", "steps", "rows"):
         values = getattr(args, name)
         if min(values if isinstance(values, list) else [values]) < 1:
@@ -31,6 +31,7 @@ def plan(argv: list[str]) -> int:
         raise InputError(f"backprop_steps is {max(args.backprop_steps)}; steps allows at most {args.steps}")
     if args.dtype not in DTYPES:
         raise unknown("dtype", args.dtype, DTYPES)
+    check_image(args.guidance_scale, args.image_size)
 
     import torch
 
@@ -50,6 +51,14 @@ def plan(argv: list[str]) -> int:
     for gpu, most in room.items():
         lacking += not _advise(args, gpu, most, footprint)
     return 1 if lacking else 0
+
+
+def _settled(args: Any) -> Any:
+    """With values for the flags that were left out: those of a fit, which differ for a model of few steps."""
+    few = drawn_in(args, 8)
+    if args.backprop_steps is None:
+        args.backprop_steps = sorted({min(depth, max(args.steps, 1)) for depth in (1, 2, 4, few or 1)})
+    return args
 
 
 def _advise(args: Any, gpu: str, most: int, footprint: Measure) -> bool:
@@ -80,10 +89,14 @@ def _parser() -> Any:
         "--gpu", nargs="+", required=True, metavar="SIZE", help="memory of one GPU or several, such as 16GB"
     )
     parser.add_argument(
-        "--backprop-steps", type=int, nargs="+", default=[1, 2, 4], help="values of K (default: 1 2 4)"
+        "--backprop-steps",
+        type=int,
+        nargs="+",
+        help="values of K (default: 1 2 4; all of its steps too for a few-step model)",
     )
     parser.add_argument("--rows", type=int, default=4, help="most prompts to fit at once (default: 4)")
-    parser.add_argument("--steps", type=int, default=8, help="denoising steps of a fit's images (default: 8)")
+    drawn = "or what a few-step model is drawn in"
+    parser.add_argument("--steps", type=int, help=f"denoising steps of a fit's images (default: 8, {drawn})")
     parser.add_argument("--guidance-scale", type=float, help="default: the model's own")
     parser.add_argument("--dtype", default="float16", help=f"{', '.join(DTYPES)} (default: float16)")
     parser.add_argument("--image-size", type=int, help="side of the images (default: the model's own)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ipgo.errors import InputError
 from ipgo.terminal import command_parser
 
 
@@ -19,6 +20,8 @@ def publish(argv: list[str]) -> int:
     )
     parser.add_argument("--private", action="store_true", help="with --push: for nobody else to see")
     args = parser.parse_args(argv)
+    if args.private and not args.push:
+        raise InputError("private is for the hub; give --push OWNER/NAME too")
 
     from ipgo.publish import push_to_hub, save_pretrained
     from ipgo.store import Run

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,33 +35,71 @@ def score(argv: list[str]) -> int:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     args = parser.parse_args(argv)
 
-    from ipgo import files
-    from ipgo.rewards import check_reward, identity_of, load_reward, uses_prompts
+    from ipgo.devices import choose_device
+    from ipgo.rewards import check_reward, load_reward, needs_prompts
 
-    if args.out is not None and args.out.suffix not in (".csv", ".json"):
-        raise InputError(f"out is {str(args.out)!r}; it must end in .csv or .json")
+    _check_out(args.out)
     pictures = find_pictures(args.images)
     for spec in args.reward:
         check_reward(spec)
     prompts = match_prompts(pictures, args.prompts, args.prompt)
-    loading(", ".join(args.reward))
-    rewards = {spec: load_reward(spec, device=args.device) for spec in args.reward}
-    blind = [spec for spec, reward in rewards.items() if prompts is None and uses_prompts(reward)]
+    blind = [spec for spec in args.reward if prompts is None and needs_prompts(spec)]
     if blind:
         raise InputError(f"reward {blind[0]!r} looks at prompts; give --prompts or --prompt")
-    rows = list(scored(pictures, prompts or [""] * len(pictures), rewards))
+    choose_device(args.device)
+    for file in pictures:
+        _check_picture(file)
+    loading(", ".join(args.reward))
+    rewards = {spec: load_reward(spec, device=args.device) for spec in args.reward}
+    _put_out(args.out, list(scored(pictures, prompts or [""] * len(pictures), rewards)), rewards)
+    return 0
+
+
+def _put_out(out: Path | None, rows: Sequence[dict[str, Any]], rewards: dict[str, Reward]) -> None:
+    """Write the scores, or print them."""
+    from ipgo import files
+    from ipgo.rewards import identity_of
+
+    if out is None:
+        print(as_csv(rows), end="")
+        return
     identities = {spec: identity_of(reward) for spec, reward in rewards.items()}
     means = {spec: sum(row[spec] for row in rows) / len(rows) for spec in rewards}
-    if args.out is None:
-        print(as_csv(rows), end="")
-    elif args.out.suffix == ".csv":
-        files.write(args.out, as_csv(rows).encode())
+    if out.suffix == ".csv":
+        files.write(out, as_csv(with_fingerprints(rows, identities)).encode())
     else:
-        files.write_json(args.out, {"rewards": identities, "means": means, "images": rows})
-    if args.out is not None:
-        print("\n".join(f"{spec}: {mean:.4f}, the mean of {len(rows)}" for spec, mean in means.items()))
-        print(args.out)
-    return 0
+        files.write_json(out, {"rewards": identities, "means": means, "images": rows})
+    print("\n".join(f"{spec}: {mean:.4f}, the mean of {len(rows)}" for spec, mean in means.items()))
+    print(out)
+
+
+def _check_out(out: Path | None) -> None:
+    """Raise `InputError` for a file that could not be written; makes its folder."""
+    if out is None:
+        return
+    if out.suffix not in (".csv", ".json"):
+        raise InputError(f"out is {str(out)!r}; it must end in .csv or .json")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"out is {str(out)!r}, which cannot be written: {error.strerror}") from None
+    if out.is_dir():
+        raise InputError(f"out is {str(out)!r}, which is a folder; give a file")
+
+
+def _check_picture(file: Path) -> None:
+    """Raise `InputError` for a file that is no picture or breaks off."""
+    from PIL import Image
+
+    try:
+        with Image.open(file) as picture:
+            picture.verify()
+    except (OSError, SyntaxError) as error:  # PIL's word for a damaged PNG
+        raise _unreadable(file, error) from None
+
+
+def _unreadable(file: Path, error: Exception) -> InputError:
+    return InputError(f"picture {str(file)!r} cannot be read: {error}")
 
 
 def find_pictures(places: Sequence[Path]) -> list[Path]:
@@ -89,25 +128,38 @@ def match_prompts(pictures: Sequence[Path], spec: str | None, single: str | None
         return [single] * len(pictures)
     if spec is None:
         return None
-    by_file = _by_file(Path(spec)) if spec.endswith(".csv") and Path(spec).is_file() else None
-    if by_file is not None:
-        missing = [file.name for file in pictures if file.name not in by_file]
-        if missing:
-            raise InputError(f"prompt file {spec!r} has no line for picture {missing[0]!r}")
-        return [by_file[file.name] for file in pictures]
+    table = _table(Path(spec)) if spec.endswith(".csv") and Path(spec).is_file() else None
+    if table is not None:
+        return [_prompt_of(file, table, spec) for file in pictures]
     prompts = read_prompts(spec)
     if len(prompts) != len(pictures):
         raise InputError(f"prompts has {len(prompts)} lines for {len(pictures)} pictures; give one for each")
     return prompts
 
 
-def _by_file(path: Path) -> dict[str, str] | None:
-    """The prompts of a table with columns file and prompt; None for another table."""
+def _table(path: Path) -> list[tuple[Path, str]] | None:
+    """The lines of a table with columns file and prompt; None for another table."""
     with path.open(encoding="utf-8-sig", newline="") as lines:
         rows = csv.DictReader(lines)
         if not {"file", "prompt"} <= set(rows.fieldnames or ()):
             return None
-        return {Path(row["file"]).name: row["prompt"] for row in rows}
+        return [(Path(row["file"]), row["prompt"] or "") for row in rows]
+
+
+def _prompt_of(picture: Path, table: Sequence[tuple[Path, str]], spec: str) -> str:
+    """That of the line whose file shares most with the picture's path, seen from the end, and its name at least."""
+    ours = picture.resolve().parts[::-1]
+    named = [(file.parts[::-1], prompt) for file, prompt in table if file.name == picture.name]
+    if not named:
+        raise InputError(f"prompt file {spec!r} has no line for picture {picture.name!r}")
+    shared = [len(list(takewhile(lambda pair: pair[0] == pair[1], zip(ours, parts)))) for parts, _ in named]  # noqa: B905
+    best = {prompt for (_, prompt), count in zip(named, shared, strict=True) if count == max(shared)}
+    if len(best) > 1:
+        raise InputError(
+            f"prompt file {spec!r} has several prompts for picture {str(picture)!r}; "
+            "name its files with enough of their folders"
+        )
+    return best.pop()
 
 
 def scored(
@@ -115,7 +167,7 @@ def scored(
 ) -> Iterator[dict[str, Any]]:
     """{"file", "prompt", reward: score, ...} for each picture."""
     import torch
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
     from tqdm import tqdm
 
     from ipgo.images import from_pil
@@ -126,8 +178,8 @@ def scored(
             try:
                 with Image.open(file) as picture:
                     pixels = from_pil(picture)
-            except (OSError, UnidentifiedImageError) as error:
-                raise InputError(f"picture {str(file)!r} cannot be read: {error}") from None
+            except OSError as error:
+                raise _unreadable(file, error) from None
             yield file, prompt, pixels
 
     with tqdm(total=len(pictures), desc="scoring", unit="image", disable=None, leave=False) as bar:
@@ -146,6 +198,16 @@ def scored(
 def _batched(rows: Iterator[Any]) -> Iterator[tuple[Any, ...]]:
     while part := tuple(itertools.islice(rows, BATCH)):
         yield part
+
+
+def with_fingerprints(
+    rows: Sequence[dict[str, Any]], identities: Mapping[str, Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """The rows, with the digits of its reward's identity beside each score: scores of other digits do not compare."""
+    from ipgo.rewards.checkpoints import fingerprint
+
+    digits = {f"{spec} fingerprint": fingerprint(identity) for spec, identity in identities.items()}
+    return [{**row, **digits} for row in rows]
 
 
 def as_csv(rows: Sequence[dict[str, Any]]) -> str:

@@ -45,8 +45,7 @@ def examine(
     Raises:
         InputError: a prompt that is too long, or more `backprop_steps` than steps.
     """
-    if not 1 <= backprop_steps <= sampling.steps:
-        raise InputError(f"backprop_steps is {backprop_steps}; it must be between 1 and {sampling.steps}")
+    check_steps(sampling, backprop_steps)
     memory, started = LiveMemory(), time.monotonic()
     weights = sum(Workload(backend, reward, sampling).weights(memory).values())
     width = f"embeddings {backend.embed_dim} wide"
@@ -63,6 +62,12 @@ def examine(
     yield Finding(
         f"memory: {memory.peak / GIB:.2f} GiB at most, of which weights {weights / GIB:.2f}; {seconds:.1f} s"
     )
+
+
+def check_steps(sampling: Sampling, backprop_steps: int) -> None:
+    """Raise `InputError` unless there are so many steps to differentiate."""
+    if not 1 <= backprop_steps <= sampling.steps:
+        raise InputError(f"backprop_steps is {backprop_steps}; it must be between 1 and {sampling.steps}")
 
 
 def _follow(

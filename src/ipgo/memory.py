@@ -135,6 +135,14 @@ class Tokens:
     def __init__(self, longest: int) -> None:
         self.model_max_length = longest
 
+    def encode(self, text: str) -> list[int]:
+        """An id for each word."""
+        return [0] * len(text.split())
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, str]], **options: Any) -> str:
+        """What the messages say."""
+        return "\n".join(each["content"] for each in messages)
+
     def __call__(
         self,
         prompts: Sequence[str],
@@ -143,11 +151,16 @@ class Tokens:
         max_length: int | None = None,
         return_tensors: str | None = None,
     ) -> Any:
-        """Ids of nothing: of the longest length if they are padded to it, or of `WORDS` tokens."""
+        """Ids of nothing: of the longest length if they are padded to it, or of `WORDS` tokens.
+
+        A text of more words is taken for a prompt after an instruction, and has as many tokens more.
+        """
         from transformers import BatchEncoding
 
         longest = max_length or self.model_max_length
-        length = longest if padding == "max_length" else min(WORDS, longest)
+        words = max(len(prompt.split()) for prompt in prompts)
+        count = min(WORDS + words if words > WORDS else WORDS, longest)
+        length = longest if padding == "max_length" else count
         ids = torch.zeros(len(prompts), length, dtype=torch.long)
-        mask = (torch.arange(length) < WORDS).long().expand(len(prompts), -1)
+        mask = (torch.arange(length) < count).long().expand(len(prompts), -1)
         return BatchEncoding({"input_ids": ids, "attention_mask": mask})

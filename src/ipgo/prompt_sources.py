@@ -21,6 +21,8 @@ SUBSETS = {
     "buildings": ("building",),
 }
 COCO_FILES = "https://cocodataset.org (annotations_trainval2017.zip, stuff_annotations_trainval2017.zip)"
+COCO_HUB = "phiyodr/coco2017"  # captions alone, by image
+COCO_SPLITS = {"val2017": "validation", "train2017": "train"}  # ours -> the hub's
 DIFFUSIONDB = ("poloclub/diffusiondb", "metadata.parquet")  # hub dataset and file: 2 million rows, 200 MB
 PICK_A_PIC = "yuvalkirstain/pickapic_v1_no_images"
 PICK_A_PIC_SPLITS = ("train", "validation", "test", "validation_unique", "test_unique")
@@ -30,13 +32,16 @@ def coco(place: str, options: Options) -> list[str]:
     """One caption for each image, that with the lowest id; `category` keeps images that show one of its names.
 
     Args:
-        place: captions_val2017.json, or the folder that holds it; the files of categories lie beside it.
+        place: captions_val2017.json, or the folder that holds it; the files of categories lie beside it. Or val2017
+            or train2017, where there is no such folder: the captions on the hub, which know no categories.
     """
+    if place in COCO_SPLITS and not Path(place).exists():
+        return _coco_of_the_hub(place, options)
     file = Path(place) if place.endswith(".json") else Path(place) / "captions_val2017.json"
     if not place or not file.is_file():
         raise InputError(
             f"COCO captions {str(file)!r} do not exist; download them from {COCO_FILES} and give their place, "
-            "as in coco:annotations/captions_val2017.json"
+            "as in coco:annotations/captions_val2017.json, or take those of the hub with coco:val2017"
         )
     captions: dict[int, tuple[int, str]] = {}
     for each in _annotations(file, "image_id", "id", "caption"):
@@ -46,6 +51,19 @@ def coco(place: str, options: Options) -> list[str]:
         shown = _images_of(file, options["category"].split(","))
         captions = {image: own for image, own in captions.items() if image in shown}
     return [captions[image][1] for image in sorted(captions)]
+
+
+def _coco_of_the_hub(split: str, options: Options) -> list[str]:
+    """One caption for each image of a split."""
+    if "category" in options:
+        raise InputError(
+            f"coco:{split} has captions alone, so category needs a local copy; download it from {COCO_FILES} and "
+            f"give its place, as in coco:annotations/captions_{split}.json?category={options['category']}"
+        )
+    local = f"coco:PATH/captions_{split}.json"
+    rows = _hub_columns(COCO_HUB, COCO_SPLITS[split], ("image_id", "ids", "captions"), f"coco:{split}", local)
+    own = {image: min(zip(numbers, texts, strict=True))[1] for image, numbers, texts in rows}
+    return [own[image] for image in sorted(own)]
 
 
 def _annotations(file: Path, *keys: str) -> list[dict[str, Any]]:
@@ -110,16 +128,30 @@ def pick_a_pic(place: str, options: Options) -> list[str]:
     split = place or "validation_unique"
     if split not in PICK_A_PIC_SPLITS:
         raise unknown("split of Pick-a-Pic", split, (*PICK_A_PIC_SPLITS, "FILE.parquet"))
+    local = "pickapic:PATH/FILE.parquet"
+    return [
+        caption for (caption,) in _hub_columns(PICK_A_PIC, split, ("caption",), f"pickapic:{split}", local)
+    ]
+
+
+def _hub_columns(
+    repository: str, split: str, columns: tuple[str, ...], spec: str, local: str
+) -> Iterator[tuple[Any, ...]]:
+    """The rows of a hub dataset, of these columns; `local` is how a copy is given."""
     try:
         from datasets import load_dataset
     except ImportError:
-        raise MissingExtraError(
-            f'pickapic:{split} needs the datasets package: pip install "ipgo[data]"'
-        ) from None
+        raise MissingExtraError(f'{spec} needs the datasets package: pip install "ipgo[data]"') from None
     try:
-        return list(load_dataset(PICK_A_PIC, split=split)["caption"])
+        found = load_dataset(repository, split=split)
     except (OSError, ValueError) as error:
-        raise _offline(PICK_A_PIC, "pickapic:PATH/FILE.parquet", error) from error
+        raise _offline(repository, local, error) from error
+    missing = [name for name in columns if name not in found.column_names]
+    if missing:
+        raise InputError(
+            f"{repository!r} on the hub has no column {missing[0]!r}; give a local copy as {local}"
+        )
+    return zip(*(found[name] for name in columns), strict=True)
 
 
 def _download(repository: str, file: str, local: str) -> str:

@@ -62,7 +62,7 @@ def read_prompts(spec: str) -> list[str]:
     """Read a bundled set, a published collection or a file, or some prompts of it.
 
     - `one`, `one:train`, `one:test`: a bundled set, or a half of it;
-    - `coco:FOLDER`, `diffusiondb`, `pickapic:SPLIT` and their local copies: see `ipgo.prompt_sources`;
+    - `coco:val2017`, `diffusiondb`, `pickapic:SPLIT` and their local copies: see `ipgo.prompt_sources`;
     - a .txt file has one prompt a line, a .csv file a column `prompt`, a .jsonl file strings or objects with a
       key `prompt`.
 

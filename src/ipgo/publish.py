@@ -18,6 +18,7 @@ from ipgo.artefacts import adapter_facts, load_adapter, save_adapter
 from ipgo.errors import InputError
 from ipgo.evaluation import Gain, summarise
 from ipgo.prompts import Prompt
+from ipgo.rewards.checkpoints import HUB_ID, fingerprint
 from ipgo.store import Run
 
 FILES = ("adapter.json", "adapter.safetensors")
@@ -59,6 +60,8 @@ def push_to_hub(run: Run, folder: Path, repository: str, *, private: bool = Fals
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
+    if not HUB_ID.fullmatch(repository):
+        raise InputError(f"{repository!r} is no name of a model on the hub; it must be as in owner/name")
     save_pretrained(run, folder)
     hub = HfApi(library_name="ipgo", library_version=version("ipgo"))
     try:
@@ -116,6 +119,8 @@ def model_card(run: Run, adapter: Adapter) -> str:
         _pictures(run, done),
         "## Use",
         _use(run, adapter, done),
+        "## Rewards" if run.identities else "",
+        _identities(run),
         "## Settings",
         indent(yaml.safe_dump(_settings(run), sort_keys=True, allow_unicode=True), "    "),
     ]
@@ -184,13 +189,35 @@ def _pictures(run: Run, done: Sequence[Prompt]) -> str:
 
 def _use(run: Run, adapter: Adapter, done: Sequence[Prompt]) -> str:
     prompt = repr(done[0].text if adapter.prompts is not None else "a prompt").replace("`", r"\x60")
-    return f"""```python
+    code = f"""```python
 import ipgo
 
 adapter = ipgo.from_pretrained("this/repository")     # or its folder
 backend = ipgo.load_backend({run.config.backend!r})
 images = ipgo.generate(backend, [{prompt}], [{_seed(run)}], adapter, ipgo.Sampling())
 ```"""
+    base = _base(run.config.backend)
+    if base is None:
+        return code
+    return f"""{code}
+
+Or in a pipeline of diffusers:
+
+```python
+import diffusers
+
+pipe = diffusers.AutoPipelineForText2Image.from_pretrained({base!r})
+image = pipe(**adapter.prompt_kwargs(pipe, {prompt})).images[0]
+```"""
+
+
+def _identities(run: Run) -> str:
+    """What decides the scores above, reward by reward."""
+    if not run.identities:
+        return ""
+    known = {name: {"fingerprint": fingerprint(each), **each} for name, each in run.identities.items()}
+    words = "Scores compare with those of a reward of the same fingerprint: its version, weights and preprocessing."
+    return f"{words}\n\n" + indent(yaml.safe_dump(known, sort_keys=False, allow_unicode=True), "    ")
 
 
 def _settings(run: Run) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -40,6 +41,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise InputError(f"sampling.steps is {self.steps}; it must be at least 1")
+        if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
+            raise InputError(f"sampling.guidance_scale is {self.guidance_scale}; it must be a finite number")
         if not 0 <= self.eta <= 1:
             raise InputError(f"sampling.eta is {self.eta}; it must be between 0 and 1")
         if self.fit_steps is not None and self.fit_steps < 1:

@@ -248,7 +248,7 @@ class Run:
 
     def close(self) -> None:
         """When all is done: collect the scores in scores.jsonl, and drop what only a continuation needs."""
-        save_scores(self.path / "scores.jsonl", self.scores())
+        save_scores(self.path / "scores.jsonl", self.scores(), self.identities)
         shutil.rmtree(self.path / "chunks", ignore_errors=True)
 
     def history(self, prompt: Prompt) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,32 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:  # type: ignore[override]
         raise InputError(f"{message}; see `{self.prog} --help`")
+
+
+def given(value: Any, otherwise: Any) -> Any:
+    """A flag's value, or what stands for it where it was left out."""
+    return otherwise if value is None else value
+
+
+def drawn_in(args: Any, steps: int) -> int:
+    """Fill in `steps` where they were left out: a few-step model's own, or these.
+
+    Returns:
+        The few-step model's steps, or 0 for any other.
+    """
+    from ipgo.backends import few_steps  # here, because it takes seconds
+
+    few = few_steps(args.backend)
+    args.steps = given(args.steps, steps if few is None else few.steps)
+    return 0 if few is None else few.steps
+
+
+def check_image(guidance_scale: float | None, image_size: int | None) -> None:
+    """Raise `InputError` for what no backend can draw with; flags that were left out are None."""
+    if guidance_scale is not None and not math.isfinite(guidance_scale):
+        raise InputError(f"guidance_scale is {guidance_scale}; it must be a finite number")
+    if image_size is not None and image_size < 1:
+        raise InputError(f"image_size is {image_size}; it must be at least 1")
 
 
 def read_texts(texts: Sequence[str], spec: str | None) -> list[str]:

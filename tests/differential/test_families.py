@@ -17,6 +17,7 @@ from ipgo.sampling import Sampling, sample, unconditional
 from ipgo.task import Task
 from ipgo.training import Ascent
 from tests import tiny_families as tiny
+from tests.conftest import tiny_pipeline
 
 PROMPTS = ("a red cat", "a dog", "sun")
 SEEDS = [11, 12, 13]
@@ -55,8 +56,11 @@ class Case:
 
 
 CASES = {
+    "sd15": Case(tiny_pipeline),
+    "sd21": Case(tiny.sd21),
     "sd-turbo": Case(tiny.sd_turbo),
     "lcm": Case(tiny.lcm, guidance=(1.0, 8.5)),
+    "lcm-lora": Case(tiny.lcm_lora, guidance=(1.0, 1.5)),
     "sdxl": Case(tiny.sdxl),
     "sdxl-without-zeros": Case(lambda: tiny.sdxl(zeros=False)),
     "sdxl-latents-mean": Case(lambda: tiny.sdxl(latents_mean=[0.1, 0, -0.1, 0], latents_std=[1, 2, 0.5, 1])),
@@ -65,6 +69,7 @@ CASES = {
     "sd3": Case(tiny.sd3, T5),
     "sd3-without-t5": Case(lambda: tiny.sd3(with_t5=False)),
     "sd3-dynamic-shift": Case(lambda: tiny.sd3(use_dynamic_shifting=True), T5),
+    "sd35": Case(tiny.sd35, T5),
     "flux-dev": Case(tiny.flux, {**T5, **SMALL}, {"image_size": 16}),
     "flux-schnell": Case(lambda: tiny.flux(distilled=False), {**T5, **SMALL}, {"image_size": 16}, (0.0,)),
     "pixart-alpha": Case(tiny.pixart, PIXART, guidance=(1.0, 4.5)),
@@ -78,14 +83,18 @@ CASES = {
     "flux2-klein": Case(tiny.flux_2, {**QWEN, **SMALL}, {"image_size": 16}, (1.0,)),
     "flux2-klein-base": Case(lambda: tiny.flux_2(distilled=False), {**QWEN, **SMALL}, {"image_size": 16}),
 }
-# One case for each family: the slower tests.
+# One case for each model that is named: the slower tests.
 ONE_EACH = [
+    "sd15",
+    "sd21",
     "sd-turbo",
     "lcm",
+    "lcm-lora",
     "sdxl",
     "sdxl-turbo",
     "lcm-sdxl",
     "sd3",
+    "sd35",
     "flux-dev",
     "flux-schnell",
     "pixart-alpha",
@@ -194,25 +203,25 @@ def test_a_single_step(pipes, name):
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("count", [1, 3])
-def test_a_plain_pipeline_draws_what_was_inserted(pipes, name, count):
+@pytest.mark.parametrize(("count", "steps"), [(1, 2), (3, 5)])
+def test_a_plain_pipeline_draws_what_was_inserted(pipes, name, count, steps):
     case, pipe, backend = open_case(pipes, name)
     adapter = InsertionAdapter(PROMPTS, backend.embed_dim, INSERTION)
     prompts = PROMPTS[:count]
     kwargs = joined([adapter.prompt_kwargs(pipe, prompt) for prompt in prompts])
     for scale in case.guidance:
-        ours = generate(backend, prompts, SEEDS[:count], adapter, Sampling(3, scale))
+        ours = generate(backend, prompts, SEEDS[:count], adapter, Sampling(steps, scale))
         theirs = pipe(
             **kwargs,
-            num_inference_steps=3,
+            num_inference_steps=steps,
             output_type="pt",
             **backend.pipeline_guidance(scale),
             **noise_of(backend, count),
-            **case.steps(3),
+            **case.steps(steps),
             **case.call,
         ).images
         close(ours, theirs)
-    raw = generate(backend, prompts, SEEDS[:count], Adapter(), Sampling(3, scale))
+    raw = generate(backend, prompts, SEEDS[:count], Adapter(), Sampling(steps, scale))
     assert (ours - raw).abs().max() > 1e-3
 
 

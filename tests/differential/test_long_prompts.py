@@ -203,6 +203,24 @@ def test_prompts_of_unequal_length_are_fitted_together():
     assert (together > rewards((SHORT, LONG), Raw())).all()
 
 
+@pytest.mark.parametrize("padding", ["max_length", "none"])
+def test_the_fifteen_prompts_that_the_notebook_skips(padding):
+    """Of Pick-a-Pic: with 20 embeddings more than 77, and ten of them longer than that by themselves."""
+    lengths = (58, 60, 66, 71, 77, 78, 79, 90, 99, 120, 151, 152, 153, 180, 226)
+    prompts = ["x" * (length - 2) for length in lengths]
+    backend = chunked(tiny_pipeline(), padding=padding)
+    assert tuple(len(ids) for ids in backend.tokenizer(prompts).input_ids) == lengths
+    ascent = Ascent(steps=3, lr=0.05, backprop_steps=None, penalty_weight=0.0)
+    given = {"method": IPGO(Insertion(10, 10, rank=4), ascent), "sampling": SAMPLING, "unseen_seeds": 0}
+    result = fit(prompts, backend=backend, reward="contrast", **given)
+    assert [fitted.prompt for fitted in result] == prompts
+    for fitted in result:
+        rewards = [line["reward"] for line in fitted.history]
+        assert not fitted.failed
+        assert max(rewards) > rewards[0]
+        assert {each.method for each in fitted.scores} == {"raw", "ipgo"}
+
+
 def test_a_run_records_it(tmp_path):
     method = IPGO(Insertion(1, 0, rank=2), Ascent(steps=1, backprop_steps=1))
     options = {"method": method, "sampling": Sampling(1, 1.0), "unseen_seeds": 0, "out": tmp_path / "run"}

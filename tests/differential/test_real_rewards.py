@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,14 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from ipgo.images import from_pil, normalise
 from ipgo.rewards import load_reward, score
-from ipgo.rewards.hps import config_of, convert
+from ipgo.rewards.hps import ACTIVATION, config_of, convert
 from ipgo.rewards.linear import collapse
 from ipgo.rewards.preprocessing import Preprocessing
+from ipgo.rewards.unloaded import VIT_H
 from tests.conftest import byte_tokenizer
 from tests.reward_models import (
     PROMPTS,
@@ -162,6 +164,57 @@ def test_an_open_clip_state_dict_becomes_the_same_clip(activation: nn.Module, na
         torch.testing.assert_close(model.get_image_features(pixels).pooler_output, original.visual(pixels))
         text = model.get_text_features(tokens.input_ids).pooler_output
         torch.testing.assert_close(text, original.encode_text(filled))
+
+
+def vit_h_14() -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the state dict of open_clip's ViT-H-14, as HPS_v2_compressed.pt has them."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "visual.class_embedding": (1280,),
+        "visual.positional_embedding": (257, 1280),
+        "visual.proj": (1280, 1024),
+        "visual.conv1.weight": (1280, 3, 14, 14),
+        "positional_embedding": (77, 1024),
+        "text_projection": (1024, 1024),
+        "token_embedding.weight": (49408, 1024),
+        "logit_scale": (),
+    }
+    for name, width in (("visual.ln_pre", 1280), ("visual.ln_post", 1280), ("ln_final", 1024)):
+        shapes |= {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+    for prefix, width, depth in (("visual.", 1280, 32), ("", 1024, 24)):
+        for layer in range(depth):
+            block = f"{prefix}transformer.resblocks.{layer}"
+            maps = {
+                "attn.out_proj": (width, width),
+                "mlp.c_fc": (4 * width, width),
+                "mlp.c_proj": (width, 4 * width),
+            }
+            shapes |= {
+                f"{block}.{norm}.{kind}": (width,) for norm in ("ln_1", "ln_2") for kind in ("weight", "bias")
+            }
+            shapes |= {
+                f"{block}.attn.in_proj_weight": (3 * width, width),
+                f"{block}.attn.in_proj_bias": (3 * width,),
+            }
+            for name, shape in maps.items():
+                shapes |= {f"{block}.{name}.weight": shape, f"{block}.{name}.bias": shape[:1]}
+    return shapes
+
+
+def test_the_published_sizes_are_read_off_the_published_names() -> None:
+    shapes = vit_h_14()
+    small = {re.sub(r"\d+", "0", name) for name in OpenClip().state_dict()}
+    assert {re.sub(r"\d+", "0", name) for name in shapes} == small  # what the tests above are made of
+    state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    config = config_of(state, ACTIVATION)
+    known = CLIPConfig(**VIT_H)
+    for tower in ("vision_config", "text_config"):
+        ours, theirs = (getattr(each, tower).to_dict() for each in (config, known))
+        for key in VIT_H[tower]:
+            assert ours[key] == theirs[key], (tower, key)
+    assert config.vision_config.image_size == 224
+    with torch.device("meta"):
+        wanted = {name: tuple(tensor.shape) for name, tensor in CLIPModel(config).state_dict().items()}
+    assert {name: tuple(tensor.shape) for name, tensor in convert(state).items()} == wanted
 
 
 @pytest.mark.parametrize("version", ["hpsv2", "hpsv2.1"])

@@ -17,6 +17,8 @@ from PIL import Image
 
 import ipgo
 from ipgo import cli, files, runner
+from ipgo.prompts import read_prompts
+from ipgo.rewards.checkpoints import fingerprint
 from ipgo.store import Run
 
 PROMPTS = ("a fox", "a <b>lemon</b> & more")
@@ -64,8 +66,27 @@ def test_the_folder_holds_what_was_promised(fitted: Path) -> None:
     assert ("ipgo", 1001, "contrast", True) in scores
     assert ("raw", 0, "colorfulness", False) in scores
     assert len(scores) == 2 * 3 * 2
-    assert len((fitted / "scores.jsonl").read_text().splitlines()) == 2 * len(scores)
+    head, *lines = map(json.loads, (fitted / "scores.jsonl").read_text().splitlines())
+    assert len(lines) == 2 * len(scores)
+    stored = {name: result["rewards"][name] for name in head["rewards"]}
+    assert head == {"rewards": stored} == {"rewards": run.identities}
+    assert stored.keys() == {"colorfulness", "contrast"}
+    page = (fitted / "report.html").read_text()
+    for name, about in stored.items():
+        assert f"<dt>identity of {name}</dt><dd>{fingerprint(about)}</dd>" in page
     assert not (fitted / "chunks").exists()
+
+
+def test_a_draw_of_prompts_is_recorded(pipeline_folder: str, tmp_path: Path) -> None:
+    """Where they came from, how they were drawn, and which they are."""
+    (tmp_path / "all.txt").write_text("\n".join(f"a fox number {number}" for number in range(9)))
+    drawn = f"{tmp_path}/all.txt?n=2&seed=7"
+    flags = ("--prompts", drawn, "--method.ascent.steps", "1", "--unseen-seeds", "0")
+    assert fit(pipeline_folder, tmp_path / "run", [], *flags) == 0
+    config = files.read_json(tmp_path / "run/run.json")["config"]
+    assert config["prompts_from"] == drawn
+    assert config["prompts"] == read_prompts(drawn)
+    assert read_prompts(drawn) != read_prompts(f"{tmp_path}/all.txt?n=2&seed=8")
 
 
 def test_images_and_scores_are_those_of_the_stored_adapter(fitted: Path, pipeline_folder: str) -> None:

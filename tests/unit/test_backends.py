@@ -112,9 +112,18 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(monkeypatch):
 
 
 def test_facts_in_words():
-    assert str(FAMILIES["StableDiffusionPipeline"].facts).startswith(
-        "diffusion, 77 tokens, order does not matter, padding seen or hidden, guidance classifier-free or"
+    """In two lines, written out by hand here."""
+    assert FAMILIES["StableDiffusionXLPipeline"].facts.lines() == (
+        "77 tokens, in windows of so many if longer, order does not matter, padding seen or hidden, pooled vector, "
+        "guidance classifier-free or distilled",
+        "diffusion, latents as a grid, time as t, VAE by factor, predicts noise, velocity or clean latents "
+        "(its scheduler says which)",
     )
+    assert FAMILIES["QwenImagePipeline"].facts.lines() == (
+        "512 tokens, order matters, padding hidden, no pooled vector, guidance classifier-free",
+        "flow, latents packed, time as t / 1000, VAE by mean and deviation, predicts a flow",
+    )
+    assert FAMILIES["SanaSprintPipeline"].facts.lines()[1].endswith("predicts an angle")
 
 
 def test_names_lead_to_places():

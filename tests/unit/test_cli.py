@@ -8,6 +8,7 @@ import pytest
 
 import ipgo
 from ipgo import cli
+from ipgo.backends import BACKENDS, FAMILIES
 from ipgo.evaluation import Gain, Interval
 
 NAN = float("nan")
@@ -53,9 +54,28 @@ def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     for name in ("one:train", "emoji-clip", "sd15", "ipgo", "paper-code"):
         assert name in out
-    assert "diffusion, 77 tokens" in next(line for line in out.splitlines() if "sd15" in line)
     assert cli.main(["list", "prompts", "two:test"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 31
+
+
+def test_the_list_of_backends_says_all_that_is_declared(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["list", "backends"]) == 0
+    lines = capsys.readouterr().out.splitlines()[1:]
+    found = {lines[i].split()[0]: " ".join(lines[i : i + 3]) for i in range(0, len(lines), 3)}
+    assert set(found) == set(BACKENDS)
+    for name, (family, place) in BACKENDS.items():
+        facts, said = FAMILIES[family].facts, found[name]
+        assert ("bundled" if name == "emoji" else place) in said
+        assert f"{facts.tokens} tokens" in said
+        assert ("order matters" in said) == facts.ordered
+        assert {"always": "hidden", "never": "seen", "optional": "seen or hidden"}[facts.masked] in said
+        assert ("no pooled vector" in said) != facts.pooled
+        assert f"guidance {' or '.join(facts.guidance)}" in said
+        assert ("windows" in said) == facts.chunked
+        assert f"time as {facts.time}," in said
+        assert f"VAE by {facts.scaling}," in said
+        for word in (facts.process, facts.latents, facts.prediction):
+            assert word in said.split(place)[-1]
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 
 import ipgo
+import ipgo.backends
+import ipgo.doctor
 from ipgo import cli
 from ipgo.adapters import InsertionAdapter
 from ipgo.backends import Backend, load_backend
 from ipgo.doctor import Finding, examine
 from ipgo.insertion import Insertion
 from ipgo.sampling import sample, unconditional
+from tests import tiny_families as tiny
 
 SAMPLING = ipgo.Sampling(steps=3, fit_steps=None)
 PROMPT = "a red fox"
@@ -46,6 +49,22 @@ def test_a_healthy_pair(backend: Backend) -> None:
     assert "reward 'brightness' gives" in found[2].text
     assert "gradient at the 20 inserted embeddings, through the last 2 steps" in found[3].text
     assert "GiB at most" in found[4].text
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(tiny.sdxl, tiny.sd3, tiny.flux, tiny.pixart, tiny.sana, tiny.sana_sprint),
+        *(tiny.z_image, tiny.qwen_image, tiny.flux_2),
+    ],
+    ids=lambda make: make.__name__,
+)
+def test_every_family_can_be_examined(make: Callable[[], Any]) -> None:
+    opened = load_backend(make(), device="cpu", image_size=32)
+    sampling = ipgo.Sampling(steps=2, guidance_scale=3.0, fit_steps=None)
+    found = list(examine(opened, ipgo.as_reward(brightness), PROMPT, sampling, 1))
+    assert all(each.good for each in found), found
+    assert "gradient at the 20 inserted embeddings, through the last step: norm" in found[3].text
 
 
 def test_the_size_is_that_of_the_gradient(backend64: Backend) -> None:
@@ -217,12 +236,40 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["--reward", "contras"], "unknown reward 'contras'; did you mean 'contrast'"),
         (["--backend", "/nowhere"], "backend folder '/nowhere' does not exist"),
         (["--steps", "0"], "sampling.steps is 0"),
+        (["--prompt", " "], "prompt is empty"),
+        (["--dtype", "half"], "unknown dtype 'half'"),
+        (["--guidance-scale", "nan"], "guidance_scale is nan; it must be a finite number"),
+        (["--image-size", "-8"], "image_size is -8; it must be at least 1"),
+        (["--device", "cuda:99"], "device 'cuda:99' is not there"),
     ],
 )
 def test_bad_input_is_one_sentence(
-    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And comes before any model is loaded."""
+    if words[0] != "--backend":
+        monkeypatch.setattr(ipgo.backends, "load_backend", None)
     assert cli.main(["doctor", *words]) == 2
     error = capsys.readouterr().err.strip()
     assert message in error
     assert error.count("\n") == 0
+
+
+def test_a_few_step_model_is_looked_at_as_it_is_drawn(
+    make_pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By its name: one step without guidance."""
+    place = tmp_path / "my-turbo"
+    make_pipe().save_pretrained(place)
+    seen: list[Any] = []
+
+    def noted(backend: Backend, reward: Any, prompt: str, sampling: Any, backprop_steps: int) -> Any:
+        seen.append((sampling.steps, sampling.guidance_scale, backprop_steps))
+        return examine(backend, reward, prompt, sampling, backprop_steps)
+
+    monkeypatch.setattr(ipgo.doctor, "examine", noted)
+    command = ["doctor", "--backend", str(place), "--reward", "contrast", "--device", "cpu"]
+    assert cli.main(command) == 0
+    assert cli.main([*command, "--steps", "3", "--guidance-scale", "2"]) == 0
+    assert seen == [(1, 1.0, 1), (3, 2.0, 2)]
+    assert "through the last step: norm" in capsys.readouterr().out

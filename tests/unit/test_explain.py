@@ -24,6 +24,7 @@ from ipgo import (
 from ipgo.adapters import NoiseAdapter
 from ipgo.backends import Backend
 from ipgo.explain import Vocabulary, attention_weights, explain
+from ipgo.rewards import identity_of
 from ipgo.sampling import Sampling
 from tests import tiny_families as tiny
 
@@ -167,7 +168,9 @@ def test_the_command_prints_a_table_and_writes_json(
     out = capsys.readouterr().out
     assert "prefix 2" in out
     assert "reward without" in out
-    found = json.loads((tmp_path / "found.json").read_text())["prompts"][0]
+    stored = json.loads((tmp_path / "found.json").read_text())
+    assert stored["rewards"] == {"contrast": identity_of(load_reward("contrast", device="cpu"))}
+    found = stored["prompts"][0]
     assert (found["prompt"], found["reward"], len(found["inserted"])) == (PROMPT, "contrast", 3)
     assert cli.main(words[:2]) == 2
     assert "name a reward with --reward" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -15,21 +16,57 @@ from ipgo.rewards import load_reward
 from tests.tiny_families import louder
 
 
-def test_the_table_at_reduced_size(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--size", "tiny", "--rows", "1", "2", "--repeats", "1", "--steps", "3", "--authors-steps", "3"]
-    gpu_scale.main([*words, "--device", "cpu"])
+@pytest.mark.parametrize(
+    ("backends", "rows"),
+    [(("sd15",), ("1", "2")), (("sdxl", "sd3", "flux-dev"), ("2",))],
+    ids=["sd15", "others"],
+)
+def test_the_table_at_reduced_size(
+    backends: tuple[str, ...], rows: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--size", "tiny", "--repeats", "1", "--steps", "3", "--authors-steps", "3", "--device", "cpu"]
+    gpu_scale.main([*words, "--backends", *backends, "--rows", *rows])
     head, _, *lines = capsys.readouterr().out.splitlines()
     columns = [cell.strip() for cell in head.split("|")[1:-1]]
-    rows = [
+    found = [
         dict(zip(columns, [cell.strip() for cell in line.split("|")[1:-1]], strict=True)) for line in lines
     ]
-    assert [row["loop"] for row in rows] == [*["ipgo"] * 4, "ipgo, LMS", "the authors'", *["ipgo"] * 4]
-    assert {row["backend"] for row in rows} == {"sd15", "sdxl"}
-    for row in rows:
+    each = [(row["backend"], row["recompute"], row["rows"]) for row in found if row["loop"] == "ipgo"]
+    assert each == list(itertools.product(backends, ("no", "yes"), rows))
+    others = [row["loop"] for row in found if row["loop"] != "ipgo"]
+    assert others == (["ipgo, LMS", "the authors'"] if "sd15" in backends else [])
+    for row in found:
         assert float(row["s a step"]) > 0
         assert float(row["peak, GiB"]) > 0
         if row["loop"] == "ipgo":
             assert abs(float(row["plan's error"].rstrip("%"))) <= 1
+
+
+@pytest.mark.parametrize(("dtype", "backend", "count"), [("float16", "sd15", 4), ("bfloat16", "flux-dev", 2)])
+def test_half_precision_at_reduced_size(
+    dtype: str, backend: str, count: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--size", "tiny", "--rows", "1", "--repeats", "1", "--steps", "2", "--authors-steps", "3"]
+    gpu_scale.main([*words, "--device", "cpu", "--dtypes", dtype, "--backends", backend])
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert len(lines) == count
+    for line in lines:
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        assert cells[2] == dtype
+        assert float(cells[8]) > 0
+        assert cells[12] == "" or abs(float(cells[12].rstrip("%"))) <= 5
+
+
+def test_the_small_models_have_the_parts_of_the_published_ones() -> None:
+    """And their classes."""
+    for name in gpu_scale.DENOISERS:
+        real, small = gpu_scale.PUBLISHED[name], gpu_scale.tiny(name)
+        assert real.kind == small.kind
+        assert {key: part.kind for key, part in real.parts.items()} == {
+            key: part.kind for key, part in small.parts.items()
+        }
+        backend = open_blueprint(small, None, torch.float32, image_size=gpu_scale.SMALL_PIXELS)
+        assert sum(parameter.numel() for parameter in backend.modules["denoiser"].parameters()) < 300_000
 
 
 def test_the_authors_loop_learns() -> None:

@@ -72,6 +72,31 @@ def test_the_plan_is_what_the_step_takes(make: Callable[[], Any], choice: Choice
     assert found.peak == pytest.approx(real.peak, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("make", "side", "tolerance"),
+    [
+        (tiny_families.sana, None, 0.0),
+        (tiny_families.sana_sprint, None, 0.0),
+        (tiny_families.z_image, 16, 0.01),
+        (tiny_families.flux_2, 16, 0.0),
+        (tiny_families.qwen_image, 16, 0.25),  # its text is not padded, and a plan knows no tokenizer
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_folders_whose_text_a_language_model_reads(
+    make: Callable[[], Any], side: int | None, tolerance: float, tmp_path: Path
+) -> None:
+    pipe = make()
+    planned = unloaded(configurations(pipe, tmp_path), "contrast", SAMPLING, torch.float32, side)
+    run = Workload(load_backend(pipe, device="cpu", image_size=side), planned.reward, SAMPLING)
+    found, real = (each.footprint(Choice(2, False)) for each in (planned, run))
+    assert found.weights == real.weights
+    assert found.saved == pytest.approx(real.saved, rel=tolerance)
+    assert (
+        found.peak > 0.99 * real.peak
+    )  # of Sana, more: the tiny tokenizer reads its instruction in few tokens
+
+
 def test_the_allocator_agrees(sizes: Workload) -> None:
     """Torch's profiler sees every allocation, those inside kernels too."""
     choice = Choice(2, False, 4)
@@ -213,6 +238,21 @@ def test_the_command(
     assert (method.ascent.backprop_steps, method.ascent.recompute) == (3, False)
 
 
+def test_a_few_step_model_is_planned_as_it_is_drawn(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By its name: two steps without guidance, with all of them differentiated."""
+    monkeypatch.setattr(plan, "RESERVE", 10**6)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder, "mine-lcm-2step")
+    command = ["plan", "--backend", "./mine-lcm-2step", "--reward", "contrast", "--gpu", "1GB", "--rows", "1"]
+    assert cli.main(command) == 0
+    out = capsys.readouterr().out
+    assert "guidance 1, 2 steps" in out
+    assert sorted({row[0] for row in words(out)}) == ["1", "2"]
+    assert "--method.ascent.backprop_steps=2 " in out
+
+
 def test_nothing_fits(
     folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -227,7 +267,7 @@ def test_nothing_fits(
     [
         ([], "required: --gpu"),
         (["--gpu", "big"], "gpu is 'big'; it must be a size such as 16GB"),
-        (["--gpu", "8GB", "--backend", "sd16"], "unknown backend 'sd16'; did you mean 'sd15'"),
+        (["--gpu", "8GB", "--backend", "sd1.5"], "unknown backend 'sd1.5'; did you mean 'sd15'"),
         (["--gpu", "8GB", "--backend", "some/model"], "the sizes of its models are not known"),
         (["--gpu", "8GB", "--backend", "sana"], "'sana' is no local folder, and the sizes"),
         (["--gpu", "8GB", "--reward", "hpsv3"], "unknown reward 'hpsv3'"),
@@ -236,6 +276,8 @@ def test_nothing_fits(
         (["--gpu", "8GB", "--rows", "0"], "rows is 0; it must be at least 1"),
         (["--gpu", "8GB", "--backprop-steps", "0", "2"], "backprop_steps is [0, 2]; it must be at least 1"),
         (["--gpu", "8GB", "--backprop-steps", "9"], "backprop_steps is 9; steps allows at most 8"),
+        (["--gpu", "8GB", "--guidance-scale", "inf"], "guidance_scale is inf; it must be a finite number"),
+        (["--gpu", "8GB", "--image-size", "-8"], "image_size is -8; it must be at least 1"),
         (["--gpu", "8GB", "--image-size", "50"], "image_size 50 must be a positive multiple of"),
     ],
 )

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pyarrow
 import pytest
 from pyarrow import parquet
 
-from ipgo.errors import InputError
+from ipgo.errors import InputError, MissingExtraError
+from ipgo.prompt_sources import SUBSETS
 from ipgo.prompts import check_prompts, number, prompt_sets, read_prompts, slug, unseen_words
 
 
@@ -141,8 +145,14 @@ def annotations(tmp_path: Path) -> Path:
             (1, "person", "person", [1]),
             (63, "couch", "furniture", [1]),
             (6, "bus", "vehicle", [2]),
+            (80, "toaster", "appliance", []),
+            (84, "book", "indoor", []),
         ],
-        "stuff": [(135, "mountain", "ground", [3]), (96, "house", "building", [])],
+        "stuff": [
+            (135, "mountain", "solid", [3]),
+            (96, "house", "building", [2]),
+            *((n, name, "natural", []) for n, name in enumerate(SUBSETS["natural_scenes"], 200) if n > 200),
+        ],
     }
     for name, rows in kinds.items():
         categories = [{"id": n, "name": a, "supercategory": b} for n, a, b, _ in rows]
@@ -163,6 +173,9 @@ def test_coco_captions_and_their_categories(annotations: Path) -> None:
     assert read() == ["A man sits", "a bus", "a peak"]
     assert read("?category=person") == ["A man sits"]
     assert read("?category=vehicles,mountain") == ["a bus", "a peak"]
+    own = {"room": "A man sits", "vehicles": "a bus", "natural_scenes": "a peak", "buildings": "a bus"}
+    assert {name: read(f"?category={name}") for name in own} == {name: [only] for name, only in own.items()}
+    assert read("?category=person,natural_scenes&n=1&seed=1") in (["A man sits"], ["a peak"])
     with pytest.raises(InputError, match=r"unknown COCO category 'buss'; did you mean 'bus'"):
         read("?category=buss")
     (annotations / "stuff_val2017.json").unlink()
@@ -170,6 +183,77 @@ def test_coco_captions_and_their_categories(annotations: Path) -> None:
         read("?category=buildings")
     with pytest.raises(InputError, match="n is 5 in"):
         read("?n=5")
+
+
+class Table:
+    """What `datasets.load_dataset` returns, as far as it is used."""
+
+    def __init__(self, columns: dict[str, list[Any]]) -> None:
+        self.columns, self.column_names = columns, list(columns)
+
+    def __getitem__(self, name: str) -> list[Any]:
+        return self.columns[name]
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str], Any]:
+    """A package `datasets` whose hub holds tables by repository and split, or raises what is put there."""
+    held: dict[tuple[str, str], Any] = {}
+
+    def load_dataset(repository: str, *, split: str) -> Table:
+        found = held[repository, split]
+        if isinstance(found, Exception):
+            raise found
+        return Table(found)
+
+    package = ModuleType("datasets")
+    package.load_dataset = load_dataset  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", package)
+    return held
+
+
+def test_captions_of_the_hub(
+    hub: dict[tuple[str, str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # with no folder val2017
+    columns = {
+        "image_id": [9, 3],
+        "ids": [[5, 2], [8]],
+        "captions": [["later", " a bus\nstops "], ["a fox"]],
+        "width": [1, 1],
+    }
+    hub["phiyodr/coco2017", "validation"] = columns
+    assert read_prompts("coco:val2017") == ["a fox", "a bus stops"]
+    assert read_prompts("coco:val2017?n=1&seed=0") in (["a fox"], ["a bus stops"])
+    with pytest.raises(InputError, match="captions alone, so category needs a local copy; download it from"):
+        read_prompts("coco:val2017?category=person")
+    hub["phiyodr/coco2017", "train"] = OSError("no route to host\nand more")
+    with pytest.raises(
+        InputError, match=r"\(no route to host\); give a local copy as coco:PATH/captions_train"
+    ):
+        read_prompts("coco:train2017")
+    hub["phiyodr/coco2017", "train"] = {"text": ["x"]}
+    with pytest.raises(InputError, match="has no column 'image_id'; give a local copy"):
+        read_prompts("coco:train2017")
+    hub["yuvalkirstain/pickapic_v1_no_images", "validation_unique"] = {"caption": ["x", "y ", "x"]}
+    assert read_prompts("pickapic:validation_unique") == read_prompts("pickapic:") == ["x", "y"]
+
+
+def test_a_local_folder_comes_before_the_hub(annotations: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(annotations)
+    (annotations / "val2017").mkdir()
+    (annotations / "captions_val2017.json").rename(annotations / "val2017/captions_val2017.json")
+    assert read_prompts("coco:val2017") == ["A man sits", "a bus", "a peak"]
+
+
+def test_without_the_extra_its_pip_line_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    for spec in ("coco:val2017", "pickapic:test"):
+        with pytest.raises(
+            MissingExtraError, match=rf'{spec} needs the datasets package: pip install "ipgo\[data\]"'
+        ):
+            read_prompts(spec)
 
 
 def test_damaged_coco_files(tmp_path: Path) -> None:

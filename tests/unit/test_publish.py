@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import yaml
 import ipgo
 from ipgo import cli
 from ipgo.publish import MOST, escape, model_card
+from ipgo.rewards.checkpoints import fingerprint
 
 PROMPTS = ("a fox | ![x](http://evil) <script>", "```\n# a *lemon*")
 
@@ -76,9 +78,46 @@ def test_the_card_says_what_it_is_and_holds_no_markup_of_a_prompt(run: ipgo.Run)
     for markup in ("<script>", "![x]", "*lemon*", "\n# a "):
         assert markup not in before + after
     assert "a fox" in code
+    stated = yaml.safe_load(body.split("## Rewards")[1].split("preprocessing.\n")[1].split("## Settings")[0])
+    assert stated.keys() == run.identities.keys()
+    assert "colorfulness" in stated
+    for name, about in run.identities.items():
+        assert stated[name] == {"fingerprint": fingerprint(about), **about}
     fences = [line for line in body.splitlines() if line.startswith("```")]
     assert fences == ["```python", "```"]
     assert len(body.split("## Pictures")[1].split("## Use")[0].strip().splitlines()) == 2 + min(MOST, 2)
+
+
+def test_the_card_of_a_model_of_the_hub_names_it_and_says_how_a_plain_pipeline_draws(run: ipgo.Run) -> None:
+    other = ipgo.Run(run.path, replace(run.config, backend="sd15"))
+    card = model_card(other, run.load_adapter(run.prompts[0]))
+    _, header, body = card.split("---\n", 2)
+    place = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    assert yaml.safe_load(header)["base_model"] == place
+    assert f"from_pretrained({place!r})" in body
+    assert "pipe(**adapter.prompt_kwargs(pipe, 'a fox" in body
+    for code in body.split("```")[1::2]:
+        compile(code.removeprefix("python\n"), "card", "exec")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["/nowhere"], "'/nowhere' is not a run folder: it has no run.json"),
+        (["{run}", "--private"], "private is for the hub; give --push OWNER/NAME too"),
+        (["{run}", "--push", "just-a-name"], "'just-a-name' is no name of a model on the hub"),
+        (["{run}", "--out", "{run}/prompts"], "holds something else; give a new or empty one"),
+        (["{run}", "--push"], "expected one argument"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    words: list[str], message: str, run: ipgo.Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["publish", *(word.format(run=run.path) for word in words)]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert error.count("\n") == 0
+    assert not (run.path / "published").exists()
 
 
 def test_text_is_escaped_to_what_a_reader_sees() -> None:

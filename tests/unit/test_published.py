@@ -17,6 +17,7 @@ VAE_4, VAE_16 = 83_653_863, 83_819_683
 # Numbers of parameters of the published checkpoints, denoiser first.
 COUNTS = {
     "sd15": (859_520_964, CLIP_L, VAE_4),
+    "sd21": (865_910_724, 340_387_840, VAE_4),
     "sd-turbo": (865_910_724, 340_387_840, VAE_4),
     "lcm": (859_520_964 + 256 * 320, CLIP_L, VAE_4),
     "sdxl": (2_567_463_684, CLIP_L, CLIP_G, VAE_4),
@@ -30,6 +31,7 @@ COUNTS = {
 }
 PIXELS = {
     "sd15": 512,
+    "sd21": 768,
     "sd-turbo": 512,
     "lcm": 768,
     "sdxl-turbo": 512,

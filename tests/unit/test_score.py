@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +14,11 @@ import torch
 from PIL import Image
 
 import ipgo
+import ipgo.rewards
 from ipgo import cli
 from ipgo.cli_score import BATCH
 from ipgo.images import from_pil
+from ipgo.rewards.checkpoints import fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +50,8 @@ def test_every_picture_gets_its_own_score(folder: Path, tmp_path: Path) -> None:
             with Image.open(file) as picture, torch.no_grad():
                 alone = reward(from_pil(picture)[None], [text])
             assert float(row[spec]) == pytest.approx(alone.item(), abs=1e-5)
+        (digits,) = {row[f"{spec} fingerprint"] for row in rows}
+        assert digits == fingerprint(ipgo.rewards.identity_of(reward))
 
 
 def test_json_says_what_scored(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,6 +76,48 @@ def test_a_table_names_the_pictures(folder: Path, tmp_path: Path) -> None:
     assert [row["prompt"] for row in csv.DictReader(out.read_text().splitlines())] == ["zero", "one"]
 
 
+def test_pictures_of_one_name_have_the_prompts_of_their_folders(folder: Path, tmp_path: Path) -> None:
+    table, out = tmp_path / "prompts.csv", tmp_path / "scores.csv"
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "00.png").write_bytes((folder / "00.png").read_bytes())
+    command = ["score", str(tmp_path / "b"), str(tmp_path / "a"), "--reward", "contrast"]
+    command += ["--prompts", str(table), "--out", str(out)]
+    table.write_text("file,prompt\na/00.png,in a\nb/00.png,in b\n")
+    assert cli.main(command) == 0
+    assert [row["prompt"] for row in csv.DictReader(out.read_text().splitlines())] == ["in b", "in a"]
+
+
+def test_progress_is_shown_on_a_terminal(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = tmp_path / "slow.py"
+    slow.write_text(
+        "import time\n\ndef calm(images, prompts):\n    time.sleep(0.15)\n    return images.mean((1, 2, 3))\n"
+    )
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    shown = Terminal()
+    monkeypatch.setattr(sys, "stderr", shown)
+    command = ["score", str(folder / "01.png"), str(folder / "00.png"), str(folder / "02.png")]
+    assert cli.main([*command, "--reward", f"{slow}:calm", "--prompt", "a fox"]) == 0
+    for count in ("0/3", "1/3", "2/3"):
+        assert f" {count} [" in shown.getvalue()
+
+
+@pytest.mark.parametrize("spec", [*ipgo.rewards.REWARDS, "cmd:true {image}", "cmd:true {image} {prompt}"])
+def test_who_looks_at_prompts_is_known_without_loading(spec: str) -> None:
+    needed = ipgo.rewards.needs_prompts(f"2*{spec}")
+    assert ipgo.rewards.needs_prompts(f"contrast+{spec}") == needed
+    if spec not in ipgo.rewards.SOURCES:
+        assert ipgo.rewards.uses_prompts(ipgo.load_reward(spec, device="cpu")) == needed
+    else:
+        assert needed == (spec != "aesthetic")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -80,7 +128,15 @@ def test_a_table_names_the_pictures(folder: Path, tmp_path: Path) -> None:
         (["{folder}", "--reward", "contrast", "--out", "x.txt"], "must end in .csv or .json"),
         (["{folder}", "--reward", "contrast", "--prompts", "one:test"], "has 30 lines for 19 pictures"),
         (["{folder}", "--reward", "contrast", "--prompts", "one", "--prompt", "a"], "both given"),
+        (["{folder}", "--reward", "clip"], "reward 'clip' looks at prompts"),
         (["{tmp}/broken.png", "--reward", "contrast"], "cannot be read"),
+        (["{tmp}/half.png", "--reward", "contrast"], "half.png' cannot be read"),
+        (["{folder}", "--reward", "contrast", "--device", "gpu"], "unknown device 'gpu'"),
+        (["{folder}", "--reward", "contrast", "--out", "{folder}/00.png/x.csv"], "which cannot be written"),
+        (
+            ["{folder}", "--reward", "contrast", "--prompts", "{tmp}/twice.csv"],
+            "has several prompts for picture",
+        ),
         (
             ["{folder}", "--reward", "contrast", "--prompts", "{tmp}/p.csv"],
             "has no line for picture '00.png'",
@@ -88,11 +144,20 @@ def test_a_table_names_the_pictures(folder: Path, tmp_path: Path) -> None:
     ],
 )
 def test_bad_input_is_one_sentence(
-    words: list[str], message: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: list[str],
+    message: str,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if any("broken" in word or "p.csv" in word for word in words):
+    """And comes before any model is loaded."""
+    monkeypatch.setattr(ipgo.rewards, "load_reward", None)
+    if any(word.startswith("{tmp}/") for word in words):
         (tmp_path / "broken.png").write_bytes(b"\x89PNG and no more")
+        (tmp_path / "half.png").write_bytes((folder / "01.png").read_bytes()[:2000])
         (tmp_path / "p.csv").write_text("file,prompt\nzz.png,a\n")
+        (tmp_path / "twice.csv").write_text("file,prompt\n00.png,a\n00.png,b\n")
     assert cli.main(["score", *(word.format(folder=folder, tmp=tmp_path) for word in words)]) == 2
     error = capsys.readouterr().err.strip()
     assert message in error

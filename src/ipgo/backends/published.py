@@ -189,6 +189,15 @@ _ANCESTRAL = Part(
 # Names of `ipgo.backends.BACKENDS` whose weights are not bundled; not yet all of them.
 PUBLISHED: dict[str, Blueprint] = {
     "sd15": _stable_diffusion("StableDiffusionPipeline", _UNET_15, _CLIP_L, _PNDM),
+    "sd21": _stable_diffusion(
+        "StableDiffusionPipeline",
+        {**_UNET_21, "sample_size": 96},
+        _CLIP_H,
+        (
+            "DDIMScheduler",
+            {**_SHIPPED, "prediction_type": "v_prediction", "clip_sample": False, "set_alpha_to_one": False},
+        ),
+    ),
     "sd-turbo": _stable_diffusion(
         "StableDiffusionPipeline",
         _UNET_21,

@@ -66,8 +66,8 @@ class QwenImage(Backend):
         answer = self.pipe.text_encoder(
             input_ids=ids.to(self.device), attention_mask=mask, output_hidden_states=True
         )
-        rows = [
-            states[seen][self.instruction_tokens :]
+        rows = [  # by their places, which are known also where states have a size and no numbers
+            states[seen.nonzero().flatten()][self.instruction_tokens :]
             for states, seen in zip(answer.hidden_states[-1], mask, strict=True)
         ]
         embeds = pad_sequence(rows, batch_first=True)

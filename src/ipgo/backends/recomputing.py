@@ -7,7 +7,8 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 # Classes that diffusers builds decoders of. A network of others has no blocks: those of Qwen-Image's decoder write to a
@@ -29,7 +30,9 @@ def blocks(network: nn.Module) -> list[nn.Module]:
 def recomputed(network: nn.Module) -> Iterator[None]:
     """A graph that is built while this is open keeps the inputs of `blocks(network)` and computes the rest again.
 
-    Numbers are the same for a network in eval mode that draws nothing. When this closes, the network is as before;
+    The rows of a batch go through the network one by one, so that no more than one row's block is computed again at a
+    time: what diffusers calls VAE slicing, which saves nothing where all is kept. Numbers are the same, up to rounding,
+    for a network in eval mode that draws nothing and couples no rows. When this closes, the network is as before;
     the backward pass may come later.
     """
     with ExitStack() as stack:
@@ -38,7 +41,14 @@ def recomputed(network: nn.Module) -> Iterator[None]:
             stack.callback(_put_back, own, own.get("forward"))  # such as a hook that moves the weights
             again = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
             own["forward"] = again
+        whole: Any = vars(network)
+        stack.callback(_put_back, whole, whole.get("forward"))
+        whole["forward"] = partial(_row_by_row, network.forward)
         yield
+
+
+def _row_by_row(forward: Any, batch: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return torch.cat([forward(row, *args, **kwargs) for row in batch.chunk(len(batch))])
 
 
 def _put_back(own: dict[str, Any], forward: Any) -> None:

@@ -93,4 +93,5 @@ class ZImage(Backend):
 
 def texts(prompt: PromptEmbeds) -> list[Tensor]:
     """B times (L, D), the states at the text alone."""
-    return [states[seen] for states, seen in zip(prompt.embeds, prompt.mask, strict=True)]
+    # By their places, which are known also where states have a size and no numbers.
+    return [states[seen.nonzero().flatten()] for states, seen in zip(prompt.embeds, prompt.mask, strict=True)]

@@ -21,6 +21,7 @@ from ipgo.config import flatten
 from ipgo.evaluation import Gain, Score, summarise
 from ipgo.prompts import Prompt
 from ipgo.report import charts
+from ipgo.rewards.checkpoints import fingerprint
 from ipgo.store import EVALUATION, Run
 
 VISIBLE = 0.0005  # the page shows three digits
@@ -80,6 +81,7 @@ def render(run: Run) -> str:
         cost=total_cost(results),
         settings=_settings(run),
         facts=run.facts,
+        scorers={name: fingerprint(identity) for name, identity in run.identities.items()},
         missing=len(run.prompts) - len(results),
     )
 

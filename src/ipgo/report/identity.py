@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from ipgo.rewards.checkpoints import fingerprint
 
 Fingerprints = dict[str, tuple[str, ...]]
 
 MARK = "†"
-
-
-def fingerprint(identity: Mapping[str, Any]) -> str:
-    """Twelve hexadecimal digits for a reward's identity, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def fingerprints(stored: Iterable[Mapping[str, Any]]) -> Fingerprints:

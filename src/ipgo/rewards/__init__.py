@@ -44,6 +44,7 @@ SOURCES: dict[str, Source] = {
     "hpsv2.1": Source("xswu/HPSv2", "HPS_v2.1_compressed.pt"),
     "imagereward": Source("THUDM/ImageReward", "ImageReward.pt"),
 }
+BLIND = ("emoji-aesthetic", "colorfulness", "contrast", "aesthetic")  # they do not look at the prompt
 VARIANT = "notebook"  # `clip@notebook`
 # What begins so goes on to the end of a spec, whatever + and * are in it.
 EXTERNAL = {"cmd:": "ipgo.rewards.external:Command", "ask:": "ipgo.rewards.external:Question"}
@@ -140,6 +141,17 @@ def describe(name: str) -> str:
 def uses_prompts(reward: Reward) -> bool:
     """Does it look at the prompt? Those that do not say so do."""
     return bool(getattr(reward, "uses_prompts", True))
+
+
+def needs_prompts(spec: str) -> bool:
+    """`uses_prompts` of what `load_reward` makes of a spec, without loading a model."""
+
+    def stand_in(name: str) -> Reward:
+        if _bare(name) not in REWARDS:
+            return _load(name, torch.device("cpu"))  # a function, a command, a person: no model
+        return FunctionReward(lambda images, _: images, name, uses_prompts=_bare(name) not in BLIND)
+
+    return uses_prompts(combine(spec, stand_in))
 
 
 def load_reward(spec: str, *, device: str = "auto") -> Reward:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import pickle
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,11 @@ def identity(reward: str, files: Sequence[Path], preprocessing: object, version:
     """
     digests = [sha256(file) for file in files]
     return {"id": reward, "version": version, "weights": digests, "preprocessing": str(preprocessing)}
+
+
+def fingerprint(identity: Mapping[str, Any]) -> str:
+    """Twelve hexadecimal digits for a reward's identity, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def sha256(file: Path) -> str:

@@ -68,6 +68,10 @@ class Command(External):
         if shutil.which(self.words[0]) is None:
             raise InputError(f"reward {self.name!r}: there is no program {self.words[0]!r} that can be run")
 
+    @property
+    def uses_prompts(self) -> bool:
+        return any("{prompt}" in word for word in self.words)
+
     @cached_property
     def identity(self) -> dict[str, Any]:
         """The line, and the program and every file that it names, by their contents."""
