@@ -33,6 +33,7 @@ class ReNO:
     """
 
     stackable: ClassVar[bool] = True
+    one_seed: ClassVar[bool] = True
 
     ascent: Ascent = PUBLISHED
 

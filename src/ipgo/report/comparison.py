@@ -16,7 +16,7 @@ from ipgo.prompts import Prompt
 from ipgo.report import charts
 from ipgo.report.build import environment, picture_uri
 from ipgo.report.identity import strangers, told
-from ipgo.report.rows import Row, rows, strange_to
+from ipgo.report.rows import Row, strange_to
 from ipgo.report.tables import raised, span, tables
 from ipgo.store import Run
 
@@ -33,9 +33,8 @@ class Sheet:
     lines: list[tuple[str, list[str | None]]]
 
 
-def write_comparison(folder: Comparison) -> dict[str, Path]:
+def write_comparison(folder: Comparison, entries: Sequence[Row]) -> dict[str, Path]:
     """Write comparison.html, .md and .csv from what is stored; what is unfinished is left out."""
-    entries = rows(folder)
     return {
         "report": folder.write("comparison.html", render(folder, entries)),
         "table": folder.write("comparison.md", markdown(folder, entries)),
