@@ -9,9 +9,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from ipgo.adapters import NoiseAdapter
+from ipgo.ascent import Ascent
 from ipgo.errors import InputError
 from ipgo.task import Progress, Task
-from ipgo.training import Ascent, maximize
+from ipgo.training import maximize
 
 
 @dataclass(frozen=True)

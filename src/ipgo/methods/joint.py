@@ -9,10 +9,11 @@ from typing import ClassVar
 from torch import Tensor
 
 from ipgo.adapters import InsertionAdapter, JointAdapter, NoiseAdapter
+from ipgo.ascent import Ascent
 from ipgo.errors import InputError
 from ipgo.insertion import Insertion
 from ipgo.task import Progress, Task
-from ipgo.training import Ascent, maximize
+from ipgo.training import maximize
 
 # One learning rate for both: with Adam it is the size of a step in each number, and DNO's for noise is 1e-2.
 # Not measured yet. backprop_steps=None: the noise gets its gradient through every step.
