@@ -22,6 +22,7 @@ from ipgo.comparison import Comparison
 from ipgo.evaluation import Gain
 from ipgo.methods import METHODS
 from ipgo.report.rows import Row, rows
+from ipgo.report.tables import span
 from ipgo.runner import BUNDLED_REWARDS
 
 REWARDS = BUNDLED_REWARDS["emoji"]
@@ -117,7 +118,7 @@ def cell(row: Row | None, reward: str, noise: str) -> str:
 
 
 def said(gain: Gain) -> str:
-    return f"{gain.gain.value:+.3f} ({gain.gain.low:+.3f} to {gain.gain.high:+.3f})"
+    return f"{gain.gain.value:+.3f} {span(gain.gain)}".strip()
 
 
 def bar(found: Mapping[Cell, Sequence[Row]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -61,6 +62,12 @@ def test_the_tables_have_every_entry_of_every_set() -> None:
     assert "| reno | +0.400 (+0.300 to +0.500) | – | – | – | 2,990 | 12 |" in lines
     assert "| chatgpt | failed | failed | – | – | – | – |" in lines
     assert second.count("\n| raw") == 1
+
+
+def test_a_single_image_has_no_interval() -> None:
+    alone = gain("r", 0.25)
+    alone = replace(alone, gain=replace(alone.gain, low=math.nan, high=math.nan))
+    assert comparison.said(alone) == "+0.250"
 
 
 def test_its_plan_fits_noise_on_one_seed() -> None:
