@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, GPT2Config, GPT2LMHeadModel
 
 from ipgo.backends import Backend, load_backend
+from tests.chat_endpoint import Endpoint, serving
 
 WIDTH = 32
 TOKENS = 77
@@ -125,3 +127,29 @@ def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("tiny-pipeline")
     tiny_pipeline().save_pretrained(folder, safe_serialization=True)
     return str(folder)
+
+
+@pytest.fixture
+def endpoint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Endpoint]:
+    """A chat server on loopback that the environment points at, with an empty store of answers."""
+    with serving() as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("OPENAI_API_KEY", "secret")
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.setenv("IPGO_CACHE", str(tmp_path / "cache"))
+        yield server
+
+
+@pytest.fixture(scope="session")
+def rewriter(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, GPT2LMHeadModel]:
+    """A folder with a tiny random GPT-2, over the characters of the tiny pipeline's tokenizer, and that model."""
+    folder, tokenizer = tmp_path_factory.mktemp("rewriter"), byte_tokenizer()
+    torch.manual_seed(0)
+    size = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
+    config = GPT2Config(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **size)
+    model = GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)  # far from uniform, so that beams differ
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder, model

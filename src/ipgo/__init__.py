@@ -16,6 +16,7 @@ from ipgo.errors import InputError, IpgoError, MissingExtraError, ResumeError, R
 if TYPE_CHECKING:
     from ipgo.adapters import Adapter, InsertionAdapter, LoRA, generate
     from ipgo.artefacts import load_adapter, save_adapter
+    from ipgo.ascent import Ascent
     from ipgo.backends import Backend, load_backend
     from ipgo.embeds import PromptEmbeds
     from ipgo.evaluation import Gain, Interval, Score, evaluate, summarise, win_rate
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
     from ipgo.sampling import Sampling
     from ipgo.store import Run
     from ipgo.task import Progress, Task
-    from ipgo.training import Ascent
 
 __version__ = "0.1.0"
 

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
+from ipgo.ascent import Ascent
 from ipgo.backends import Backend
 from ipgo.config import RunConfig
 from ipgo.errors import InputError
 from ipgo.sampling import Sampling, unconditional
 from ipgo.task import Method, Progress
-from ipgo.training import Ascent
 
 REPEATS = 5  # timings of each kind of call, of which the median counts
 SLACK = 1e-6  # of a call: weights are no whole numbers

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ipgo.report.tables import Table
 
 COMPARISONS = Path(__file__).parent / "comparisons"  # {name}.yaml; methods.yaml has what methods need
+SYSTEMS = "systems"  # the comparison whose labels --methods knows without --config
 Settings = dict[str, Any]
 
 
@@ -33,6 +34,12 @@ def compare(argv: list[str]) -> int:
     first.add_argument("--out")
     first.add_argument("--backend")
     first.add_argument("--redraw", action="store_true")
+    for word in argv:
+        if word.startswith("--method."):
+            raise InputError(
+                f"{word.partition('=')[0]!r} is of one method; write it under that entry of a --config file "
+                "(docs/compare.md)"
+            )
     try:
         chosen, rest = first.parse_known_args([underscores(word) for word in argv])
     except argparse.ArgumentError as error:
@@ -52,6 +59,7 @@ def compare(argv: list[str]) -> int:
     place = Path(chosen.out or Path("runs") / f"compare-{slug(parsed.prompts or plan.prompts[0])}")
     folder = Comparison.open(place, plan)
 
+    from ipgo.compare import check
     from ipgo.compare import compare as run_all
     from ipgo.rewards import check_reward
     from ipgo.runner import held_out, warn_of_unseen_words
@@ -59,6 +67,7 @@ def compare(argv: list[str]) -> int:
     some = plan.config(next(iter(plan.entries)))
     for name in (some.reward, *held_out(some)):
         check_reward(name)
+    check(folder)
     warn_of_unseen_words(some)
     loading(some.backend)
     run_all(folder)
@@ -74,7 +83,8 @@ def _parser() -> ArgumentParser:
     parser.description = (
         "Run many methods on the same prompts, seeds, rewards and budget, and make the table."
     )
-    parser.epilog = f"Methods: {', '.join(METHODS)}. Docs: docs/compare.md."
+    variants = [label for label in read_comparison(SYSTEMS)["entries"] if label not in METHODS]
+    parser.epilog = f"Methods: {', '.join(METHODS)}. Variants: {', '.join(variants)}. Docs: docs/compare.md."
     parser.add_argument("text", nargs="*", default=[], metavar="PROMPT", help="prompts, each in quotes")
     parser.add_argument("--prompts", help="prompts from a .txt, .csv or .jsonl file, or a set such as styled")
     parser.add_argument("--methods", help="methods, or labels of the file's entries, with commas between")
@@ -146,7 +156,7 @@ def entries_of(
 
     Args:
         names: labels and methods with commas between; None is all of the file's entries.
-        entries: the file's, by label.
+        entries: the file's, by label; those of the bundled `systems` may be named beside them.
         method: what the file's entries of one method have in common, with its name.
         backend: whose name may say that it draws in a few steps.
 
@@ -160,17 +170,20 @@ def entries_of(
     if not isinstance(entries, Mapping):
         raise InputError("entries must be a mapping of labels to settings")
     entries = {str(label): own for label, own in entries.items()}
-    labels = [name.strip() for name in names.split(",")] if names else list(entries)
+    labels = [name.strip() for name in names.split(",") if name.strip()] if names else list(entries)
     if not labels:
         raise InputError("methods is empty; name some with --methods, or give a --config with entries")
     twice = [label for label in labels if labels.count(label) > 1]
     if twice:
         raise InputError(f"{twice[0]!r} is compared twice; give each entry a label of its own")
     needed = read_settings(None, str(COMPARISONS / "methods.yaml"))
+    systems = read_comparison(SYSTEMS)["entries"]
     found: dict[str, Settings] = {}
     for label in labels:
         if label not in entries and label not in METHODS:
-            raise unknown("method or entry", label, [*METHODS, *entries])
+            if label not in systems:
+                raise unknown("method or entry", label, dict.fromkeys((*METHODS, *entries, *systems)))
+            entries[label] = systems[label]
         own = dict(entries.get(label) or {})
         given = own.pop("method", None) or {}
         given = {"name": given} if isinstance(given, str) else dict(given)
@@ -192,7 +205,8 @@ def show_comparison(place: Path) -> int:
     from ipgo.report.tables import cost_table, raised, raised_table
 
     folder = Comparison.open(place)
-    written, entries = write_comparison(folder), rows(folder)
+    entries = rows(folder)
+    written = write_comparison(folder, entries)
     for table in (raised_table(entries, raised(folder)), cost_table(folder, entries)):
         print(f"\n{table.title}\n{aligned(table)}")
     print()

@@ -35,18 +35,22 @@ def explain(argv: list[str]) -> int:
     from ipgo import files
     from ipgo.backends import load_backend
     from ipgo.config import check_seeds
-    from ipgo.explain import Vocabulary
+    from ipgo.explain import Vocabulary, check_adapter
     from ipgo.explain import explain as explained
-    from ipgo.rewards import identity_of, load_reward
+    from ipgo.rewards import check_reward, identity_of, load_reward
     from ipgo.sampling import Sampling
 
     if args.top < 1:
         raise InputError(f"top is {args.top}; it must be at least 1")
+    if args.out is not None and args.out.is_dir():
+        raise InputError(f"out is {str(args.out)!r}, which is a folder; name a JSON file")
     adapter, settings = find_adapter(args.adapter)
+    check_adapter(adapter)
     config = run_of(args.adapter)
     spec = args.reward or (config.reward if config is not None else None)
     if spec is None:
         raise InputError(f"{str(args.adapter)!r} is in no run's folder; name a reward with --reward")
+    check_reward(spec)
     fitted = adapter.prompts or (config.prompts if config is not None else ())
     texts = read_texts(args.text, args.prompts) or list(fitted)
     if not texts:

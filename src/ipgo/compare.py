@@ -28,6 +28,20 @@ LOADED = (
 logger = logging.getLogger("ipgo")
 
 
+def check(folder: Comparison) -> None:
+    """Let every entry's method refuse, before a model is loaded, what it sees that it cannot do: `InputError`."""
+    for label in folder.plan.entries:
+        config, run = folder.plan.config(label), folder.run(label)
+        checked = getattr(config.method, "check", None)
+        try:
+            if run is not None:
+                check_method(run)
+            elif checked is not None:
+                checked(config.prompts, config.reward, config.backend)
+        except InputError as error:
+            raise InputError(f"entry {label!r}: {error}") from None
+
+
 def compare(folder: Comparison) -> None:
     """Run every entry that is not finished. Safe to stop at any moment, and to call again.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import json
 import re
@@ -14,6 +15,7 @@ from typing import Any, cast
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
+from ipgo.adapters.noise import check_one_seed
 from ipgo.errors import InputError, unknown
 from ipgo.methods import METHODS
 from ipgo.methods.ipgo import IPGO
@@ -90,6 +92,8 @@ class RunConfig:
             raise InputError(
                 "unseen_seeds is 0 and seeds is empty; the result needs at least one seed to be judged on"
             )
+        if getattr(self.method, "one_seed", False):
+            check_one_seed(self.seeds, self.shared)
         ascent = getattr(self.method, "ascent", None)
         if ascent is not None and (ascent.backprop_steps or 1) > self.sampling.fitting.steps:
             field = "steps" if self.sampling.fitting.steps == self.sampling.steps else "fit_steps"
@@ -119,10 +123,7 @@ class RunConfig:
     @classmethod
     def from_json(cls, settings: dict[str, Any]) -> RunConfig:
         """The inverse of `to_json`; `InputError` for an unknown key or a value of the wrong type."""
-        prompts = tuple(settings["prompts"])
-        rest = {key: value for key, value in settings.items() if key not in ("prompts", "prompts_from")}
-        parser = run_parser(method_of(rest))
-        return replace(build(parse(parser, rest, []), prompts), prompts_from=settings.get("prompts_from"))
+        return _read_json(json.dumps(settings))
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide results, flat: {"method.ascent.lr": 0.001, ...}."""
@@ -132,6 +133,15 @@ class RunConfig:
         """Sixteen hexadecimal digits of `identity`."""
         text = json.dumps(self.identity(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@functools.lru_cache(maxsize=256)  # a comparison asks for the same ones again and again
+def _read_json(text: str) -> RunConfig:
+    settings = json.loads(text)
+    prompts = tuple(settings["prompts"])
+    rest = {key: value for key, value in settings.items() if key not in ("prompts", "prompts_from")}
+    parser = run_parser(method_of(rest))
+    return replace(build(parse(parser, rest, []), prompts), prompts_from=settings.get("prompts_from"))
 
 
 FIRST_UNSEEN = 1000

@@ -130,10 +130,7 @@ def explain(
     Raises:
         InputError: the adapter holds no inserted embeddings, or none for this prompt; or there are no seeds.
     """
-    if not isinstance(adapter, InsertionAdapter):
-        raise InputError(
-            f"this adapter is of kind {adapter.kind!r}; only inserted embeddings (kind 'insertion') are explained"
-        )
+    adapter = check_adapter(adapter)
     if not seeds:
         raise InputError("seeds is empty; give at least one")
     look = _Look(backend, adapter, prompt, tuple(seeds), sampling)
@@ -169,6 +166,15 @@ def explain(
         padding_attention=tuple(own[:, ~text].sum(1).tolist()),
         inserted=inserted,
     )
+
+
+def check_adapter(adapter: Adapter) -> InsertionAdapter:
+    """The adapter, if it holds inserted embeddings; else `InputError`."""
+    if not isinstance(adapter, InsertionAdapter):
+        raise InputError(
+            f"this adapter is of kind {adapter.kind!r}; only inserted embeddings (kind 'insertion') are explained"
+        )
+    return adapter
 
 
 def without(cond: PromptEmbeds, place: int) -> PromptEmbeds:

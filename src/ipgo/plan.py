@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ipgo.adapters import InsertionAdapter
+from ipgo.ascent import Ascent
 from ipgo.backends import Backend
 from ipgo.backends.unloaded import unloaded_backend
 from ipgo.errors import InputError
@@ -23,7 +24,7 @@ from ipgo.rewards import Reward, WeightedSum
 from ipgo.rewards.unloaded import unloaded_reward
 from ipgo.sampling import Sampling
 from ipgo.task import Task
-from ipgo.training import Ascent, first_gradient
+from ipgo.training import first_gradient
 
 # Kept for what is not counted: CUDA's context, its libraries' workspaces, and what the allocator wastes. An allowance.
 RESERVE = 10**9

@@ -45,7 +45,7 @@ def load_word_list(spec: str) -> WordList:
     names = sorted(path.stem for path in WORD_LISTS.glob("*.json"))
     path = WORD_LISTS / f"{spec}.json" if spec in names else Path(spec)
     if spec not in names and path.suffix != ".json":
-        raise unknown("word_list", spec, names)
+        raise unknown("word_list", spec, [*names, "llm", "wordnet"])
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -6,78 +6,22 @@ import copy
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 
 from ipgo.adapters import Adapter
-from ipgo.errors import InputError, RewardError, unknown
+from ipgo.ascent import Ascent, make_optimizer
+from ipgo.errors import InputError, RewardError
 from ipgo.resume import all_tensors, copied, fill
 from ipgo.rewards import score
 from ipgo.sampling import decode, denoise, last_latents, redo_last_step
 from ipgo.seeding import derive, generator
 from ipgo.task import Progress, Task
 
-Optimizer = Literal["adam", "sgd"]
-
 PATIENCE = 3  # steps in a row without a finite gradient before a row is given up
-MOMENTUM = 0.9  # Nesterov's, of optimizer="sgd"
 FLOAT16_SCALE = 2.0**10  # a float16 backend loses small gradients; a row that overflows halves its own
 logger = logging.getLogger("ipgo")
-
-
-@dataclass(frozen=True)
-class Ascent:
-    """How the reward is climbed, with each row on its own.
-
-    Attributes:
-        steps: optimiser steps.
-        optimizer: adam, or sgd with Nesterov's momentum of 0.9.
-        lr: learning rate.
-        lr_basis: learning rate of the orthonormal basis; None is `lr`.
-        lr_decay: factor on the learning rates after every `decay_every` steps.
-        decay_every: steps between decays.
-        max_grad_norm: each row's gradient is shortened to this norm; inf never shortens.
-        backprop_steps: last denoising steps that carry gradient (DRaFT's K); None is all of them.
-        random_backprop: draw their number from 1 to backprop_steps, anew for each trajectory (AlignProp).
-        renoised: further gradients of the last step alone, each from fresh noise (DRaFT-LV; 0 is none).
-        penalty_weight: weight of the adapter's penalty, for IPGO the conformity penalty.
-        batch_size: prompt-batch: prompts in one forward pass.
-        accumulate: prompt-batch: forward passes in one optimiser step.
-        recompute: save memory by computing the differentiated calls twice, the decoder block by block.
-    """
-
-    steps: int = 50
-    optimizer: Optimizer = "adam"
-    lr: float = 1e-3
-    lr_basis: float | None = None
-    lr_decay: float = 0.9
-    decay_every: int = 10
-    max_grad_norm: float = 1.0
-    backprop_steps: int | None = 2
-    random_backprop: bool = False
-    renoised: int = 0
-    penalty_weight: float = 1e-3
-    batch_size: int = 1
-    accumulate: int = 4
-    recompute: bool = False
-
-    def __post_init__(self) -> None:
-        for field in ("steps", "decay_every", "backprop_steps", "batch_size", "accumulate"):
-            count = getattr(self, field)
-            if count is not None and count < 1:
-                raise InputError(f"ascent.{field} is {count}; it must be at least 1")
-        if self.optimizer not in get_args(Optimizer):
-            raise unknown("ascent.optimizer", self.optimizer, get_args(Optimizer))
-        for field in ("lr", "lr_basis", "lr_decay", "max_grad_norm"):
-            value = getattr(self, field)
-            if value is not None and not value > 0:
-                raise InputError(f"ascent.{field} is {value}; it must be above 0")
-        for field in ("penalty_weight", "renoised"):
-            if not getattr(self, field) >= 0:
-                raise InputError(f"ascent.{field} is {getattr(self, field)}; it must be at least 0")
 
 
 def maximize(
@@ -166,7 +110,7 @@ class _Climb:
         self.parameters = dict(self.adapter.named_parameters())
         basis = ascent.lr if ascent.lr_basis is None else ascent.lr_basis
         self.lr = {name: basis if name.endswith("raw_basis") else ascent.lr for name in self.parameters}
-        self.optimizer = _optimizer(self.parameters, ascent.optimizer)
+        self.optimizer = make_optimizer(self.parameters, ascent.optimizer)
 
     def run(self) -> Iterator[Progress]:
         for step in range(int(self.memory["step"]), self.ascent.steps):
@@ -356,24 +300,6 @@ class _Climb:
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         fill(self._tensors(), state)
-
-
-def _optimizer(parameters: Mapping[str, nn.Parameter], kind: Optimizer) -> torch.optim.Optimizer:
-    """One group for each parameter, with all the state that it will ever have, for `load` to fill."""
-    groups = [{"params": [parameter], "name": name} for name, parameter in parameters.items()]
-    if kind == "sgd":
-        sgd = torch.optim.SGD(groups, momentum=MOMENTUM, nesterov=True)
-        for parameter in parameters.values():
-            sgd.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
-        return sgd
-    adam = torch.optim.Adam(groups)
-    for parameter in parameters.values():
-        adam.state[parameter] = {
-            "step": torch.zeros(()),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-        }
-    return adam
 
 
 def _rows(values: Tensor, like: Tensor) -> Tensor:

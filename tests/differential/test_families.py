@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ipgo.adapters import Adapter, InsertionAdapter, generate
+from ipgo.ascent import Ascent
 from ipgo.backends import FAMILIES, load_backend
 from ipgo.embeds import PromptEmbeds
 from ipgo.insertion import Insertion
@@ -15,7 +16,6 @@ from ipgo.methods import IPGO
 from ipgo.rewards import as_reward
 from ipgo.sampling import Sampling, sample, unconditional
 from ipgo.task import Task
-from ipgo.training import Ascent
 from tests import tiny_families as tiny
 from tests.conftest import tiny_pipeline
 

@@ -8,6 +8,7 @@ import torch
 
 from ipgo.adapters import Adapter, InsertionAdapter, JointAdapter, NoiseAdapter, generate, stack
 from ipgo.artefacts import load_adapter, save_adapter
+from ipgo.ascent import Ascent
 from ipgo.backends import load_backend
 from ipgo.budget import Price, step_cost
 from ipgo.config import RunConfig
@@ -20,7 +21,6 @@ from ipgo.methods.joint import Joint
 from ipgo.rewards import as_reward
 from ipgo.sampling import Sampling
 from ipgo.task import Task
-from ipgo.training import Ascent
 from tests import tiny_families as tiny
 from tests.conftest import tiny_pipeline
 

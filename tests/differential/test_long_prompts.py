@@ -16,6 +16,7 @@ from ipgo.adapters import (
     stack,
 )
 from ipgo.artefacts import adapter_facts
+from ipgo.ascent import Ascent
 from ipgo.backends import load_backend
 from ipgo.embeds import concatenate
 from ipgo.errors import InputError
@@ -28,7 +29,6 @@ from ipgo.rewards import as_reward
 from ipgo.sampling import Sampling
 from ipgo.store import Run
 from ipgo.task import Task
-from ipgo.training import Ascent
 from tests import tiny_families as tiny
 from tests.conftest import tiny_pipeline
 

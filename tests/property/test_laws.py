@@ -8,13 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ipgo.adapters import Adapter, InsertionAdapter, generate
+from ipgo.ascent import Ascent
 from ipgo.backends import load_backend
 from ipgo.embeds import PromptEmbeds
 from ipgo.insertion import InsertedEmbeddings, Insertion, cross_attend, orthonormal, rotate
 from ipgo.rewards import load_reward
 from ipgo.sampling import Sampling
 from ipgo.task import Task
-from ipgo.training import Ascent, maximize
+from ipgo.training import maximize
 
 seeds = st.integers(0, 2**32)
 few = settings(max_examples=25, deadline=None)

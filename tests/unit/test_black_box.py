@@ -2,6 +2,8 @@
 
 import io
 import math
+import os
+import sys
 from dataclasses import replace
 
 import pytest
@@ -16,7 +18,7 @@ from ipgo.insertion import Insertion
 from ipgo.methods import BlackBoxIPGO
 from ipgo.methods.black_box import _Points, searched
 from ipgo.optimizers import CMA, TuRBO
-from ipgo.rewards import as_reward, score
+from ipgo.rewards import as_reward, load_reward, score
 from ipgo.sampling import Sampling
 from ipgo.store import Run
 from ipgo.task import Task
@@ -166,6 +168,52 @@ def test_a_reward_without_gradient_rises(backend, method, tmp_path):
     stored = load_adapter(tmp_path)
     drawn = [score(JPEG, generate(backend, ["sun"], [seed], stored, SAMPLING), ["sun"]) for seed in (0, 1)]
     torch.testing.assert_close(torch.stack(drawn).mean(0), steps[-1].best[1:])
+
+
+def proposed(step, number):
+    """The parameters that were drawn as candidate `number`, (D,)."""
+    return step.state()["proposer.points"][0, number]
+
+
+def test_an_external_command_is_climbed(backend, tmp_path):
+    """The size of the PNG that a real program is given."""
+    pytest.importorskip("cma")
+    script = tmp_path / "score.sh"
+    script.write_text('#!/bin/sh\nhead -c 4 "$1" | grep -q PNG && echo "$2" >> "$0.log" && wc -c < "$1"\n')
+    script.chmod(0o755)
+    reward = load_reward(f"cmd:{script} {{image}} {{prompt}}", device="cpu")
+    steps = list(
+        BlackBoxIPGO(SMALL, candidates=12, population=4).fit(Task(backend, reward, PROMPTS, SAMPLING))
+    )
+    rewards = torch.stack([step.rewards for step in steps])
+    assert (tmp_path / "score.sh.log").read_text().splitlines() == [*PROMPTS] * 12
+    assert ((rewards > 100) & (rewards == rewards.round())).all()  # bytes
+    torch.testing.assert_close(steps[-1].best, rewards.max(0).values)
+    assert (steps[-1].best > rewards[0]).all()
+    images = generate(backend, PROMPTS, [0, 0], steps[-1].adapter, SAMPLING)
+    assert torch.equal(score(reward, images, PROMPTS), steps[-1].best)
+
+
+def test_ratings_that_a_person_types_are_climbed(backend, monkeypatch, capsys):
+    """At a real terminal; what is no number is asked for again. The candidate that got the 5 is kept."""
+    pytest.importorskip("cma")
+    typed = ["3", "1", "four?", "4", "2", "5", "1", "", "2"]
+    ratings = [float(line) for line in typed if line.isdigit()]
+    master, slave = os.openpty()
+    os.write(master, "".join(f"{line}\n" for line in typed).encode())
+    with os.fdopen(slave, closefd=True) as terminal:
+        monkeypatch.setattr(sys, "stdin", terminal)
+        reward = load_reward("ask:how warm is it, 1 to 5?", device="cpu")
+        task = Task(backend, reward, PROMPTS[:1], SAMPLING)
+        steps = list(BlackBoxIPGO(SMALL, candidates=len(ratings), population=4).fit(task))
+    os.close(master)
+    assert [float(step.rewards) for step in steps] == ratings
+    assert float(steps[-1].best) == 5
+    best = torch.cat([parameter.flatten() / most for parameter, most in searched(steps[-1].adapter)])
+    torch.testing.assert_close(best.double(), proposed(steps[-1], ratings.index(5)), atol=1e-6, rtol=0)
+    asked = capsys.readouterr().err
+    assert asked.count("how warm is it, 1 to 5?") == len(typed)
+    assert asked.count("please type a number") == 2
 
 
 def test_it_resumes_with_the_same_bits(backend, method):

@@ -199,18 +199,107 @@ def test_entries_take_what_their_methods_need_and_what_the_file_says() -> None:
             entries_of(names, found, method)
 
 
-@pytest.mark.parametrize("name", comparisons())
-def test_bundled_comparisons_are_plans_that_work(name: str) -> None:
+def configs_of(name: str) -> dict[str, RunConfig]:
+    """The settings of all entries of a bundled comparison."""
     settings = read_comparison(name)
-    entries = entries_of(None, settings["entries"], settings["method"])
+    entries = entries_of(None, settings["entries"], settings.get("method") or {})
     common = {k: v for k, v in RunConfig(("a",)).to_json().items() if k not in ("prompts", "method")}
     plan = Plan(("a",), common, entries, 3000)
     plan.check()
-    configs = {label: plan.config(label) for label in entries}
-    assert configs["rank-5"].method.insertion.rank == 5  # type: ignore[attr-defined]
-    assert configs["unpadded"].padding == "none"
+    return {label: plan.config(label) for label in entries}
+
+
+@pytest.mark.parametrize("name", comparisons())
+def test_bundled_comparisons_are_plans_that_work(name: str) -> None:
+    configs = configs_of(name)
     distinct = {str(config.identity()) for config in configs.values()}
     assert len(distinct) == len(configs)
+
+
+@pytest.mark.parametrize(
+    ("label", "changed"),
+    [
+        ("rotations-none", {"insertion.rotations": "none"}),
+        ("basis-free", {"insertion.basis": "free"}),
+        ("basis-free-no-rotations", {"insertion.basis": "free", "insertion.rotations": "none"}),
+        ("unbounded", {"insertion.bounded": False}),
+        ("rank-5", {"insertion.rank": 5}),
+        ("rank-20", {"insertion.rank": 20}),
+        ("rank-60", {"insertion.rank": 60}),
+        ("prefix-20", {"insertion.num_prefix": 20, "insertion.num_suffix": 0}),
+        ("suffix-20", {"insertion.num_prefix": 0, "insertion.num_suffix": 20}),
+        ("length-1+1", {"insertion.num_prefix": 1, "insertion.num_suffix": 1}),
+        ("length-4+4", {"insertion.num_prefix": 4, "insertion.num_suffix": 4}),
+        ("length-20+20", {"insertion.num_prefix": 20, "insertion.num_suffix": 20}),
+        ("conformity-0", {"ascent.penalty_weight": 0.0}),
+        ("conformity-1", {"ascent.penalty_weight": 1.0}),
+        ("k-1", {"ascent.backprop_steps": 1}),
+        ("k-2", {"ascent.backprop_steps": 2}),
+        ("k-6", {"ascent.backprop_steps": 6}),
+        ("k-all", {"ascent.backprop_steps": None}),
+        ("lr-basis-0.1x", {"ascent.lr_basis": 0.003}),
+        ("lr-basis-0.01x", {"ascent.lr_basis": 0.0003}),
+        ("lr-coefficients-0.1x", {"ascent.lr": 0.003, "ascent.lr_basis": 0.03}),
+        ("unpadded", {"padding": "none"}),
+        ("seeds-4", {"seeds": [0, 1, 2, 3]}),
+    ],
+)
+def test_an_ablation_changes_what_it_is_called_and_nothing_else(
+    label: str, changed: dict[str, Any], ablations: dict[str, RunConfig]
+) -> None:
+    base, own = ablations["ipgo"].identity(), ablations[label].identity()
+    wanted = {name if name in base else f"method.{name}": value for name, value in changed.items()}
+    assert {name: value for name, value in own.items() if base[name] != value} == wanted
+
+
+@pytest.fixture(scope="module")
+def ablations() -> dict[str, RunConfig]:
+    return configs_of("ablations")
+
+
+def test_what_the_ablations_are_measured_from_is_the_papers_middle(ablations: dict[str, RunConfig]) -> None:
+    """(10, 10), an orthonormal basis of rank 300 where the encoder is as wide, one seed, one learning rate."""
+    method = ablations["ipgo"].method
+    assert isinstance(method, IPGO)
+    assert (method.insertion.num_prefix, method.insertion.num_suffix) == (10, 10)
+    assert method.insertion.rank_of(10, 768) == 300
+    assert (method.insertion.basis, method.insertion.rotations) == ("orthonormal", "applied")
+    assert method.insertion.bounded
+    assert ablations["ipgo"].seeds == (0,)
+    assert (method.ascent.optimizer, method.ascent.lr, method.ascent.lr_basis) == ("adam", 0.03, None)
+    raw = ablations["raw-unpadded"]
+    assert (raw.method_name, raw.padding) == ("raw", "none")
+
+
+def test_systems_has_every_method_and_its_variants() -> None:
+    configs = configs_of("systems")
+    assert {config.method_name for config in configs.values()} == set(METHODS)
+    assert configs["raw-unpadded"].padding == "none"
+    own = {label: config.method for label, config in configs.items()}
+    draft, dpo = METHODS["draft"], METHODS["dpo-diffusion"]
+    assert own["draft"].ascent.backprop_steps == 1  # type: ignore[attr-defined]
+    assert own["draft-lv"].ascent.renoised == 2  # type: ignore[attr-defined]
+    assert own["alignprop"].ascent.random_backprop  # type: ignore[attr-defined]
+    for label, method in own.items():
+        shared = configs[label].shared
+        assert shared == (label.endswith("-shared") or label == "ipgo-plus")
+        if isinstance(method, draft) and shared:
+            assert method == own[label.removesuffix("-shared")]
+    solvers = {method.solver for method in own.values() if isinstance(method, dpo)}
+    targets = {method.target for method in own.values() if isinstance(method, dpo)}
+    assert solvers == {"gradient", "evolutionary", "hybrid"}
+    assert targets == {"positive", "negative", "both"}
+
+
+def test_variants_may_be_named_without_a_file() -> None:
+    assert entries_of("raw-unpadded,draft-lv", {}, {}) == {
+        "raw-unpadded": {"padding": "none", "method": {"name": "raw"}},
+        "draft-lv": {"method": {"name": "draft", "ascent": {"renoised": 2}}},
+    }
+    own = {"draft-lv": {"method": {"name": "draft", "ascent": {"renoised": 7}}}}
+    assert entries_of("draft-lv", own, {}) == own  # a file's labels go before
+    with pytest.raises(InputError, match="unknown method or entry 'draft-lw'; did you mean 'draft-lv'"):
+        entries_of("draft-lw", {}, {})
 
 
 def test_every_method_has_the_length_that_is_said_of_it() -> None:
@@ -505,7 +594,7 @@ def test_shared_entries_are_judged_on_prompts_they_never_saw(pipeline_folder: st
         "--unseen-prompts",
         str(tmp_path / "test.txt"),
     ]
-    words += ["--methods", "raw,ipgo,reno", "--shared", "--config", str(tmp_path / "x.yaml")]
+    words += ["--methods", "raw,ipgo,embedding", "--shared", "--config", str(tmp_path / "x.yaml")]
     words += ["--backend", pipeline_folder, "--reward", "colorfulness", "--held-out", "contrast"]
     words += [
         "--sampling.steps",
@@ -518,9 +607,9 @@ def test_shared_entries_are_judged_on_prompts_they_never_saw(pipeline_folder: st
         "--out",
         str(tmp_path / "table"),
     ]
-    assert cli.main(words) == 1  # reno cannot be shared
+    assert cli.main(words) == 1  # a whole prompt's embedding cannot be shared
     folder = Comparison.open(tmp_path / "table")
-    raw, ipgo, reno = rows(folder)
+    raw, ipgo, embedding = rows(folder)
     assert ipgo.unseen_prompts["colorfulness"].gain.n == 1
     assert {each.prompt for each in folder.unseen_prompts("ipgo")} == {"a bus"}
     stored, beside = folder.identities("ipgo")
@@ -528,8 +617,8 @@ def test_shared_entries_are_judged_on_prompts_they_never_saw(pipeline_folder: st
     assert beside["contrast"]["id"] == "contrast"
     assert ipgo.transfers == "unseen seeds and prompts"
     assert raw.unseen_prompts == {}
-    assert "shared is true" in reno.errors[0]
-    assert (reno.finished, reno.failed) == (0, 2)
+    assert "prompt-wise only" in embedding.errors[0]
+    assert (embedding.finished, embedding.failed) == (0, 2)
 
 
 def test_a_recomputed_call_is_a_forward_pass_and_a_differentiated_one(backend: Any) -> None:
@@ -544,3 +633,119 @@ def test_a_recomputed_call_is_a_forward_pass_and_a_differentiated_one(backend: A
     kept, again = ledgers
     assert kept == {"denoiser": 6, "denoiser_grad": 4, "denoiser_grad_both": 2}
     assert again == {**kept, "denoiser": 6 + 4}
+
+
+# -- every method, and what is refused -------------------------------------------------------------------------
+
+EVERY = """
+method: {name: ipgo, ascent: {backprop_steps: 2}}
+entries:
+  ddpo: {method: {ppo: {samples: 2, batch_size: 2, accumulate: 1}}}
+  ddpo-shared: {shared: true, method: {name: ddpo, ppo: {samples: 2, batch_size: 2, accumulate: 1}}}
+  ipgo-black-box: {method: {insertion: {rank: 3}}}
+  llm-search: {method: {n: 2}}
+  promptist: {method: {model: "REWRITER", max_new_tokens: 8}}
+  textcraftor: {method: {ascent: {backprop_steps: 1}}}
+"""
+VARIANTS = ("raw-unpadded", "draft-lv", "alignprop", "dpo-hybrid", "insertion-free", "ddpo-shared")
+
+
+@pytest.mark.usefixtures("endpoint")
+def test_every_method_on_one_harness_within_one_budget(
+    pipeline_folder: str, tmp_path: Path, rewriter: tuple[Path, Any]
+) -> None:
+    pytest.importorskip("cma")
+    file = tmp_path / "entries.yaml"
+    file.write_text(EVERY.replace("REWRITER", str(rewriter[0])))
+    labels = [*METHODS, *VARIANTS]
+    words = ["compare", "a red cat", "--methods", ",".join(labels), "--config", str(file), "--budget", "24"]
+    words += ["--price", "2", "3", "--backend", pipeline_folder, "--reward", "colorfulness"]
+    words += ["--held-out", "contrast", "--sampling.steps", "2", "--unseen-seeds", "1"]
+    assert cli.main([*words, "--out", str(tmp_path / "table")]) == 0
+    folder = Comparison.open(tmp_path / "table")
+    found = {row.label: row for row in rows(folder)}
+    assert list(found) == labels
+    price = {label: RunPrice(row) for label, row in found.items()}
+    for label, row in found.items():
+        assert (row.finished, row.failed, row.errors) == (1, 0, ()), label
+        assert 0 < row.weighted <= 24, label
+        assert row.weighted == pytest.approx(price[label].by_hand), label
+        assert row.seconds > 0, label
+        assert row.memory > 0, label
+        assert row.final is not None, label
+        assert row.best is not None, label
+        assert row.final <= row.best, label
+        assert row.curve[-1][0] == pytest.approx(row.weighted), label
+        assert row.curve[-1][1] == pytest.approx(row.best), label
+        assert (row.parameters > 0) == (row.method not in TEXTS), label
+        tied = row.method in ("reno", "dno", "best-of-n")
+        assert (row.unseen == {}) == (tied or row.method == "raw"), label
+        assert (row.transfers == "nothing") == tied, label
+        assert (row.transfers == "unseen seeds and prompts") == row.shared, label
+        if row.method != "raw":
+            assert set(row.fitted) == {"colorfulness", "contrast"}, label
+    # Whoever searches uses the budget: what is left does not pay for another step as dear as the last.
+    searching = set(labels) - {"raw", "raw-unpadded", "promptist", "chatgpt"}
+    assert all(found[label].weighted >= 12 for label in searching)
+    assert found["best-of-n"].weighted == 24  # twelve images
+    assert found["raw"].means[0] != found["raw-unpadded"].means[0]
+    html = (tmp_path / "table" / "comparison.html").read_text()
+    for label in set(labels) - {"raw", "raw-unpadded"}:
+        assert f"<title>{label}</title>" in html  # a curve or a dot
+    for label in labels:
+        assert f'<div class="head">{label}</div>' in html  # a column of the contact sheet
+
+
+TEXTS = ("raw", "dpo-diffusion", "chatgpt", "llm-search", "promptist")  # which learn no numbers
+
+
+class RunPrice:
+    """A row's ledger, weighted by hand: 1 a call, 2 with gradient in one half of guidance, 3 in both."""
+
+    def __init__(self, row: Any) -> None:
+        both = row.calls.get("denoiser_grad_both", 0)
+        one = row.calls.get("denoiser_grad", 0) - both
+        self.by_hand = row.calls["denoiser"] - one - both + 2 * one + 3 * both
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--methods raw,igpo", "unknown method or entry 'igpo'; did you mean 'ipgo'?"),
+        ("--methods raw,chatgpt", "entry 'chatgpt': OPENAI_API_KEY is not set and no answer is stored"),
+        ("--methods raw,llm-search", "entry 'llm-search': OPENAI_API_KEY is not set"),
+        (
+            "--methods raw,reno --seeds 0 1",
+            "entry 'reno': seeds is [0, 1]; this method replaces the noise of",
+        ),
+        ("--methods raw,dno --shared", "entry 'dno': shared is true; noise belongs to one prompt"),
+        ("--methods raw --budget 0", "budget is 0; it must be at least 1"),
+        ("--methods raw --budget many", "budget is 'many'; it must be int"),
+        ("--methods raw --price 0.5 2", "price.gradient is 0.5; it must be at least 1"),
+        ("--methods raw --reward nosuch", "unknown reward 'nosuch'"),
+        ("--methods raw --config nosuch", "unknown comparison 'nosuch'; choose from ablations, systems"),
+        ("--methods ipgo --method.ascent.lr 3", "'--method.ascent.lr' is of one method; write it under that"),
+        ("--methods ,", "methods is empty"),
+        ("--redraw", "is not a comparison's folder: it has no plan.json"),
+    ],
+)
+def test_bad_input_is_one_sentence_before_a_model_is_loaded(
+    flags: str,
+    message: str,
+    pipeline_folder: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def unloadable(*arguments: object, **named: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(runner, "load_backend", unloadable)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setenv("IPGO_CACHE", str(tmp_path / "cache"))
+    words = ["compare", "a fox", "--backend", pipeline_folder, "--out", str(tmp_path / "table")]
+    assert cli.main([*words, *flags.split()]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "table").exists()

@@ -264,7 +264,7 @@ def test_a_few_step_model_is_looked_at_as_it_is_drawn(
     seen: list[Any] = []
 
     def noted(backend: Backend, reward: Any, prompt: str, sampling: Any, backprop_steps: int) -> Any:
-        seen.append((sampling.steps, sampling.guidance_scale, backprop_steps))
+        seen.append((sampling.steps, sampling.scale(backend), backprop_steps))
         return examine(backend, reward, prompt, sampling, backprop_steps)
 
     monkeypatch.setattr(ipgo.doctor, "examine", noted)

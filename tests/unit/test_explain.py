@@ -180,3 +180,36 @@ def test_other_adapters_are_refused_in_a_sentence(own: Backend) -> None:
     noise = NoiseAdapter((PROMPT,), (1, 4, 8, 8), 0)
     with pytest.raises(InputError, match=r"kind 'noise'; only inserted embeddings \(kind 'insertion'\)"):
         explain(own, noise, PROMPT, (0,), SAMPLING, REWARD, Vocabulary(own, ["a"]))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--reward", "nosuch"], "unknown reward 'nosuch'"),
+        (["--reward", "contrast", "--top", "0"], "top is 0; it must be at least 1"),
+        (["a moose", "--reward", "contrast"], "not fitted to prompt 'a moose'"),
+        (["--reward", "contrast", "--seeds", "-1"], "seeds is [-1]; they must be different and at least 0"),
+        (["--reward", "contrast", "--out", "."], "out is '.', which is a folder"),
+    ],
+)
+def test_bad_input_is_one_sentence_before_a_model_is_loaded(
+    own: Backend,
+    flags: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def unloadable(*arguments: object, **named: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("ipgo.backends.load_backend", unloadable)
+    settings = {"backend": "emoji", "sampling": {"steps": 2}}
+    save_adapter(adapter(own), tmp_path / "one", settings)
+    save_adapter(NoiseAdapter((PROMPT,), (1, 4, 8, 8), 0), tmp_path / "noise", settings)
+    assert cli.main(["explain", str(tmp_path / "one"), *flags]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert cli.main(["explain", str(tmp_path / "noise"), "--reward", "contrast"]) == 2
+    assert "this adapter is of kind 'noise'" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ipgo import policy, training
+from ipgo.ascent import Ascent
 from ipgo.backends import load_backend
 from ipgo.insertion import Insertion
 from ipgo.methods import DDPO, IPGO, DPODiffusion
@@ -15,7 +16,6 @@ from ipgo.ppo import PPO
 from ipgo.rewards import as_reward
 from ipgo.sampling import Sampling
 from ipgo.task import Task
-from ipgo.training import Ascent
 from tests import tiny_families as tiny
 
 PROMPTS = ("a red cat", "sun")

@@ -9,6 +9,7 @@ from ipgo import cli
 from ipgo.adapters import Adapter, InsertionAdapter, JointAdapter, NoiseAdapter, generate, stack
 from ipgo.adapters.noise import norm_penalty
 from ipgo.artefacts import load_adapter, save_adapter
+from ipgo.ascent import Ascent
 from ipgo.backends import load_backend
 from ipgo.errors import InputError
 from ipgo.insertion import Insertion
@@ -17,7 +18,7 @@ from ipgo.rewards import load_reward, score
 from ipgo.sampling import Sampling, sample
 from ipgo.store import Run
 from ipgo.task import Task
-from ipgo.training import Ascent, maximize
+from ipgo.training import maximize
 
 PROMPTS = ("a red cat", "sun")
 INSERTION = Insertion(num_prefix=4, num_suffix=7, rank=8)

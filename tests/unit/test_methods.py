@@ -12,6 +12,7 @@ from ipgo import cli
 from ipgo.adapters import Adapter, EmbeddingAdapter, LoRA, NoiseAdapter, WeightAdapter, generate, stack
 from ipgo.adapters.noise import PATCH, norm_penalty, tail_bound, whiteness_penalty
 from ipgo.artefacts import load_adapter, save_adapter
+from ipgo.ascent import Ascent
 from ipgo.backends import load_backend
 from ipgo.embeds import PromptEmbeds
 from ipgo.errors import InputError, ResumeError
@@ -21,7 +22,7 @@ from ipgo.sampling import Sampling
 from ipgo.seeding import derive
 from ipgo.store import Run
 from ipgo.task import Task
-from ipgo.training import Ascent, maximize
+from ipgo.training import maximize
 from tests import tiny_families as tiny
 
 PROMPTS = ("a red cat", "sun")
@@ -245,11 +246,16 @@ def lora(backend, prompts=PROMPTS[:1], shared=False):
 def test_a_lora_is_a_change_of_weights_and_leaves_no_trace(make_pipe):
     backend = load_backend(make_pipe(), device="cpu")
     denoiser = backend.modules["denoiser"]
-    names = [name for name, _ in denoiser.named_modules()]
+    modules, weights = dict(denoiser.named_modules()), dict(denoiser.named_parameters())
+    values = {name: value.clone() for name, value in denoiser.state_dict().items()}
     raw = generate(backend, ["sun"], [1], Adapter(), SAMPLING)
     adapter = lora(backend, shared=True)
     changed = generate(backend, ["sun"], [1], adapter, SAMPLING)
-    assert [name for name, _ in denoiser.named_modules()] == names
+    list(quick(DRaFT(lora=LORA), lr=0.02).fit(Task(backend, REWARD, ("sun",), SAMPLING)))
+    assert list(dict(denoiser.named_modules()).items()) == list(modules.items())  # the very same ones
+    assert all(weight is weights[name] for name, weight in denoiser.named_parameters())
+    assert denoiser.state_dict().keys() == values.keys()
+    assert all(torch.equal(value, values[name]) for name, value in denoiser.state_dict().items())
     assert not hasattr(denoiser, "peft_config")
     assert not any(parameter.requires_grad for parameter in denoiser.parameters())
     assert torch.equal(generate(backend, ["sun"], [1], Adapter(), SAMPLING), raw)
@@ -322,11 +328,24 @@ def test_a_shared_lora_draws_prompts_that_it_never_saw(backend):
     assert after > before
 
 
-def test_random_truncation_is_drawn_once_for_each_trajectory(backend):
+@pytest.mark.parametrize("shared", [False, True])
+def test_random_truncation_is_drawn_once_for_each_trajectory(backend, monkeypatch, shared):
+    """Of 4 steps the last K carry gradient, and no other: K is not drawn anew at each of them."""
+    flags, predict = [], backend.predict
+    monkeypatch.setattr(
+        backend, "predict", lambda *call: flags.append(torch.is_grad_enabled()) or predict(*call)
+    )
     sampling = dataclasses.replace(SAMPLING, steps=4)
-    task = Task(backend, REWARD, PROMPTS[:1], sampling)
-    fitting = quick(DRaFT(lora=LORA), backprop_steps=3, random_backprop=True).fit(task)
-    assert {backend.calls.pop("denoiser_grad") for _ in fitting} == {1, 2, 3}
+    task = Task(backend, REWARD, PROMPTS if shared else PROMPTS[:1], sampling, shared=shared)
+    method = DRaFT(lora=LORA, ascent=Ascent(steps=6, backprop_steps=3, random_backprop=True, accumulate=2))
+    assert len(list(method.fit(task))) == 6
+    walks = [flags[start : start + 4] for start in range(0, len(flags), 4)]
+    depths = [sum(walk) for walk in walks]
+    assert walks == [[False] * (4 - depth) + [True] * depth for depth in depths]
+    assert set(depths) == {1, 2, 3}
+    assert len(depths) == 6 * (2 if shared else 1)
+    if shared:  # the two trajectories of a step have a K of their own each
+        assert any(first != second for first, second in zip(depths[::2], depths[1::2], strict=True))
 
 
 def test_the_gradient_of_draft_lv(backend64):

@@ -17,12 +17,13 @@ from torch.profiler import ProfilerActivity, profile
 import ipgo
 from ipgo import cli, plan
 from ipgo.adapters import InsertionAdapter
+from ipgo.ascent import Ascent
 from ipgo.backends import Backend, load_backend
 from ipgo.config import build, parse, run_parser
 from ipgo.insertion import Insertion
 from ipgo.memory import LiveMemory, new_sizes
 from ipgo.plan import Choice, Workload, fastest, memory_of, unloaded
-from ipgo.training import Ascent, first_gradient, maximize
+from ipgo.training import first_gradient, maximize
 from tests import tiny_families
 from tests.conftest import byte_tokenizer, tiny_pipeline
 from tests.reward_models import tiny_clip

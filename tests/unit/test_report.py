@@ -7,6 +7,7 @@ import pytest
 from ipgo import Gain, Interval
 from ipgo.report import charts
 from ipgo.report.build import fallen, mood
+from ipgo.report.tables import _gain, _rate
 
 
 def gain(reward: str, value: float, low: float, high: float, *, held_out: bool = True) -> Gain:
@@ -45,3 +46,35 @@ def test_points_in_the_corner_are_bad() -> None:
     assert chart.count('class="good"') == chart.count('class="bad"') == 1
     assert charts.scatter([]) == ""
     assert "<svg" in charts.scatter([(0.0, 0.0)])
+
+
+def test_an_entry_has_one_colour_and_its_name_in_every_chart() -> None:
+    hues = {label: charts.hue(number) for number, label in enumerate(("a", "b", "c"))}
+    assert len(set(hues.values())) == 3
+    curves = charts.lines({"b": [(1, 0.5), (4, 0.7)], "c": [(2, 0.6)]}, hues, "calls", 0.4)
+    assert f'<polyline class="series" style="--hue: {hues["b"]}"' in curves
+    assert f'<circle class="series" style="--hue: {hues["c"]}"' in curves  # a single point is a dot
+    cloud = charts.scatter([(0.1, 0.2)], {"c": hues["c"]})
+    assert f'style="--hue: {hues["c"]}"' in cloud
+    assert "<title>c</title>" in curves
+    assert "<title>c</title>" in cloud
+    assert charts.lines({}, hues, "calls", 0.4) == ""
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "colour"),
+    [
+        (0.1, 0.05, 0.2, "good"),
+        (0.1, -0.05, 0.2, ""),  # the interval leaves it open
+        (-0.1, -0.2, -0.05, "bad"),
+        (0.1, float("nan"), float("nan"), ""),  # one image
+    ],
+)
+def test_only_what_is_sure_has_a_colour(value: float, low: float, high: float, colour: str) -> None:
+    found = _gain({"held": gain("held", value, low, high)}, "held", before=True)
+    assert found.mood == colour
+    assert found.value == f"0.500 → {0.5 + value:.3f}"
+    assert found.text.startswith(f"{found.value}, {value:+.3f}")
+    wins = _rate(Interval(0.5 + value, 0.5 + low, 0.5 + high, 9, "prompts"))
+    assert wins.mood == colour
+    assert _rate(None).text == "–"

@@ -1,13 +1,10 @@
 """The methods that rewrite prompts; chat models over loopback HTTP."""
 
 import json
-import threading
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from ipgo import chat as chat_module
 from ipgo import cli
@@ -20,71 +17,11 @@ from ipgo.rewriting import Rewrites, ask_texts
 from ipgo.sampling import Sampling
 from ipgo.store import Run
 from ipgo.task import Task
+from tests.chat_endpoint import completion
 
 PROMPTS = ("a red cat", "sun")
 SAMPLING = Sampling(steps=1, guidance_scale=3.0)
 COLOUR = load_reward("colorfulness", device="cpu")
-
-
-# -- a server that speaks the protocol ---------------------------------------------------------------------
-
-
-class Endpoint(ThreadingHTTPServer):
-    """Answers POST /chat/completions from `script`, whose entries are (status, headers, body, seconds to wait)."""
-
-    daemon_threads = True
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.requests = []
-        self.script = []
-        self.answer = lambda request: "a rewritten prompt"
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.requests.append({"path": self.path, "key": self.headers["Authorization"], **body})
-        if self.server.script:
-            status, headers, content, wait = self.server.script.pop(0)
-            threading.Event().wait(wait)
-        else:
-            status, headers, content = 200, {}, completion(self.server.answer(body))
-        try:
-            self.send_response(status)
-            for name, value in {"Content-Type": "application/json", **headers}.items():
-                self.send_header(name, value)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-        except OSError:
-            pass  # the client has given up
-
-    def log_message(self, *args):
-        pass
-
-
-def completion(text):
-    message = {"role": "assistant", "content": text}
-    choice = {"index": 0, "finish_reason": "stop", "message": message}
-    whole = {"id": "1", "object": "chat.completion", "created": 0, "model": "test", "choices": [choice]}
-    return json.dumps(whole).encode()
-
-
-@pytest.fixture
-def endpoint(monkeypatch, tmp_path):
-    """A running server that the environment points at, with an empty store of answers."""
-    server = Endpoint()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setenv("IPGO_CACHE", str(tmp_path / "cache"))
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
 
 
 @pytest.fixture
@@ -367,21 +304,6 @@ def patched(endpoint, tmp_path):
 
 
 # -- Promptist ---------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def rewriter(tmp_path_factory, pipe):
-    """A folder with a tiny random GPT-2, over the characters of the tiny pipeline's tokenizer."""
-    folder = tmp_path_factory.mktemp("rewriter")
-    torch.manual_seed(0)
-    size = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
-    config = GPT2Config(vocab_size=len(pipe.tokenizer), eos_token_id=pipe.tokenizer.eos_token_id, **size)
-    model = GPT2LMHeadModel(config).eval()
-    with torch.no_grad():
-        model.lm_head.weight.mul_(20)  # far from uniform, so that beams differ
-    model.save_pretrained(folder)
-    pipe.tokenizer.save_pretrained(folder)
-    return folder, model
 
 
 @pytest.mark.parametrize(

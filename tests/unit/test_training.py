@@ -7,6 +7,7 @@ import torch
 from torch import distributed
 
 from ipgo.adapters import InsertionAdapter, generate
+from ipgo.ascent import Ascent
 from ipgo.backends import load_backend
 from ipgo.errors import InputError, ResumeError, RewardError
 from ipgo.insertion import Insertion
@@ -14,7 +15,7 @@ from ipgo.methods import IPGO, METHODS, Raw
 from ipgo.rewards import as_reward, load_reward, score
 from ipgo.sampling import Sampling
 from ipgo.task import Task
-from ipgo.training import Ascent, maximize
+from ipgo.training import maximize
 
 PROMPTS = ("a red cat", "a dog on the moon", "sun")
 SAMPLING = Sampling(steps=2, guidance_scale=3.0)

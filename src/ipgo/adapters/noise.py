@@ -69,12 +69,7 @@ class NoiseAdapter(Adapter):
         Raises:
             InputError: `shared`, or seeds that are not a single one.
         """
-        if shared:
-            raise InputError(
-                "shared is true; noise belongs to one prompt, so this method is prompt-wise only"
-            )
-        if len(seeds) != 1:
-            raise InputError(f"seeds is {list(seeds)}; this method replaces the noise of exactly one seed")
+        check_one_seed(seeds, shared)
         plain = backend.noise(seeds, steps)  # (1, 1 + steps, C, h, w)
         adapter = cls(prompts, plain.shape[1:], seeds[0], penalty, backend.long_prompts)
         with torch.no_grad():
@@ -114,6 +109,14 @@ class NoiseAdapter(Adapter):
         backend = load_backend(pipe)
         latents = self.latents[self.rows([prompt])][:, 0].detach()
         return backend.pipeline_latents(latents).to(backend.device, backend.dtype)
+
+
+def check_one_seed(seeds: Sequence[int], shared: bool) -> None:
+    """Raise `InputError` unless noise could be learned: of one seed, and for single prompts."""
+    if shared:
+        raise InputError("shared is true; noise belongs to one prompt, so this method is prompt-wise only")
+    if len(seeds) != 1:
+        raise InputError(f"seeds is {list(seeds)}; this method replaces the noise of exactly one seed")
 
 
 def norm_penalty(noise: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ class BestOfN:
     """
 
     stackable: ClassVar[bool] = True
+    one_seed: ClassVar[bool] = True
 
     n: int = 16
     budget: int | None = None

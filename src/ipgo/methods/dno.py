@@ -9,9 +9,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from ipgo.adapters import NoiseAdapter
+from ipgo.ascent import Ascent
 from ipgo.errors import InputError
 from ipgo.task import Progress, Task
-from ipgo.training import Ascent, maximize
+from ipgo.training import maximize
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class DNO:
     """
 
     stackable: ClassVar[bool] = True
+    one_seed: ClassVar[bool] = True
 
     ascent: Ascent = Ascent(
         steps=100, lr=0.01, lr_decay=1.0, backprop_steps=None, penalty_weight=1.0, recompute=True

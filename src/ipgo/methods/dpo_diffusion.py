@@ -10,24 +10,15 @@ import torch
 from torch import Tensor
 
 from ipgo.adapters import Adapter, TextAdapter
-from ipgo.embeds import PromptEmbeds, concatenate
+from ipgo.chat import Chat
 from ipgo.errors import InputError, ResumeError, RewardError, unknown
-from ipgo.relaxation import Mixture, Relaxation, shortcut
-from ipgo.rewards import score
-from ipgo.sampling import decode, unconditional
 from ipgo.search import search
 from ipgo.seeding import derive, generator
-from ipgo.substitution import (
-    PLAIN,
-    Choice,
-    Space,
-    Template,
-    load_word_list,
-    negative_slots,
-    synonym_slots,
-)
+from ipgo.substitution import PLAIN, Choice, Space, negative_slots, synonym_slots
 from ipgo.task import Progress, Task
+from ipgo.thesaurus import check_word_list, word_list_of
 from ipgo.training import FLOAT16_SCALE
+from ipgo.word_gradient import MixedWords
 
 Target = Literal["positive", "negative", "both"]
 Solver = Literal["gradient", "evolutionary", "hybrid"]
@@ -50,7 +41,8 @@ class DPODiffusion:
         target: what is reworded: the prompt by its synonyms (positive), the negative prompt by antonyms of the
             prompt's words and by general ones (negative), or both.
         solver: gradient, evolutionary or hybrid.
-        word_list: a bundled word list, or a JSON file with "synonyms", "antonyms" and "negative".
+        word_list: a bundled word list (emoji, general); a JSON file with "synonyms", "antonyms" and "negative"; for
+            prompts of any words wordnet, or wordnet:FOLDER with its database, or llm, which asks `chat`.
         candidates: prompts to draw and score, those of the gradient steps not counted.
         gradient_steps: steps of the gradient; each one draws and scores a candidate as well.
         lr: learning rate of the words' logits.
@@ -59,6 +51,7 @@ class DPODiffusion:
         population: candidates of a generation.
         parents: the best candidates so far that a generation comes from.
         mutation: how probably a mutation changes a word.
+        chat: the model that names words, with word_list llm.
     """
 
     stackable: ClassVar[bool] = True
@@ -74,6 +67,7 @@ class DPODiffusion:
     population: int = 20
     parents: int = 10
     mutation: float = 0.1
+    chat: Chat = Chat()
 
     def __post_init__(self) -> None:
         for field, allowed in (("target", Target), ("solver", Solver)):
@@ -94,6 +88,15 @@ class DPODiffusion:
     def climbing(self) -> int:
         """Steps with a gradient."""
         return 0 if self.solver == "evolutionary" else self.gradient_steps
+
+    @property
+    def looked_up(self) -> dict[str, bool]:
+        """What is needed of a prompt's words."""
+        return {"synonyms": self.target != "negative", "antonyms": self.target != "positive"}
+
+    def check(self, prompts: Sequence[str], reward: str, backend: str) -> None:
+        """Before a model is loaded: `InputError` without the word list, or a key for one that is asked for."""
+        check_word_list(self.word_list, prompts, self.chat, **self.looked_up)
 
     def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
         if self.climbing and not task.reward.differentiable:
@@ -117,22 +120,17 @@ class DPODiffusion:
         Raises:
             InputError: nothing at all, or `shared` with a target that belongs to single prompts.
         """
-        words, start = load_word_list(self.word_list), task.sampling.negative_prompt
+        start = task.sampling.negative_prompt
         if task.shared:
             if self.target != "negative":
                 raise InputError(
                     f"shared is true; prompts can share a negative prompt alone, so target must be 'negative', "
                     f"not {self.target!r}"
                 )
+            words = word_list_of(self.word_list, "", self.chat, synonyms=False, antonyms=False)
             spaces = [Space(negative=negative_slots("", words, start))]
         else:
-            spaces = [
-                Space(
-                    PLAIN if self.target == "negative" else synonym_slots(prompt, words),
-                    PLAIN if self.target == "positive" else negative_slots(prompt, words, start),
-                )
-                for prompt in task.prompts
-            ]
+            spaces = [self._space(prompt, start) for prompt in task.prompts]
         for prompt, space in zip(task.prompts, spaces, strict=False):
             if not space.slots:
                 whose = "a shared negative prompt" if task.shared else f"prompt {prompt!r}"
@@ -141,13 +139,24 @@ class DPODiffusion:
                 )
         return spaces
 
+    def _space(self, prompt: str, start: str) -> Space:
+        words = word_list_of(self.word_list, prompt, self.chat, **self.looked_up)
+        return Space(
+            PLAIN if self.target == "negative" else synonym_slots(prompt, words),
+            PLAIN if self.target == "positive" else negative_slots(prompt, words, start),
+        )
+
 
 class _Words:
     """Candidates for N rows with up to S slots of up to K options. Every draw comes from a seed of its own."""
 
     def __init__(self, method: DPODiffusion, task: Task, spaces: Sequence[Space]) -> None:
         self.method, self.task, self.spaces = method, task, spaces
-        self.relaxation = Relaxation(task.backend) if method.climbing else None
+        negative, climbing = method.target != "positive", method.climbing
+        mixed = MixedWords(task, spaces, negative, method.temperature, method.window, climbing)
+        self.mixed = mixed if climbing else None
+        if climbing:
+            _ = mixed.relaxation  # refuses a backend whose words cannot be mixed, before anything is drawn
         self.step = 0
         slots = max(len(space.slots) for space in spaces)
         options = max(len(slot) for space in spaces for slot in space.slots)
@@ -265,49 +274,10 @@ class _Words:
         self, logits: Tensor, choices: Sequence[Choice], numbers: Sequence[int], step: int
     ) -> Tensor:
         """(B,): the rewards of prompts by their numbers, drawn from mixtures of words, to be differentiated."""
-        task, method = self.task, self.method
-        prompts = [task.prompts[number] for number in numbers]
+        assert self.mixed is not None
         noise = torch.stack([self._gumbel(row, step) for row in range(len(self.spaces))])
-        logits = logits.masked_fill(~self.allowed, -torch.inf)
-        # A row that lacks a slot has no option there: its softmax is NaN, and nothing reads it.
-        weights = ((logits + noise) / method.temperature).softmax(-1).masked_fill(~self.allowed, 0)
-        cond, uncond = self._conditions(
-            prompts, [0 if task.shared else each for each in numbers], choices, weights
-        )
-        start, end = method.window
-        place = start + (end - start) * step / method.climbing
-        index = min(int(task.sampling.steps * place + 1e-9), task.sampling.steps - 1)
-        own = task.backend.noise(task.noise_seeds(prompts, step), task.sampling.noise_steps(task.backend))
-        images = decode(task.backend, shortcut(task.backend, cond, uncond, own, task.sampling, index))
-        rewards = score(task.reward, images, prompts)
-        if images.requires_grad and not rewards.requires_grad:
-            raise RewardError(f"reward {task.reward.name!r} gives no gradient, which this method needs")
-        return rewards
-
-    def _conditions(
-        self, prompts: Sequence[str], rows: Sequence[int], choices: Sequence[Choice], weights: Tensor
-    ) -> tuple[PromptEmbeds, PromptEmbeds | None]:
-        """Both halves of guidance, each a mixture where it has slots."""
-        backend, sampling, relaxation = self.task.backend, self.task.sampling, self.relaxation
-        assert relaxation is not None
-        positive, negative = [], []
-        for row, prompt in zip(rows, prompts, strict=True):
-            space = self.spaces[row]
-            count = len(space.positive.slots)
-            template = space.positive if count else Template((prompt,))
-            chosen = space.split(choices[row])
-            positive.append(Mixture(template, chosen[0], weights[row, :count]))
-            negative.append(Mixture(space.negative, chosen[1], weights[row, count:]))
-        with relaxation.mixed(positive):
-            cond = backend.encode([mixture.text for mixture in positive])
-        if self.method.target == "positive":
-            return cond, unconditional(backend, cond, sampling)
-        halves = []
-        for number, mixture in enumerate(negative):
-            own = cond.select(torch.tensor([number], device=cond.mask.device))
-            with relaxation.mixed([mixture]):
-                halves.append(backend.unconditional(mixture.text, own))
-        return cond, concatenate(halves)
+        weights = self.mixed.weights(logits, noise, self.allowed)
+        return self.mixed.rewards(weights, choices, numbers, step)
 
     # -- the loop's side --------------------------------------------------------------------------------
 

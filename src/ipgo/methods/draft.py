@@ -9,8 +9,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from ipgo.adapters import LoRA, WeightAdapter
+from ipgo.ascent import Ascent
 from ipgo.task import Progress, Task
-from ipgo.training import Ascent, maximize
+from ipgo.training import maximize
 
 
 @dataclass(frozen=True)

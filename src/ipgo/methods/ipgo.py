@@ -9,9 +9,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from ipgo.adapters import InsertionAdapter
+from ipgo.ascent import Ascent
 from ipgo.insertion import Insertion
 from ipgo.task import Progress, Task
-from ipgo.training import Ascent, maximize
+from ipgo.training import maximize
 
 # Chosen by benchmarks/settings.py on the bundled model; `paper-code` has the notebook's.
 DEFAULT = Ascent(steps=30, lr=3e-2, backprop_steps=4)

@@ -9,10 +9,11 @@ from typing import ClassVar
 from torch import Tensor
 
 from ipgo.adapters import InsertionAdapter, JointAdapter, NoiseAdapter
+from ipgo.ascent import Ascent
 from ipgo.errors import InputError
 from ipgo.insertion import Insertion
 from ipgo.task import Progress, Task
-from ipgo.training import Ascent, maximize
+from ipgo.training import maximize
 
 # One learning rate for both: with Adam it is the size of a step in each number, and DNO's for noise is 1e-2.
 # Not measured yet. backprop_steps=None: the noise gets its gradient through every step.
@@ -33,6 +34,7 @@ class Joint:
     """
 
     stackable: ClassVar[bool] = True
+    one_seed: ClassVar[bool] = True
 
     insertion: Insertion = Insertion()
     noise_weight: float = 10.0  # times Ascent.penalty_weight of 1e-3 it is ReNO's 1e-2

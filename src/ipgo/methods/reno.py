@@ -9,8 +9,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from ipgo.adapters import NoiseAdapter
+from ipgo.ascent import Ascent
 from ipgo.task import Progress, Task
-from ipgo.training import Ascent, maximize
+from ipgo.training import maximize
 
 # As published, for a one-step model with 16,384 latents. backprop_steps=None: through every step there is.
 PUBLISHED = Ascent(
@@ -33,6 +34,7 @@ class ReNO:
     """
 
     stackable: ClassVar[bool] = True
+    one_seed: ClassVar[bool] = True
 
     ascent: Ascent = PUBLISHED
 

@@ -10,9 +10,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from ipgo.adapters import TextEncoderAdapter
+from ipgo.ascent import Ascent
 from ipgo.errors import InputError
 from ipgo.task import Progress, Task
-from ipgo.training import Ascent, maximize
+from ipgo.training import maximize
 
 # As published (5 of 25 steps carry gradient, no clipping), but for the rate: 1e-6 is meant for 10,000 steps of
 # 32 prompts. The published weight decay of 0.01 would take 1e-7 of each weight a step, and is left out.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from markupsafe import Markup
 
@@ -55,17 +55,17 @@ def curve(rewards: Values, bold: Values, before: float | None) -> Markup:
     return _svg(parts, "reward against step")
 
 
-def scatter(points: Sequence[tuple[float, float]], hues: Sequence[int] = ()) -> Markup:
+def scatter(points: Sequence[tuple[float, float]], hues: Mapping[str, int] | None = None) -> Markup:
     """Gain in the raised reward (across) against gain in a held-out one (up); the lower right is hacking.
 
-    With `hues` each point has its own; without, it is good or bad.
+    With `hues`, one for each point by its label, points have these; without, they are good or bad.
     """
     if not points:
         return Markup("")
     (left, right), (low, high) = (_padded(min(0, *axis), max(0, *axis)) for axis in zip(*points, strict=True))
     x, y = _scale(left, right, LEFT, WIDTH - RIGHT), _scale(low, high, HEIGHT - BOTTOM, TOP)
-    looks = [f'class="series" style="--hue: {each}"' for each in hues] or [
-        f'class="{"good" if b >= 0 else "bad"}"' for _, b in points
+    looks = [(f'class="series" style="--hue: {each}"', label) for label, each in (hues or {}).items()] or [
+        (f'class="{"good" if b >= 0 else "bad"}"', "") for _, b in points
     ]
     hacking = f'x="{x(0)}" y="{y(0)}" width="{x(right) - x(0):.1f}" height="{y(low) - y(0):.1f}"'
     parts = [
@@ -74,8 +74,8 @@ def scatter(points: Sequence[tuple[float, float]], hues: Sequence[int] = ()) -> 
         f'<line class="zero" x1="{x(0)}" x2="{x(0)}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>',
         f'<line class="zero" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(0)}" y2="{y(0)}"/>',
         *(
-            f'<circle {look} cx="{x(a)}" cy="{y(b)}" r="4"/>'
-            for look, (a, b) in zip(looks, points, strict=True)
+            f'<circle {look} cx="{x(a)}" cy="{y(b)}" r="4">{_name(label)}</circle>'
+            for (look, label), (a, b) in zip(looks, points, strict=True)
         ),
     ]
     return _svg(parts, "gain in the raised reward against gain in a held-out reward")
@@ -86,10 +86,15 @@ def hue(number: int) -> int:
     return round(number * 137.5) % 360
 
 
-def lines(series: Sequence[Sequence[tuple[float, float]]], unit: str, before: float | None) -> Markup:
-    """Several curves over one axis, each with the hue of its number; dashed: `before`."""
-    points = [point for each in series for point in each]
-    if len(points) < 2:
+def lines(
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    hues: Mapping[str, int],
+    unit: str,
+    before: float | None,
+) -> Markup:
+    """Several curves over one axis, by label; one of a single point is a dot. Dashed: `before`."""
+    points = [point for each in series.values() for point in each]
+    if not points:
         return Markup("")
     values = [value for _, value in points] + ([] if before is None else [before])
     low, high = _padded(min(values), max(values))
@@ -100,10 +105,20 @@ def lines(series: Sequence[Sequence[tuple[float, float]]], unit: str, before: fl
         parts.append(
             f'<line class="before" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(before)}" y2="{y(before)}"/>'
         )
-    for number, each in enumerate(series):
+    for label, each in series.items():
+        look = f'class="series" style="--hue: {hues[label]}"'
+        if len(each) == 1:
+            ((place, value),) = each
+            parts.append(f'<circle {look} cx="{x(place)}" cy="{y(value)}" r="4">{_name(label)}</circle>')
+            continue
         path = " ".join(f"{x(place)},{y(value)}" for place, value in each)
-        parts.append(f'<polyline class="series" style="--hue: {hue(number)}" points="{path}"/>')
+        parts.append(f'<polyline {look} points="{path}">{_name(label)}</polyline>')
     return _svg(parts, f"reward against {unit}")
+
+
+def _name(label: str) -> Markup:
+    """What a pointer that rests on a point or curve is told."""
+    return Markup("<title>{}</title>").format(label) if label else Markup("")
 
 
 def curve_png(rewards: Values, bold: Values, name: str, reward: str, before: float | None) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +12,11 @@ from markupsafe import Markup
 
 from ipgo.comparison import Comparison
 from ipgo.config import flatten
+from ipgo.prompts import Prompt
 from ipgo.report import charts
 from ipgo.report.build import environment, picture_uri
 from ipgo.report.identity import strangers, told
-from ipgo.report.rows import Row, rows, strange_to
+from ipgo.report.rows import Row, strange_to
 from ipgo.report.tables import raised, span, tables
 from ipgo.store import Run
 
@@ -32,9 +33,8 @@ class Sheet:
     lines: list[tuple[str, list[str | None]]]
 
 
-def write_comparison(folder: Comparison) -> dict[str, Path]:
+def write_comparison(folder: Comparison, entries: Sequence[Row]) -> dict[str, Path]:
     """Write comparison.html, .md and .csv from what is stored; what is unfinished is left out."""
-    entries = rows(folder)
     return {
         "report": folder.write("comparison.html", render(folder, entries)),
         "table": folder.write("comparison.md", markdown(folder, entries)),
@@ -46,7 +46,8 @@ def render(folder: Comparison, entries: Sequence[Row]) -> str:
     """The page as text."""
     plan, reward = folder.plan, raised(folder)
     raw = next((row.means[0] for row in entries if row.method == "raw" and row.means[0] is not None), None)
-    shown = [row for row in entries if len(row.curve) > 1]
+    hues = {row.label: charts.hue(number) for number, row in enumerate(entries)}  # the same in every chart
+    shown = [row for row in entries if row.curve and row.method != "raw"]
     own = {label: flatten(dict(settings)) for label, settings in plan.entries.items()}
     template = environment().get_template("comparison.html.j2")
     return template.render(
@@ -56,10 +57,12 @@ def render(folder: Comparison, entries: Sequence[Row]) -> str:
         failures={row.label: row.errors for row in entries if row.errors},
         strange=incomparable(entries),
         tables=tables(folder, entries),
-        curve=charts.lines([row.curve for row in shown], "calls", raw.value if raw else None),
-        curve_legend=[(row.label, charts.hue(number)) for number, row in enumerate(shown)],
-        scatters=_scatters(entries, reward),
-        scatter_legend=[(row.label, charts.hue(number)) for number, row in enumerate(entries) if row.fitted],
+        curve=charts.lines(
+            {row.label: row.curve for row in shown}, hues, "calls", raw.value if raw else None
+        ),
+        curve_legend=[(row.label, hues[row.label]) for row in shown],
+        scatters=_scatters(entries, reward, hues),
+        scatter_legend=[(row.label, hues[row.label]) for row in entries if row.fitted],
         sheets=_sheets(folder),
         common=flatten(dict(plan.common)),
         own=own,
@@ -75,7 +78,8 @@ def lead(entries: Sequence[Row], reward: str) -> str:
         gains = [(row.label, getattr(row, place)[reward]) for row in some if reward in getattr(row, place)]
         if gains:
             label, gain = max(gains, key=lambda found: found[1].gain.value)
-            text += f"On {noise}, {label} changed {reward} most, by {gain.gain.value:+.3f}{span(gain.gain)}. "
+            change = f"{gain.gain.value:+.3f} {span(gain.gain)}".strip()
+            text += f"On {noise}, {label} changed {reward} most, by {change}. "
     return text or "Nothing is finished yet that could be compared."
 
 
@@ -151,20 +155,20 @@ def numbers(entries: Sequence[Row]) -> str:
     return stream.getvalue()
 
 
-def _scatters(entries: Sequence[Row], reward: str) -> list[tuple[str, Markup]]:
+def _scatters(entries: Sequence[Row], reward: str, hues: Mapping[str, int]) -> list[tuple[str, Markup]]:
     """For each held-out reward: every entry's gain in it against its gain in the raised one."""
-    gains = [row.unseen or row.fitted for row in entries]
-    names = dict.fromkeys(name for each in gains for name in each if name != reward)
+    gains = {row.label: row.unseen or row.fitted for row in entries}
+    names = dict.fromkeys(name for each in gains.values() for name in each if name != reward)
     charted = []
     for name in names:
-        found = [(number, each) for number, each in enumerate(gains) if {name, reward} <= each.keys()]
-        points = [(each[reward].gain.value, each[name].gain.value) for _, each in found]
-        charted.append((name, charts.scatter(points, [charts.hue(number) for number, _ in found])))
+        found = {label: each for label, each in gains.items() if {name, reward} <= each.keys()}
+        points = [(each[reward].gain.value, each[name].gain.value) for each in found.values()]
+        charted.append((name, charts.scatter(points, {label: hues[label] for label in found})))
     return charted
 
 
 def _sheets(folder: Comparison) -> list[Sheet]:
-    """One from the first fitted seed, one from the first unseen one; raw images come from any run."""
+    """One from the first fitted seed, one from the first unseen one."""
     runs = {label: run for label in folder.plan.entries if (run := folder.run(label)) is not None}
     if not runs:
         return []
@@ -174,15 +178,23 @@ def _sheets(folder: Comparison) -> list[Sheet]:
 
 
 def _sheet(runs: dict[str, Run], title: str, seed: int) -> Sheet:
-    drawn = {label: run for label, run in runs.items() if run.config.method_name != "raw"}
-    prompts = next(iter(runs.values())).prompts[:SHEET_PROMPTS]
+    """Entries of the method raw have a column each; where there is none, raw images come from any run."""
+    raw = {label: run for label, run in runs.items() if run.config.method_name == "raw"}
+    drawn = {label: run for label, run in runs.items() if label not in raw}
+    befores = [[run] for run in raw.values()] or [list(runs.values())]
     lines = []
-    for prompt in prompts:
-        befores = (picture_uri(run.image(prompt, "before", seed), SHEET_PIXELS) for run in runs.values())
-        raw = next((uri for uri in befores if uri is not None), None)
-        own = [picture_uri(run.image(prompt, "after", seed), SHEET_PIXELS) for run in drawn.values()]
-        lines.append((prompt.text, [raw, *own]))
-    return Sheet(title, ["raw", *drawn], lines)
+    for prompt in next(iter(runs.values())).prompts[:SHEET_PROMPTS]:
+        found = [
+            next(filter(None, (_picture(run, prompt, "before", seed) for run in some)), None)
+            for some in befores
+        ]
+        found += [_picture(run, prompt, "after", seed) for run in drawn.values()]
+        lines.append((prompt.text, found))
+    return Sheet(title, [*(raw or ["raw"]), *drawn], lines)
+
+
+def _picture(run: Run, prompt: Prompt, when: str, seed: int) -> str | None:
+    return picture_uri(run.image(prompt, when, seed), SHEET_PIXELS)
 
 
 def _plain(text: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ipgo.comparison import Comparison
 from ipgo.evaluation import Gain, Interval, average
@@ -21,10 +21,17 @@ COST = {
 
 @dataclass(frozen=True)
 class Cell:
-    """A text, and good or bad where it has a sign that is no accident of the last digit."""
+    """A value and what is to be said of it, and good or bad if its interval says so."""
 
-    text: str
+    value: str
     mood: str = ""
+    more: str = ""
+
+    @property
+    def text(self) -> str:
+        """Both, on one line."""
+        between = " " if self.more.startswith("(") else ", "
+        return f"{self.value}{between}{self.more}" if self.more else self.value
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,7 @@ def raised_table(entries: Sequence[Row], reward: str) -> Table:
     """What the methods did to the reward that they raise."""
     prompts = any(row.unseen_prompts for row in entries)
     head = ["entry", "fitted noise", "gain", "wins over raw", "last step", "best of run"]
-    head += ["unseen noise", "gain", "wins over raw", *(["gain on unseen prompts"] if prompts else [])]
+    head += ["unseen noise", "gain there", "wins there", *(["gain on unseen prompts"] if prompts else [])]
     lines, strange = [], strange_to(entries, reward)
     for row in entries:
         label = f"{row.label} {MARK}" if row.label in strange else row.label
@@ -69,7 +76,8 @@ def raised_table(entries: Sequence[Row], reward: str) -> Table:
         "Gains and wins are over the entry's own raw images, with 95% bootstrap intervals. Images and gains are "
         "those of the adapter that a method returns: the best of its run by the raised reward where it keeps that, "
         "else the last. To compare selection alike, “last step” and “best of run” are the raised reward in the fit "
-        "itself. Entries that are tied to their noise have no unseen noise."
+        "itself. Entries that are tied to their noise have no unseen noise. What its interval leaves open has no "
+        "colour."
     )
     note += (
         f" {MARK}: scored by another {reward}; the line does not compare with the others." if strange else ""
@@ -141,15 +149,29 @@ def _gain(gains: dict[str, Gain], reward: str, before: bool = False) -> Cell:
     gain = gains.get(reward)
     if gain is None:
         return Cell("–")
-    start = f"{gain.before:.3f} → {gain.after:.3f}, " if before else ""
-    return Cell(f"{start}{gain.gain.value:+.3f}{span(gain.gain)}", mood(gain.gain.value))
+    change, within = f"{gain.gain.value:+.3f}", span(gain.gain)
+    sure = mood(gain.gain.value) if decided(gain.gain, 0) else ""
+    if before:
+        return Cell(f"{gain.before:.3f} → {gain.after:.3f}", sure, f"{change} {within}".strip())
+    return Cell(change, sure, within)
+
+
+def decided(interval: Interval, even: float) -> bool:
+    """Does the interval lie on one side of `even`?"""
+    return interval.low > even or interval.high < even
 
 
 def _judged(row: Row, reward: str, strange: bool) -> Cell:
     """What an entry did to a reward that was not raised."""
     gains = row.unseen or row.fitted
     cell = _level(row, reward) if row.method == "raw" else _gain(gains, reward, before=True)
-    return Cell(f"{cell.text} {MARK}", cell.mood) if strange else cell
+    if not strange:
+        return cell
+    return (
+        replace(cell, more=f"{cell.more} {MARK}")
+        if cell.more
+        else replace(cell, value=f"{cell.value} {MARK}")
+    )
 
 
 def _level(row: Row, reward: str) -> Cell:
@@ -159,7 +181,8 @@ def _level(row: Row, reward: str) -> Cell:
 
 
 def span(interval: Interval) -> str:
-    return "" if math.isnan(interval.low) else f" ({interval.low:+.3f} to {interval.high:+.3f})"
+    """(low to high), or nothing where one image has no interval."""
+    return "" if math.isnan(interval.low) else f"({interval.low:+.3f} to {interval.high:+.3f})"
 
 
 def _wins(gains: dict[str, Gain], reward: str) -> Cell:
@@ -169,5 +192,6 @@ def _wins(gains: dict[str, Gain], reward: str) -> Cell:
 def _rate(interval: Interval | None) -> Cell:
     if interval is None:
         return Cell("–")
-    span = "" if math.isnan(interval.low) else f" ({interval.low:.0%} to {interval.high:.0%})"
-    return Cell(f"{interval.value:.0%}{span}", mood(interval.value - 0.5))
+    within = "" if math.isnan(interval.low) else f"({interval.low:.0%} to {interval.high:.0%})"
+    sure = mood(interval.value - 0.5) if decided(interval, 0.5) else ""
+    return Cell(f"{interval.value:.0%}", sure, within)

@@ -1,0 +1,197 @@
+"""Every system on every bundled reward and prompt set, at one budget: docs/comparison.md.
+
+    python benchmarks/comparison.py --entries raw ipgo draft reno best-of-n --budget 3000 --out docs/comparison.md
+
+Each cell, a reward on the test half of a set, is an ordinary comparison (`ipgo compare`) in
+build/benchmarks/comparison: an interrupted benchmark goes on, and `--table` makes the document from what is there.
+Entries are labels of `ipgo compare --config systems`; those that learn the noise of one seed are fitted on the first
+of --seeds.
+"""
+
+import argparse
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import yaml
+
+from ipgo import cli
+from ipgo.cli_compare import SYSTEMS, entries_of, read_comparison
+from ipgo.comparison import Comparison
+from ipgo.evaluation import Gain
+from ipgo.methods import METHODS
+from ipgo.report.rows import Row, rows
+from ipgo.report.tables import span
+from ipgo.runner import BUNDLED_REWARDS
+
+REWARDS = BUNDLED_REWARDS["emoji"]
+SETS = ("one", "two", "styled")
+FOLDER = Path("build/benchmarks/comparison")
+OURS = "ipgo"
+# Methods that change the prompt, as text or as embeddings, and leave noise and weights alone.
+PROMPT_LEVEL = ("ipgo", "ipgo-black-box", "embedding", "dpo-diffusion", "promptist", "chatgpt", "llm-search")
+ENOUGH = 8 / 9  # of the cells in which ours should be the best of these
+
+Cell = tuple[str, str]  # reward, set
+
+
+def plan(entries: Sequence[str], seeds: Sequence[int]) -> str:
+    """The file that `ipgo compare --config` reads."""
+    own = entries_of(",".join(entries), read_comparison(SYSTEMS)["entries"], {})
+    for settings in own.values():
+        if getattr(METHODS[settings["method"]["name"]], "one_seed", False):
+            settings["seeds"] = [seeds[0]]
+    return yaml.safe_dump({"seeds": list(seeds), "entries": own}, sort_keys=False)
+
+
+def run(cell: Cell, options: argparse.Namespace) -> None:
+    """Go on with one cell until it is done; what fails is in its table."""
+    reward, kind = cell
+    file = FOLDER / "entries.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(plan(options.entries, options.seeds))
+    words = [
+        "compare",
+        "--config",
+        str(file),
+        "--prompts",
+        f"{kind}:test?n={options.count}",
+        "--reward",
+        reward,
+    ]
+    words += ["--budget", str(options.budget), "--out", str(FOLDER / f"{reward}-{kind}")]
+    if options.price:
+        words += ["--price", *map(str, options.price)]
+    code = cli.main([*words, *(f"--{flag}" for flag in options.flags)])
+    if code not in (0, 1):
+        raise SystemExit(code)
+
+
+def stored(cells: Sequence[Cell]) -> dict[Cell, list[Row]]:
+    """The rows of every cell that has begun."""
+    places = {(reward, kind): FOLDER / f"{reward}-{kind}" for reward, kind in cells}
+    return {
+        cell: rows(Comparison.open(place))
+        for cell, place in places.items()
+        if (place / "plan.json").is_file()
+    }
+
+
+# -- the document ------------------------------------------------------------------------------------------
+
+
+def tables(found: Mapping[Cell, Sequence[Row]]) -> str:
+    """For each reward: an entry's gain on fitted and on unseen noise, set by set, with what it cost."""
+    parts = []
+    for reward in dict.fromkeys(reward for reward, _ in found):
+        kinds = [kind for name, kind in found if name == reward]
+        head = [
+            "entry",
+            *(f"{kind}, {noise}" for kind in kinds for noise in ("fitted", "unseen")),
+            "calls",
+            "seconds",
+        ]
+        lines = [head, ["---"] * len(head)]
+        for label in dict.fromkeys(row.label for kind in kinds for row in found[reward, kind]):
+            own = [{row.label: row for row in found[reward, kind]}.get(label) for kind in kinds]
+            cells = [cell(row, reward, noise) for row in own for noise in ("fitted", "unseen")]
+            some = [row for row in own if row is not None and row.finished]
+            cost = [
+                f"{mean([row.weighted for row in some]):,.0f}",
+                f"{mean([row.seconds for row in some]):,.0f}",
+            ]
+            lines.append([label, *cells, *(cost if some else ["–", "–"])])
+        parts.append(f"## {reward}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
+    return "\n\n".join(parts)
+
+
+def cell(row: Row | None, reward: str, noise: str) -> str:
+    """A gain with its interval; of raw, which has none, its value."""
+    if row is None or not row.finished:
+        return "failed" if row is not None and row.failed else "–"
+    level = row.means[noise == "unseen"]
+    if row.method == "raw":
+        return f"{level.value:.3f}" if level is not None else "–"
+    gain = getattr(row, noise).get(reward)
+    return "–" if gain is None else said(gain)
+
+
+def said(gain: Gain) -> str:
+    return f"{gain.gain.value:+.3f} {span(gain.gain)}".strip()
+
+
+def bar(found: Mapping[Cell, Sequence[Row]]) -> str:
+    """Is ours the best of its level on unseen noise, and does nothing that was not raised fall below raw?"""
+    best, lines, low = 0, [], []
+    for (reward, kind), entries in found.items():
+        level = [row for row in entries if row.method in PROMPT_LEVEL and reward in row.unseen]
+        ours = next((row for row in level if row.label == OURS), None)
+        if ours is None:
+            lines.append(f"- {reward} on {kind}: {OURS} has no result.")
+            continue
+        winner = max(level, key=lambda row: row.unseen[reward].gain.value)
+        best += winner is ours
+        if winner is not ours:
+            lines.append(f"- {reward} on {kind}: {winner.label} {said(winner.unseen[reward])} is above "
+                         f"{OURS} {said(ours.unseen[reward])}.")  # fmt: skip
+        low += [
+            f"- {reward} on {kind}: {name} {said(gain)}, {'surely' if gain.gain.high < 0 else 'perhaps'} below raw."
+            for name, gain in ours.unseen.items()
+            if name != reward and gain.gain.value < 0
+        ]
+    verdict = "is" if found and best >= ENOUGH * len(found) - 1e-9 else "is not"
+    return "\n".join(
+        [
+            f"On unseen noise {OURS} has the largest gain among methods that change the prompt in {best} of "
+            f"{len(found)} cells; the bar of {math.ceil(ENOUGH * len(found) - 1e-9)} {verdict} reached.",
+            *([""] if lines else []),
+            *lines,
+            "",
+            f"Rewards that were not raised, and the judge's verdicts, where {OURS} is below raw"
+            + (":" if low else ": none."),
+            *([""] if low else []),
+            *low,
+        ]
+    )
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--entries", nargs="+", default=list(read_comparison(SYSTEMS)["entries"]))
+    parser.add_argument("--rewards", nargs="+", default=list(REWARDS))
+    parser.add_argument("--sets", nargs="+", default=list(SETS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3])
+    parser.add_argument("--count", type=int, default=20, help="prompts of a cell")
+    parser.add_argument("--budget", type=int, default=3000)
+    parser.add_argument(
+        "--price", nargs=2, type=float, help="as in ipgo compare, so that all cells have the same"
+    )
+    parser.add_argument(
+        "--flags", nargs="*", default=[], help="further flags of ipgo compare, without --: chunk=8"
+    )
+    parser.add_argument("--table", action="store_true", help="run nothing")
+    parser.add_argument("--out", type=Path, help="write the document there, under the command that made it")
+    options = parser.parse_args(argv)
+    cells = list(itertools.product(options.rewards, options.sets))
+    if not options.table:
+        for each in cells:
+            run(each, options)
+    found = stored(cells)
+    document = f"{bar(found)}\n\n{tables(found)}\n"
+    print(document)
+    if options.out:
+        settings = " ".join(
+            f"--{key} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+            for key, value in vars(options).items()
+            if key not in ("out", "table") and value not in (None, [])
+        )
+        options.out.write_text(f"`python benchmarks/comparison.py {settings}`\n\n{document}")
+
+
+if __name__ == "__main__":
+    main()

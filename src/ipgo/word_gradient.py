@@ -1,0 +1,93 @@
+"""The rewards of prompts whose words are mixtures, to be differentiated by the words' weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ipgo.embeds import PromptEmbeds, concatenate
+from ipgo.errors import RewardError
+from ipgo.relaxation import Mixture, Relaxation, shortcut
+from ipgo.rewards import score
+from ipgo.sampling import decode, unconditional
+from ipgo.substitution import Choice, Space, Template
+from ipgo.task import Task
+
+
+@dataclass(frozen=True)
+class MixedWords:
+    """How mixtures of the words of N rows are drawn (arXiv 2407.01606).
+
+    Attributes:
+        spaces: what each row may choose between: one for each prompt, or one for all.
+        negative: does the negative prompt have words to choose?
+        temperature: of the Gumbel-softmax.
+        window: the part of denoising through which the one differentiated call moves, in `steps` steps.
+    """
+
+    task: Task
+    spaces: Sequence[Space]
+    negative: bool
+    temperature: float
+    window: tuple[float, float]
+    steps: int
+
+    @cached_property
+    def relaxation(self) -> Relaxation:
+        return Relaxation(self.task.backend)
+
+    def weights(self, logits: Tensor, noise: Tensor, allowed: Tensor) -> Tensor:
+        """softmax((logits + Gumbel noise) / temperature) over the options (N, S, K) that are `allowed`."""
+        logits = logits.masked_fill(~allowed, -torch.inf)
+        # A row that lacks a slot has no option there: its softmax is NaN, and nothing reads it.
+        return ((logits + noise) / self.temperature).softmax(-1).masked_fill(~allowed, 0)
+
+    def rewards(
+        self, weights: Tensor, choices: Sequence[Choice], numbers: Sequence[int], step: int
+    ) -> Tensor:
+        """(B,): the rewards of prompts by their numbers, drawn from mixtures of words.
+
+        Args:
+            choices: of each row; a slot holds as many tokens as the option that is chosen.
+        """
+        task = self.task
+        prompts = [task.prompts[number] for number in numbers]
+        rows = [0 if task.shared else each for each in numbers]
+        cond, uncond = self._conditions(prompts, rows, choices, weights)
+        start, end = self.window
+        place = start + (end - start) * step / self.steps
+        index = min(int(task.sampling.steps * place + 1e-9), task.sampling.steps - 1)
+        own = task.backend.noise(task.noise_seeds(prompts, step), task.sampling.noise_steps(task.backend))
+        images = decode(task.backend, shortcut(task.backend, cond, uncond, own, task.sampling, index))
+        rewards = score(task.reward, images, prompts)
+        if images.requires_grad and not rewards.requires_grad:
+            raise RewardError(f"reward {task.reward.name!r} gives no gradient, which this method needs")
+        return rewards
+
+    def _conditions(
+        self, prompts: Sequence[str], rows: Sequence[int], choices: Sequence[Choice], weights: Tensor
+    ) -> tuple[PromptEmbeds, PromptEmbeds | None]:
+        """Both halves of guidance, each a mixture where it has slots."""
+        backend, sampling = self.task.backend, self.task.sampling
+        positive, negative = [], []
+        for row, prompt in zip(rows, prompts, strict=True):
+            space = self.spaces[row]
+            count = len(space.positive.slots)
+            template = space.positive if count else Template((prompt,))
+            chosen = space.split(choices[row])
+            positive.append(Mixture(template, chosen[0], weights[row, :count]))
+            negative.append(Mixture(space.negative, chosen[1], weights[row, count:]))
+        with self.relaxation.mixed(positive):
+            cond = backend.encode([mixture.text for mixture in positive])
+        if not self.negative:
+            return cond, unconditional(backend, cond, sampling)
+        halves = []
+        for number, mixture in enumerate(negative):
+            own = cond.select(torch.tensor([number], device=cond.mask.device))
+            with self.relaxation.mixed([mixture]):
+                halves.append(backend.unconditional(mixture.text, own))
+        return cond, concatenate(halves)

@@ -1,0 +1,89 @@
+"""benchmarks/comparison.py: its plan, its tables and its bar, on rows that are made by hand."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import yaml
+
+from benchmarks import comparison
+from ipgo import Gain, Interval
+from ipgo.cli_compare import SYSTEMS, read_comparison
+from ipgo.comparison import Plan
+from ipgo.config import RunConfig
+from ipgo.report.rows import Row
+
+
+def gain(reward: str, value: float) -> Gain:
+    interval = Interval(value, value - 0.1, value + 0.1, 20, "prompts")
+    return Gain("x", reward, reward != "r", 0.5, 0.5 + value, interval, interval)
+
+
+def row(label: str, method: str, unseen: dict[str, float], **other: Any) -> Row:
+    level = Interval(0.5, 0.4, 0.6, 20, "prompts")
+    gains = {name: gain(name, value) for name, value in unseen.items()}
+    made = Row(label, method, False, "unseen seeds", 20, 20, 0, (), {}, [], gains, gains, {}, (level, level),
+               0.5, 0.6, [], {}, 2990.0, 12.0, 900, 100)  # fmt: skip
+    return replace(made, **other)
+
+
+CELL = [
+    row("raw", "raw", {}),
+    row("ipgo", "ipgo", {"r": 0.3, "held": 0.1, "judge-object": -0.02}),
+    row("draft", "draft", {"r": 0.9, "held": 0.1}),  # weights: of another level
+    row("llm-search", "llm-search", {"r": 0.2, "held": 0.1}),
+    row("reno", "reno", {}, fitted={"r": gain("r", 0.4)}),
+    row("chatgpt", "chatgpt", {}, finished=0, failed=20),
+]
+
+
+def test_the_bar_is_about_methods_that_change_the_prompt() -> None:
+    text = comparison.bar({("r", "one"): CELL})
+    assert "in 1 of 1 cells; the bar of 1 is reached" in text
+    assert "- r on one: judge-object -0.020 (-0.120 to +0.080), perhaps below raw." in text
+    better = [*CELL, row("promptist", "promptist", {"r": 0.35})]
+    cells = {("r", str(number)): CELL for number in range(7)} | {("r", "7"): better, ("r", "8"): better}
+    text = comparison.bar(cells)
+    assert "in 7 of 9 cells; the bar of 8 is not reached" in text
+    assert "- r on 8: promptist +0.350 (+0.250 to +0.450) is above ipgo +0.300" in text
+    assert "the bar of 8 is reached" in comparison.bar({**cells, ("r", "7"): CELL})
+    assert "- r on one: ipgo has no result." in comparison.bar({("r", "one"): CELL[:1]})
+
+
+def test_the_tables_have_every_entry_of_every_set() -> None:
+    text = comparison.tables({("r", "one"): CELL, ("r", "two"): CELL[:3], ("s", "one"): CELL[:1]})
+    first, second = text.split("\n\n## s")
+    lines = first.splitlines()
+    assert lines[2] == "| entry | one, fitted | one, unseen | two, fitted | two, unseen | calls | seconds |"
+    assert lines[4] == "| raw | 0.500 | 0.500 | 0.500 | 0.500 | 2,990 | 12 |"
+    assert "| reno | +0.400 (+0.300 to +0.500) | – | – | – | 2,990 | 12 |" in lines
+    assert "| chatgpt | failed | failed | – | – | – | – |" in lines
+    assert second.count("\n| raw") == 1
+
+
+def test_a_single_image_has_no_interval() -> None:
+    alone = gain("r", 0.25)
+    alone = replace(alone, gain=replace(alone.gain, low=math.nan, high=math.nan))
+    assert comparison.said(alone) == "+0.250"
+
+
+def test_its_plan_fits_noise_on_one_seed() -> None:
+    labels = list(read_comparison(SYSTEMS)["entries"])
+    made = yaml.safe_load(comparison.plan(labels, (0, 1, 2, 3)))
+    assert made["seeds"] == [0, 1, 2, 3]
+    tied = {label for label, settings in made["entries"].items() if settings.get("seeds") == [0]}
+    assert tied == {"reno", "dno", "joint", "best-of-n"}
+    common = {**RunConfig(("a",)).to_json(), "seeds": made["seeds"]}
+    common = {name: value for name, value in common.items() if name not in ("prompts", "method")}
+    Plan(("a",), common, made["entries"], 3000).check()
+
+
+def test_a_cell_that_cannot_begin_ends_the_benchmark(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparison, "FOLDER", tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        comparison.main(["--entries", "raw", "--rewards", "nosuch", "--sets", "one"])
+    assert stopped.value.code == 2
+    assert comparison.stored([("nosuch", "one")]) == {}
