@@ -35,7 +35,7 @@ from ipgo.budget import BudgetSpent, Ledger, Price, fit_to, length_of, measure, 
 from ipgo.cli_compare import comparisons, entries_of, read_comparison
 from ipgo.comparison import Comparison, Plan
 from ipgo.config import RunConfig
-from ipgo.methods import METHODS, BestOfN, Raw
+from ipgo.methods import METHODS, BestOfN, BlackBoxIPGO, Raw
 from ipgo.report import comparison as page
 from ipgo.report.identity import fingerprint, fingerprints, strangers
 from ipgo.report.rows import matrices, rows
@@ -156,8 +156,9 @@ def test_what_a_step_costs_by_hand(ascent: Ascent, shared: bool, cost: float) ->
 
 
 def test_the_length_that_a_budget_pays_for() -> None:
-    config = RunConfig(("a",), BestOfN(n=3), seeds=(0, 1))
-    assert step_cost(config, 20, PRICE) == 40
+    assert step_cost(RunConfig(("a",), BlackBoxIPGO(), seeds=(0, 1)), 20, PRICE) == 40
+    config = RunConfig(("a",), BestOfN(n=3))
+    assert step_cost(config, 40, PRICE) == 40
     assert paid(config, 119, 40.0) == 2
     assert paid(config, 3000, 0.1 * 3) == 10000
     assert fit_to(config, "n", 2).method == BestOfN(n=2)
