@@ -5,7 +5,8 @@
 Modes, all with the default preset but for what is named:
 - one-seed: prompt-wise, fitted on seed 0;
 - seeds: prompt-wise, cycling over four seeds;
-- shared, plus: prompt-batch IPGO and IPGO+ (preset ipgo-plus), fitted on the train half, judged on the test half.
+- shared, plus: prompt-batch, with bare embeddings (IPGO) and with those that attend to the prompt (IPGO+), fitted on
+  the train half, judged on the test half.
 Prompts are of the test halves. Runs are kept in build/benchmarks, so that an interrupted benchmark goes on.
 """
 
@@ -29,6 +30,7 @@ REWARDS = BUNDLED_REWARDS["emoji"]
 SETS = ("one", "two", "styled")
 FOLDER = Path("build/benchmarks/end-to-end")
 UNSEEN = (1000, 1001, 1002, 1003)
+BARE = {"cross_attention": "none", "norm": 1.0}  # embeddings that do not look at the prompt at hand
 HEADER = (
     "| mode | prompts | reward | before | after, fitted | win rate, fitted | after, unseen | win rate, unseen "
     "| held-out rewards, unseen | judge: object | calls, of which with gradient | seconds | MiB |\n"
@@ -110,7 +112,7 @@ def main() -> None:
         if mode in ("one-seed", "seeds"):
             cells = prompt_wise(name, test, reward, (0,) if mode == "one-seed" else (0, 1, 2, 3))
         else:
-            insertion = ipgo.Insertion(cross_attention="residual" if mode == "plus" else "none")
+            insertion = ipgo.Insertion() if mode == "plus" else replace(ipgo.Insertion(), **BARE)
             # The schedule of presets/ipgo-plus.yaml, for both.
             ascent = replace(ipgo.IPGO().ascent, steps=options.steps, lr=0.01, lr_decay=0.95, decay_every=15)
             cells = prompt_batch(name, train, test, reward, ipgo.IPGO(insertion, ascent))

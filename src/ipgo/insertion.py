@@ -34,10 +34,11 @@ class Insertion:
         bias: add one free vector to all embeddings of a side, as the authors' notebook does.
         basis: "orthonormal", or "free": learn the embeddings themselves, without basis and coefficients.
         bounded: keep the coefficients within [-1, 1].
-        cross_attention: IPGO+ lets the inserted embeddings attend to the prompt's and takes the answer
-            ("replace"), or adds it ("residual"); "none" is IPGO.
-        norm: mean norm of an inserted embedding at the start. Small ones begin near the image of the raw
-            prompt. None is the norm of the prompt's own embeddings, 0 leaves it at sqrt(rank / 3), as the
+        cross_attention: the inserted embeddings attend to the prompt's, and the answer is added to them ("residual")
+            or takes their place ("replace"), as IPGO+ has it; "none" is the paper's prompt-wise IPGO. Bare ones take
+            attention away from the text, as a lower guidance scale would: docs/settings.md.
+        norm: mean norm of an inserted embedding at the start, before it attends. Small ones begin near the image of
+            the raw prompt. None is the norm of the prompt's own embeddings, 0 leaves it at sqrt(rank / 3), as the
             paper does.
         pooled: learn a change of the vector for the whole prompt too, where there is one (SDXL, SD3, FLUX.1).
         negative: insert as many embeddings around the negative prompt's too, and with `pooled` change its vector.
@@ -50,8 +51,8 @@ class Insertion:
     bias: bool = False
     basis: Basis = "orthonormal"
     bounded: bool = True
-    cross_attention: CrossAttention = "none"
-    norm: float | None = 1.0
+    cross_attention: CrossAttention = "residual"
+    norm: float | None = 3.0
     pooled: bool = False
     negative: bool = False
 

@@ -33,9 +33,12 @@ def concat(conditioning_to: Any, conditioning_from: Any) -> Any:
     return [[torch.cat((states, other), 1), about.copy()] for states, about in conditioning_to]
 
 
+BARE = {"cross_attention": "none"}
+
+
 def saved(backend: Backend, folder: Path, **insertion: Any) -> ipgo.InsertionAdapter:
     adapter = ipgo.InsertionAdapter.start(
-        backend, PROMPTS, ipgo.Insertion(2, 1, **insertion), seed=0, shared=False
+        backend, PROMPTS, ipgo.Insertion(2, 1, **BARE | insertion), seed=0, shared=False
     )
     ipgo.save_adapter(adapter, folder)
     return adapter

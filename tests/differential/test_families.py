@@ -21,7 +21,7 @@ from tests.conftest import tiny_pipeline
 
 PROMPTS = ("a red cat", "a dog", "sun")
 SEEDS = [11, 12, 13]
-INSERTION = Insertion(num_prefix=11, num_suffix=11, rank=8)
+INSERTION = Insertion(num_prefix=11, num_suffix=11, rank=8, norm=20.0)
 
 T5 = {"max_sequence_length": tiny.T5_TOKENS}
 SMALL = {"height": 16, "width": 16}

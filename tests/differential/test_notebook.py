@@ -10,8 +10,12 @@ from ipgo.backends import load_backend
 from ipgo.insertion import InsertedEmbeddings, Insertion, orthonormal
 from ipgo.sampling import Sampling, sample
 
-PAPER_CODE = Insertion(num_prefix=10, num_suffix=10, rank=300, rotations="unused", bias=True, norm=0)
-SMALL = Insertion(num_prefix=3, num_suffix=3, rank=20, rotations="unused", bias=True, norm=0)
+PAPER_CODE = Insertion(
+    num_prefix=10, num_suffix=10, rank=300, rotations="unused", bias=True, norm=0, cross_attention="none"
+)
+SMALL = Insertion(
+    num_prefix=3, num_suffix=3, rank=20, rotations="unused", bias=True, norm=0, cross_attention="none"
+)
 STEPS, GUIDANCE, K = 6, 7.5, 2
 PROMPT = "a red cat"
 

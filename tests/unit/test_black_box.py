@@ -25,7 +25,7 @@ from ipgo.task import Task
 
 PROMPTS = ("a red cat", "sun")
 SAMPLING = Sampling(steps=2, guidance_scale=3.0)
-SMALL = Insertion(num_prefix=1, num_suffix=1, rank=3, norm=None)
+SMALL = Insertion(num_prefix=1, num_suffix=1, rank=3, cross_attention="none", norm=None)
 
 
 @pytest.fixture(params=["cma", "bayes"])

@@ -61,7 +61,9 @@ def test_presets_are_valid(name: str) -> None:
 def test_paper_code_is_the_notebook() -> None:
     config = read(read_settings("paper-code", None))
     insertion = config.method.insertion  # type: ignore[attr-defined]
-    assert insertion == Insertion(10, 10, insertion.rank, "unused", bias=True, norm=0.0)
+    assert insertion == Insertion(
+        10, 10, insertion.rank, "unused", bias=True, cross_attention="none", norm=0.0
+    )
     assert insertion.rank_of(10, 768) == 300
     assert (config.scheduler, config.padding, config.seeds) == ("lms", "none", (0,))
     assert config.sampling == Sampling(steps=50, guidance_scale=7.5, fit_steps=None)

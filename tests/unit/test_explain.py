@@ -31,7 +31,7 @@ from tests import tiny_families as tiny
 PROMPT = "a fox"
 SAMPLING = Sampling(steps=3, guidance_scale=3.0)
 REWARD = load_reward("colorfulness", device="cpu")
-FREE = Insertion(2, 1, basis="free", rotations="none", norm=3.0)
+FREE = Insertion(2, 1, basis="free", rotations="none", norm=3.0, cross_attention="none")
 
 
 def adapter(backend: Backend, insertion: Insertion = FREE) -> InsertionAdapter:
@@ -101,7 +101,7 @@ def test_leaving_one_out_is_an_adapter_without_it(own: Backend) -> None:
 
     assert found.value == pytest.approx(value(learned), abs=1e-6)
     assert found.raw == pytest.approx(value(Adapter()), abs=1e-6)
-    kept = adapter(own, Insertion(1, 1, basis="free", rotations="none", norm=3.0))
+    kept = adapter(own, Insertion(1, 1, basis="free", rotations="none", norm=3.0, cross_attention="none"))
     with torch.no_grad():
         for side, other in zip(kept.sides(), learned.sides(), strict=True):
             assert side.vectors is not None
