@@ -25,7 +25,7 @@ REWARDS = BUNDLED_REWARDS["emoji"]
 FITTED = (0, 1, 2, 3)
 STRENGTHS = {  # norm of the inserted embeddings, steps, learning rate
     "norm 1, 30 steps": (1.0, 30, 0.03),
-    "norm 3, 30 steps": (3.0, 30, 0.03),
+    "norm 2, 30 steps": (2.0, 30, 0.03),
     "norm 4, 80 steps, lr 0.1": (4.0, 80, 0.1),
     "norm of the prompt, 80 steps, lr 0.1": (None, 80, 0.1),
 }

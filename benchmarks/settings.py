@@ -33,6 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "norm of the prompt": {"insertion.norm": None},
     "norm 1": {"insertion.norm": 1.0},
     "norm 2": {"insertion.norm": 2.0},
+    "norm 3": {"insertion.norm": 3.0},
     "norm 4": {"insertion.norm": 4.0},
     "norm 8": {"insertion.norm": 8.0},
     "no attention": {"insertion.cross_attention": "none"},
@@ -72,7 +73,7 @@ def measure(base: dict[str, Any], overrides: dict[str, Any], reward: str, prompt
         reward=reward,
         method=ipgo.IPGO(parts["insertion"], parts["ascent"]),
         sampling=parts["sampling"],
-        seeds=overrides.get("seeds", (0,)),
+        seeds=(base | overrides).get("seeds", (0,)),
         chunk=len(prompts),
     )
     seconds = (time.perf_counter() - start) / len(prompts)

@@ -121,8 +121,12 @@ def main() -> None:
     options = parser.parse_args()
     result = table(options)
     if options.out:
-        settings = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in vars(options).items() if k != "out")
-        options.out.write_text(f"`python benchmarks/truncation.py`, with {settings}\n\n{result}\n")
+        given = {k: v for k, v in vars(options).items() if k != "out" and v is not None}
+        settings = " ".join(
+            f"--{key.replace('_', '-')} {' '.join(value) if isinstance(value, list) else value}"
+            for key, value in given.items()
+        )
+        options.out.write_text(f"`python benchmarks/truncation.py {settings}`\n\n{result}\n")
 
 
 if __name__ == "__main__":

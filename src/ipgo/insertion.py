@@ -52,7 +52,7 @@ class Insertion:
     basis: Basis = "orthonormal"
     bounded: bool = True
     cross_attention: CrossAttention = "residual"
-    norm: float | None = 3.0
+    norm: float | None = 2.0
     pooled: bool = False
     negative: bool = False
 
