@@ -2,25 +2,30 @@
 
     python benchmarks/comparison.py --entries raw ipgo draft reno best-of-n --budget 3000 --out docs/comparison.md
 
-Each cell, a reward on the test half of a set, is an ordinary comparison (`ipgo compare`) in
-build/benchmarks/comparison: an interrupted benchmark goes on, and `--table` makes the document from what is there.
-Entries are labels of `ipgo compare --config systems`; those that learn the noise of one seed are fitted on the first
-of --seeds.
+Each entry on each cell, a reward on the test half of a set, is an ordinary comparison (`ipgo compare`) in
+build/benchmarks/comparison: an interrupted benchmark goes on. Its figures are kept in docs/comparison/ENTRY.json, so
+that the whole may be made piece by piece, several entries beside each other, and `--table` makes the document from what
+is there. Entries are labels of `ipgo compare --config systems`; those that learn the noise of one seed are fitted on
+the first of --seeds.
 """
 
 import argparse
 import itertools
+import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from ipgo import cli
+from ipgo import cli, files
 from ipgo.cli_compare import SYSTEMS, entries_of, read_comparison
 from ipgo.comparison import Comparison
-from ipgo.evaluation import Gain
+from ipgo.evaluation import Gain, Interval
 from ipgo.methods import METHODS
+from ipgo.report.identity import comparable
 from ipgo.report.rows import Row, rows
 from ipgo.report.tables import span
 from ipgo.runner import BUNDLED_REWARDS
@@ -28,6 +33,8 @@ from ipgo.runner import BUNDLED_REWARDS
 REWARDS = BUNDLED_REWARDS["emoji"]
 SETS = ("one", "two", "styled")
 FOLDER = Path("build/benchmarks/comparison")
+KEPT = Path("docs/comparison")
+SETTINGS = ("seeds", "count", "budget", "price", "flags")  # what all figures of a document have in common
 OURS = "ipgo"
 # Methods that change the prompt, as text or as embeddings, and leave noise and weights alone.
 PROMPT_LEVEL = ("ipgo", "ipgo-black-box", "embedding", "dpo-diffusion", "promptist", "chatgpt", "llm-search")
@@ -36,46 +43,78 @@ ENOUGH = 8 / 9  # of the cells in which ours should be the best of these
 Cell = tuple[str, str]  # reward, set
 
 
-def plan(entries: Sequence[str], seeds: Sequence[int]) -> str:
+def plan(label: str, seeds: Sequence[int]) -> str:
     """The file that `ipgo compare --config` reads."""
-    own = entries_of(",".join(entries), read_comparison(SYSTEMS)["entries"], {})
-    for settings in own.values():
-        if getattr(METHODS[settings["method"]["name"]], "one_seed", False):
-            settings["seeds"] = [seeds[0]]
+    own = entries_of(label, read_comparison(SYSTEMS)["entries"], {})
+    if getattr(METHODS[own[label]["method"]["name"]], "one_seed", False):
+        own[label]["seeds"] = [seeds[0]]
     return yaml.safe_dump({"seeds": list(seeds), "entries": own}, sort_keys=False)
 
 
-def run(cell: Cell, options: argparse.Namespace) -> None:
-    """Go on with one cell until it is done; what fails is in its table."""
+def run(label: str, cell: Cell, options: argparse.Namespace) -> Row:
+    """Go on with one entry on one cell until it is done; what fails is in its row."""
     reward, kind = cell
-    file = FOLDER / "entries.yaml"
+    folder = FOLDER / f"{reward}-{kind}-{label}"
+    file = folder.with_suffix(".yaml")
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(plan(options.entries, options.seeds))
-    words = [
-        "compare",
-        "--config",
-        str(file),
-        "--prompts",
-        f"{kind}:test?n={options.count}",
-        "--reward",
-        reward,
-    ]
-    words += ["--budget", str(options.budget), "--out", str(FOLDER / f"{reward}-{kind}")]
+    file.write_text(plan(label, options.seeds))
+    words = ["compare", "--config", str(file), "--out", str(folder), "--budget", str(options.budget)]
+    words += ["--prompts", f"{kind}:test?n={options.count}", "--reward", reward]
     if options.price:
         words += ["--price", *map(str, options.price)]
     code = cli.main([*words, *(f"--{flag}" for flag in options.flags)])
     if code not in (0, 1):
         raise SystemExit(code)
+    return rows(Comparison.open(folder))[0]
 
 
-def stored(cells: Sequence[Cell]) -> dict[Cell, list[Row]]:
-    """The rows of every cell that has begun."""
-    places = {(reward, kind): FOLDER / f"{reward}-{kind}" for reward, kind in cells}
-    return {
-        cell: rows(Comparison.open(place))
-        for cell, place in places.items()
-        if (place / "plan.json").is_file()
-    }
+# -- what is kept ------------------------------------------------------------------------------------------
+
+
+def keep(label: str, cell: Cell, row: Row, settings: Mapping[str, Any]) -> None:
+    """Add one row to docs/comparison/ENTRY.json; those of other settings there are dropped."""
+    path = KEPT / f"{label}.json"
+    there = files.read_json(path) if path.is_file() else {}
+    cells = there["cells"] if there.get("settings") == settings else {}
+    plain = {key: value for key, value in asdict(row).items() if key not in ("scores", "curve")}
+    files.write_json(path, {"settings": settings, "cells": {**cells, " ".join(cell): plain}})
+
+
+def read(plain: Mapping[str, Any]) -> Row:
+    """The reverse, without single scores and the curve."""
+
+    def interval(each: Mapping[str, Any] | None) -> Interval | None:
+        return None if each is None else Interval(**each)
+
+    def gains(each: Mapping[str, Any]) -> dict[str, Gain]:
+        return {
+            reward: Gain(**{**gain, "gain": interval(gain["gain"]), "wins": interval(gain["wins"])})
+            for reward, gain in each.items()
+        }
+
+    own = {name: gains(plain[name]) for name in ("fitted", "unseen", "unseen_prompts")}
+    fingerprints = {reward: tuple(each) for reward, each in plain["rewards"].items()}
+    means = tuple(interval(each) for each in plain["means"])
+    return Row(**{**plain, **own, "rewards": fingerprints, "means": means, "errors": tuple(plain["errors"]),
+                  "scores": [], "curve": []})  # fmt: skip
+
+
+def stored(
+    labels: Sequence[str], cells: Sequence[Cell], settings: Mapping[str, Any]
+) -> dict[Cell, list[Row]]:
+    """The rows of every cell that has some, made with these settings and scored by the same rewards."""
+    found: dict[Cell, list[Row]] = {}
+    for label, cell in itertools.product(labels, cells):
+        path = KEPT / f"{label}.json"
+        there = files.read_json(path) if path.is_file() else {}
+        if there.get("settings") == settings and " ".join(cell) in there["cells"]:
+            found.setdefault(cell, []).append(read(there["cells"][" ".join(cell)]))
+    everything = [row for entries in found.values() for row in entries]
+    for row, reward in itertools.product(everything, REWARDS):
+        first = next((each for each in everything if reward in each.rewards), row)
+        if not comparable(first.rewards.get(reward), row.rewards.get(reward)):
+            raise SystemExit(f"{row.label}: scored by another {reward} than {first.label}; run it again")
+    return {cell: found[cell] for cell in cells if cell in found}
 
 
 # -- the document ------------------------------------------------------------------------------------------
@@ -178,19 +217,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="write the document there, under the command that made it")
     options = parser.parse_args(argv)
     cells = list(itertools.product(options.rewards, options.sets))
+    settings = json.loads(json.dumps({name: getattr(options, name) for name in SETTINGS}))
     if not options.table:
-        for each in cells:
-            run(each, options)
-    found = stored(cells)
+        for cell, label in itertools.product(cells, options.entries):
+            keep(label, cell, run(label, cell, options), settings)
+    found = stored(options.entries, cells, settings)
     document = f"{bar(found)}\n\n{tables(found)}\n"
     print(document)
     if options.out:
-        settings = " ".join(
+        words = " ".join(
             f"--{key} {' '.join(map(str, value)) if isinstance(value, list) else value}"
             for key, value in vars(options).items()
             if key not in ("out", "table") and value not in (None, [])
         )
-        options.out.write_text(f"`python benchmarks/comparison.py {settings}`\n\n{document}")
+        options.out.write_text(f"`python benchmarks/comparison.py {words}`\n\n{document}")
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def fit(argv: list[str]) -> int:
     from ipgo.defaults import for_backend
     from ipgo.methods import METHODS
     from ipgo.rewards import check_reward
-    from ipgo.runner import check_method, held_out, load_models, run, warn_of_unseen_words
+    from ipgo.runner import check_gradient, check_method, held_out, load_models, run, warn_of_unseen_words
     from ipgo.store import Run
 
     # These decide which other options there are.
@@ -138,6 +138,7 @@ def fit(argv: list[str]) -> int:
     config = build(parsed, tuple(texts))
     for name in (config.reward, *held_out(config)):
         check_reward(name)
+    check_gradient(config)
     place = Path(parsed.out or Path("runs") / (slug(parsed.prompts or texts[0]) or "run"))
     folder = Run.open(place, config)
     check_method(folder)

@@ -16,7 +16,16 @@ from ipgo.comparison import UNSEEN_PROMPTS, Comparison, Plan
 from ipgo.config import RunConfig
 from ipgo.errors import InputError
 from ipgo.evaluation import evaluate
-from ipgo.runner import Models, check_method, facts, finish_chunk, fit_chunk, forget_peak_memory, load_models
+from ipgo.runner import (
+    Models,
+    check_gradient,
+    check_method,
+    facts,
+    finish_chunk,
+    fit_chunk,
+    forget_peak_memory,
+    load_models,
+)
 from ipgo.store import Run
 from ipgo.task import Progress
 
@@ -34,6 +43,7 @@ def check(folder: Comparison) -> None:
         config, run = folder.plan.config(label), folder.run(label)
         checked = getattr(config.method, "check", None)
         try:
+            check_gradient(config)
             if run is not None:
                 check_method(run)
             elif checked is not None:

@@ -14,13 +14,13 @@ from ipgo.backends import Backend
 from ipgo.errors import InputError, RewardError
 from ipgo.insertion import Insertion
 from ipgo.memory import LiveMemory
+from ipgo.methods import WITHOUT_GRADIENT
 from ipgo.plan import Workload
 from ipgo.rewards import Reward, WeightedSum, score
 from ipgo.sampling import Sampling, sample, unconditional
 from ipgo.training import FLOAT16_SCALE
 
 GIB = 2**30
-WITHOUT_GRADIENT = "best-of-n, ipgo-black-box, ddpo"  # methods
 
 
 @dataclass(frozen=True)

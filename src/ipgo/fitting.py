@@ -89,7 +89,7 @@ def fit(
     given_reward = None if isinstance(reward, str) else as_reward(reward)
     given_backend = None if isinstance(backend, str) else backend
     name = backend if isinstance(backend, str) else backend.name
-    own_method, own_sampling = defaults(name)
+    own_method, own_sampling = defaults(name if given_backend is None else given_backend.origin)
     config = RunConfig(
         prompts=(prompts,) if isinstance(prompts, str) else tuple(prompts),
         method=method or own_method,

@@ -27,8 +27,9 @@ from ipgo.devices import choose_device
 from ipgo.errors import InputError
 from ipgo.evaluation import Judge, draw, score
 from ipgo.images import to_pil
+from ipgo.methods import WITHOUT_GRADIENT
 from ipgo.prompts import unseen_words
-from ipgo.rewards import Reward, identity_of, load_reward
+from ipgo.rewards import Reward, has_gradient, identity_of, load_reward
 from ipgo.store import Run
 from ipgo.task import Progress, Task
 
@@ -82,6 +83,16 @@ def check_method(folder: Run) -> None:
     if check is not None:
         for chunk in folder.pending(config.method.stackable):
             check(chunk.texts, config.reward, config.backend)
+
+
+def check_gradient(config: RunConfig) -> None:
+    """Refuse, before a model is loaded, a method that climbs and a reward that has no gradient."""
+    climbs = getattr(config.method, "climbing", hasattr(config.method, "ascent"))
+    if climbs and not has_gradient(config.reward):
+        raise InputError(
+            f"reward {config.reward!r} has no gradient, which method {config.method_name!r} needs; "
+            f"take one that needs none: {WITHOUT_GRADIENT}"
+        )
 
 
 def held_out(config: RunConfig) -> tuple[str, ...]:

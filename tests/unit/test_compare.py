@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import itertools
+import shlex
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -724,6 +725,14 @@ class RunPrice:
         ("--methods raw --budget many", "budget is 'many'; it must be int"),
         ("--methods raw --price 0.5 2", "price.gradient is 0.5; it must be at least 1"),
         ("--methods raw --reward nosuch", "unknown reward 'nosuch'"),
+        (
+            "--methods raw,draft --reward 'cmd:wc {image}'",
+            "entry 'draft': reward 'cmd:wc {image}' has no gradient, which method 'draft' needs; take one",
+        ),
+        (
+            "--methods dpo-gradient --reward '0.5*contrast+cmd:wc {image}'",
+            "entry 'dpo-gradient': reward '0.5*",
+        ),
         ("--methods raw --config nosuch", "unknown comparison 'nosuch'; choose from ablations, systems"),
         ("--methods ipgo --method.ascent.lr 3", "'--method.ascent.lr' is of one method; write it under that"),
         ("--methods ,", "methods is empty"),
@@ -745,7 +754,7 @@ def test_bad_input_is_one_sentence_before_a_model_is_loaded(
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.setenv("IPGO_CACHE", str(tmp_path / "cache"))
     words = ["compare", "a fox", "--backend", pipeline_folder, "--out", str(tmp_path / "table")]
-    assert cli.main([*words, *flags.split()]) == 2
+    assert cli.main([*words, *shlex.split(flags)]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1

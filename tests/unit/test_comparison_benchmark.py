@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -71,19 +72,44 @@ def test_a_single_image_has_no_interval() -> None:
 
 
 def test_its_plan_fits_noise_on_one_seed() -> None:
-    labels = list(read_comparison(SYSTEMS)["entries"])
-    made = yaml.safe_load(comparison.plan(labels, (0, 1, 2, 3)))
-    assert made["seeds"] == [0, 1, 2, 3]
-    tied = {label for label, settings in made["entries"].items() if settings.get("seeds") == [0]}
+    tied = set()
+    for label in read_comparison(SYSTEMS)["entries"]:
+        made = yaml.safe_load(comparison.plan(label, (0, 1, 2, 3)))
+        assert made["seeds"] == [0, 1, 2, 3]
+        assert list(made["entries"]) == [label]
+        if made["entries"][label].get("seeds") == [0]:
+            tied.add(label)
+        common = {**RunConfig(("a",)).to_json(), "seeds": made["seeds"]}
+        common = {name: value for name, value in common.items() if name not in ("prompts", "method")}
+        Plan(("a",), common, made["entries"], 3000).check()
     assert tied == {"reno", "dno", "joint", "best-of-n"}
-    common = {**RunConfig(("a",)).to_json(), "seeds": made["seeds"]}
-    common = {name: value for name, value in common.items() if name not in ("prompts", "method")}
-    Plan(("a",), common, made["entries"], 3000).check()
 
 
-def test_a_cell_that_cannot_begin_ends_the_benchmark(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comparison, "FOLDER", tmp_path)
+def test_what_is_kept_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparison, "KEPT", tmp_path)
+    one, two = ("emoji-clip", "one"), ("emoji-clip", "two")
+    scored = {"emoji-clip": ("a",)}
+    ours, raw = (replace(each, rewards=scored, curve=[(1.0, 0.5)]) for each in (CELL[1], CELL[0]))
+    for label, cell, made in (("ipgo", one, ours), ("ipgo", two, ours), ("raw", one, raw)):
+        comparison.keep(label, cell, made, {"budget": 500})
+    found = comparison.stored(["raw", "ipgo"], [two, one], {"budget": 500})
+    assert list(found) == [two, one]
+    assert found[one] == [replace(raw, curve=[]), replace(ours, curve=[])]
+    assert comparison.stored(["ipgo"], [one], {"budget": 300}) == {}
+
+    comparison.keep("ipgo", one, ours, {"budget": 300})  # of another document: the rest goes
+    assert comparison.stored(["ipgo"], [one, two], {"budget": 500}) == {}
+    assert list(comparison.stored(["ipgo"], [one, two], {"budget": 300})) == [one]
+
+    comparison.keep("ipgo", one, replace(ours, rewards={"emoji-clip": ("b",)}), {"budget": 500})
+    with pytest.raises(SystemExit, match="ipgo: scored by another emoji-clip than raw"):
+        comparison.stored(["raw", "ipgo"], [one], {"budget": 500})
+
+
+def test_a_cell_that_cannot_begin_ends_the_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparison, "FOLDER", tmp_path / "runs")
+    monkeypatch.setattr(comparison, "KEPT", tmp_path / "kept")
     with pytest.raises(SystemExit) as stopped:
         comparison.main(["--entries", "raw", "--rewards", "nosuch", "--sets", "one"])
     assert stopped.value.code == 2
-    assert comparison.stored([("nosuch", "one")]) == {}
+    assert not (tmp_path / "kept").exists()

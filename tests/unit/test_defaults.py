@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from diffusers import StableDiffusionPipeline
 
 import ipgo
 from ipgo import cli
@@ -106,6 +107,16 @@ def test_a_model_known_by_its_name_has_a_guidance_of_its_own(turbo: str, pipelin
     assert ipgo.Sampling().scale(ipgo.load_backend(pipeline_folder, device="cpu")) == 7.5
     assert ipgo.Sampling().scale(ipgo.load_backend("emoji", device="cpu")) == GUIDANCE["emoji"]
     assert ipgo.Sampling(guidance_scale=3.0).scale(ipgo.load_backend("emoji", device="cpu")) == 3
+
+
+def test_a_pipeline_object_goes_by_the_name_it_was_loaded_from(turbo: str, tmp_path: Path) -> None:
+    pipe = StableDiffusionPipeline.from_pretrained(turbo)
+    backend = ipgo.load_backend(pipe)
+    assert (backend.name, backend.origin, backend.guidance_scale) == ("StableDiffusionPipeline", turbo, 1)
+    ipgo.fit("a fox", reward="colorfulness", backend=backend, out=tmp_path / "run", unseen_seeds=0)
+    assert settings_of(tmp_path / "run") == (1, 1.0, None)
+    made = ipgo.load_backend(StableDiffusionPipeline(**pipe.components, requires_safety_checker=False))
+    assert (made.origin, made.guidance_scale) == ("StableDiffusionPipeline", 7.5)
 
 
 def test_in_python_too(turbo: str, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import CLIPModel, CLIPTextModel
+from transformers import CLIPModel, CLIPTextModel, CLIPVisionModelWithProjection
 
 from ipgo.rewards.emoji.judge import Network
 from tools.emoji import parts, world
@@ -72,8 +72,8 @@ def restore() -> None:
     probe = nn.Module()
     probe.clip = CLIPModel.from_pretrained(REWARDS / "clip")
     save("clip-probe", probe)
-    for name in ("aesthetic", "judge"):
-        keep(name, load_file(REWARDS / f"{name}.safetensors"))
+    save("aesthetic", CLIPVisionModelWithProjection.from_pretrained(REWARDS / "aesthetic"))
+    keep("judge", load_file(REWARDS / "judge.safetensors"))
 
 
 def _half(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -81,20 +81,15 @@ def _half(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def export_rewards() -> None:
-    """The two CLIPs, the aesthetic head and the judge."""
+    """The two CLIPs, the aesthetic tower and the judge."""
     for folder, name in (("clip", "clip"), ("preference", "preference")):
         model, tokens = load_clip(name)
         shutil.rmtree(REWARDS / folder, ignore_errors=True)
         model.half().save_pretrained(REWARDS / folder)
         if name == "clip":
             tokens.save_pretrained(REWARDS / folder)
-    head = nn.Module()
-    for name, size in (("weight", (parts.TEXT_WIDTH,)), ("bias", ())):
-        head.register_buffer(name, torch.zeros(size))
-    save_file(
-        {k: v.cpu() for k, v in trained("aesthetic", head).state_dict().items()},
-        REWARDS / "aesthetic.safetensors",
-    )
+    shutil.rmtree(REWARDS / "aesthetic", ignore_errors=True)
+    trained("aesthetic", parts.aesthetic()).half().save_pretrained(REWARDS / "aesthetic")
     judge = trained("judge", Network(JUDGE_SIZES))
     save_file(_half(judge), REWARDS / "judge.safetensors")
     labels = {

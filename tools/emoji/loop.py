@@ -17,6 +17,13 @@ from tools.emoji.sprites import BUILD
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CHECKPOINT_SECONDS = 120
+# A CPU without instructions for it computes in bfloat16 many times slower than in float32.
+HALF = DEVICE.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def mixed() -> torch.autocast:
+    """A context for forward passes: bfloat16 where the machine is faster in it."""
+    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=HALF)
 
 
 @dataclass(frozen=True)

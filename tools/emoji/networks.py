@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
 from tools.emoji import parts, tokenizer
-from tools.emoji.loop import DEVICE, trained
+from tools.emoji.loop import DEVICE, mixed, trained
 
 
 def pixels(images: np.ndarray) -> Tensor:
@@ -39,7 +39,7 @@ def load_clip(name: str = "clip") -> tuple[CLIPModel, CLIPTokenizer]:
 
 def embed_images(model: CLIPModel, images: Tensor) -> Tensor:
     """Normalised embeddings (B, D) of images in [-1, 1], as all our networks take them."""
-    with torch.autocast(DEVICE.type, torch.bfloat16):
+    with mixed():
         image = model.get_image_features(pixel_values=images).pooler_output
     return F.normalize(image.float(), dim=-1)
 
@@ -47,7 +47,7 @@ def embed_images(model: CLIPModel, images: Tensor) -> Tensor:
 def embed_texts(model: CLIPModel, tokens: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
     """Normalised embeddings (B, D)."""
     inputs = tokens(list(texts), padding=True, return_tensors="pt").to(DEVICE)
-    with torch.autocast(DEVICE.type, torch.bfloat16):
+    with mixed():
         text = model.get_text_features(**inputs).pooler_output
     return F.normalize(text.float(), dim=-1)
 
@@ -58,7 +58,7 @@ def read_texts(model: CLIPModel, tokens: CLIPTokenizer, texts: Sequence[str]) ->
     The padding is not masked, as Stable Diffusion reads it.
     """
     inputs = tokens(list(texts), padding=True, return_tensors="pt").to(DEVICE)
-    with torch.autocast(DEVICE.type, torch.bfloat16):
+    with mixed():
         output = model.text_model(inputs.input_ids)
         text = model.text_projection(output.pooler_output)
     states = torch.stack([output.pooler_output, output.last_hidden_state[:, -1]], dim=1)

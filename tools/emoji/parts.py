@@ -4,7 +4,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
-from transformers import CLIPConfig, CLIPModel
+from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 LATENT_CHANNELS = 4
 LATENT_SIZE = 16
@@ -35,16 +35,25 @@ def vae() -> AutoencoderKL:
     return model
 
 
+TOWER = {"hidden_size": TEXT_WIDTH, "intermediate_size": 576, "num_attention_heads": 6}
+VISION = {**TOWER, "num_hidden_layers": 5, "image_size": 64, "patch_size": 8}
+
+
 def clip(vocab_size: int, bos: int, eos: int) -> CLIPModel:
     """Both towers 192 wide: three text layers, five image layers on 8-pixel patches."""
-    tower = {"hidden_size": TEXT_WIDTH, "intermediate_size": 576, "num_attention_heads": 6}
     tokens = {"vocab_size": vocab_size, "bos_token_id": bos, "eos_token_id": eos, "pad_token_id": eos}
-    text = {**tower, **tokens, "num_hidden_layers": 3, "max_position_embeddings": TEXT_LENGTH}
-    vision = {**tower, "num_hidden_layers": 5, "image_size": 64, "patch_size": 8}
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=TEXT_WIDTH))
+    text = {**TOWER, **tokens, "num_hidden_layers": 3, "max_position_embeddings": TEXT_LENGTH}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=VISION, projection_dim=TEXT_WIDTH))
     model.set_attn_implementation(
         "eager"
     )  # on a CPU twice as fast as the fused kernel, whose backward pass is slow
+    return model
+
+
+def aesthetic() -> CLIPVisionModelWithProjection:
+    """An image tower as CLIP's, projected to one number: the logit of a picture's quality."""
+    model = CLIPVisionModelWithProjection(CLIPVisionConfig(**VISION, projection_dim=1))
+    model.set_attn_implementation("eager")
     return model
 
 

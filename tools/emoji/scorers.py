@@ -6,16 +6,17 @@ from dataclasses import replace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ipgo.rewards.emoji.judge import Network
 from tools.emoji import data, parts, sprites, world
 from tools.emoji.clip import RADIUS
-from tools.emoji.loop import DEVICE, Schedule, save, train, trained
+from tools.emoji.loop import DEVICE, Schedule, mixed, train, trained
 from tools.emoji.networks import attacked, embed_images, embed_texts, load_clip, pixels, shifted
 
 SCHEDULES = {
     "judge": Schedule(steps=2_500, batch=64, lr=2e-3, warmup=50),
+    "aesthetic": Schedule(steps=700, batch=64, lr=5e-4, warmup=30, weight_decay=0.05),
     "preference": Schedule(steps=400, batch=64, lr=2e-4, warmup=30, weight_decay=0.05),
 }
 
@@ -45,7 +46,7 @@ def train_judge() -> None:
         facts[:, 2] += 1
 
         def error(pictures: Tensor) -> tuple[Tensor, dict[str, float]]:
-            with torch.autocast(DEVICE.type, torch.bfloat16):
+            with mixed():
                 *logits, clean = judge(pictures)
             value = sum(F.cross_entropy(a.float(), facts[:, i]) for i, a in enumerate(logits))
             clean_error = F.mse_loss(clean.float()[:, 0], clear)
@@ -60,27 +61,35 @@ def train_judge() -> None:
 # -------------------------------------------------------------------------------------------------- aesthetic
 
 
-@torch.no_grad()
-def fit_aesthetic() -> None:
-    """Ridge regression of quality on the normalised image embedding: closed form, as small as LAION's head."""
+def train_aesthetic() -> None:
+    """How clean a picture is, 0 to 1, by a tower of its own that starts as CLIP's.
+
+    Half of the pictures are spoilt, a third have gone through the VAE, and all are disturbed to fool it, as in
+    `clip.harden`.
+    """
     images, scenes = data.load("train")
     decoded = np.load(data.DECODED, mmap_mode="r")
-    model, _ = load_clip()
-    spoilt, twins = data.load("twins")
-    known = [*scenes[::3], *scenes[: len(decoded) : 3], *twins[::3]]
-    chosen = np.concatenate([images[::3], decoded[::3], spoilt[::3]])
-    x = torch.cat([embed_images(model, pixels(chosen[i : i + 256])) for i in range(0, len(chosen), 256)])
-    y = torch.tensor([scene.quality for scene in known], device=x.device)
-    center, mean = x.mean(0), y.mean()
-    x = (x - center).double()
-    gram = x.T @ x + 1e-3 * len(x) / x.shape[1] * x.square().sum(1).mean() * torch.eye(
-        x.shape[1], device=x.device
-    )
-    weight = torch.linalg.solve(gram, x.T @ (y - mean).double()).float()
-    head = nn.Module()
-    head.register_buffer("weight", weight)
-    head.register_buffer("bias", mean - center @ weight)
-    save("aesthetic", head)
+    quality = np.array([scene.quality for scene in scenes], np.float32)
+    clean, spoilt = (np.flatnonzero((quality == 1) == wanted) for wanted in (True, False))
+    source, _ = load_clip()
+    model = parts.aesthetic()
+    model.vision_model.load_state_dict(source.vision_model.state_dict())
+
+    def loss(rng: np.random.Generator, batch: int) -> tuple[Tensor, dict[str, float]]:
+        half = batch // 2
+        rows = np.sort(np.concatenate([rng.choice(clean, batch - half), rng.choice(spoilt, half)]))
+        x = shifted(rng, pixels(data.pictures(rng, images, decoded, rows)))
+        wanted = torch.from_numpy(quality[rows]).to(DEVICE)
+
+        def error(pictures: Tensor) -> tuple[Tensor, Tensor]:
+            with mixed():
+                logits = model(pixel_values=pictures).image_embeds.float()[:, 0]
+            return F.binary_cross_entropy_with_logits(logits, wanted), logits.sigmoid()
+
+        value, found = error(attacked(rng, x, lambda pictures: error(pictures)[0], RADIUS, steps=1))
+        return value, {"error": (found - wanted).square().mean().sqrt().item()}
+
+    train("aesthetic", model, loss, SCHEDULES["aesthetic"])
 
 
 # ------------------------------------------------------------------------------------------------- preference
@@ -139,7 +148,7 @@ def train_preference(blocks: int = 24) -> None:
         rows, quarter = rng.integers(len(texts), size=batch), batch // 4
         both = shifted(rng, pixels(np.concatenate([images[rows, 0], images[rows, 1]])))
         decoded = [*range(quarter), *range(batch, batch + quarter)]  # as generated ones look
-        with torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16):
+        with torch.no_grad(), mixed():
             both[decoded] = (
                 vae.decode(vae.encode(both[decoded]).latent_dist.mode()).sample.float().clamp(-1, 1)
             )

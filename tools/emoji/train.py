@@ -14,7 +14,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 
 from tools.emoji import clip, data, export, parts, scorers, sprites, tokenizer, world
-from tools.emoji.loop import DEVICE, Schedule, save, train, trained
+from tools.emoji.loop import DEVICE, Schedule, mixed, save, train, trained
 from tools.emoji.networks import as_bytes, load_clip, pixels
 from tools.emoji.sprites import BUILD
 
@@ -47,7 +47,7 @@ def train_vae() -> None:
 
     def loss(rng: np.random.Generator, batch: int) -> tuple[Tensor, dict[str, float]]:
         x = pixels(images[np.sort(rng.integers(len(images), size=batch))])
-        with torch.autocast(DEVICE.type, torch.bfloat16):
+        with mixed():
             posterior = vae.encode(x).latent_dist
             y = vae.decode(posterior.sample()).sample
         kl = posterior.kl().float().mean() / parts.LATENT_CHANNELS / parts.LATENT_SIZE**2
@@ -78,7 +78,7 @@ def train_decoder() -> None:
         z = torch.from_numpy(np.asarray(latents[rows], np.float32)).to(DEVICE)
         wrong = rng.uniform(0, 0.2, (batch, 1, 1, 1)) * (rng.random((batch, 1, 1, 1)) < 0.5) * spread
         z = z + torch.from_numpy(wrong.astype(np.float32)).to(DEVICE) * torch.randn_like(z)
-        with torch.autocast(DEVICE.type, torch.bfloat16):
+        with mixed():
             y = vae.decode(z).sample
         return _difference(y.float(), pixels(images[rows]))
 
@@ -93,7 +93,7 @@ def build_latents() -> None:
     Some are decoded again, with a little noise on their latents: the scorers see what a generator's pictures are like.
     """
     images, _ = data.load("train")
-    vae = trained("vae", parts.vae())
+    vae = trained("vae", parts.vae()).to(memory_format=torch.channels_last)  # on a CPU a quarter faster
     latents = np.lib.format.open_memmap(
         LATENTS, "w+", np.float16, (len(images), parts.LATENT_CHANNELS, parts.LATENT_SIZE, parts.LATENT_SIZE)
     )
@@ -101,7 +101,7 @@ def build_latents() -> None:
     noise = torch.Generator().manual_seed(99)
     for start in range(0, len(images), 250):
         rows = slice(start, start + 250)
-        with torch.autocast(DEVICE.type, torch.bfloat16):
+        with mixed():
             mode = vae.encode(pixels(images[rows])).latent_dist.mode().float()
             latents[rows] = mode.cpu().numpy()
             if start < data.NUM_DECODED:
@@ -142,7 +142,7 @@ def train_denoiser() -> None:
         x = torch.from_numpy(np.asarray(latents[rows], np.float32)).to(DEVICE) * scale
         noise = torch.randn_like(x)
         t = torch.from_numpy((rng.permutation(batch) + rng.random(batch)) / batch * levels).long().to(DEVICE)
-        with torch.autocast(DEVICE.type, torch.bfloat16):
+        with mixed():
             with torch.no_grad():
                 states = encoder(ids).last_hidden_state
             predicted = unet(noising.add_noise(x, noise, t), t, states).sample
@@ -163,7 +163,7 @@ STAGES = {
     "clip": clip.train_clip,
     "harden": clip.harden,
     "judge": scorers.train_judge,
-    "aesthetic": scorers.fit_aesthetic,
+    "aesthetic": scorers.train_aesthetic,
     "preference": scorers.train_preference,
     "denoiser": train_denoiser,
     "export": export.export,

@@ -113,7 +113,9 @@ def load_backend(
         given.to(choose_device(device))
     if dtype != "auto":
         given.to(choose_dtype(dtype, given.device))
-    return FAMILIES[kinds[0]](given, type(source).__name__, opening)
+    backend = FAMILIES[kinds[0]](given, type(source).__name__, opening)
+    backend.origin = getattr(given, "name_or_path", None) or backend.name
+    return with_own_scale(backend, backend.origin)
 
 
 def few_steps(source: str) -> FewSteps | None:

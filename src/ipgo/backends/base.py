@@ -29,7 +29,8 @@ class Backend(ABC):
 
     Attributes:
         facts: what holds for every model of this family.
-        name: what it was loaded from.
+        name: what it was loaded from; of a pipeline object, its class.
+        origin: the same, or what such an object was loaded from, if it says.
         device, dtype: where and in which format its weights are. Latents and images are at least float32.
         embed_dim: D, the width of the prompt embeddings.
         max_tokens: the longest prompt, or with long_prompts="chunk" the longest window, with its marks.
@@ -53,7 +54,7 @@ class Backend(ABC):
 
     def __init__(self, pipe: Any, name: str, opening: Opening) -> None:
         self.pipe = pipe
-        self.name = name
+        self.name = self.origin = name
         self.padding = opening.padding
         self.scheduler_name = opening.scheduler
         self.long_prompts = opening.long_prompts

@@ -24,6 +24,7 @@ __all__ = [
     "DNO",
     "IPGO",
     "METHODS",
+    "WITHOUT_GRADIENT",
     "BestOfN",
     "BlackBoxIPGO",
     "ChatGPT",
@@ -55,3 +56,5 @@ METHODS: dict[str, type[Method]] = {
     "llm-search": LLMSearch,
     "promptist": Promptist,
 }
+
+WITHOUT_GRADIENT = "best-of-n, ipgo-black-box, ddpo"  # those to recommend for a reward that has none

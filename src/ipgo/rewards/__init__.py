@@ -145,13 +145,23 @@ def uses_prompts(reward: Reward) -> bool:
 
 def needs_prompts(spec: str) -> bool:
     """`uses_prompts` of what `load_reward` makes of a spec, without loading a model."""
+    return uses_prompts(_outline(spec))
+
+
+def has_gradient(spec: str) -> bool:
+    """Will what `load_reward` makes of a spec claim to be differentiable? Without loading a model."""
+    return _outline(spec).differentiable
+
+
+def _outline(spec: str) -> Reward:
+    """A reward that says of itself what the real one says, and has no model."""
 
     def stand_in(name: str) -> Reward:
         if _bare(name) not in REWARDS:
             return _load(name, torch.device("cpu"))  # a function, a command, a person: no model
         return FunctionReward(lambda images, _: images, name, uses_prompts=_bare(name) not in BLIND)
 
-    return uses_prompts(combine(spec, stand_in))
+    return combine(spec, stand_in)
 
 
 def load_reward(spec: str, *, device: str = "auto") -> Reward:

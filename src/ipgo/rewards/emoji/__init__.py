@@ -10,9 +10,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, CLIPModel, CLIPTokenizer
+from transformers import AutoTokenizer, CLIPModel, CLIPTokenizer, CLIPVisionModelWithProjection
 from transformers.utils import logging
 
 from ipgo.images import center_crop, resize
@@ -53,8 +52,8 @@ class EmojiClip(nn.Module):
     def embed(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] to (B, D), normalised."""
         size = self.model.config.vision_config.image_size
-        pixels = center_crop(resize(images.float(), size), size) * 2 - 1
-        return F.normalize(self.model.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
+        features = self.model.get_image_features(pixel_values=_pixels(images, size)).pooler_output
+        return F.normalize(features, dim=-1)
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         text = torch.stack([self._text(prompt) for prompt in prompts])
@@ -62,25 +61,33 @@ class EmojiClip(nn.Module):
 
 
 class EmojiAesthetic(nn.Module):
-    """Predicted picture quality, about 0 (spoilt) to 1 (clean): linear on the image embedding, as LAION's predictor."""
+    """Predicted picture quality, 0 (spoilt) to 1 (clean), by an image tower of its own that ends in one logit.
+
+    Bounded, since quality is: beyond the best there is nothing to gain by leaving what pictures look like.
+    """
 
     name = "emoji-aesthetic"
     differentiable = True
     uses_prompts = False
-    weight: Tensor  # (D,)
-    bias: Tensor  # ()
 
-    def __init__(self, clip: EmojiClip, head: dict[str, Tensor]) -> None:
+    def __init__(self, folder: Path) -> None:
         super().__init__()
-        self.clip = clip
-        self.register_buffer("weight", head["weight"].float())
-        self.register_buffer("bias", head["bias"].float())
-        weights = [FOLDER / "clip/model.safetensors", FOLDER / "aesthetic.safetensors"]
-        self.identity = identity(self.name, weights, PREPROCESSING)
+        with _no_bars():
+            model = CLIPVisionModelWithProjection.from_pretrained(
+                folder, dtype=torch.float32, attn_implementation="eager"
+            )
+        self.model = model.eval().requires_grad_(False)
+        self.identity = identity(self.name, [folder / "model.safetensors"], PREPROCESSING)
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        quality: Tensor = self.clip.embed(images) @ self.weight + self.bias
-        return quality
+        pixels = _pixels(images, self.model.config.image_size)
+        logit: Tensor = self.model(pixel_values=pixels).image_embeds[:, 0]
+        return logit.sigmoid()
+
+
+def _pixels(images: Tensor, size: int) -> Tensor:
+    """(B, 3, H, W) in [0, 1] to what the towers take: (B, 3, size, size) in [-1, 1]."""
+    return center_crop(resize(images.float(), size), size) * 2 - 1
 
 
 @contextmanager
@@ -107,5 +114,4 @@ def load_preference(device: str | torch.device = "cpu") -> EmojiClip:
 
 def load_aesthetic(device: str | torch.device = "cpu") -> EmojiAesthetic:
     """The quality reward; it never looks at the prompt."""
-    clip = EmojiClip("emoji-clip", FOLDER / "clip")
-    return EmojiAesthetic(clip, load_file(FOLDER / "aesthetic.safetensors")).to(device)
+    return EmojiAesthetic(FOLDER / "aesthetic").to(device)
