@@ -28,10 +28,10 @@ TOKENIZER = Path("src/ipgo/backends/emoji/tokenizer")
 SUPERVISED, FINAL = "promptist-sft", "promptist"
 SCHEDULES = {
     SUPERVISED: Schedule(steps=3_000, batch=64, lr=1e-3, warmup=100),
-    FINAL: Schedule(steps=400, batch=16, lr=1e-4, warmup=10, weight_decay=0.0),
+    FINAL: Schedule(steps=150, batch=16, lr=2e-4, warmup=10, weight_decay=0.0),
 }
 GROUP = 4  # rewritings of a prompt that are compared with one another
-IMAGES = 2  # of each text, as published
+IMAGES = 1  # of each text; published: 2
 SAMPLING = ipgo.Sampling(steps=8)
 LONGEST = 48  # tokens of a rewritten prompt
 
