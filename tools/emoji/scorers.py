@@ -64,8 +64,8 @@ def train_judge() -> None:
 def train_aesthetic() -> None:
     """How clean a picture is, 0 to 1, by a tower of its own that starts as CLIP's.
 
-    Half of the pictures are spoilt, and many have gone through the VAE. A quarter are disturbed to fool it, less than in
-    `clip.harden`: against all of that, noise and JPEG could not be told from a disturbance, and were not graded.
+    Half of the pictures are spoilt, and many have gone through the VAE. A quarter are disturbed to fool it, less than
+    in `clip.harden`: against all of that, noise and JPEG could not be told from a disturbance, and were not graded.
     """
     images, scenes = data.load("train")
     decoded = np.load(data.DECODED, mmap_mode="r")

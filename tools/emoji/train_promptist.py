@@ -27,8 +27,8 @@ from tools.emoji.loop import DEVICE, Schedule, keep, train, trained
 TOKENIZER = Path("src/ipgo/backends/emoji/tokenizer")
 SUPERVISED, FINAL = "promptist-sft", "promptist"
 SCHEDULES = {
-    SUPERVISED: Schedule(steps=3_000, batch=64, lr=1e-3, warmup=100),
-    FINAL: Schedule(steps=150, batch=16, lr=2e-4, warmup=10, weight_decay=0.0),
+    SUPERVISED: Schedule(steps=1_500, batch=64, lr=2e-3, warmup=100),
+    FINAL: Schedule(steps=100, batch=16, lr=1e-3, warmup=5, weight_decay=0.0),
 }
 GROUP = 4  # rewritings of a prompt that are compared with one another
 IMAGES = 1  # of each text; published: 2
@@ -59,28 +59,31 @@ def language_model(tokens: CLIPTokenizer) -> GPT2LMHeadModel:
 
 
 def pair(rng: np.random.Generator) -> tuple[str, str]:
-    """A plain caption of a training scene, and a rich one: it goes on with what the plain one leaves open.
+    """A caption of a training scene, plain or wordy, and a rich one: it goes on with what the first leaves open.
 
-    The rich one names a background colour, a style and a high quality; nothing of the plain one is lost.
+    The rich one names a background colour, a style and a high quality; nothing of the first is lost.
     """
     scene = world.sample_scene(rng, clean=True)
-    plain = world.noun(rng, scene.objects[0])
+    text = world.noun(rng, scene.objects[0])
     if scene.relation is not None:
-        words = rng.choice(world.RELATION_WORDS[scene.relation])
-        plain += f" {words} {world.noun(rng, scene.objects[1])}"
-    plain = str(rng.choice(("", "", "a picture of ", "an icon of ", "an emoji of "))) + plain
-    style, more = str(rng.choice(world.STYLES[scene.style])), []
+        text += f" {rng.choice(world.RELATION_WORDS[scene.relation])} {world.noun(rng, scene.objects[1])}"
+    style, kind = str(rng.choice(world.STYLES[scene.style])), str(rng.choice(("picture", "icon", "emoji")))
+    filler = rng.choice(("", *world.FILLERS))
+    opened, named, more = rng.random() < 0.4, rng.random() < 0.4, []
+    if opened:
+        words = ("a", filler, style if named else "", kind, "of", text)
+        text = " ".join(word for word in words if word)
     if rng.random() < 0.6:
-        plain += f" on a {scene.colour} background"
+        text += f" on a {scene.colour} background"
     else:
         more.append(f"{scene.colour} background")
-    if rng.random() < 0.3:
-        plain += f", {style}"
-    else:
+    if not named:
         more.append(style)
-    if rng.random() < 0.2:
-        plain += f", {rng.choice(world.FILLERS)}"
-    return plain, ", ".join([plain, *more, str(rng.choice(world.CLEAN_WORDS))])
+    elif not opened:
+        text += f", {style}"
+    if rng.random() < 0.4:
+        text += ", " + ", ".join(rng.choice(world.FILLERS, size=rng.integers(1, 4), replace=False))
+    return text, ", ".join([text, *more, str(rng.choice(world.CLEAN_WORDS))])
 
 
 def encode(tokens: CLIPTokenizer, pairs: Sequence[tuple[str, str]]) -> tuple[Tensor, Tensor]:
