@@ -112,6 +112,8 @@ def main() -> None:
     plot(found, options.out.with_suffix(".png"))
     Image.fromarray(np.concatenate(sheet)).save(options.out.with_name(options.out.name + "-images.png"))
     command = f"python benchmarks/over_optimisation.py --prompts '{options.prompts}'"
+    if options.strengths != list(STRENGTHS):
+        command += " --strengths " + " ".join(f"'{name}'" for name in options.strengths)
     options.out.with_suffix(".md").write_text(f"`{command}`\n\n" + "\n".join(lines) + "\n")
 
 

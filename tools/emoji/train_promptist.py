@@ -28,7 +28,7 @@ TOKENIZER = Path("src/ipgo/backends/emoji/tokenizer")
 SUPERVISED, FINAL = "promptist-sft", "promptist"
 SCHEDULES = {
     SUPERVISED: Schedule(steps=1_500, batch=64, lr=2e-3, warmup=100),
-    FINAL: Schedule(steps=100, batch=16, lr=1e-3, warmup=5, weight_decay=0.0),
+    FINAL: Schedule(steps=75, batch=16, lr=3e-4, warmup=5, weight_decay=0.0),
 }
 GROUP = 4  # rewritings of a prompt that are compared with one another
 IMAGES = 1  # of each text; published: 2
