@@ -11,9 +11,11 @@ from diffusers import StableDiffusionPipeline
 import ipgo
 from ipgo.adapters import Adapter, generate
 from ipgo.backends import Backend
+from ipgo.methods import Promptist
 from ipgo.prompts import read_prompts
 from ipgo.rewards.emoji import load_judge
 from ipgo.runner import BUNDLED_REWARDS
+from ipgo.task import Task
 
 PACKAGE = Path(ipgo.__file__).parent
 SAMPLING = ipgo.Sampling()
@@ -101,3 +103,13 @@ def test_a_short_fit_raises_the_reward_on_every_prompt(tmp_path: Path) -> None:
     for fitted in result:
         assert len(fitted.history) > 1
         assert fitted.before[0].size == fitted.after[0].size == (64, 64)
+
+
+def test_the_rewriter_adds_quality_to_what_a_prompt_says(backend: Backend) -> None:
+    prompts, quality = read_prompts("one:test?n=8"), ipgo.load_reward("emoji-aesthetic")
+    task = Task(backend, quality, tuple(prompts), ipgo.Sampling(steps=8))
+    (step,) = Promptist().fit(task)
+    texts = [text.replace(" ,", ",").replace("3 d", "3d") for text in step.adapter.texts]
+    assert sum(text.startswith(prompt) for text, prompt in zip(texts, prompts, strict=True)) >= 7
+    raw = quality(generate(backend, prompts, [0] * len(prompts), Adapter(), task.sampling), prompts)
+    assert step.rewards.mean() > raw.mean()

@@ -11,7 +11,7 @@ from ipgo import cli
 from ipgo.adapters import Adapter, TextAdapter, generate
 from ipgo.chat import Chat, parse_texts
 from ipgo.errors import InputError, MissingExtraError, ResumeError
-from ipgo.methods import ChatGPT, LLMSearch, Promptist, promptist
+from ipgo.methods import ChatGPT, LLMSearch, Promptist
 from ipgo.rewards import FunctionReward, load_reward, score
 from ipgo.rewriting import Rewrites, ask_texts
 from ipgo.sampling import Sampling
@@ -336,9 +336,6 @@ def test_promptist_takes_the_first_beam(rewriter, backend, pipe, prompt):
 
 
 def test_promptist_says_what_it_lacks(rewriter, backend, tmp_path, monkeypatch, caplog):
-    monkeypatch.setitem(promptist.BUNDLED, "emoji", tmp_path / "none")
-    with pytest.raises(InputError, match=r"backend 'emoji' has no rewriter yet; give method\.model"):
-        Promptist().check(["sun"], "emoji-clip", "emoji")
     assert Promptist()._places("sd15") == ("microsoft/Promptist", "gpt2")
     assert Promptist(model="x/y")._places("emoji") == ("x/y", "x/y")
     with pytest.raises(InputError, match=r"method\.model .* cannot be opened"):

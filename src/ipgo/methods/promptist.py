@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,8 +17,7 @@ from ipgo.rewriting import Rewrites, fitted
 from ipgo.search import search
 from ipgo.task import Progress, Task
 
-REWRITERS = Path(__file__).parents[1] / "rewriters"
-BUNDLED = {"emoji": REWRITERS / "emoji"}  # backend: the folder of its own rewriter
+BUNDLED = {"emoji": Path(__file__).parents[1] / "rewriters/emoji"}  # backend: the folder of its own rewriter
 PUBLISHED = "microsoft/Promptist"
 PUBLISHED_TOKENIZER = "gpt2"  # that model's folder has none
 ASK = " Rephrase:"  # what follows a prompt, and comes before its rewritten form
@@ -53,10 +52,6 @@ class Promptist:
         for field in ("beams", "max_new_tokens"):
             if getattr(self, field) < 1:
                 raise InputError(f"{field} is {getattr(self, field)}; it must be at least 1")
-
-    def check(self, prompts: Sequence[str], reward: str, backend: str) -> None:
-        """Before a backend is loaded: `InputError` if the bundled rewriter is asked for and missing."""
-        self._places(backend)
 
     def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
         adapter = TextAdapter.start(task.prompts, shared=task.shared)
@@ -94,10 +89,6 @@ class Promptist:
     def _places(self, backend: str) -> tuple[str, str]:
         """Where the model and the tokenizer are."""
         model = self.model or str(BUNDLED.get(backend, PUBLISHED))
-        if self.model is None and backend in BUNDLED and not BUNDLED[backend].is_dir():
-            raise InputError(
-                f"backend {backend!r} has no rewriter yet; give method.model, a folder or hub id of a language model"
-            )
         return model, self.tokenizer or (PUBLISHED_TOKENIZER if model == PUBLISHED else model)
 
 
