@@ -3,6 +3,7 @@
 The recipe of Promptist (arXiv 2212.09611) for the emoji world: a small GPT-2 first learns to continue plain captions to
 rich ones, then climbs the bundled rewards of the pictures by policy gradient. It needs the package's backend and
 rewards, not the drawn scenes. Both stages resume from their checkpoints; `--steps` and `--batch` override the schedule.
+`evaluate` prints what the shipped one does.
 """
 
 import argparse
@@ -20,7 +21,11 @@ from transformers import CLIPTokenizer, GPT2Config, GPT2LMHeadModel
 import ipgo
 from ipgo.adapters import shorten
 from ipgo.backends import Backend
-from ipgo.methods.promptist import ASK, BUNDLED
+from ipgo.methods.promptist import ASK, BUNDLED, Promptist
+from ipgo.prompts import read_prompts
+from ipgo.rewards.emoji import load_judge
+from ipgo.runner import BUNDLED_REWARDS
+from ipgo.task import Task
 from tools.emoji import loop, world
 from tools.emoji.loop import DEVICE, Schedule, keep, train, trained
 
@@ -204,9 +209,33 @@ def export(folder: Path = BUNDLED["emoji"]) -> None:
     tokens.save_pretrained(folder)
 
 
+@torch.no_grad()
+def evaluate(count: int = 4, seeds: Sequence[int] = (0, 1)) -> None:
+    """Print what the shipped rewriter does to the bundled rewards, on `count` prompts of each train half.
+
+    Beside it the words that it could simply have added.
+    """
+    backend, judge = ipgo.load_backend("emoji", device=str(DEVICE)), load_judge(DEVICE)
+    rewards = [ipgo.load_reward(name, device=str(DEVICE)) for name in BUNDLED_REWARDS["emoji"]]
+    prompts = [each for kind in ("one", "two", "styled") for each in read_prompts(f"{kind}:train")[:count]]
+    task = Task(backend, rewards[0], tuple(prompts), ipgo.Sampling(steps=1))
+    (written,) = Promptist().fit(task)
+    added = [f"{prompt}, high quality, sharp" for prompt in prompts]
+    asked = [prompt for prompt in prompts for _ in seeds]
+    print(f"| prompts | {' | '.join(reward.name for reward in rewards)} | judge: object |")
+    print("|---" * (len(rewards) + 2) + "|")
+    for name, texts in (("raw", prompts), ("rewritten", written.adapter.texts), ("quality words", added)):
+        drawn = [text for text in texts for _ in seeds]
+        images = ipgo.generate(backend, drawn, [*seeds] * len(texts), ipgo.Adapter(), ipgo.Sampling(steps=10))
+        values = " | ".join(f"{reward(images, asked).mean():.3f}" for reward in rewards)
+        print(f"| {name} | {values} | {judge.accuracy(images, asked)['object'].nanmean():.0%} |")
+    for prompt, text in zip(prompts, written.adapter.texts, strict=True):
+        print(f"{prompt!r} became {text!r}")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stage", choices=["sft", "rl", "export", "all"])
+    parser.add_argument("stage", choices=["sft", "rl", "export", "all", "evaluate"])
     parser.add_argument("--steps", type=int, help="of the stage, in place of the schedule's")
     parser.add_argument("--batch", type=int, help="texts in a step, in place of the schedule's")
     options = parser.parse_args()
@@ -217,3 +246,5 @@ if __name__ == "__main__":
         train_policy(replace(SCHEDULES[FINAL], **changes))
     if options.stage in ("export", "all"):
         export()
+    if options.stage == "evaluate":
+        evaluate()
