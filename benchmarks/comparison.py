@@ -11,7 +11,6 @@ the first of --seeds.
 
 import argparse
 import itertools
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -104,11 +103,13 @@ def stored(
 ) -> dict[Cell, list[Row]]:
     """The rows of every cell that has some, made with these settings and scored by the same rewards."""
     found: dict[Cell, list[Row]] = {}
-    for label, cell in itertools.product(labels, cells):
+    for label in labels:
         path = KEPT / f"{label}.json"
         there = files.read_json(path) if path.is_file() else {}
-        if there.get("settings") == settings and " ".join(cell) in there["cells"]:
-            found.setdefault(cell, []).append(read(there["cells"][" ".join(cell)]))
+        kept = there["cells"] if there.get("settings") == settings else {}
+        for cell in cells:
+            if " ".join(cell) in kept:
+                found.setdefault(cell, []).append(read(kept[" ".join(cell)]))
     everything = [row for entries in found.values() for row in entries]
     for row, reward in itertools.product(everything, REWARDS):
         first = next((each for each in everything if reward in each.rewards), row)
@@ -217,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="write the document there, under the command that made it")
     options = parser.parse_args(argv)
     cells = list(itertools.product(options.rewards, options.sets))
-    settings = json.loads(json.dumps({name: getattr(options, name) for name in SETTINGS}))
+    settings = {name: getattr(options, name) for name in SETTINGS}
     if not options.table:
         for cell, label in itertools.product(cells, options.entries):
             keep(label, cell, run(label, cell, options), settings)
