@@ -2,11 +2,11 @@
 
     python benchmarks/comparison.py --entries raw ipgo draft reno best-of-n --budget 3000 --out docs/comparison.md
 
-Each entry on each cell, a reward on the test half of a set, is an ordinary comparison (`ipgo compare`) in
-build/benchmarks/comparison: an interrupted benchmark goes on. Its figures are kept in docs/comparison/ENTRY.json, so
-that the whole may be made piece by piece, several entries beside each other, and `--table` makes the document from what
-is there. Entries are labels of `ipgo compare --config systems`; those that learn the noise of one seed are fitted on
-the first of --seeds.
+Each cell, a reward on the test half of a set, is an ordinary comparison (`ipgo compare`) in
+build/benchmarks/comparison, to which entry after entry is added: an interrupted benchmark goes on. The figures are
+kept in docs/comparison/ENTRY.json, so that the whole may be made piece by piece, several cells beside each other, and
+`--table` makes the document from what is there. Entries are labels of `ipgo compare --config systems`; those that
+learn the noise of one seed are fitted on the first of --seeds.
 """
 
 import argparse
@@ -53,8 +53,8 @@ def plan(label: str, seeds: Sequence[int]) -> str:
 def run(label: str, cell: Cell, options: argparse.Namespace) -> Row:
     """Go on with one entry on one cell until it is done; what fails is in its row."""
     reward, kind = cell
-    folder = FOLDER / f"{reward}-{kind}-{label}"
-    file = folder.with_suffix(".yaml")
+    folder = FOLDER / f"{reward}-{kind}"
+    file = FOLDER / f"{reward}-{kind}-{label}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(plan(label, options.seeds))
     words = ["compare", "--config", str(file), "--out", str(folder), "--budget", str(options.budget)]
@@ -64,7 +64,7 @@ def run(label: str, cell: Cell, options: argparse.Namespace) -> Row:
     code = cli.main([*words, *(f"--{flag}" for flag in options.flags)])
     if code not in (0, 1):
         raise SystemExit(code)
-    return rows(Comparison.open(folder))[0]
+    return next(row for row in rows(Comparison.open(folder)) if row.label == label)
 
 
 # -- what is kept ------------------------------------------------------------------------------------------

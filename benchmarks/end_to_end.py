@@ -113,8 +113,9 @@ def main() -> None:
             cells = prompt_wise(name, test, reward, (0,) if mode == "one-seed" else (0, 1, 2, 3))
         else:
             insertion = ipgo.Insertion() if mode == "plus" else replace(ipgo.Insertion(), **BARE)
-            # The schedule of presets/ipgo-plus.yaml, for both.
+            # The schedule of presets/ipgo-plus.yaml for both, with its four prompts a step in one batch: it is faster.
             ascent = replace(ipgo.IPGO().ascent, steps=options.steps, lr=0.01, lr_decay=0.95, decay_every=15)
+            ascent = replace(ascent, batch_size=4, accumulate=1)
             cells = prompt_batch(name, train, test, reward, ipgo.IPGO(insertion, ascent))
         lines.append(f"| {mode} | {kind} | {reward} | {cells} |")
         print(lines[-1], flush=True)

@@ -29,11 +29,10 @@ from ipgo.runner import (
 from ipgo.store import Run
 from ipgo.task import Progress
 
-# Settings that decide which models are in memory.
-LOADED = (
-    *("backend", "device", "dtype", "image_size", "padding", "scheduler", "long_prompts"),
-    *("reward", "held_out"),
-)
+# Settings that decide which models are in memory, and those that decide what a bare prompt looks like.
+BACKEND = ("backend", "device", "dtype", "image_size", "padding", "scheduler", "long_prompts")
+LOADED = (*BACKEND, "reward", "held_out")
+DRAWN = (*BACKEND, "seeds", "new_seeds")
 logger = logging.getLogger("ipgo")
 
 
@@ -66,6 +65,7 @@ def compare(folder: Comparison) -> None:
     models = _models(first, shelf)
     if folder.started:
         folder.check_rewards(models.identities)
+        folder.start(plan, folder.facts)  # with the entries that were added
     else:
         price = plan.price or measure(models.backend, first.prompts[: first.chunk], first.sampling)
         about = {**facts(models.backend), "rewards": models.identities}
@@ -101,14 +101,26 @@ def _run_entry(folder: Comparison, label: str, shelf: dict[tuple[Any, ...], Mode
     run = Run.open(folder.folder(label), _paid(folder.plan, label, config, models))
     check_method(run)
     forget_peak_memory(models.backend.device)
+    twins = _twins(folder, label)
     try:
         for chunk in run.pending(config.method.stackable):
-            _run_chunk(folder, label, run, models, chunk)
+            _run_chunk(folder, label, run, models, chunk, twins)
     finally:
         run.release()
     if not run.pending(config.method.stackable):
         run.close()
         _judge_unseen_prompts(run, models, folder.plan.unseen_prompts)
+
+
+def _twins(folder: Comparison, label: str) -> list[Run]:
+    """The runs of other entries that draw bare prompts from the same seeds, with the same models and sampler."""
+
+    def drawn(config: RunConfig) -> tuple[Any, ...]:
+        return *(getattr(config, name) for name in DRAWN), replace(config.sampling, fit_steps=None)
+
+    ours = drawn(folder.plan.config(label))
+    others = (folder.run(other) for other in folder.plan.entries if other != label)
+    return [run for run in others if run is not None and drawn(run.config) == ours]
 
 
 def _paid(plan: Plan, label: str, config: RunConfig, models: Models) -> RunConfig:
@@ -123,18 +135,20 @@ def _paid(plan: Plan, label: str, config: RunConfig, models: Models) -> RunConfi
     return fit_to(config, path, min(steps, now) if plan.states_length(label) else steps)
 
 
-def _run_chunk(folder: Comparison, label: str, run: Run, models: Models, chunk: Chunk) -> None:
+def _run_chunk(
+    folder: Comparison, label: str, run: Run, models: Models, chunk: Chunk, twins: Sequence[Run]
+) -> None:
     """Fit some prompts together; if that fails, each by itself, so that one does not take the others along."""
     try:
         progress, cost = _fit(folder.plan, run, models, chunk)
-        finish_chunk(run, models, chunk, progress, cost)
+        finish_chunk(run, models, chunk, progress, cost, twins)
     except Exception as error:
         if _full_disk(error):
             raise
         if len(chunk.prompts) > 1 and not run.config.shared:
             for prompt in chunk.prompts:
                 if not run.done(prompt):
-                    _run_chunk(folder, label, run, models, Chunk((prompt,)))
+                    _run_chunk(folder, label, run, models, Chunk((prompt,)), twins)
         else:
             folder.fail(label, chunk.texts, error)
     else:

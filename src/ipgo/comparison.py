@@ -112,7 +112,7 @@ class Plan:
         settings["common"] = {
             key: value for key, value in settings["common"].items() if key not in NOT_RESULTS
         }
-        return {**flatten(settings), "labels": list(self.entries)}
+        return flatten(settings)
 
 
 class Comparison:
@@ -128,6 +128,8 @@ class Comparison:
     @classmethod
     def open(cls, path: Path, plan: Plan | None = None) -> Comparison:
         """Look at a folder, and write nothing. Without `plan` it must hold a comparison; with it, it may.
+
+        The entries of `plan` are added to those that are there.
 
         Raises:
             InputError: no comparison there, a folder full of other things, or a plan that cannot work.
@@ -152,9 +154,8 @@ class Comparison:
         there = Plan.from_json(stored["plan"])
         if plan is not None:
             _check_same(path, there, plan)
-            there = replace(
-                plan, price=there.price
-            )  # the machine's settings may change; what was measured stays
+            # The machine's settings may change; what was measured stays.
+            there = replace(plan, price=there.price, entries={**there.entries, **plan.entries})
         return cls(path, there)
 
     def start(self, plan: Plan, about: Mapping[str, Any]) -> None:
@@ -231,9 +232,13 @@ class Comparison:
 
 
 def _check_same(path: Path, there: Plan, now: Plan) -> None:
-    """Raise `ResumeError` if the plans differ in what decides the results."""
+    """Raise `ResumeError` if the plans differ in what decides the results of the entries that both have."""
     if now.price is None:  # measured when the comparison began
         there = replace(there, price=None)
+    both = [label for label in now.entries if label in there.entries]
+    there, now = (
+        replace(plan, entries={label: plan.entries[label] for label in both}) for plan in (there, now)
+    )
     before, after = there.identity(), now.identity()
     differing = differences(before, {**dict.fromkeys(before), **after})
     if differing:

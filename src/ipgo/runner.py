@@ -10,8 +10,8 @@ import platform
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,10 @@ from ipgo.chunks import Chunk, Cost
 from ipgo.config import RunConfig
 from ipgo.devices import choose_device
 from ipgo.errors import InputError
-from ipgo.evaluation import Judge, draw, score
+from ipgo.evaluation import Judge, Score, draw, score
 from ipgo.images import to_pil
 from ipgo.methods import WITHOUT_GRADIENT
-from ipgo.prompts import unseen_words
+from ipgo.prompts import Prompt, unseen_words
 from ipgo.rewards import Reward, has_gradient, identity_of, load_reward
 from ipgo.store import Run
 from ipgo.task import Progress, Task
@@ -158,27 +158,56 @@ def fit_chunk(folder: Run, models: Models, chunk: Chunk, limit: Limit | None = N
     return progress, cost
 
 
-def finish_chunk(folder: Run, models: Models, chunk: Chunk, progress: Progress, cost: Cost) -> None:
-    """Draw, score and store every prompt of the chunk; its result.json comes last."""
-    config = folder.config
-    adapters = {"raw": Adapter(), config.method_name: progress.adapter}  # one entry, if the method is raw
-    seeds = (*config.seeds, *config.new_seeds)
-    total = len(chunk.prompts) * len(seeds) * len(adapters)
+def finish_chunk(
+    folder: Run, models: Models, chunk: Chunk, progress: Progress, cost: Cost, twins: Sequence[Run] = ()
+) -> None:
+    """Draw, score and store every prompt of the chunk; its result.json comes last.
+
+    Args:
+        twins: runs that draw bare prompts as this one does: what they have drawn and scored is taken over.
+    """
+    config, seeds = folder.config, (*folder.config.seeds, *folder.config.new_seeds)
+    total = len(chunk.prompts) * len(seeds) * (1 if config.method_name == "raw" else 2)
     with tqdm(total=total, desc="before and after", unit="image", disable=None, leave=False) as bar:
         for row, prompt in enumerate(chunk.prompts):
             if folder.done(prompt):
                 continue
-            drawings = []
-            for drawing in draw(models.backend, adapters, prompt.text, seeds, config.sampling):
-                when = "before" if drawing.method == "raw" else "after"
-                folder.save_image(prompt, when, drawing.seed, to_pil(drawing.image[None])[0])
-                drawings.append(drawing)
-                bar.update()
-            scores = score(drawings, models.rewards, config.reward, models.judge)
+            scores = taken_over(folder, models, prompt, twins)
+            if not scores:
+                scores = draw_and_score(folder, models, prompt, "raw", Adapter())
+            bar.update(len(seeds))
+            if config.method_name != "raw":
+                scores += draw_and_score(folder, models, prompt, config.method_name, progress.adapter)
+                bar.update(len(seeds))
             folder.save_adapter(prompt, progress.adapter if config.shared else progress.adapter.row(row))
             paid = cost_of(cost, chunk, progress.adapter)
             folder.finish(prompt, scores, paid, bool(progress.failed[row]), models.identities)
     folder.drop_checkpoint(chunk)
+
+
+def draw_and_score(folder: Run, models: Models, prompt: Prompt, method: str, adapter: Adapter) -> list[Score]:
+    """A prompt's images from all seeds, stored as those before (`method` is raw) or after the fit."""
+    config, drawings = folder.config, []
+    seeds = (*config.seeds, *config.new_seeds)
+    for drawing in draw(models.backend, {method: adapter}, prompt.text, seeds, config.sampling):
+        when = "before" if method == "raw" else "after"
+        folder.save_image(prompt, when, drawing.seed, to_pil(drawing.image[None])[0])
+        drawings.append(drawing)
+    return score(drawings, models.rewards, config.reward, models.judge)
+
+
+def taken_over(folder: Run, models: Models, prompt: Prompt, twins: Sequence[Run]) -> list[Score]:
+    """The images of the bare prompt and their scores, copied from the first twin that has them; [] if none has."""
+    config = folder.config
+    for twin in twins:
+        result = twin.result(prompt)
+        if result is None or result["rewards"] != models.identities:
+            continue
+        for seed in (*config.seeds, *config.new_seeds):
+            folder.copy_image(twin, prompt, "before", seed)
+        scores = [Score(**each) for each in result["scores"] if each["method"] == "raw"]
+        return [replace(each, held_out=each.reward != config.reward) for each in scores]
+    return []
 
 
 def progress_bar(chunk: Chunk, folder: Run) -> tqdm[Any]:

@@ -212,6 +212,10 @@ class Run:
         picture.save(stream, "PNG")
         files.write(self.image(prompt, when, seed), stream.getvalue())
 
+    def copy_image(self, other: Run, prompt: Prompt, when: str, seed: int) -> None:
+        """Take over an image that another run has drawn."""
+        files.write(self.image(prompt, when, seed), other.image(prompt, when, seed).read_bytes())
+
     def finish(
         self,
         prompt: Prompt,
@@ -234,13 +238,13 @@ class Run:
         }
         files.write_json(self.folder(prompt) / "result.json", result)
 
+    def result(self, prompt: Prompt) -> dict[str, Any] | None:
+        """A prompt's result.json; None if it is not done."""
+        return files.read_json(self.folder(prompt) / "result.json") if self.done(prompt) else None
+
     def results(self) -> list[dict[str, Any]]:
         """The result.json of every prompt that has one, in the order of the prompts."""
-        return [
-            files.read_json(self.folder(prompt) / "result.json")
-            for prompt in self.prompts
-            if self.done(prompt)
-        ]
+        return [found for prompt in self.prompts if (found := self.result(prompt)) is not None]
 
     def scores(self) -> list[Score]:
         """The scores of all results."""

@@ -569,18 +569,50 @@ def test_fingerprints_by_hand() -> None:
 
 @pytest.mark.usefixtures("fakes")
 def test_another_plan_is_refused_with_what_differs(
-    compared: Path, pipeline_folder: str, capsys: pytest.CaptureFixture[str]
+    compared: Path, pipeline_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    other = tmp_path / "other.yaml"
+    other.write_text("entries: {ipgo: {method: {ascent: {backprop_steps: 1}}}}")
     for flags, message in (
         (["--budget", "20"], "budget 19 there, 20 now"),
         (["--seed", "5"], "common.seed 0 there, 5 now"),
-        (["--methods", "raw"], "labels"),
+        (["--config", str(other)], "entries.ipgo.method.ascent.backprop_steps 2 there, 1 now"),
         (["--price", "2", "4"], "price.both 3.0 there, 4.0 now"),
     ):
         assert command(pipeline_folder, compared, *flags) == 2
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
+
+
+@pytest.mark.usefixtures("fakes")
+def test_an_entry_is_added_and_bare_prompts_are_drawn_once(
+    compared: Path, pipeline_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn, draw = [], runner.draw
+
+    def noted(backend: Any, adapters: Mapping[str, Any], prompt: str, *rest: Any) -> Iterator[Any]:
+        drawn.append((*adapters, prompt))
+        return draw(backend, adapters, prompt, *rest)
+
+    monkeypatch.setattr(runner, "draw", noted)
+    folder = tmp_path / "table"
+    assert command(pipeline_folder, folder, "--methods", "ipgo") == 0
+    assert drawn == [(method, prompt) for prompt in PROMPTS for method in ("raw", "ipgo")]
+    drawn.clear()
+    assert command(pipeline_folder, folder, "--methods", "raw,best-of-n,ipgo") == 0
+    assert drawn == [("best-of-n", prompt) for prompt in PROMPTS]
+    stored = Comparison.open(folder)
+    assert list(stored.plan.entries) == ["ipgo", "raw", "best-of-n"]
+    whole = {row.label: row for row in rows(Comparison.open(compared))}
+    for row in rows(stored):
+        assert sorted(row.scores, key=repr) == sorted(whole[row.label].scores, key=repr)
+    ours, others = (stored.run(label) for label in ("ipgo", "best-of-n"))
+    assert ours is not None
+    assert others is not None
+    for prompt, seed in itertools.product(ours.prompts, (0, 1000, 1001)):
+        pictures = [run.image(prompt, "before", seed).read_bytes() for run in (ours, others)]
+        assert pictures[0] == pictures[1]
 
 
 def test_shared_entries_are_judged_on_prompts_they_never_saw(pipeline_folder: str, tmp_path: Path) -> None:
