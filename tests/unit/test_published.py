@@ -38,7 +38,13 @@ PIXELS = {
     "pixart-alpha": 512,
     "pixart-sigma": 512,
 }
-REWARDS = {"clip": 427_616_513, "aesthetic": 427_616_513, "hpsv2.1": 986_109_441, "pickscore": 986_109_441}
+TEXT_L = CLIP_L + 768 * 768  # with its projection; the aesthetic has no use for it
+REWARDS = {
+    "clip": 427_616_513,
+    "aesthetic": 427_616_513 - TEXT_L,
+    "hpsv2.1": 986_109_441,
+    "pickscore": 986_109_441,
+}
 
 
 def count(module: torch.nn.Module) -> int:
@@ -64,7 +70,8 @@ def test_rewards_have_the_published_sizes(name: str) -> None:
     reward = unloaded_reward(name, new_sizes())
     assert reward.differentiable
     assert isinstance(reward, torch.nn.Module)
-    assert count(reward) == REWARDS[name]
+    text = getattr(reward, "text", None)  # on the CPU, and so not part of the module
+    assert count(reward) + (count(text.encoder) + count(text.projection) if text else 0) == REWARDS[name]
 
 
 def test_imagereward_has_the_size_of_its_file() -> None:

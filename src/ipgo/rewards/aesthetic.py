@@ -55,6 +55,7 @@ def load_aesthetic(device: torch.device, checkpoint: Checkpoint) -> Aesthetic:
             f"reward {checkpoint.spec!r}: {str(file)!r} reads {len(head[0])} numbers of a picture, but the CLIP in "
             f"{str(folder)!r} gives {model.config.projection_dim}; it belongs to {CLIP_L}"
         )
+    del model.text_model, model.text_projection  # it does not look at the prompt
     size = model.config.vision_config.image_size
     preprocessing = read_preprocessing(folder, size, checkpoint.notebook)
     about = identity(checkpoint.name, [*weight_files(folder), file], preprocessing)

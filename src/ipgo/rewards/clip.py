@@ -16,11 +16,40 @@ from ipgo.rewards.checkpoints import CLIP_L, Checkpoint, identity, open_model, w
 from ipgo.rewards.preprocessing import Preprocessing, read_preprocessing
 
 
+class TextTower:
+    """Prompts to embeddings by the text half of a CLIP, which it takes out of the model.
+
+    It stays on the CPU: each prompt is embedded once, and need not take a GPU's memory for it (of ViT-H/14 the text half
+    is more than a third).
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.encoder, self.projection = model.text_model, model.text_projection
+        del model.text_model, model.text_projection
+        for part in (self.encoder, self.projection):
+            part.eval().requires_grad_(False)
+            if next(part.parameters()).device.type != "cpu":  # tensors without numbers cannot be moved
+                part.cpu()
+        self.tokenizer = tokenizer
+        self.longest = model.config.text_config.max_position_embeddings
+        self._embed = lru_cache(maxsize=512)(self._embed_one)
+
+    def _embed_one(self, prompt: str) -> Tensor:
+        """(D,) normalised; a prompt longer than the tower is cut, since a reward must not refuse to judge."""
+        inputs = self.tokenizer([prompt], truncation=True, max_length=self.longest, return_tensors="pt")
+        with torch.no_grad():
+            return F.normalize(self.projection(self.encoder(**inputs).pooler_output)[0], dim=-1)
+
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        """(B, D) on the CPU."""
+        return torch.stack([self._embed(prompt) for prompt in prompts])
+
+
 class ClipReward(nn.Module):
     """Cosine of the embeddings in [-1, 1], or that times the model's own scale if `scaled` (PickScore, eq. 2).
 
     The model is frozen and computes in the precision of its weights; gradients reach the pictures. Scores of a row do
-    not depend on its neighbours, and each prompt is embedded once.
+    not depend on its neighbours.
     """
 
     differentiable = True
@@ -29,7 +58,7 @@ class ClipReward(nn.Module):
         self,
         name: str,
         model: Any,
-        tokenizer: Any,
+        text: TextTower,
         preprocessing: Preprocessing,
         identity: Mapping[str, Any],
         scaled: bool = False,
@@ -37,23 +66,14 @@ class ClipReward(nn.Module):
         super().__init__()
         self.name = name
         self.model = model.eval().requires_grad_(False)
-        self.tokenizer = tokenizer
+        self.text = text
         self.preprocessing = preprocessing
         self.identity = dict(identity)
         self.scaled = scaled
-        self._text = lru_cache(maxsize=512)(self._embed_text)
-
-    def _embed_text(self, prompt: str) -> Tensor:
-        """(D,) normalised; a prompt longer than the tower is cut, since a reward must not refuse to judge."""
-        longest = self.model.config.text_config.max_position_embeddings
-        inputs = self.tokenizer([prompt], truncation=True, max_length=longest, return_tensors="pt")
-        with torch.no_grad():
-            features = self.model.get_text_features(**inputs.to(self.model.device)).pooler_output
-        return F.normalize(features[0], dim=-1)
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        text = torch.stack([self._text(prompt) for prompt in prompts])
-        cosine = (embed(self.model, self.preprocessing, images) * text).sum(dim=-1)
+        pictures = embed(self.model, self.preprocessing, images)
+        cosine = (pictures * self.text(prompts).to(pictures)).sum(dim=-1)
         return cosine * self.model.logit_scale.exp() if self.scaled else cosine
 
 
@@ -80,7 +100,8 @@ def _load(device: torch.device, checkpoint: Checkpoint, scaled: bool) -> ClipRew
     size = model.config.vision_config.image_size
     preprocessing = read_preprocessing(folder, size, checkpoint.notebook)
     about = identity(checkpoint.name, weight_files(folder), preprocessing)
-    return ClipReward(checkpoint.spec, model, tokenizer, preprocessing, about, scaled).to(device)
+    text = TextTower(model, tokenizer)
+    return ClipReward(checkpoint.spec, model, text, preprocessing, about, scaled).to(device)
 
 
 def read_clip(folder: Path, reward: str, device: torch.device) -> Any:

@@ -12,7 +12,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from ipgo.errors import InputError
 from ipgo.rewards.checkpoints import CLIP_L, Checkpoint, identity, open_model, read_state
-from ipgo.rewards.clip import ClipReward, attention
+from ipgo.rewards.clip import ClipReward, TextTower, attention
 from ipgo.rewards.preprocessing import Preprocessing
 
 HEAD_WIDTH = {"vision": 80, "text": 64}  # of ViT-H-14; no tensor shows it
@@ -64,7 +64,8 @@ def load_hps(device: torch.device, checkpoint: Checkpoint) -> ClipReward:
     size = config.vision_config.image_size
     preprocessing = Preprocessing(size, "notebook" if checkpoint.notebook else "pad")
     about = identity(checkpoint.name, [file], preprocessing)
-    return ClipReward(checkpoint.spec, model, tokenizer, preprocessing, about).to(device)
+    text = TextTower(model, tokenizer)
+    return ClipReward(checkpoint.spec, model, text, preprocessing, about).to(device)
 
 
 def config_of(state: Mapping[str, Tensor], activation: str) -> CLIPConfig:

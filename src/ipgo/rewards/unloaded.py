@@ -25,7 +25,7 @@ from ipgo.errors import InputError
 from ipgo.memory import UNBOUNDED, Tokens, build
 from ipgo.rewards import SOURCES, Reward, check_reward, combine, load_reward
 from ipgo.rewards.aesthetic import Aesthetic
-from ipgo.rewards.clip import ClipReward
+from ipgo.rewards.clip import ClipReward, TextTower
 from ipgo.rewards.imagereward import ImageReward
 from ipgo.rewards.preprocessing import Preprocessing
 
@@ -107,10 +107,11 @@ def _unloaded(name: str, sizes: FakeTensorMode | None, device: str) -> Reward:
     preprocessing = Preprocessing(
         config.vision_config.image_size, "pad" if bare.startswith("hps") else "crop"
     )
+    text = TextTower(model, Tokens(UNBOUNDED))
     if bare == "aesthetic":
         head = _head(config.projection_dim, device)
         return Aesthetic(name, model, preprocessing, head, {})
-    return ClipReward(name, model, Tokens(UNBOUNDED), preprocessing, {}, scaled=bare == "pickscore")
+    return ClipReward(name, model, text, preprocessing, {}, scaled=bare == "pickscore")
 
 
 def _clip_config(name: str, bare: str) -> Any:
