@@ -19,8 +19,8 @@ from ipgo.rewards.preprocessing import Preprocessing, read_preprocessing
 class TextTower:
     """Prompts to embeddings by the text half of a CLIP, which it takes out of the model.
 
-    It stays on the CPU: each prompt is embedded once, and need not take a GPU's memory for it (of ViT-H/14 the text half
-    is more than a third).
+    It stays on the CPU: each prompt is embedded once, and need not take a GPU's memory for it (the text half is more
+    than a third of ViT-H/14).
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
