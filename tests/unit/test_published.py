@@ -14,6 +14,8 @@ from ipgo.rewards.unloaded import unloaded_reward
 
 CLIP_L, CLIP_G, T5_XXL = 123_060_480, 694_659_840, 4_762_310_656
 VAE_4, VAE_16 = 83_653_863, 83_819_683
+GEMMA_2_2B, QWEN_3_4B, QWEN_25_VL_7B = 2_614_341_888, 4_022_468_096, 8_292_166_656
+DC_AE = 312_250_275
 # Numbers of parameters of the published checkpoints, denoiser first.
 COUNTS = {
     "sd15": (859_520_964, CLIP_L, VAE_4),
@@ -28,7 +30,13 @@ COUNTS = {
     "flux-schnell": (11_891_178_560, CLIP_L, T5_XXL, VAE_16),
     "pixart-alpha": (610_856_096, T5_XXL, VAE_4),
     "pixart-sigma": (610_856_096, T5_XXL, VAE_4),
+    "sana": (1_604_462_752, GEMMA_2_2B, DC_AE),
+    "z-image": (6_154_908_736, QWEN_3_4B, VAE_16),
+    "z-image-turbo": (6_154_908_736, QWEN_3_4B, VAE_16),
+    "qwen-image": (20_430_401_088, QWEN_25_VL_7B, 126_892_531),
 }
+# Of these the size of the denoiser's file in bfloat16 is published, in 10^9 bytes.
+FILES = {"sana-sprint": 3.22, "flux2-klein": 7.75, "flux2-klein-base": 7.75}
 PIXELS = {
     "sd15": 512,
     "sd21": 768,
@@ -52,17 +60,23 @@ def count(module: torch.nn.Module) -> int:
 
 
 def test_what_is_written_down_is_of_the_family_that_opens_it() -> None:
-    assert set(PUBLISHED) == set(COUNTS)
+    assert set(PUBLISHED) == {*COUNTS, *FILES} == set(BACKENDS) - {"emoji"}
     for name, blueprint in PUBLISHED.items():
         assert blueprint.kind == BACKENDS[name][0]
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", COUNTS)
 def test_backends_have_the_published_sizes(name: str) -> None:
     backend = unloaded_backend(name, new_sizes(), torch.float16)
     assert tuple(count(module) for module in backend.modules.values()) == COUNTS[name]
     assert backend.latent_shape[-1] * backend.pipe.vae_scale_factor == PIXELS.get(name, 1024)
     assert backend.dtype == torch.float16
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_denoisers_have_the_size_of_their_files(name: str) -> None:
+    backend = unloaded_backend(name, new_sizes(), torch.bfloat16)
+    assert 2 * count(backend.modules["denoiser"]) == pytest.approx(FILES[name] * 1e9, rel=0.002)
 
 
 @pytest.mark.parametrize("name", REWARDS)

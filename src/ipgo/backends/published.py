@@ -48,6 +48,45 @@ _T5: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 _T5_XXL = Part("transformers", "T5EncoderModel", _T5)
+_GEMMA_2_2B: dict[str, Any] = {
+    "vocab_size": 256_000,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+}
+_QWEN_3_4B: dict[str, Any] = {
+    "vocab_size": 151_936,
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "tie_word_embeddings": True,
+}
+_QWEN_25_VL_7B: dict[str, Any] = {
+    "text_config": {
+        "vocab_size": 152_064,
+        "hidden_size": 3584,
+        "intermediate_size": 18_944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+    },
+    "vision_config": {
+        "depth": 32,
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "out_hidden_size": 3584,
+        "patch_size": 14,
+    },
+    "tie_word_embeddings": False,
+}
 
 # -- VAEs ----------------------------------------------------------------------------------------------------
 
@@ -76,6 +115,16 @@ def _vae_16(scaling: float, shift: float) -> Part:
         use_post_quant_conv=False,
         force_upcast=True,
     )
+
+
+_DC_BLOCKS = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
+_DC_AE: dict[str, Any] = {
+    "encoder_block_types": _DC_BLOCKS,
+    "decoder_block_types": _DC_BLOCKS,
+    "downsample_block_type": "conv",
+    "upsample_block_type": "interpolate",
+    "scaling_factor": 0.41407,
+}
 
 
 # -- pipelines -----------------------------------------------------------------------------------------------
@@ -173,6 +222,69 @@ def _pixart(kind: str, vae: Part) -> Blueprint:
     )
 
 
+def _sana(kind: str, transformer: dict[str, Any], scheduler: tuple[str, dict[str, Any]]) -> Blueprint:
+    return Blueprint(
+        kind,
+        {
+            "transformer": Part("diffusers", "SanaTransformer2DModel", transformer),
+            "vae": Part("diffusers", "AutoencoderDC", _DC_AE),
+            "text_encoder": Part("transformers", "Gemma2Model", _GEMMA_2_2B),
+            "scheduler": Part("diffusers", *scheduler),
+        },
+    )
+
+
+def _z_image(shift: float) -> Blueprint:
+    return Blueprint(
+        "ZImagePipeline",
+        {
+            "transformer": Part("diffusers", "ZImageTransformer2DModel", {}),
+            "vae": _vae_16(0.3611, 0.1159),
+            "text_encoder": Part("transformers", "Qwen3Model", _QWEN_3_4B),
+            "scheduler": Part("diffusers", "FlowMatchEulerDiscreteScheduler", {"shift": shift}),
+        },
+    )
+
+
+def _flux_2_klein(distilled: bool) -> Blueprint:
+    transformer = {
+        "num_layers": 5,
+        "num_single_layers": 20,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 7680,
+        "guidance_embeds": False,
+    }
+    shifting = {"use_dynamic_shifting": True, "shift": 3.0}
+    return Blueprint(
+        "Flux2KleinPipeline",
+        {
+            "transformer": Part("diffusers", "Flux2Transformer2DModel", transformer),
+            "vae": Part("diffusers", "AutoencoderKLFlux2", {}),
+            "text_encoder": Part("transformers", "Qwen3ForCausalLM", _QWEN_3_4B),
+            "scheduler": Part("diffusers", "FlowMatchEulerDiscreteScheduler", shifting),
+        },
+        options={"is_distilled": distilled},
+    )
+
+
+_QWEN_IMAGE = Blueprint(
+    "QwenImagePipeline",
+    {
+        "transformer": Part("diffusers", "QwenImageTransformer2DModel", {}),
+        "vae": Part("diffusers", "AutoencoderKLQwenImage", {}),
+        "text_encoder": Part("transformers", "Qwen2_5_VLForConditionalGeneration", _QWEN_25_VL_7B),
+        "scheduler": Part(
+            "diffusers",
+            "FlowMatchEulerDiscreteScheduler",
+            {
+                "use_dynamic_shifting": True,
+                "max_shift": 0.9,
+                "max_image_seq_len": 8192,
+                "shift_terminal": 0.02,
+            },
+        ),
+    },
+)
 _UNET_15: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768}
 _UNET_21: dict[str, Any] = {
     "sample_size": 64,
@@ -186,7 +298,7 @@ _ANCESTRAL = Part(
     "diffusers", "EulerAncestralDiscreteScheduler", {**_SHIPPED, "timestep_spacing": "trailing"}
 )
 
-# Names of `ipgo.backends.BACKENDS` whose weights are not bundled; not yet all of them.
+# The names of `ipgo.backends.BACKENDS` whose weights are not bundled.
 PUBLISHED: dict[str, Blueprint] = {
     "sd15": _stable_diffusion("StableDiffusionPipeline", _UNET_15, _CLIP_L, _PNDM),
     "sd21": _stable_diffusion(
@@ -218,4 +330,22 @@ PUBLISHED: dict[str, Blueprint] = {
     "flux-schnell": _flux(distilled=False),
     "pixart-alpha": _pixart("PixArtAlphaPipeline", _VAE_SD),
     "pixart-sigma": _pixart("PixArtSigmaPipeline", _VAE_XL),
+    "sana": _sana(
+        "SanaPipeline",
+        {},
+        (
+            "DPMSolverMultistepScheduler",
+            {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0},
+        ),
+    ),
+    "sana-sprint": _sana(
+        "SanaSprintPipeline",
+        {"guidance_embeds": True, "qk_norm": "rms_norm_across_heads"},
+        ("SCMScheduler", {}),
+    ),
+    "z-image": _z_image(shift=6.0),
+    "z-image-turbo": _z_image(shift=3.0),
+    "qwen-image": _QWEN_IMAGE,
+    "flux2-klein": _flux_2_klein(distilled=True),
+    "flux2-klein-base": _flux_2_klein(distilled=False),
 }
