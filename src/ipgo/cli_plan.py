@@ -110,7 +110,7 @@ def _measured(workload: Workload, choice: Choice) -> Footprint:
 
 
 def _headline(args: Any, workload: Workload) -> Iterator[str]:
-    side = workload.backend.latent_shape[-1] * workload.backend.pipe.vae_scale_factor
+    side = workload.backend.image_size
     scale = workload.sampling.scale(workload.backend)
     yield (
         f"{args.backend} with {args.reward}: {args.dtype}, {side} x {side} pixels, guidance {scale:g}, "

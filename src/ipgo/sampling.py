@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ipgo.backends import Backend
-from ipgo.backends.recomputing import blocks, recomputed
+from ipgo.backends.recomputing import TRANSFORMER, blocks, recomputed, row_by_row
 from ipgo.embeds import PromptEmbeds
 from ipgo.errors import InputError
 
@@ -108,7 +108,8 @@ def denoise(
     Args:
         backprop_steps: K, the number of last denoiser calls that build a graph; 0 for none, `sampling.steps`
             for all. Schedulers that make more calls than steps (PNDM) count calls.
-        recompute: keep no activations of these calls, but compute them again in the backward pass.
+        recompute: keep no activations of these calls, but compute them again in the backward pass; those of large
+            transformers then block by block, once more.
     """
     latents = noise[:, 0].to(backend.device, torch.promote_types(backend.dtype, torch.float32))
     scheduler = backend.scheduler(sampling.steps, latents)
@@ -130,7 +131,7 @@ def denoise(
             )
             if recompute and torch.is_grad_enabled():
                 counted = Counter(backend.calls)
-                prediction = checkpoint(backend.predict, *call, use_reentrant=False)
+                prediction = checkpoint(_predict_in_blocks, backend, *call, use_reentrant=False)
                 for name in ("denoiser_grad", "denoiser_grad_both"):  # the backward pass will count them
                     backend.calls[name] = counted[name]
             else:
@@ -144,6 +145,12 @@ def denoise(
                 next_latents = scheduler.step(prediction, timestep, latents).prev_sample
         yield Step(index, timestep, latents, prediction, next_latents)
         latents = next_latents
+
+
+def _predict_in_blocks(backend: Backend, *call: Any) -> Tensor:
+    """`Backend.predict`, of which a transformer keeps the inputs of its blocks alone."""
+    with recomputed(backend.modules["denoiser"], TRANSFORMER):
+        return backend.predict(*call)
 
 
 def sample(
@@ -183,7 +190,7 @@ def decode(backend: Backend, latents: Tensor, *, recompute: bool = False) -> Ten
     if not blocks(vae.decoder):
         images: Tensor = checkpoint(backend.decode, latents, use_reentrant=False)
         return images
-    with recomputed(vae.decoder):
+    with recomputed(vae.decoder), row_by_row(vae.decoder):
         images = backend.decode(latents)
     backend.calls["decoder"] += len(latents)  # the work of the backward pass
     return images

@@ -270,7 +270,6 @@ def test_nothing_fits(
         (["--gpu", "big"], "gpu is 'big'; it must be a size such as 16GB"),
         (["--gpu", "8GB", "--backend", "sd1.5"], "unknown backend 'sd1.5'; did you mean 'sd15'"),
         (["--gpu", "8GB", "--backend", "some/model"], "the sizes of its models are not known"),
-        (["--gpu", "8GB", "--backend", "sana"], "'sana' is no local folder, and the sizes"),
         (["--gpu", "8GB", "--reward", "hpsv3"], "unknown reward 'hpsv3'"),
         (["--gpu", "8GB", "--reward", "cmd:true {image}"], "has no gradient"),
         (["--gpu", "8GB", "--dtype", "half"], "unknown dtype 'half'; choose from bfloat16, float16, float32"),

@@ -69,13 +69,14 @@ def test_what_is_written_down_is_of_the_family_that_opens_it() -> None:
 def test_backends_have_the_published_sizes(name: str) -> None:
     backend = unloaded_backend(name, new_sizes(), torch.float16)
     assert tuple(count(module) for module in backend.modules.values()) == COUNTS[name]
-    assert backend.latent_shape[-1] * backend.pipe.vae_scale_factor == PIXELS.get(name, 1024)
+    assert backend.image_size == PIXELS.get(name, 1024)
     assert backend.dtype == torch.float16
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_denoisers_have_the_size_of_their_files(name: str) -> None:
     backend = unloaded_backend(name, new_sizes(), torch.bfloat16)
+    assert backend.image_size == 1024
     assert 2 * count(backend.modules["denoiser"]) == pytest.approx(FILES[name] * 1e9, rel=0.002)
 
 

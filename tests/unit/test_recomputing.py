@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ipgo import sampling as sampling_module
 from ipgo.backends import Backend, load_backend
-from ipgo.backends.recomputing import blocks, recomputed
+from ipgo.backends.recomputing import TRANSFORMER, blocks, recomputed
 from ipgo.memory import LiveMemory
-from ipgo.sampling import decode
+from ipgo.sampling import Sampling, decode, denoise, last_latents
 from tests import tiny_families
 from tests.conftest import tiny_pipeline
 
@@ -55,6 +58,56 @@ def test_the_gradient_is_the_same_and_the_decoder_as_before(make: Callable[[], A
     assert attributes(decoder) == before  # already, though the backward pass is still to come
     torch.testing.assert_close(gradient(latents, images), whole)
     assert backend.calls["decoder"] == 2 * len(latents)
+
+
+TRANSFORMERS = (
+    tiny_families.sd3, tiny_families.flux, tiny_families.sana, tiny_families.qwen_image, tiny_families.z_image,
+    tiny_families.flux_2,
+)  # fmt: skip
+
+
+def gradient_of_embeddings(backend: Backend, recompute: bool) -> tuple[Tensor, int]:
+    """Through two steps, and the most memory that was alive."""
+    cond = backend.encode(["a fox"])
+    embeds = cond.embeds.detach().requires_grad_()
+    cond, noise = replace(cond, embeds=embeds), backend.noise([0])
+    sampling = Sampling(steps=2, fit_steps=None, guidance_scale=1.0)
+    with LiveMemory() as memory:
+        walk = denoise(backend, cond, None, noise, sampling, backprop_steps=2, recompute=recompute)
+        return gradient(embeds, last_latents(walk)), memory.peak
+
+
+@pytest.mark.parametrize("make", TRANSFORMERS, ids=lambda make: make.__name__)
+def test_a_transformer_is_computed_again_block_by_block(make: Callable[[], Any]) -> None:
+    backend = load_backend(make(), device="cpu", image_size=32)
+    denoiser = backend.modules["denoiser"]
+    before, found = attributes(denoiser), blocks(denoiser, TRANSFORMER)
+    assert found
+    whole, _ = gradient_of_embeddings(backend, recompute=False)
+    times = dict.fromkeys(found, 0)
+    for block in found:
+        block.register_forward_pre_hook(lambda block, _: times.update({block: times[block] + 1}))
+    again, _ = gradient_of_embeddings(backend, recompute=True)
+    assert whole.abs().max() > 0
+    torch.testing.assert_close(again, whole)
+    assert attributes(denoiser) == before
+    assert set(times.values()) == {
+        2 * 2
+    }  # a block's own second and third time go by its forward, not by its hooks
+
+
+def test_of_a_deep_transformer_only_one_block_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny_families.flux()
+    for kind in ("transformer_blocks", "single_transformer_blocks"):
+        (*_, last) = getattr(pipe.transformer, kind)
+        setattr(pipe.transformer, kind, nn.ModuleList(deepcopy(last) for _ in range(8)))
+    backend = load_backend(pipe, device="cpu", image_size=32)
+    _, kept = gradient_of_embeddings(backend, recompute=False)
+    _, parts = gradient_of_embeddings(backend, recompute=True)
+    monkeypatch.setattr(sampling_module, "TRANSFORMER", frozenset())
+    _, whole = gradient_of_embeddings(backend, recompute=True)
+    assert parts < 0.5 * whole
+    assert whole < 0.7 * kept
 
 
 def test_after_an_error_the_decoder_is_as_before(backend: Backend) -> None:

@@ -83,6 +83,11 @@ class Backend(ABC):
         """The one that decides how long a prompt may be."""
         return self.pipe.tokenizer
 
+    @property
+    def image_size(self) -> int:
+        """Side of the images in pixels."""
+        return int(self.latent_shape[-1] * self.pipe.vae_scale_factor)
+
     @abstractmethod
     def _encode(self, prompts: Sequence[str], padding: str) -> PromptEmbeds:
         """The text encoders' states; `padding` is "max_length" or "longest", and longer prompts are cut."""

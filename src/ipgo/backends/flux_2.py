@@ -44,6 +44,10 @@ class Flux2Klein(Backend):
         own = inspect.signature(type(pipe).__call__).parameters
         self.layers: tuple[int, ...] = own["text_encoder_out_layers"].default
 
+    @property
+    def image_size(self) -> int:
+        return 2 * super().image_size  # the latents are patches of 2 x 2 of the VAE's
+
     def _latent_shape(self, image_size: int | None) -> tuple[int, int, int]:
         side = latent_side(self.pipe, self.pipe.default_sample_size, image_size, patch=2) // 2
         return self.pipe.transformer.config.in_channels, side, side

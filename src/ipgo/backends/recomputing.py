@@ -13,38 +13,62 @@ from torch.utils.checkpoint import checkpoint
 
 # Classes that diffusers builds decoders of. A network of others has no blocks: those of Qwen-Image's decoder write to a
 # cache that their caller gives them, so a second call would be another one.
-BLOCKS = frozenset(
+DECODER = frozenset(
     ("ResnetBlock2D", "Attention", "Upsample2D", "ResBlock", "EfficientViTBlock", "DCUpBlock2d")
+)
+# And the transformers of which one call keeps tens of gigabytes. A UNet's, or PixArt's, is computed again as a whole.
+TRANSFORMER = frozenset(
+    (
+        *(
+            "JointTransformerBlock",
+            "FluxTransformerBlock",
+            "FluxSingleTransformerBlock",
+            "SanaTransformerBlock",
+        ),
+        *("QwenImageTransformerBlock", "ZImageTransformerBlock"),
+        *("Flux2TransformerBlock", "Flux2SingleTransformerBlock"),
+    )
 )
 
 
-def blocks(network: nn.Module) -> list[nn.Module]:
+def blocks(network: nn.Module, kinds: frozenset[str] = DECODER) -> list[nn.Module]:
     """The parts that can be computed again one by one; none contains another."""
     found: list[nn.Module] = []
     for part in network.children():
-        found += [part] if type(part).__name__ in BLOCKS else blocks(part)
+        found += [part] if type(part).__name__ in kinds else blocks(part, kinds)
     return found
 
 
 @contextmanager
-def recomputed(network: nn.Module) -> Iterator[None]:
+def recomputed(network: nn.Module, kinds: frozenset[str] = DECODER) -> Iterator[None]:
     """A graph that is built while this is open keeps the inputs of `blocks(network)` and computes the rest again.
 
-    The rows of a batch go through the network one by one, so that no more than one row's block is computed again at a
-    time: what diffusers calls VAE slicing, which saves nothing where all is kept. Numbers are the same, up to rounding,
-    for a network in eval mode that draws nothing and couples no rows. When this closes, the network is as before;
-    the backward pass may come later.
+    Numbers are the same, up to rounding, for a network in eval mode that draws nothing. When this closes, the network
+    is as before; the backward pass may come later.
     """
     with ExitStack() as stack:
-        for block in blocks(network):
+        for block in blocks(network, kinds):
             own: Any = vars(block)
             stack.callback(_put_back, own, own.get("forward"))  # such as a hook that moves the weights
             again = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
             own["forward"] = again
-        whole: Any = vars(network)
-        stack.callback(_put_back, whole, whole.get("forward"))
-        whole["forward"] = partial(_row_by_row, network.forward)
         yield
+
+
+@contextmanager
+def row_by_row(network: nn.Module) -> Iterator[None]:
+    """While this is open the rows of a batch go through the network one by one; it must not couple them.
+
+    What diffusers calls VAE slicing, which saves nothing where all is kept. With `recomputed` no more than one row's
+    block is computed again at a time.
+    """
+    own: Any = vars(network)
+    before = own.get("forward")
+    own["forward"] = partial(_row_by_row, network.forward)
+    try:
+        yield
+    finally:
+        _put_back(own, before)
 
 
 def _row_by_row(forward: Any, batch: Tensor, *args: Any, **kwargs: Any) -> Tensor:
