@@ -40,6 +40,8 @@ class Insertion:
         norm: mean norm of an inserted embedding at the start, before it attends. Small ones begin near the image of
             the raw prompt. None is the norm of the prompt's own embeddings, 0 leaves it at sqrt(rank / 3), as the
             paper does.
+        start: coefficients begin uniform in [-start, start]. A small one leaves room in the box: from the same norm
+            an embedding can then grow to 1 / start times its length.
         pooled: learn a change of the vector for the whole prompt too, where there is one (SDXL, SD3, FLUX.1).
         negative: insert as many embeddings around the negative prompt's too, and with `pooled` change its vector.
     """
@@ -53,6 +55,7 @@ class Insertion:
     bounded: bool = True
     cross_attention: CrossAttention = "residual"
     norm: float | None = 2.0
+    start: float = 1.0
     pooled: bool = False
     negative: bool = False
 
@@ -66,6 +69,8 @@ class Insertion:
             raise InputError(f"insertion.rank is {self.rank}; it must be at least 1")
         if self.norm is not None and not 0 <= self.norm < math.inf:
             raise InputError(f"insertion.norm is {self.norm}; it must be at least 0")
+        if not 0 < self.start <= 1:
+            raise InputError(f"insertion.start is {self.start}; it must be above 0 and at most 1")
         for field, allowed in (
             ("rotations", Rotations),
             ("basis", Basis),
@@ -116,7 +121,7 @@ class InsertedEmbeddings(nn.Module):
         self.insertion = insertion
         self.rank = rank = insertion.rank_of(count, width)
         raw_basis = orthonormal(_draw(seeds, "basis", (width, rank), normal=True))
-        coefficients = _draw(seeds, "coefficients", (count, rank))
+        coefficients = _draw(seeds, "coefficients", (count, rank)) * insertion.start
         free = insertion.basis == "free"
         self.raw_basis = None if free else nn.Parameter(raw_basis)
         self.coefficients = None if free else nn.Parameter(coefficients)
@@ -132,8 +137,8 @@ class InsertedEmbeddings(nn.Module):
             self.scale_to_(torch.full((len(seeds),), insertion.norm))
 
     def scale_to_(self, norms: Tensor) -> None:
-        """Give row i the mean norm norms[i]; uniform coefficients, not scaled, have sqrt(rank / 3)."""
-        self.scale.copy_(norms / math.sqrt(self.rank / 3))
+        """Give row i the mean norm norms[i]; uniform coefficients, not scaled, have start * sqrt(rank / 3)."""
+        self.scale.copy_(norms / (self.insertion.start * math.sqrt(self.rank / 3)))
 
     def forward(self, rows: Tensor) -> Tensor:
         """(B,) row numbers, which may repeat, to (B, n, D)."""

@@ -65,6 +65,20 @@ def test_the_norm_is_the_one_asked_for(basis):
     assert plain.norm(dim=-1).mean().item() == pytest.approx(math.sqrt(60 / 3), rel=0.03)
 
 
+def test_a_small_start_has_the_norm_and_room_to_grow() -> None:
+    whole, small = (
+        InsertedEmbeddings([0, 1], 40, 96, Insertion(num_prefix=40, norm=11.0, start=start, rank=60))
+        for start in (1.0, 0.25)
+    )
+    torch.testing.assert_close(small(ROWS), whole(ROWS))
+    assert small.coefficients.abs().max() <= 0.25
+    with torch.no_grad():
+        small.coefficients *= 8
+    small.project_()
+    assert small.coefficients.abs().max() == 1
+    assert small(ROWS).norm(dim=-1).mean() > 2 * whole(ROWS).norm(dim=-1).mean()
+
+
 def test_free_embeddings_begin_where_the_others_do():
     made = [
         InsertedEmbeddings([3, 4], 5, 32, Insertion(basis=basis))(ROWS) for basis in ("orthonormal", "free")
@@ -120,6 +134,7 @@ def test_projection_bounds_coefficients_and_wraps_angles():
         ({"num_prefix": -1}, "insertion.num_prefix -1"),
         ({"rank": 0}, "insertion.rank is 0"),
         ({"norm": -1.0}, "insertion.norm is -1.0"),
+        ({"start": 0.0}, "insertion.start is 0.0; it must be above 0 and at most 1"),
         ({"rotations": "aplied"}, "unknown insertion.rotations 'aplied'; did you mean 'applied'"),
         ({"cross_attention": "both"}, "unknown insertion.cross_attention 'both'"),
     ],
