@@ -220,16 +220,17 @@ def evaluate(count: int = 4, seeds: Sequence[int] = (0, 1)) -> None:
     prompts = [each for kind in ("one", "two", "styled") for each in read_prompts(f"{kind}:train")[:count]]
     task = Task(backend, rewards[0], tuple(prompts), ipgo.Sampling(steps=1))
     (written,) = Promptist().fit(task)
+    rewritten = [text or prompt for prompt, text in zip(prompts, written.adapter.texts, strict=True)]
     added = [f"{prompt}, high quality, sharp" for prompt in prompts]
     asked = [prompt for prompt in prompts for _ in seeds]
     print(f"| prompts | {' | '.join(reward.name for reward in rewards)} | judge: object |")
     print("|---" * (len(rewards) + 2) + "|")
-    for name, texts in (("raw", prompts), ("rewritten", written.adapter.texts), ("quality words", added)):
+    for name, texts in (("raw", prompts), ("rewritten", rewritten), ("quality words", added)):
         drawn = [text for text in texts for _ in seeds]
         images = ipgo.generate(backend, drawn, [*seeds] * len(texts), ipgo.Adapter(), ipgo.Sampling(steps=10))
         values = " | ".join(f"{reward(images, asked).mean():.3f}" for reward in rewards)
         print(f"| {name} | {values} | {judge.accuracy(images, asked)['object'].nanmean():.0%} |")
-    for prompt, text in zip(prompts, written.adapter.texts, strict=True):
+    for prompt, text in zip(prompts, rewritten, strict=True):
         print(f"{prompt!r} became {text!r}")
 
 
