@@ -161,7 +161,7 @@ def show_run(folder: Run) -> int:
         if gains:
             print(f"\n{title}\n{table(gains)}")
     if len(folder.prompts) == 1:
-        seed = (*config.seeds, *config.new_seeds)[0]
+        seed = config.judged_seeds[0]
         for when in ("before", "after"):
             file = folder.image(folder.prompts[0], when, seed)
             if file.is_file():

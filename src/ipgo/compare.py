@@ -32,7 +32,7 @@ from ipgo.task import Progress
 # Settings that decide which models are in memory, and those that decide what a bare prompt looks like.
 BACKEND = ("backend", "device", "dtype", "image_size", "padding", "scheduler", "long_prompts")
 LOADED = (*BACKEND, "reward", "held_out")
-DRAWN = (*BACKEND, "seeds", "new_seeds")
+DRAWN = (*BACKEND, "judged_seeds")
 logger = logging.getLogger("ipgo")
 
 

@@ -108,6 +108,11 @@ class RunConfig:
         return tuple(range(FIRST_UNSEEN, FIRST_UNSEEN + self.unseen_seeds))
 
     @property
+    def judged_seeds(self) -> tuple[int, ...]:
+        """The seeds that images are drawn from before and after: the fitted ones, then the others."""
+        return (*self.seeds, *self.new_seeds)
+
+    @property
     def method_name(self) -> str:
         """The method's name in `METHODS`."""
         return next(name for name, kind in METHODS.items() if kind is type(self.method))

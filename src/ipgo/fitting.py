@@ -131,6 +131,6 @@ def result_of(folder: Run, path: Path | None = None) -> Result:
 
 
 def _pictures(folder: Run, prompt: Prompt, when: str) -> dict[int, Image.Image]:
-    seeds = (*folder.config.seeds, *folder.config.new_seeds)
+    seeds = folder.config.judged_seeds
     files = {seed: folder.image(prompt, when, seed) for seed in seeds}
     return {seed: Image.open(file).copy() for seed, file in files.items() if file.is_file()}

@@ -166,7 +166,7 @@ def finish_chunk(
     Args:
         twins: runs that draw bare prompts as this one does: what they have drawn and scored is taken over.
     """
-    config, seeds = folder.config, (*folder.config.seeds, *folder.config.new_seeds)
+    config, seeds = folder.config, folder.config.judged_seeds
     total = len(chunk.prompts) * len(seeds) * (1 if config.method_name == "raw" else 2)
     with tqdm(total=total, desc="before and after", unit="image", disable=None, leave=False) as bar:
         for row, prompt in enumerate(chunk.prompts):
@@ -188,8 +188,7 @@ def finish_chunk(
 def draw_and_score(folder: Run, models: Models, prompt: Prompt, method: str, adapter: Adapter) -> list[Score]:
     """A prompt's images from all seeds, stored as those before (`method` is raw) or after the fit."""
     config, drawings = folder.config, []
-    seeds = (*config.seeds, *config.new_seeds)
-    for drawing in draw(models.backend, {method: adapter}, prompt.text, seeds, config.sampling):
+    for drawing in draw(models.backend, {method: adapter}, prompt.text, config.judged_seeds, config.sampling):
         when = "before" if method == "raw" else "after"
         folder.save_image(prompt, when, drawing.seed, to_pil(drawing.image[None])[0])
         drawings.append(drawing)
@@ -203,7 +202,7 @@ def taken_over(folder: Run, models: Models, prompt: Prompt, twins: Sequence[Run]
         result = twin.result(prompt)
         if result is None or result["rewards"] != models.identities:
             continue
-        for seed in (*config.seeds, *config.new_seeds):
+        for seed in config.judged_seeds:
             folder.copy_image(twin, prompt, "before", seed)
         scores = [Score(**each) for each in result["scores"] if each["method"] == "raw"]
         return [replace(each, held_out=each.reward != config.reward) for each in scores]

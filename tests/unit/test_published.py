@@ -35,7 +35,7 @@ COUNTS = {
     "z-image-turbo": (6_154_908_736, QWEN_3_4B, VAE_16),
     "qwen-image": (20_430_401_088, QWEN_25_VL_7B, 126_892_531),
 }
-# Of these the size of the denoiser's file in bfloat16 is published, in 10^9 bytes.
+# Of these the size of the denoiser's file in bfloat16 is known, in 10^9 bytes; that of Sana-Sprint is computed.
 FILES = {"sana-sprint": 3.22, "flux2-klein": 7.75, "flux2-klein-base": 7.75}
 PIXELS = {
     "sd15": 512,

@@ -91,9 +91,8 @@ def test_a_transformer_is_computed_again_block_by_block(make: Callable[[], Any])
     assert whole.abs().max() > 0
     torch.testing.assert_close(again, whole)
     assert attributes(denoiser) == before
-    assert set(times.values()) == {
-        2 * 2
-    }  # a block's own second and third time go by its forward, not by its hooks
+    # A block's own second and third time go by its forward, not by its hooks.
+    assert set(times.values()) == {2 * 2}
 
 
 def test_of_a_deep_transformer_only_one_block_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

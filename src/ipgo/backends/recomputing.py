@@ -19,14 +19,14 @@ DECODER = frozenset(
 # And the transformers of which one call keeps tens of gigabytes. A UNet's, or PixArt's, is computed again as a whole.
 TRANSFORMER = frozenset(
     (
-        *(
-            "JointTransformerBlock",
-            "FluxTransformerBlock",
-            "FluxSingleTransformerBlock",
-            "SanaTransformerBlock",
-        ),
-        *("QwenImageTransformerBlock", "ZImageTransformerBlock"),
-        *("Flux2TransformerBlock", "Flux2SingleTransformerBlock"),
+        "JointTransformerBlock",
+        "FluxTransformerBlock",
+        "FluxSingleTransformerBlock",
+        "Flux2TransformerBlock",
+        "Flux2SingleTransformerBlock",
+        "QwenImageTransformerBlock",
+        "SanaTransformerBlock",
+        "ZImageTransformerBlock",
     )
 )
 
