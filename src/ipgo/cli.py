@@ -24,7 +24,7 @@ from ipgo.cli_publish import publish
 from ipgo.cli_score import score
 from ipgo.errors import InputError, IpgoError, unknown
 from ipgo.prompts import read_prompts, slug
-from ipgo.terminal import command_parser, find_adapter, loading, read_texts, underscores
+from ipgo.terminal import add_device_flags, command_parser, find_adapter, loading, read_texts, underscores
 
 if TYPE_CHECKING:
     from ipgo.evaluation import Gain
@@ -224,7 +224,7 @@ def generate(argv: list[str]) -> int:
         "--out", type=Path, default=Path("images"), help="where to put the images (default: images)"
     )
     parser.add_argument("--backend", help="another backend than the adapter was fitted on")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add_device_flags(parser)
     args = parser.parse_args(argv)
 
     from ipgo.backends import load_backend
@@ -243,7 +243,7 @@ def generate(argv: list[str]) -> int:
     source = args.backend or settings.pop("backend")
     settings.pop("backend", None)
     loading(source)
-    backend = load_backend(source, device=args.device, **settings)
+    backend = load_backend(source, device=args.device, text_device=args.text_device, **settings)
     backend.check_prompts(texts)
     adapter.to(backend.device)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -266,7 +266,7 @@ def evaluate(argv: list[str]) -> int:
     )
     parser.add_argument("--rewards", nargs="+", help="default: those that the run was scored with")
     parser.add_argument("--prompts", help="other prompts from a file or a set, for a run with --shared")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add_device_flags(parser)
     args = parser.parse_args(argv)
 
     import dataclasses
@@ -287,7 +287,7 @@ def evaluate(argv: list[str]) -> int:
     prompts = read_prompts(args.prompts) if args.prompts else done
     check_prompts(prompts)
     adapter.rows(prompts)
-    config = dataclasses.replace(folder.config, device=args.device)
+    config = dataclasses.replace(folder.config, device=args.device, text_device=args.text_device)
     if args.rewards:
         config = dataclasses.replace(config, held_out=tuple(args.rewards))
     loading(config.backend)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser
 
 from ipgo.errors import InputError
-from ipgo.terminal import check_image, command_parser, drawn_in, given, loading
+from ipgo.terminal import add_device_flags, check_image, command_parser, drawn_in, given, loading
 
 
 def doctor(argv: list[str]) -> int:
@@ -28,7 +28,13 @@ def doctor(argv: list[str]) -> int:
     choose_dtype(args.dtype, choose_device(args.device))
     check_reward(args.reward)
     loading(args.backend)
-    backend = load_backend(args.backend, device=args.device, dtype=args.dtype, image_size=args.image_size)
+    backend = load_backend(
+        args.backend,
+        device=args.device,
+        dtype=args.dtype,
+        image_size=args.image_size,
+        text_device=args.text_device,
+    )
     reward = load_reward(args.reward, device=args.device)
     wrong = 0
     for finding in examine(backend, reward, args.prompt, sampling, backprop_steps):
@@ -59,5 +65,5 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--guidance-scale", type=float, help="default: the model's own")
     parser.add_argument("--image-size", type=int, help="side of the image (default: the model's own)")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add_device_flags(parser)
     return parser

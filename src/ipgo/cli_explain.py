@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ipgo.errors import InputError
-from ipgo.terminal import command_parser, find_adapter, loading, read_texts
+from ipgo.terminal import add_device_flags, command_parser, find_adapter, loading, read_texts
 
 if TYPE_CHECKING:
     from ipgo.config import RunConfig
@@ -29,7 +29,7 @@ def explain(argv: list[str]) -> int:
     parser.add_argument("--top", type=int, default=3, help="nearest words to name (default: 3)")
     parser.add_argument("--out", type=Path, help="a JSON file for all numbers, those of each step too")
     parser.add_argument("--backend", help="another backend than the adapter was fitted on")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add_device_flags(parser)
     args = parser.parse_args(argv)
 
     from ipgo import files
@@ -61,7 +61,8 @@ def explain(argv: list[str]) -> int:
     sampling = Sampling(**settings.pop("sampling"))
     source = settings.pop("backend")
     loading(args.backend or source)
-    backend = load_backend(args.backend or source, device=args.device, **settings)
+    place = {"device": args.device, "text_device": args.text_device}
+    backend = load_backend(args.backend or source, **place, **settings)
     reward = load_reward(spec, device=args.device)
     words = Vocabulary.of(backend)
     adapter.to(backend.device)

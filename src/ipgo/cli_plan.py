@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,12 @@ def plan(argv: list[str]) -> int:
     room = {gpu: memory_of(gpu) - RESERVE for gpu in args.gpu}
     sampling = Sampling(steps=args.steps, fit_steps=None, guidance_scale=args.guidance_scale)
     workload = unloaded(args.backend, args.reward, sampling, getattr(torch, args.dtype), args.image_size)
-    footprint = lru_cache(maxsize=None)(lambda choice: _measured(workload, choice))
+    measured = lru_cache(maxsize=None)(lambda choice: _measured(workload, choice))
+
+    def footprint(choice: Choice) -> Footprint:
+        found = measured(replace(choice, text_on_cpu=False))
+        return workload.without_text(found) if choice.text_on_cpu else found
+
     for line in (*_headline(args, workload), *_table(args, room, footprint)):
         print(line, flush=True)
     print(
@@ -66,7 +72,7 @@ def _advise(args: Any, gpu: str, most: int, footprint: Measure) -> bool:
     from ipgo.plan import Choice, fastest
 
     choice = fastest(lambda each: footprint(each).peak <= most, args.backprop_steps, args.rows)
-    found = footprint(choice or Choice(min(args.backprop_steps), recompute=True))
+    found = footprint(choice or Choice(min(args.backprop_steps), recompute=True, text_on_cpu=True))
     of = f"{found.peak / GIB:.2f} of {most / GIB:.2f} GiB"
     if choice is None:
         print(f"\n{gpu}: nothing fits, the least is {of}; a smaller --image-size takes less")
@@ -128,8 +134,8 @@ def _table(args: Any, room: dict[str, int], footprint: Measure) -> Iterator[str]
     yield "|---" * (4 + len(room)) + "|"
     for depth in sorted(set(args.backprop_steps)):
         for recompute in (False, True):
-            found = footprint(Choice(depth, recompute))
-            fits = ("fits" if found.peak <= bytes_ else "-" for bytes_ in room.values())
+            found, apart = (footprint(Choice(depth, recompute, text_on_cpu=where)) for where in (False, True))
+            fits = (_fits(found.peak, apart.peak, most) for most in room.values())
             cells = (
                 depth,
                 "yes" if recompute else "no",
@@ -139,10 +145,17 @@ def _table(args: Any, room: dict[str, int], footprint: Measure) -> Iterator[str]
             yield f"| {' | '.join(map(str, (*cells, *fits)))} |"
 
 
+def _fits(peak: int, without_text: int, most: int) -> str:
+    if peak <= most:
+        return "fits"
+    return "text on the CPU" if without_text <= most else "-"
+
+
 def _words(choice: Choice) -> str:
     rows = f"{choice.rows} prompts" if choice.rows > 1 else "1 prompt"
     recompute = "recomputing" if choice.recompute else "without recomputing"
-    return f"K = {choice.backprop_steps} {recompute}, {rows} at once"
+    text = ", text encoders on the CPU" if choice.text_on_cpu else ""
+    return f"K = {choice.backprop_steps} {recompute}, {rows} at once{text}"
 
 
 def fit_command(args: Any, choice: Choice) -> list[str]:
@@ -151,6 +164,8 @@ def fit_command(args: Any, choice: Choice) -> list[str]:
     options["chunk"] = choice.rows
     options["method.ascent.backprop_steps"] = choice.backprop_steps
     options["method.ascent.recompute"] = str(choice.recompute).lower()
+    if choice.text_on_cpu:
+        options["text_device"] = "cpu"
     if args.image_size is not None:
         options["image_size"] = args.image_size
     options["sampling.fit_steps"] = args.steps

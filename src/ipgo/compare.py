@@ -30,7 +30,7 @@ from ipgo.store import Run
 from ipgo.task import Progress
 
 # Settings that decide which models are in memory, and those that decide what a bare prompt looks like.
-BACKEND = ("backend", "device", "dtype", "image_size", "padding", "scheduler", "long_prompts")
+BACKEND = ("backend", "device", "dtype", "image_size", "padding", "scheduler", "long_prompts", "text_device")
 LOADED = (*BACKEND, "reward", "held_out")
 DRAWN = (*BACKEND, "judged_seeds")
 logger = logging.getLogger("ipgo")

@@ -28,6 +28,7 @@ PRESETS = Path(__file__).parent / "presets"  # {name}.yaml
 NOT_RESULTS = (
     "chunk",
     "device",
+    "text_device",
     "prompts_from",
     *(f"method.chat.{name}" for name in ("timeout", "retries", "cache")),
 )
@@ -56,6 +57,7 @@ class RunConfig:
         dtype: auto, float32, bfloat16 or float16.
         chunk: how many prompts are fitted at once: a matter of memory, not of results.
         device: auto, cpu, cuda or cuda:N.
+        text_device: where the text encoders are: auto (with the rest), or cpu, which saves a GPU's memory.
     """
 
     prompts: tuple[str, ...]
@@ -75,6 +77,7 @@ class RunConfig:
     dtype: str = "auto"
     chunk: int = 4
     device: str = "auto"
+    text_device: str = "auto"
     prompts_from: str | None = None
 
     def __post_init__(self) -> None:

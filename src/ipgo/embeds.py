@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -76,6 +76,17 @@ class PromptEmbeds:
         kept = list(places)
         present = None if self.present is None else self.present[:, kept]
         return PromptEmbeds(self.embeds[:, kept], self.mask[:, kept], self.pooled, present=present)
+
+    def to(self, device: torch.device) -> PromptEmbeds:
+        """The same on `device`."""
+        return replace(
+            self,
+            embeds=self.embeds.to(device),
+            mask=self.mask.to(device),
+            pooled=None if self.pooled is None else self.pooled.to(device),
+            early=None if self.early is None else self.early.to(device),
+            present=None if self.present is None else self.present.to(device),
+        )
 
     def select(self, rows: Tensor) -> PromptEmbeds:
         """The prompts at `rows` (B',), which may repeat."""

@@ -5,6 +5,7 @@ The step is ipgo's own (`training.first_gradient`), run on models that have size
 
 from __future__ import annotations
 
+import itertools
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -39,11 +40,13 @@ class Choice:
         backprop_steps: K, the last denoising steps with gradient. It decides what is learned.
         recompute: compute the differentiated calls twice in place of keeping their activations.
         rows: prompts that are fitted at once.
+        text_on_cpu: encode prompts on the CPU, which is done once for a fit.
     """
 
     backprop_steps: int
     recompute: bool
     rows: int = 1
+    text_on_cpu: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,8 @@ class Workload:
         Raises:
             InputError: choices that do not fit together, or a reward that looks at the values of pictures.
         """
+        if choice.text_on_cpu:
+            return self.without_text(self.footprint(replace(choice, text_on_cpu=False)))
         steps = min(self.sampling.steps, max(choice.backprop_steps + 1, 2))
         sampling = replace(self.sampling, steps=steps, fit_steps=None)
         prompts = tuple(f"prompt {number}" for number in range(choice.rows))
@@ -106,6 +111,11 @@ class Workload:
                 f"reward {self.reward.name!r} cannot be planned: it looks at the values of pictures ({error})"
             ) from None
         return Footprint(weights, watched.live - weights, memory.peak)
+
+    def without_text(self, footprint: Footprint) -> Footprint:
+        """What is left of it on a GPU when the text encoders are on the CPU."""
+        text = sum(size for name, size in self.weights().items() if name.startswith("text_encoder"))
+        return Footprint(footprint.weights - text, footprint.saved, footprint.peak - text)
 
 
 class _Watched:
@@ -146,11 +156,12 @@ def fastest(fits: Callable[[Choice], bool], depths: Sequence[int], most_rows: in
     """The first of these that fits, with as many rows as fit; None if none does.
 
     The largest K comes first, since K decides what is learned and the rest does not; for each K no recomputation
-    comes before recomputation. Rows are then doubled while they fit, up to `most_rows`.
+    comes before recomputation, which costs time at every step, and for each of these the text encoders stay on the
+    GPU if they can. Rows are then doubled while they fit, up to `most_rows`.
     """
     for depth in sorted(set(depths), reverse=True):
-        for recompute in (False, True):
-            choice = Choice(depth, recompute)
+        for recompute, text_on_cpu in itertools.product((False, True), repeat=2):
+            choice = Choice(depth, recompute, text_on_cpu=text_on_cpu)
             if not fits(choice):
                 continue
             while choice.rows < most_rows:

@@ -67,6 +67,7 @@ def load_models(config: RunConfig, backend: Backend | None = None, reward: Rewar
         padding=config.padding,
         scheduler=config.scheduler,
         long_prompts=config.long_prompts,
+        text_device=config.text_device,
     )
     backend.check_prompts(config.prompts)
     reward = reward or load_reward(config.reward, device=config.device)

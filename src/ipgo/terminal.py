@@ -21,6 +21,14 @@ def command_parser(command: str, description: str) -> argparse.ArgumentParser:
     return _Parser(prog=f"ipgo {command}", description=description, allow_abbrev=False)
 
 
+def add_device_flags(parser: argparse.ArgumentParser) -> None:
+    """Where a backend and the rewards are put."""
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--text-device", default="auto", help="auto, or cpu to leave a GPU's memory to the other models"
+    )
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse, with one sentence in place of its usage lines."""
 

@@ -84,6 +84,7 @@ def test_a_missing_shard_is_named(folder):
         ({"scheduler": "eular"}, "unknown scheduler 'eular'; did you mean 'euler'"),
         ({"padding": "max"}, "unknown padding 'max'"),
         ({"long_prompts": "cut"}, "unknown long_prompts 'cut'"),
+        ({"text_device": "gpu"}, "unknown text_device 'gpu'; did you mean 'cpu'"),
         ({"image_size": 15}, "image_size 15 must be a positive multiple of 2"),
     ],
 )

@@ -5,7 +5,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from ipgo.adapters import Adapter, NoiseAdapter, generate
-from ipgo.backends import load_backend
+from ipgo.backends import load_backend, put
 from ipgo.backends.flux import pack, unpack
 from ipgo.backends.qwen_image import compact
 from ipgo.embeds import PromptEmbeds
@@ -13,6 +13,7 @@ from ipgo.errors import InputError
 from ipgo.relaxation import Relaxation
 from ipgo.sampling import Sampling
 from tests import tiny_families as tiny
+from tests.conftest import tiny_pipeline
 
 MARKS_AFTER = "<|im_end|>\n<|im_start|>assistant\n"
 MARKS = "<|im_start|>user\n" + MARKS_AFTER
@@ -33,6 +34,26 @@ def test_a_pipeline_without_its_text_encoder_is_refused():
     pipe.register_modules(text_encoder=None)
     with pytest.raises(InputError, match="has no text_encoder, which prompts are encoded with"):
         load_backend(pipe, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        tiny_pipeline, tiny.lcm, tiny.sdxl, tiny.sd3, tiny.flux, tiny.pixart, tiny.sana, tiny.sana_sprint,
+        tiny.z_image, tiny.flux_2, tiny.qwen_image,
+    ],
+)  # fmt: skip
+def test_prompts_are_encoded_where_the_text_encoders_are(build):
+    """The others stand on another device: "meta" stands for a GPU, with sizes and no numbers."""
+    backend = load_backend(put(build(), torch.device("meta"), "cpu"))
+    assert (backend.device.type, backend.text_device.type) == ("meta", "cpu")
+    cond = backend.encode(["a fox", "two"])
+    halves = [cond]
+    if backend.guidance == "classifier-free":
+        halves.append(backend.unconditional("dull", cond))
+    for half in halves:
+        found = [half.embeds, half.mask, *(each for each in (half.pooled, half.present) if each is not None)]
+        assert {(each.device.type, len(each)) for each in found} == {("meta", 2)}
 
 
 @pytest.mark.parametrize("build", [tiny.sdxl, tiny.pixart, tiny.sana, tiny.z_image])

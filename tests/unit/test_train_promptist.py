@@ -18,17 +18,18 @@ def tokens():
     return train_promptist.tokenizer()
 
 
-def test_rich_captions_keep_the_plain_ones_and_leave_nothing_open():
+def test_rich_captions_keep_the_plain_ones_and_add_quality():
     rng = np.random.default_rng(0)
     pairs = [train_promptist.pair(rng) for _ in range(300)]
-    styles = {word for words in world.STYLES.values() for word in words}
+    usual = 0
     for plain, rich in pairs:
-        assert rich.startswith(f"{plain}, ")
-        assert any(f"{colour} background" in rich for colour in world.COLOURS)
-        assert any(re.search(rf"\b{style}\b", rich) for style in styles)
-        assert rich.endswith(world.CLEAN_WORDS)
-    assert len({plain for plain, _ in pairs}) > 250
-    assert sum("background" in plain for plain, _ in pairs) == pytest.approx(180, abs=30)
+        assert rich.removeprefix(f"{plain}, ") in world.CLEAN_WORDS
+        usual += rich == f"{plain}, {train_promptist.QUALITY}"
+        assert not re.search(r"\ba [aeio]|\ban [^aeiou]", plain)  # "an award winning icon", and "a unicorn"
+    assert len({plain for plain, _ in pairs}) > 280
+    assert usual == pytest.approx(265, abs=20)
+    assert sum("background" in plain for plain, _ in pairs) == pytest.approx(240, abs=25)
+    assert sum(plain.startswith("an award winning") for plain, _ in pairs) > 2
 
 
 def test_only_the_rich_caption_is_learned(tokens):

@@ -139,7 +139,9 @@ def generate(
             f"generate needs one seed for each prompt, not {len(prompts)} prompts, {len(seeds)} seeds"
         )
     with torch.set_grad_enabled(backprop_steps > 0), adapter.attached(backend, prompts):
-        cond = adapter.condition(backend, prompts, backend.encode(prompts))
+        distinct = list(dict.fromkeys(prompts))  # often one prompt with many seeds
+        places = torch.tensor([distinct.index(prompt) for prompt in prompts], device=backend.device)
+        cond = adapter.condition(backend, prompts, backend.encode(distinct).select(places))
         noise = adapter.noise(backend, prompts, seeds, sampling.noise_steps(backend))
         uncond = adapter.unconditional(backend, prompts, cond, sampling)
         return sample(backend, cond, uncond, noise, sampling, backprop_steps=backprop_steps)

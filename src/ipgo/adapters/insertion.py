@@ -133,7 +133,7 @@ class InsertionAdapter(Adapter):
     def _embeds(self, side: InsertedEmbeddings | None, rows: Tensor, original: PromptEmbeds) -> Tensor:
         if side is None:
             return original.embeds.new_empty(len(rows), 0, self.width)
-        inserted: Tensor = side(rows.to(side.scale.device)).to(original.embeds.device)  # (B, n, D)
+        inserted: Tensor = side(rows).to(original.embeds.device)  # (B, n, D)
         if self.insertion.cross_attention == "none":
             return inserted
         attended = cross_attend(inserted, original)

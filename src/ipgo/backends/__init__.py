@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from ipgo.backends.base import Backend
 from ipgo.backends.facts import Facts, Opening
 from ipgo.backends.few_steps import FewSteps, by_name
@@ -75,6 +78,7 @@ def load_backend(
     padding: str = "max_length",
     scheduler: str | None = None,
     long_prompts: str = "refuse",
+    text_device: str = "auto",
 ) -> Backend:
     """Open a frozen text-to-image backend.
 
@@ -89,17 +93,19 @@ def load_backend(
         scheduler: ddim, pndm, lms, euler or dpm++; None is the model's own.
         long_prompts: refuse, truncate to the encoder's length, or chunk (SD 1 and 2, SDXL): read them in windows
             of that length, each with its own marks of begin and end.
+        text_device: where the text encoders are: auto (with the rest), or cpu, which leaves a GPU's memory to the rest;
+            a prompt is encoded once for a fit.
 
     Raises:
         InputError: an unknown name or option, a family that is not known or does not have the option, or a
             folder that is incomplete, damaged or holds a pickle.
     """
-    opening = Opening(image_size, padding, scheduler, long_prompts)
+    opening = Opening(image_size, padding, scheduler, long_prompts, text_device)
     if isinstance(source, str | Path):
         kind, place = _place(source)
         family = _family(kind, str(source))
         opening.check(family.facts, kind)
-        backend = family(_open(place, kind, device, dtype), str(source), opening)
+        backend = family(_open(place, kind, device, dtype, text_device), str(source), opening)
         return with_own_scale(backend, str(source))
     kinds = [kind.__name__ for kind in type(source).__mro__ if kind.__name__ in FAMILIES]
     if not kinds:
@@ -110,7 +116,9 @@ def load_backend(
     opening.check(FAMILIES[kinds[0]].facts, kinds[0])
     given: Any = source
     if device != "auto":
-        given.to(choose_device(device))
+        put(given, choose_device(device), text_device)
+    elif text_device != "auto":
+        put(given, given.device, text_device)
     if dtype != "auto":
         given.to(choose_dtype(dtype, given.device))
     backend = FAMILIES[kinds[0]](given, type(source).__name__, opening)
@@ -155,12 +163,21 @@ def _family(kind: str, source: str) -> type[Backend]:
     return FAMILIES[kind]
 
 
-def _open(place: str | Path, kind: str, device: str, dtype: str) -> Any:
+def put(pipe: Any, device: torch.device, text_device: str) -> Any:
+    """The pipeline with its models on `device`, and its text encoders there too, or on "cpu"."""
+    for name, part in pipe.components.items():
+        if isinstance(part, nn.Module):
+            apart = text_device == "cpu" and name.startswith("text_encoder")
+            part.to("cpu" if apart else device)
+    return pipe
+
+
+def _open(place: str | Path, kind: str, device: str, dtype: str, text_device: str) -> Any:
     chosen = choose_device(device)
     if Path(place).suffix == ".safetensors":
         from ipgo.backends.single_file import open_file
 
-        return open_file(Path(place), kind, choose_dtype(dtype, chosen)).to(chosen)
+        return put(open_file(Path(place), kind, choose_dtype(dtype, chosen)), chosen, text_device)
     from ipgo.backends.folder import open_pipeline
 
-    return open_pipeline(place, kind, choose_dtype(dtype, chosen)).to(chosen)
+    return put(open_pipeline(place, kind, choose_dtype(dtype, chosen)), chosen, text_device)

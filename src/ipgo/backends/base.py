@@ -32,6 +32,7 @@ class Backend(ABC):
         name: what it was loaded from; of a pipeline object, its class.
         origin: the same, or what such an object was loaded from, if it says.
         device, dtype: where and in which format its weights are. Latents and images are at least float32.
+        text_device: where the text encoders are: the same, or the CPU where they need not take a GPU's memory.
         embed_dim: D, the width of the prompt embeddings.
         max_tokens: the longest prompt, or with long_prompts="chunk" the longest window, with its marks.
         guidance: what this model has of `facts.guidance`.
@@ -65,6 +66,7 @@ class Backend(ABC):
                 raise InputError(f"backend {name!r} has no {part}, which prompts are encoded with")
         denoiser = parts["unet"] if "unet" in parts else parts["transformer"]
         self.device, self.dtype = denoiser.device, denoiser.dtype
+        self.text_device: torch.device = next(iter(encoders.values())).device
         self.modules: dict[str, nn.Module] = {
             "denoiser": denoiser,
             **{part: module for part, module in encoders.items() if module is not None},
@@ -90,7 +92,7 @@ class Backend(ABC):
 
     @abstractmethod
     def _encode(self, prompts: Sequence[str], padding: str) -> PromptEmbeds:
-        """The text encoders' states; `padding` is "max_length" or "longest", and longer prompts are cut."""
+        """The text encoders' states, where these are; `padding` is "max_length" or "longest"; longer ones are cut."""
 
     @abstractmethod
     def _latent_shape(self, image_size: int | None) -> tuple[int, int, int]:
@@ -153,7 +155,7 @@ class Backend(ABC):
     def encode(self, prompts: Sequence[str]) -> PromptEmbeds:
         """The text encoder's states; `InputError` for a prompt that is too long."""
         self.check_prompts(prompts)
-        return self._encode(prompts, "longest" if self.padding == "none" else "max_length")
+        return self._encode(prompts, "longest" if self.padding == "none" else "max_length").to(self.device)
 
     def unconditional(self, negative_prompt: str, cond: PromptEmbeds) -> PromptEmbeds:
         """What guidance moves away from, one row for each of `cond`.
@@ -169,7 +171,7 @@ class Backend(ABC):
                 f"backend {self.name!r} has no unconditional half; its guidance is {self.guidance!r}"
             )
         self.check_prompts([negative_prompt])
-        full = self._negative(negative_prompt, cond.length)
+        full = self._negative(negative_prompt, cond.length).to(self.device)
         full = full.select(torch.zeros(len(cond.mask), dtype=torch.long, device=self.device))
         if self.padding == "max_length":
             return full
@@ -178,7 +180,7 @@ class Backend(ABC):
         return replace(full, embeds=full.embeds[:, : cond.length], mask=mask[:, : cond.length])
 
     def _negative(self, prompt: str, length: int) -> PromptEmbeds:
-        """One row; `length` is that of the prompts which it is the other half of."""
+        """One row, where `_encode` has it; `length` is that of the prompts which it is the other half of."""
         return self._encode([prompt], "max_length")
 
     def pipeline_kwargs(self, cond: PromptEmbeds, uncond: PromptEmbeds | None) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from ipgo.errors import InputError, unknown
 
 PADDINGS = ("max_length", "none")
 LONG_PROMPTS = ("refuse", "truncate", "chunk")
+TEXT_DEVICES = ("auto", "cpu")
 
 Guidance = Literal["classifier-free", "distilled", "none"]
 Time = Literal["t", "t / 1000", "1 - t / 1000", "share of noise"]
@@ -80,12 +81,14 @@ class Opening:
     padding: str = "max_length"
     scheduler: str | None = None
     long_prompts: str = "refuse"
+    text_device: str = "auto"
 
     def __post_init__(self) -> None:
         for option, value, allowed in (
             ("scheduler", self.scheduler or "ddim", SCHEDULERS),
             ("padding", self.padding, PADDINGS),
             ("long_prompts", self.long_prompts, LONG_PROMPTS),
+            ("text_device", self.text_device, TEXT_DEVICES),
         ):
             if value not in allowed:
                 raise unknown(option, value, allowed)

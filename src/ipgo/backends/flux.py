@@ -56,10 +56,10 @@ class Flux(Backend):
         pipe = self.pipe
         length = clip_tokens(pipe.tokenizer, pipe.text_encoder)
         ids, _ = tokenize(pipe.tokenizer, prompts, length, "max_length")
-        pooled = pipe.text_encoder(ids.to(self.device)).pooler_output
+        pooled = pipe.text_encoder(ids.to(self.text_device)).pooler_output
         ids, mask = tokenize(pipe.tokenizer_2, prompts, self.max_tokens, "max_length")
-        states = pipe.text_encoder_2(ids.to(self.device))[0]  # it reads the padding too
-        return PromptEmbeds(states, mask.to(self.device), pooled)
+        states = pipe.text_encoder_2(ids.to(self.text_device))[0]  # it reads the padding too
+        return PromptEmbeds(states, mask.to(self.text_device), pooled)
 
     def predict(
         self,

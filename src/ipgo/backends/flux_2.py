@@ -58,9 +58,12 @@ class Flux2Klein(Backend):
     def _encode(self, prompts: Sequence[str], padding: str) -> PromptEmbeds:
         texts = chat(self.tokenizer, prompts, thinking=False)
         ids, mask = tokenize(self.tokenizer, texts, self.max_tokens, "max_length")
-        mask = mask.to(self.device)
+        mask = mask.to(self.text_device)
         answer = self.pipe.text_encoder(
-            input_ids=ids.to(self.device), attention_mask=mask, output_hidden_states=True, use_cache=False
+            input_ids=ids.to(self.text_device),
+            attention_mask=mask,
+            output_hidden_states=True,
+            use_cache=False,
         )
         return PromptEmbeds(torch.cat([answer.hidden_states[layer] for layer in self.layers], dim=-1), mask)
 

@@ -44,8 +44,8 @@ class PixArtAlpha(Backend):
     def _encode(self, prompts: Sequence[str], padding: str) -> PromptEmbeds:
         small = [prompt.lower().strip() for prompt in prompts]
         ids, mask = tokenize(self.pipe.tokenizer, small, self.max_tokens, "max_length")
-        mask = mask.to(self.device)
-        return PromptEmbeds(self.pipe.text_encoder(ids.to(self.device), attention_mask=mask)[0], mask)
+        mask = mask.to(self.text_device)
+        return PromptEmbeds(self.pipe.text_encoder(ids.to(self.text_device), attention_mask=mask)[0], mask)
 
     def predict(
         self,

@@ -62,9 +62,9 @@ class QwenImage(Backend):
     def _encode(self, prompts: Sequence[str], padding: str) -> PromptEmbeds:
         longest = self.max_tokens + self.instruction_tokens
         ids, mask = tokenize(self.tokenizer, self._texts(prompts), longest, "longest")
-        mask = mask.to(self.device)
+        mask = mask.to(self.text_device)
         answer = self.pipe.text_encoder(
-            input_ids=ids.to(self.device), attention_mask=mask, output_hidden_states=True
+            input_ids=ids.to(self.text_device), attention_mask=mask, output_hidden_states=True
         )
         rows = [  # by their places, which are known also where states have a size and no numbers
             states[seen.nonzero().flatten()][self.instruction_tokens :]
@@ -72,8 +72,8 @@ class QwenImage(Backend):
         ]
         embeds = pad_sequence(rows, batch_first=True)
         embeds = F.pad(embeds, (0, 0, 0, self.max_tokens - embeds.shape[1]))  # equally long for all prompts
-        lengths = torch.tensor([len(row) for row in rows], device=self.device)
-        return PromptEmbeds(embeds, torch.arange(self.max_tokens, device=self.device) < lengths[:, None])
+        lengths = torch.tensor([len(row) for row in rows], device=self.text_device)
+        return PromptEmbeds(embeds, torch.arange(self.max_tokens, device=self.text_device) < lengths[:, None])
 
     def predict(
         self,

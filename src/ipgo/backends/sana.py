@@ -64,8 +64,8 @@ class Sana(Backend):
     def _states(self, texts: Sequence[str], length: int) -> PromptEmbeds:
         self.tokenizer.padding_side = "right"  # Gemma's own is left; the pipeline changes it too
         ids, mask = tokenize(self.tokenizer, texts, length, "max_length")
-        mask = mask.to(self.device)
-        return PromptEmbeds(self.pipe.text_encoder(ids.to(self.device), attention_mask=mask)[0], mask)
+        mask = mask.to(self.text_device)
+        return PromptEmbeds(self.pipe.text_encoder(ids.to(self.text_device), attention_mask=mask)[0], mask)
 
     def predict(
         self,

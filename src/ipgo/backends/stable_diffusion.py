@@ -45,7 +45,7 @@ class StableDiffusion(Backend):
     def _encode(self, prompts: Sequence[str], padding: str) -> PromptEmbeds:
         windows = read(self.pipe.tokenizer, prompts, self.max_tokens, padding, self.long_prompts)
         # CLIP is causal, so the padding that follows a text does not change its states.
-        return windows.embeds(self.pipe.text_encoder(windows.ids.to(self.device))[0])
+        return windows.embeds(self.pipe.text_encoder(windows.ids.to(self.text_device))[0])
 
     def predict(
         self,

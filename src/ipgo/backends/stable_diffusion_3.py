@@ -69,7 +69,7 @@ class StableDiffusion3(Backend):
         states, pooled = [], []
         for tokenizer, encoder in self._clips():
             ids, mask = tokenize(tokenizer, prompts, self.clip_tokens, "max_length")
-            answer = encoder(ids.to(self.device), output_hidden_states=True)
+            answer = encoder(ids.to(self.text_device), output_hidden_states=True)
             states.append(answer.hidden_states[-2])
             pooled.append(answer.text_embeds)
         clip = torch.cat(states, dim=-1)
@@ -77,7 +77,7 @@ class StableDiffusion3(Backend):
         t5, t5_mask = self._t5(prompts, t5_tokens)
         return PromptEmbeds(
             torch.cat([clip, t5.to(clip)], dim=1),
-            torch.cat([mask, t5_mask], dim=1).to(self.device),
+            torch.cat([mask, t5_mask], dim=1).to(self.text_device),
             torch.cat(pooled, dim=-1),
         )
 
@@ -85,11 +85,11 @@ class StableDiffusion3(Backend):
         """Its states (B, L, D), for which it reads the padding too, and where there is text."""
         if self.pipe.text_encoder_3 is None:
             shape = len(prompts), length
-            return torch.zeros(*shape, self.embed_dim, device=self.device), torch.zeros(
+            return torch.zeros(*shape, self.embed_dim, device=self.text_device), torch.zeros(
                 shape, dtype=torch.bool
             )
         ids, mask = tokenize(self.pipe.tokenizer_3, prompts, length, "max_length")
-        return self.pipe.text_encoder_3(ids.to(self.device))[0], mask
+        return self.pipe.text_encoder_3(ids.to(self.text_device))[0], mask
 
     def predict(
         self,

@@ -56,7 +56,7 @@ class StableDiffusionXL(Backend):
         states = []
         for tokenizer, encoder in self._encoders():
             windows = read(tokenizer, prompts, self.max_tokens, padding, self.long_prompts)
-            answer = encoder(windows.ids.to(self.device), output_hidden_states=True)
+            answer = encoder(windows.ids.to(self.text_device), output_hidden_states=True)
             states.append(answer.hidden_states[-2])
         return windows.embeds(torch.cat(states, dim=-1), answer.text_embeds)
 

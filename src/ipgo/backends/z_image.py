@@ -51,8 +51,10 @@ class ZImage(Backend):
     def _encode(self, prompts: Sequence[str], padding: str) -> PromptEmbeds:
         texts = chat(self.tokenizer, prompts, thinking=True)
         ids, mask = tokenize(self.tokenizer, texts, self.max_tokens, "max_length")
-        mask = mask.to(self.device)
-        answer = self.pipe.text_encoder(ids.to(self.device), attention_mask=mask, output_hidden_states=True)
+        mask = mask.to(self.text_device)
+        answer = self.pipe.text_encoder(
+            ids.to(self.text_device), attention_mask=mask, output_hidden_states=True
+        )
         return PromptEmbeds(answer.hidden_states[-2], mask)
 
     def predict(
