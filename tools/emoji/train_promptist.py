@@ -68,8 +68,8 @@ def pair(rng: np.random.Generator) -> tuple[str, str]:
     """A caption of a training scene, plain or wordy, and a rich one: it goes on in words of quality.
 
     Nothing of the first is lost, and what follows can nearly be foreseen. Promptist's beam search multiplies the log
-    probability of a text by its length, so that one with a choice in it, such as a background that is left open, is worth
-    less to it than none at all.
+    probability of a text by its length, so that one with a choice in it, such as a background that is left open, is
+    worth less to it than none at all.
     """
     scene = world.sample_scene(rng, clean=True)
     text = world.noun(rng, scene.objects[0])
