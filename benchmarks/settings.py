@@ -1,131 +1,118 @@
-"""Which settings of IPGO are worth their time? The default preset is chosen from this table.
+"""IPGO's settings side by side at one budget, on prompts of the train halves: docs/settings.md says what came out.
 
-    python benchmarks/settings.py --count 6 --out docs/settings.md
+    python benchmarks/settings.py --prompts styled:train --reward emoji-preference --entries ipgo embedding
+    python benchmarks/settings.py --prompts styled:train --reward emoji-preference --shared --device cuda
 
-Each variant differs in what it names from the base, the method's default; images to judge are drawn in 20 steps.
-Prompts are of the train halves; gains are over raw prompts; `unseen` are noise seeds that took no part in the fit.
+Entries are those of benchmarks/settings.yaml, as `ipgo compare --config` reads them. Prompt-wise an entry is fitted to
+all prompts over seeds 0 to 3, and judged on four others. With --shared it is fitted to two of three prompts, with noise
+that is always new, and judged on the third that it never saw. All prompts are rows of one batch, also when they are
+judged, which a GPU likes: `ipgo compare` does the same prompt by prompt, and keeps images and embeddings.
 """
 
 import argparse
-import time
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import ipgo
+import torch
+from tqdm import tqdm
+
+from ipgo.adapters import Adapter, generate
+from ipgo.budget import Price, calls_of_an_image, fit_to, length_of, paid, step_cost
+from ipgo.cli_compare import entries_of, read_comparison
+from ipgo.comparison import Plan
+from ipgo.config import RunConfig
+from ipgo.evaluation import Drawing, Gain, Score, score, summarise
 from ipgo.prompts import read_prompts
-from ipgo.runner import BUNDLED_REWARDS
+from ipgo.runner import BUNDLED_REWARDS, Models, load_models
+from ipgo.task import Task
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "base": {},
-    "lr 1e-3": {"ascent.lr": 1e-3},
-    "lr 3e-3": {"ascent.lr": 3e-3},
-    "lr 1e-2": {"ascent.lr": 1e-2},
-    "lr 3e-2": {"ascent.lr": 3e-2},
-    "K = 1": {"ascent.backprop_steps": 1},
-    "K = 2": {"ascent.backprop_steps": 2},
-    "K = 4": {"ascent.backprop_steps": 4},
-    "K = 8": {"ascent.backprop_steps": 8},
-    "fits in 5 steps": {"sampling.fit_steps": 5},
-    "fits in 8 steps": {"sampling.fit_steps": 8},
-    "fits in 12 steps": {"sampling.fit_steps": 12},
-    "fits in 20 steps": {"sampling.fit_steps": 20},
-    "norm of the prompt": {"insertion.norm": None},
-    "norm 1": {"insertion.norm": 1.0},
-    "norm 2": {"insertion.norm": 2.0},
-    "norm 3": {"insertion.norm": 3.0},
-    "norm 4": {"insertion.norm": 4.0},
-    "norm 8": {"insertion.norm": 8.0},
-    "no attention": {"insertion.cross_attention": "none"},
-    "no attention, norm 1": {"insertion.cross_attention": "none", "insertion.norm": 1.0},
-    "norm as in the paper": {"insertion.norm": 0.0},
-    "no rotations": {"insertion.rotations": "none"},
-    "free basis": {"insertion.basis": "free"},
-    "not bounded": {"insertion.bounded": False},
-    "2 + 2": {"insertion.num_prefix": 2, "insertion.num_suffix": 2},
-    "5 + 5": {"insertion.num_prefix": 5, "insertion.num_suffix": 5},
-    "10 + 10": {"insertion.num_prefix": 10, "insertion.num_suffix": 10},
-    "1 + 1": {"insertion.num_prefix": 1, "insertion.num_suffix": 1},
-    "no conformity": {"ascent.penalty_weight": 0.0},
-    "negative prompt too": {"insertion.negative": True},
-    "conformity 1": {"ascent.penalty_weight": 1.0},
-    "lr 1e-1": {"ascent.lr": 1e-1},
-    "60 steps": {"ascent.steps": 60},
-    "four seeds": {"seeds": (0, 1, 2, 3)},
-    "fresh noise": {"seeds": ()},
-}
+ENTRIES = Path(__file__).with_suffix(".yaml")
+SEEDS = (0, 1, 2, 3)
+PRICE = Price(1.6, 2.0)  # of calls with gradient; measured on two CPU cores
+RAW = "raw"
 
 
-def measure(base: dict[str, Any], overrides: dict[str, Any], reward: str, prompts: list[str]) -> str:
-    """One line of the table."""
-    parts: dict[str, Any] = {
-        "insertion": ipgo.IPGO().insertion,
-        "ascent": ipgo.IPGO().ascent,
-        "sampling": ipgo.Sampling(),
-    }
-    for key, value in (base | overrides).items():
-        part, _, field = key.partition(".")
-        if field:
-            parts[part] = replace(parts[part], **{field: value})
-    start = time.perf_counter()
-    result = ipgo.fit(
-        prompts,
-        reward=reward,
-        method=ipgo.IPGO(parts["insertion"], parts["ascent"]),
-        sampling=parts["sampling"],
-        seeds=(base | overrides).get("seeds", (0,)),
-        chunk=len(prompts),
+def fitted(config: RunConfig, models: Models, budget: int) -> Adapter:
+    """What the entry learns from its prompts, within the budget for each of them (prompt-batch: as it is)."""
+    path = "ascent.steps"
+    if not config.shared and length_of(config.method, path) is not None:
+        cost = step_cost(config, calls_of_an_image(models.backend, config.sampling.fitting), PRICE)
+        config = fit_to(config, path, paid(config, budget, cost))
+    task = Task(
+        models.backend,
+        models.reward,
+        config.prompts,
+        config.sampling.fitting,
+        config.seeds,
+        config.seed,
+        config.shared,
     )
-    seconds = (time.perf_counter() - start) / len(prompts)
-    unseen = {gain.reward: gain for gain in result.on_unseen_seeds}
-    fitted = [gain for gain in result.on_fitted_seeds if gain.reward == reward]
-    judge = unseen["judge-object"]
-    others = " | ".join(
-        f"{unseen[name].gain.value:+.3f}" for name in BUNDLED_REWARDS["emoji"] if name != reward
-    )
-    own = f"{fitted[0].gain.value:+.3f}" if fitted else ""
-    return (
-        f"{own} | {unseen[reward].gain.value:+.3f} | {unseen[reward].wins.value:.0%} | {others} "
-        f"| {judge.before:.0%} to {judge.after:.0%} | {seconds:.0f}"
-    )
+    *_, last = tqdm(config.method.fit(task), disable=None, leave=False)
+    return last.adapter.to(models.backend.device)
+
+
+def judged(
+    label: str, adapter: Adapter, prompts: Sequence[str], config: RunConfig, models: Models
+) -> list[Score]:
+    """Every reward and the judge on seeds that were not fitted, one batch a seed."""
+    drawings = []
+    for seed in config.new_seeds:
+        with torch.no_grad():
+            images = generate(models.backend, prompts, [seed] * len(prompts), adapter, config.sampling)
+        drawings += [
+            Drawing(label, prompt, seed, image.float()) for prompt, image in zip(prompts, images, strict=True)
+        ]
+    return score(drawings, models.rewards, config.reward, models.judge)
+
+
+def line(label: str, reward: str, gains: Sequence[Gain]) -> str:
+    """A row of the table."""
+    unseen = {gain.reward: gain for gain in gains}
+    others = [f"{unseen[name].gain.value:+.3f}" for name in BUNDLED_REWARDS["emoji"] if name != reward]
+    own, judge = unseen[reward], unseen["judge-object"]
+    cells = [
+        label,
+        f"{own.gain.value:+.3f} ({own.gain.low:+.3f} to {own.gain.high:+.3f})",
+        f"{own.wins.value:.0%}",
+        *others,
+        f"{judge.before:.0%} to {judge.after:.0%}",
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--entries", nargs="+", help="default: all of the file that are for the mode")
+    parser.add_argument("--prompts", default="styled:train")
     parser.add_argument("--reward", default="emoji-preference", choices=BUNDLED_REWARDS["emoji"])
-    parser.add_argument("--prompts", default="one:train")
-    parser.add_argument("--count", type=int, default=6)
-    parser.add_argument(
-        "--steps", type=int, default=ipgo.IPGO().ascent.steps, help="optimiser steps of the base"
-    )
-    parser.add_argument(
-        "--set", nargs="*", default=[], metavar="VARIANT", choices=VARIANTS, help="change the base"
-    )
-    parser.add_argument("--out", type=Path, help="write the table there, under the command that made it")
+    parser.add_argument("--shared", action="store_true")
+    parser.add_argument("--budget", type=int, default=400, help="weighted calls for a prompt, prompt-wise")
+    parser.add_argument("--device", default="auto")
     options = parser.parse_args()
-    base: dict[str, Any] = {"ascent.steps": options.steps}
-    for name in options.set:
-        base |= VARIANTS[name]
-    prompts = read_prompts(options.prompts)[: options.count]
-    others = [name for name in BUNDLED_REWARDS["emoji"] if name != options.reward]
-    lines = [
-        f"| variant | gain, fitted seed | gain, unseen | wins, unseen | {' | '.join(others)} "
-        "| judge: object | seconds a prompt, in all |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    print("\n".join(lines))
-    for name in options.variants:
-        lines.append(f"| {name} | {measure(base, VARIANTS[name], options.reward, prompts)} |")
-        print(lines[-1], flush=True)
-    if options.out:
-        command = (
-            f"python benchmarks/settings.py --reward {options.reward} --prompts {options.prompts} "
-            f"--count {options.count} --steps {options.steps}"
-        )
-        if options.set:
-            command += " --set " + " ".join(f"'{name}'" for name in options.set)
-        options.out.write_text(f"`{command}`\n\n" + "\n".join(lines) + "\n")
+    prompts = tuple(read_prompts(options.prompts))
+    fit = tuple(each for number, each in enumerate(prompts) if number % 3 < 2) if options.shared else prompts
+    judge = tuple(each for each in prompts if each not in fit) if options.shared else prompts
+    common = RunConfig(
+        fit,
+        reward=options.reward,
+        seeds=() if options.shared else SEEDS,
+        shared=options.shared,
+        device=options.device,
+    ).to_json()
+    common = {key: value for key, value in common.items() if key not in ("prompts", "method")}
+    every = read_comparison(str(ENTRIES))["entries"]
+    chosen = options.entries or [label for label in every if label.startswith("shared-") == options.shared]
+    plan = Plan(fit, common, entries_of(",".join(chosen), every, {}))
+    plan.check()
+    models = load_models(plan.config(chosen[0]))
+    raw = judged(RAW, Adapter(), judge, plan.config(chosen[0]), models)
+    others = [name.removeprefix("emoji-") for name in BUNDLED_REWARDS["emoji"] if name != options.reward]
+    head = ["variant", options.reward.removeprefix("emoji-"), "wins", *others, "judge: object"]
+    print(f"| {' | '.join(head)} |\n{'|---' * len(head)}|")
+    for label in chosen:
+        config = plan.config(label)
+        scores = [*raw, *judged(label, fitted(config, models, options.budget), judge, config, models)]
+        print(line(label, options.reward, summarise(scores)), flush=True)
 
 
 if __name__ == "__main__":

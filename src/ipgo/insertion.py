@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ipgo.embeds import PromptEmbeds
 from ipgo.errors import InputError, unknown
@@ -205,8 +206,11 @@ def rotate(vectors: Tensor, angles: Tensor) -> Tensor:
 def cross_attend(queries: Tensor, prompt: PromptEmbeds) -> Tensor:
     """IPGO+'s attention without parameters: softmax(q k^T / sqrt(D)) k over the text positions, (B, n, D).
 
-    The paper's abstract names it; its exact form is not published with the code.
+    Queries are first given the norm of the prompt's states. Short ones would all answer with the mean of the prompt;
+    with this norm the direction of an inserted embedding decides which words it repeats, from the first step on
+    (docs/settings.md). The paper's abstract names this attention; its exact form is not published with the code.
     """
     keys = prompt.embeds.to(queries.dtype)
+    queries = F.normalize(queries, dim=-1) * prompt.norm().to(queries.dtype)[:, None, None]
     scores = queries @ keys.mT / math.sqrt(keys.shape[-1])  # (B, n, L)
     return scores.masked_fill(~prompt.mask.unsqueeze(1), -math.inf).softmax(-1) @ keys

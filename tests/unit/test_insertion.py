@@ -49,11 +49,14 @@ def test_the_basis_moves_smoothly_where_a_raw_entry_crosses_zero():
 
 
 def test_attention_by_hand():
+    size = math.sqrt(2 * math.log(3))  # of the states, and so of the query: its score of the first is ln 3
     prompt = PromptEmbeds(
-        torch.tensor([[[1.0, 0, 0, 0], [0, 1, 0, 0], [9, 9, 9, 9]]]), torch.tensor([[True, True, False]])
+        torch.tensor([[[size, 0, 0, 0], [0, size, 0, 0], [9, 9, 9, 9]]]), torch.tensor([[True, True, False]])
     )
-    answer = cross_attend(torch.tensor([[[2 * math.log(3), 0.0, 0, 0]]]), prompt)
-    torch.testing.assert_close(answer, torch.tensor([[[0.75, 0.25, 0, 0]]]))  # weights 3 : 1, padding ignored
+    for length in (0.01, 1.0, 30.0):  # the direction alone counts
+        answer = cross_attend(torch.tensor([[[length, 0.0, 0, 0]]]), prompt)
+        # Weights 3 : 1; padding is ignored.
+        torch.testing.assert_close(answer, size * torch.tensor([[[0.75, 0.25, 0, 0]]]))
 
 
 @pytest.mark.parametrize("basis", ["orthonormal", "free"])
