@@ -101,7 +101,7 @@ def main() -> None:
     ).to_json()
     common = {key: value for key, value in common.items() if key not in ("prompts", "method")}
     every = read_comparison(str(ENTRIES))["entries"]
-    chosen = options.entries or [label for label in every if label.startswith("shared-") == options.shared]
+    chosen = options.entries or [label for label in every if label.startswith("shared") == options.shared]
     plan = Plan(fit, common, entries_of(",".join(chosen), every, {}))
     plan.check()
     models = load_models(plan.config(chosen[0]))

@@ -39,10 +39,10 @@ class Insertion:
             or takes their place ("replace"), as IPGO+ has it; "none" is the paper's prompt-wise IPGO. Bare ones take
             attention away from the text, as a lower guidance scale would: docs/settings.md.
         norm: mean norm of an inserted embedding at the start, before it attends. Small ones begin near the image of
-            the raw prompt. None is the norm of the prompt's own embeddings, 0 leaves it at sqrt(rank / 3), as the
-            paper does.
-        start: coefficients begin uniform in [-start, start]. A small one leaves room in the box: from the same norm
-            an embedding can then grow to 1 / start times its length.
+            the raw prompt. None is the norm of the prompt's own embeddings, 0 leaves it at start * sqrt(rank / 3): with
+            start = 1 this is the paper's.
+        start: coefficients begin uniform in [-start, start], with this norm: an embedding can grow to 1 / start times
+            as much before it meets the bounds. The paper's is 1.
         pooled: learn a change of the vector for the whole prompt too, where there is one (SDXL, SD3, FLUX.1).
         negative: insert as many embeddings around the negative prompt's too, and with `pooled` change its vector.
     """
@@ -56,7 +56,7 @@ class Insertion:
     bounded: bool = True
     cross_attention: CrossAttention = "residual"
     norm: float | None = 2.0
-    start: float = 1.0
+    start: float = 0.1
     pooled: bool = False
     negative: bool = False
 

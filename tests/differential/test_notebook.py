@@ -11,10 +11,24 @@ from ipgo.insertion import InsertedEmbeddings, Insertion, orthonormal
 from ipgo.sampling import Sampling, sample
 
 PAPER_CODE = Insertion(
-    num_prefix=10, num_suffix=10, rank=300, rotations="unused", bias=True, norm=0, cross_attention="none"
+    num_prefix=10,
+    num_suffix=10,
+    rank=300,
+    rotations="unused",
+    bias=True,
+    norm=0,
+    cross_attention="none",
+    start=1,
 )
 SMALL = Insertion(
-    num_prefix=3, num_suffix=3, rank=20, rotations="unused", bias=True, norm=0, cross_attention="none"
+    num_prefix=3,
+    num_suffix=3,
+    rank=20,
+    rotations="unused",
+    bias=True,
+    norm=0,
+    cross_attention="none",
+    start=1,
 )
 STEPS, GUIDANCE, K = 6, 7.5, 2
 PROMPT = "a red cat"

@@ -1,6 +1,7 @@
 """The parameterisation, part by part."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -64,7 +65,7 @@ def test_the_norm_is_the_one_asked_for(basis):
     insertion = Insertion(num_prefix=40, norm=11.0, basis=basis, rank=60)
     norms = InsertedEmbeddings([0, 1], 40, 96, insertion)(ROWS).norm(dim=-1)
     assert norms.mean().item() == pytest.approx(11, rel=0.03)
-    plain = InsertedEmbeddings([0, 1], 40, 96, Insertion(num_prefix=40, norm=0, basis=basis, rank=60))(ROWS)
+    plain = InsertedEmbeddings([0, 1], 40, 96, replace(insertion, norm=0, start=1.0))(ROWS)
     assert plain.norm(dim=-1).mean().item() == pytest.approx(math.sqrt(60 / 3), rel=0.03)
 
 
@@ -117,7 +118,7 @@ def test_unused_angles_have_no_effect():
 def test_projection_bounds_coefficients_and_wraps_angles():
     side = InsertedEmbeddings([0, 1], 4, 8, Insertion(rank=6))
     with torch.no_grad():
-        side.coefficients.mul_(5)
+        side.coefficients.mul_(50)
         side.angles.fill_(math.pi + 0.5)
     before = side.angles.clone()
     side.project_()
@@ -125,7 +126,7 @@ def test_projection_bounds_coefficients_and_wraps_angles():
     torch.testing.assert_close(side.angles, before - 2 * math.pi)
     unbounded = InsertedEmbeddings([0, 1], 4, 8, Insertion(rank=6, bounded=False))
     with torch.no_grad():
-        unbounded.coefficients.mul_(5)
+        unbounded.coefficients.mul_(50)
     unbounded.project_()
     assert unbounded.coefficients.abs().max() > 1
 

@@ -22,7 +22,7 @@ Search = Literal["cma", "bayes"]
 
 # 2 x 2 x (8 coefficients + 2 angles) = 40 numbers. As long as the prompt's own embeddings: without a gradient
 # that would turn the basis, small ones could change little.
-FEW = Insertion(num_prefix=2, num_suffix=2, rank=8, cross_attention="none", norm=None)
+FEW = Insertion(num_prefix=2, num_suffix=2, rank=8, cross_attention="none", norm=None, start=1.0)
 
 
 @dataclass(frozen=True)

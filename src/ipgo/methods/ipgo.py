@@ -14,8 +14,8 @@ from ipgo.insertion import Insertion
 from ipgo.task import Progress, Task
 from ipgo.training import maximize
 
-# Chosen by benchmarks/settings.py on the bundled model; `paper-code` has the notebook's.
-DEFAULT = Ascent(steps=30, lr=3e-2, backprop_steps=4)
+# Chosen by benchmarks/settings.py on the bundled model (docs/settings.md); `paper-code` has the notebook's.
+DEFAULT = Ascent(steps=40, lr=6e-3, lr_basis=1e-3, backprop_steps=2)
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,11 @@ from ipgo.insertion import Insertion
 from ipgo.task import Progress, Task
 from ipgo.training import maximize
 
-# One learning rate for both: with Adam it is the size of a step in each number, and DNO's for noise is 1e-2.
-# Not measured yet. backprop_steps=None: the noise gets its gradient through every step.
-DEFAULT = Ascent(steps=50, lr=1e-2, lr_decay=1.0, backprop_steps=None)
+# One learning rate for both: with Adam it is the size of a step in each number, and DNO's for noise is 1e-2. `start`
+# makes such a step of a coefficient as large as IPGO's own. Not measured yet. backprop_steps=None: the noise gets its
+# gradient through every step.
+DEFAULT = Ascent(steps=50, lr=1e-2, lr_basis=1e-3, lr_decay=1.0, backprop_steps=None)
+INSERTED = Insertion(start=0.2)
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Joint:
     stackable: ClassVar[bool] = True
     one_seed: ClassVar[bool] = True
 
-    insertion: Insertion = Insertion()
+    insertion: Insertion = INSERTED
     noise_weight: float = 10.0  # times Ascent.penalty_weight of 1e-3 it is ReNO's 1e-2
     ascent: Ascent = DEFAULT
 
