@@ -146,6 +146,27 @@ def tables(found: Mapping[Cell, Sequence[Row]]) -> str:
     return "\n\n".join(parts)
 
 
+def against_raw(found: Mapping[Cell, Sequence[Row]]) -> str:
+    """Ours, cell by cell: win rates, the rewards that were not raised, the judge, all on unseen noise."""
+    head = ["raised", "prompts", "wins, fitted", "wins, unseen", *REWARDS, "judge: object"]
+    lines = [head, ["---"] * len(head)]
+    for (reward, kind), entries in found.items():
+        row = next((each for each in entries if each.label == OURS and reward in each.unseen), None)
+        if row is None:
+            continue
+        judge = row.unseen.get("judge-object")
+        lines.append(
+            [
+                reward,
+                kind,
+                *(f"{getattr(row, noise)[reward].wins.value:.0%}" for noise in ("fitted", "unseen")),
+                *(said(row.unseen[each]) if each in row.unseen else "–" for each in REWARDS),
+                f"{judge.before:.1%} to {judge.after:.1%}" if judge else "–",
+            ]
+        )
+    return f"## {OURS} against raw\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def cell(row: Row | None, reward: str, noise: str) -> str:
     """A gain with its interval; of raw, which has none, its value."""
     if row is None or not row.finished:
@@ -223,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for cell, label in itertools.product(cells, options.entries):
             keep(label, cell, run(label, cell, options), settings)
     found = stored(options.entries, cells, settings)
-    document = f"{bar(found)}\n\n{tables(found)}\n"
+    document = f"{bar(found)}\n\n{tables(found)}\n\n{against_raw(found)}\n"
     print(document)
     if options.out:
         words = " ".join(

@@ -28,7 +28,7 @@ class Sampling:
         eta: 0 is deterministic; above 0, up to 1, DDIM adds noise at each step.
         negative_prompt: what guidance moves away from.
         fit_steps: denoising steps of the images that a fit draws to learn from, where they are fewer than `steps`;
-            None is `steps`. Chosen by benchmarks/settings.py. With eta above 0 a fit takes all steps, since each has
+            None is `steps`. Chosen by benchmarks/truncation.py. With eta above 0 a fit takes all steps, since each has
             noise of its own.
     """
 

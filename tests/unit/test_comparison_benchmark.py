@@ -65,6 +65,20 @@ def test_the_tables_have_every_entry_of_every_set() -> None:
     assert second.count("\n| raw") == 1
 
 
+def test_what_ours_does_to_every_reward_is_said_cell_by_cell() -> None:
+    gains = {name: gain(name, value) for name, value in (("emoji-clip", 0.2), ("emoji-aesthetic", -0.1))}
+    judged = gains | {"judge-object": gain("judge-object", -0.02)}
+    ours = replace(row("ipgo", "ipgo", {}), fitted=gains, unseen=judged)
+    text = comparison.against_raw({("emoji-clip", "one"): [CELL[0], ours], ("emoji-clip", "two"): CELL[:1]})
+    (line,) = text.splitlines()[
+        4:
+    ]  # a title and its gap, a head and its rule; no line where ours has no result
+    assert line == (
+        "| emoji-clip | one | 20% | 20% | – | +0.200 (+0.100 to +0.300) | -0.100 (-0.200 to +0.000) "
+        "| 50.0% to 48.0% |"
+    )
+
+
 def test_a_single_image_has_no_interval() -> None:
     alone = gain("r", 0.25)
     alone = replace(alone, gain=replace(alone.gain, low=math.nan, high=math.nan))
