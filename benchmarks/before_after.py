@@ -14,27 +14,29 @@ from PIL import Image, ImageDraw, ImageFont
 import ipgo
 from ipgo.prompts import read_prompts
 
-SIDE, GAP, TEXT, LEFT = 160, 8, 34, 58
+SIDE, GAP, LEFT = 160, 8, 58
+WRAP, LINES, LINE = 27, 6, 15  # letters of a line, lines at most, and their height
 
 
 def strip(columns: list[tuple[str, Image.Image, Image.Image]]) -> Image.Image:
     """Before above after, and under them the prompt, for each column."""
-    width, height = LEFT + len(columns) * (SIDE + GAP), 2 * (SIDE + GAP) + TEXT
+    texts = [textwrap.wrap(prompt, WRAP)[:LINES] for prompt, *_ in columns]
+    width, height = LEFT + len(columns) * (SIDE + GAP), 2 * (SIDE + GAP) + LINE * max(map(len, texts)) + GAP
     picture = Image.new("RGB", (width, height), "white")
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(12)
     for row, name in enumerate(("before", "after")):
         pen.text((4, row * (SIDE + GAP) + SIDE // 2), name, "black", font)
-    for number, (prompt, *pair) in enumerate(columns):
+    for number, (_, *pair) in enumerate(columns):
         x = LEFT + number * (SIDE + GAP)
         for row, image in enumerate(pair):
             picture.paste(image.resize((SIDE, SIDE), Image.Resampling.LANCZOS), (x, row * (SIDE + GAP)))
-        pen.multiline_text((x, 2 * (SIDE + GAP) - 4), "\n".join(textwrap.wrap(prompt, 27)[:3]), "black", font)
+        pen.multiline_text((x, 2 * (SIDE + GAP) - 4), "\n".join(texts[number]), "black", font)
     return picture
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--prompts", default="one:test?n=6")
+    parser.add_argument("--prompts", default="styled:test?n=6")
     parser.add_argument("--reward", default="emoji-preference")
     parser.add_argument("--backend", default="emoji")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2, 3], help="those that are fitted")

@@ -79,6 +79,7 @@ def _parser() -> ArgumentParser:
     from ipgo.methods import METHODS
 
     parser = run_parser("raw", "ipgo compare")
+    parser.set_defaults(seeds=[0])  # the same for all, also for methods that learn the noise of one seed
     parser.usage = "ipgo compare PROMPT... --methods NAME,NAME,... [options]"
     parser.description = (
         "Run many methods on the same prompts, seeds, rewards and budget, and make the table."

@@ -46,7 +46,8 @@ class RunConfig:
         reward: what to raise: a name, a sum such as "emoji-clip+0.5*emoji-aesthetic", or mine.py:function.
         held_out: rewards that only judge the result; None is all those that come with the backend.
         sampling: how images are sampled.
-        seeds: noise seeds, cycled over the steps; none at all is fresh noise at every step.
+        seeds: noise seeds, cycled over the steps; none at all, (), is fresh noise at every step. Left out: 0 to 3, or 0
+            for a method that learns the noise.
         unseen_seeds: how many seeds that were not fitted the result is judged on (1000, 1001, ...).
         seed: where initial values and the order of prompts come from.
         shared: one set of embeddings for all prompts (prompt-batch) in place of one for each (prompt-wise).
@@ -66,7 +67,7 @@ class RunConfig:
     reward: str = "emoji-preference"
     held_out: tuple[str, ...] | None = None
     sampling: Sampling = Sampling()
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[int, ...] = None  # type: ignore[assignment]  # then it is `default_seeds(method)`, never None
     unseen_seeds: int = 4
     seed: int = 0
     shared: bool = False
@@ -82,6 +83,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_prompts(self.prompts)
+        if self.seeds is None:
+            object.__setattr__(self, "seeds", default_seeds(self.method))
         for name, least in (("chunk", 1), ("unseen_seeds", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least {least}")
@@ -153,13 +156,17 @@ def _read_json(text: str) -> RunConfig:
 
 
 FIRST_UNSEEN = 1000
+SEVERAL = (
+    4  # seeds of a fit where none are asked for: with one, what is learned suits its noise and few others
+)
 # Flags that are no `--name value`.
 FLAGS: dict[str, dict[str, Any]] = {
     "seeds": {
         "nargs": "*",
         "type": int,
-        "default": [0],
-        "help": "noise seeds, cycled over the steps; none at all is fresh noise at every step",
+        "default": None,
+        "help": "noise seeds, cycled over the steps; none at all is fresh noise at every step (default: 0 1 2 3; "
+        "0 for methods that learn the noise)",
     },
     "held_out": {
         "nargs": "*",
@@ -178,6 +185,14 @@ def check_seeds(seeds: tuple[int, ...]) -> None:
     """Raise `InputError` for a negative or repeated seed."""
     if any(seed < 0 for seed in seeds) or len(set(seeds)) < len(seeds):
         raise InputError(f"seeds is {list(seeds)}; they must be different and at least 0")
+
+
+def default_seeds(method: Method) -> tuple[int, ...]:
+    """The seeds of a fit where none are asked for: several, but no more than it has steps; one to learn its noise."""
+    if getattr(method, "one_seed", False):
+        return (0,)
+    steps = getattr(getattr(method, "ascent", None), "steps", SEVERAL)
+    return tuple(range(min(SEVERAL, steps)))
 
 
 def presets() -> list[str]:

@@ -65,7 +65,7 @@ def fit(
     backend: str | Backend = "emoji",
     method: Method | None = None,
     sampling: Sampling | None = None,
-    seeds: Sequence[int] = (0,),
+    seeds: Sequence[int] | None = None,
     unseen_seeds: int = 4,
     seed: int = 0,
     shared: bool = False,
@@ -81,7 +81,9 @@ def fit(
         backend: a name, folder or hub id as in `load_backend`, or a loaded backend.
         out: where to keep the run; an unfinished one there is continued. None keeps nothing.
         method, sampling: None is IPGO and 20 steps, or what a few-step model wants (see `defaults.for_backend`).
-        seeds, unseen_seeds, seed, shared, chunk, device: see `RunConfig`.
+        seeds: noise seeds, cycled over the steps; none at all, (), is fresh noise at every step. None is 0 to 3, or 0
+            for a method that learns the noise.
+        unseen_seeds, seed, shared, chunk, device: see `RunConfig`.
 
     Raises:
         InputError: settings or prompts that cannot work. ResumeError: `out` holds a run with other settings.
@@ -96,7 +98,7 @@ def fit(
         backend=name,
         reward=reward if isinstance(reward, str) else as_reward(reward).name,
         sampling=sampling or own_sampling,
-        seeds=tuple(seeds),
+        seeds=None if seeds is None else tuple(seeds),  # type: ignore[arg-type]
         unseen_seeds=unseen_seeds,
         seed=seed,
         shared=shared,

@@ -27,6 +27,7 @@ SETTINGS = (
     *("--method.ascent.steps", "4", "--method.ascent.lr", "0.01", "--method.ascent.backprop_steps", "2"),
     *("--method.insertion.num_prefix", "2"),
 )
+SEEDS = (0, 1, 2, 3, 1000, 1001)  # four that are fitted where none are asked for, and two that are not
 TIMINGS = ("history.jsonl", "report.html", "run.json", "curve.png")  # files that tell the time
 
 
@@ -53,7 +54,7 @@ def test_the_folder_holds_what_was_promised(fitted: Path) -> None:
     for prompt in run.prompts:
         folder = run.folder(prompt)
         assert {file.name for file in folder.iterdir()} == {
-            *(f"{when}-{seed}.png" for when in ("before", "after") for seed in (0, 1000, 1001)),
+            *(f"{when}-{seed}.png" for when in ("before", "after") for seed in SEEDS),
             *("adapter.safetensors", "adapter.json", "history.jsonl", "result.json"),
         }
         assert [line["step"] for line in run.history(prompt)] == [1, 2, 3, 4]
@@ -65,7 +66,7 @@ def test_the_folder_holds_what_was_promised(fitted: Path) -> None:
     scores = [(each["method"], each["seed"], each["reward"], each["held_out"]) for each in result["scores"]]
     assert ("ipgo", 1001, "contrast", True) in scores
     assert ("raw", 0, "colorfulness", False) in scores
-    assert len(scores) == 2 * 3 * 2
+    assert len(scores) == 2 * len(SEEDS) * 2
     head, *lines = map(json.loads, (fitted / "scores.jsonl").read_text().splitlines())
     assert len(lines) == 2 * len(scores)
     stored = {name: result["rewards"][name] for name in head["rewards"]}
@@ -138,7 +139,7 @@ def test_the_report_is_one_page_with_escaped_prompts(fitted: Path) -> None:
     assert "<b>lemon</b>" not in page
     for outside in ("http://", "https://", 'src="/', "url("):
         assert outside not in page
-    assert page.count("data:image/png;base64,") == 2 * 3 * 2
+    assert page.count("data:image/png;base64,") == 2 * len(SEEDS) * 2
     assert "prefers-color-scheme: dark" in page
     assert "IPGO" in page
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ipgo import IPGO, Insertion, Raw, Sampling
+from ipgo import IPGO, Insertion, Raw, ReNO, Sampling
 from ipgo.config import RunConfig, build, flatten, merge, method_of, parse, presets, read_settings, run_parser
 from ipgo.errors import InputError
 
@@ -37,6 +37,22 @@ def test_flags_override_settings_and_settings_defaults() -> None:
     )
     assert read(settings, "--seeds", "1", "2").seeds == (1, 2)
     assert read(settings, "--seeds").seeds == ()
+
+
+@pytest.mark.parametrize(
+    ("method", "seeds"),
+    [
+        (IPGO(), (0, 1, 2, 3)),
+        (IPGO(ascent=replace(IPGO().ascent, steps=3)), (0, 1, 2)),
+        (Raw(), (0, 1, 2, 3)),
+        (ReNO(), (0,)),
+    ],
+)
+def test_seeds_that_are_not_asked_for_are_several_where_a_method_can_use_them(
+    method: Any, seeds: tuple[int, ...]
+) -> None:
+    assert RunConfig(PROMPTS, method).seeds == seeds
+    assert RunConfig(PROMPTS, method, seeds=(7,)).seeds == (7,)
 
 
 def test_json_round_trip_and_identity() -> None:
