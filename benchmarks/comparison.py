@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock
 
 from ipgo import cli, files
 from ipgo.cli_compare import SYSTEMS, entries_of, read_comparison
@@ -73,10 +74,12 @@ def run(label: str, cell: Cell, options: argparse.Namespace) -> Row:
 def keep(label: str, cell: Cell, row: Row, settings: Mapping[str, Any]) -> None:
     """Add one row to docs/comparison/ENTRY.json; those of other settings there are dropped."""
     path = KEPT / f"{label}.json"
-    there = files.read_json(path) if path.is_file() else {}
-    cells = there["cells"] if there.get("settings") == settings else {}
     plain = {key: value for key, value in asdict(row).items() if key not in ("scores", "curve")}
-    files.write_json(path, {"settings": settings, "cells": {**cells, " ".join(cell): plain}})
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with FileLock(FOLDER / f"{label}.lock"):  # another cell may be done at the same moment
+        there = files.read_json(path) if path.is_file() else {}
+        cells = there["cells"] if there.get("settings") == settings else {}
+        files.write_json(path, {"settings": settings, "cells": {**cells, " ".join(cell): plain}})
 
 
 def read(plain: Mapping[str, Any]) -> Row:

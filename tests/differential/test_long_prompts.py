@@ -211,7 +211,12 @@ def test_the_fifteen_prompts_that_the_notebook_skips(padding):
     backend = chunked(tiny_pipeline(), padding=padding)
     assert tuple(len(ids) for ids in backend.tokenizer(prompts).input_ids) == lengths
     ascent = Ascent(steps=3, lr=0.05, backprop_steps=None, penalty_weight=0.0)
-    given = {"method": IPGO(Insertion(10, 10, rank=4), ascent), "sampling": SAMPLING, "unseen_seeds": 0}
+    given = {
+        "method": IPGO(Insertion(10, 10, rank=4), ascent),
+        "sampling": SAMPLING,
+        "seeds": (0,),
+        "unseen_seeds": 0,
+    }
     result = fit(prompts, backend=backend, reward="contrast", **given)
     assert [fitted.prompt for fitted in result] == prompts
     for fitted in result:

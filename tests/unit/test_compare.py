@@ -205,7 +205,9 @@ def configs_of(name: str) -> dict[str, RunConfig]:
     """The settings of all entries of a bundled comparison."""
     settings = read_comparison(name)
     entries = entries_of(None, settings["entries"], settings.get("method") or {})
-    common = {k: v for k, v in RunConfig(("a",), seeds=(0,)).to_json().items() if k not in ("prompts", "method")}
+    common = {
+        k: v for k, v in RunConfig(("a",), seeds=(0,)).to_json().items() if k not in ("prompts", "method")
+    }
     plan = Plan(("a",), common, entries, 3000)
     plan.check()
     return {label: plan.config(label) for label in entries}
@@ -308,7 +310,9 @@ def test_variants_may_be_named_without_a_file() -> None:
 
 
 def test_every_method_has_the_length_that_is_said_of_it() -> None:
-    common = {k: v for k, v in RunConfig(("a",), seeds=(0,)).to_json().items() if k not in ("prompts", "method")}
+    common = {
+        k: v for k, v in RunConfig(("a",), seeds=(0,)).to_json().items() if k not in ("prompts", "method")
+    }
     plan = Plan(("a",), common, entries_of(",".join(METHODS), {}, {}))
     plan.check()
     without = {name for name in METHODS if length_of(plan.config(name).method, plan.length(name)) is None}
