@@ -189,7 +189,9 @@ def bar(found: Mapping[Cell, Sequence[Row]]) -> str:
     """Is ours the best of its level on unseen noise, and does nothing that was not raised fall below raw?"""
     best, lines, low = 0, [], []
     for (reward, kind), entries in found.items():
-        level = [row for row in entries if row.method in PROMPT_LEVEL and reward in row.unseen]
+        # Variants of our own compete with nobody.
+        rivals = [row for row in entries if row.label == OURS or row.method != OURS]
+        level = [row for row in rivals if row.method in PROMPT_LEVEL and reward in row.unseen]
         ours = next((row for row in level if row.label == OURS), None)
         if ours is None:
             lines.append(f"- {reward} on {kind}: {OURS} has no result.")

@@ -45,6 +45,7 @@ def test_the_bar_is_about_methods_that_change_the_prompt() -> None:
     text = comparison.bar({("r", "one"): CELL})
     assert "in 1 of 1 cells; the bar of 1 is reached" in text
     assert "- r on one: judge-object -0.020 (-0.120 to +0.080), perhaps below raw." in text
+    assert comparison.bar({("r", "one"): [*CELL, row("ipgo-strong", "ipgo", {"r": 0.9})]}) == text
     better = [*CELL, row("promptist", "promptist", {"r": 0.35})]
     cells = {("r", str(number)): CELL for number in range(7)} | {("r", "7"): better, ("r", "8"): better}
     text = comparison.bar(cells)
