@@ -197,7 +197,10 @@ def bar(found: Mapping[Cell, Sequence[Row]]) -> str:
             lines.append(f"- {reward} on {kind}: {OURS} has no result.")
             continue
         winner = max(level, key=lambda row: row.unseen[reward].gain.value)
-        best += winner is ours
+        if len(level) == 1:
+            lines.append(f"- {reward} on {kind}: no other method that changes the prompt has a result yet.")
+        else:
+            best += winner is ours
         if winner is not ours:
             lines.append(f"- {reward} on {kind}: {winner.label} {said(winner.unseen[reward])} is above "
                          f"{OURS} {said(ours.unseen[reward])}.")  # fmt: skip

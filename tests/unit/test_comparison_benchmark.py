@@ -53,6 +53,9 @@ def test_the_bar_is_about_methods_that_change_the_prompt() -> None:
     assert "- r on 8: promptist +0.350 (+0.250 to +0.450) is above ipgo +0.300" in text
     assert "the bar of 8 is reached" in comparison.bar({**cells, ("r", "7"): CELL})
     assert "- r on one: ipgo has no result." in comparison.bar({("r", "one"): CELL[:1]})
+    alone = comparison.bar({("r", "one"): CELL[:2]})
+    assert "in 0 of 1 cells" in alone
+    assert "- r on one: no other method that changes the prompt has a result yet." in alone
 
 
 def test_the_tables_have_every_entry_of_every_set() -> None:
