@@ -150,23 +150,16 @@ def tables(found: Mapping[Cell, Sequence[Row]]) -> str:
 
 
 def against_raw(found: Mapping[Cell, Sequence[Row]]) -> str:
-    """Ours, cell by cell: win rates, the rewards that were not raised, the judge, all on unseen noise."""
-    head = ["raised", "prompts", "wins, fitted", "wins, unseen", *REWARDS, "judge: object"]
+    """Ours and its variants, cell by cell: win rates, and every reward and the judge on unseen noise."""
+    head = ["entry", "raised", "prompts", "wins, fitted", "wins, unseen", *REWARDS, "judge: object"]
     lines = [head, ["---"] * len(head)]
     for (reward, kind), entries in found.items():
-        row = next((each for each in entries if each.label == OURS and reward in each.unseen), None)
-        if row is None:
-            continue
-        judge = row.unseen.get("judge-object")
-        lines.append(
-            [
-                reward,
-                kind,
-                *(f"{getattr(row, noise)[reward].wins.value:.0%}" for noise in ("fitted", "unseen")),
-                *(said(row.unseen[each]) if each in row.unseen else "–" for each in REWARDS),
-                f"{judge.before:.1%} to {judge.after:.1%}" if judge else "–",
-            ]
-        )
+        for row in (each for each in entries if each.method == OURS and reward in each.unseen):
+            judge = row.unseen.get("judge-object")
+            wins = (f"{getattr(row, noise)[reward].wins.value:.0%}" for noise in ("fitted", "unseen"))
+            gains = (said(row.unseen[each]) if each in row.unseen else "–" for each in REWARDS)
+            seen = f"{judge.before:.1%} to {judge.after:.1%}" if judge else "–"
+            lines.append([row.label, reward, kind, *wins, *gains, seen])
     return f"## {OURS} against raw\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -17,8 +17,9 @@ import torch
 from tqdm import tqdm
 
 from ipgo.adapters import Adapter, generate
-from ipgo.budget import Price, calls_of_an_image, fit_to, length_of, paid, step_cost
+from ipgo.budget import Price
 from ipgo.cli_compare import entries_of, read_comparison
+from ipgo.compare import within_budget
 from ipgo.comparison import Plan
 from ipgo.config import RunConfig
 from ipgo.evaluation import Drawing, Gain, Score, score, summarise
@@ -32,12 +33,8 @@ PRICE = Price(1.6, 2.0)  # of calls with gradient; measured on two CPU cores
 RAW = "raw"
 
 
-def fitted(config: RunConfig, models: Models, budget: int) -> Adapter:
-    """What the entry learns from its prompts, within the budget for each of them (prompt-batch: as it is)."""
-    path = "ascent.steps"
-    if not config.shared and length_of(config.method, path) is not None:
-        cost = step_cost(config, calls_of_an_image(models.backend, config.sampling.fitting), PRICE)
-        config = fit_to(config, path, paid(config, budget, cost))
+def fitted(config: RunConfig, models: Models) -> Adapter:
+    """What the entry learns from its prompts."""
     task = Task(
         models.backend,
         models.reward,
@@ -102,7 +99,8 @@ def main() -> None:
     common = {key: value for key, value in common.items() if key not in ("prompts", "method")}
     every = read_comparison(str(ENTRIES))["entries"]
     chosen = options.entries or [label for label in every if label.startswith("shared") == options.shared]
-    plan = Plan(fit, common, entries_of(",".join(chosen), every, {}))
+    budget = None if options.shared else options.budget
+    plan = Plan(fit, common, entries_of(",".join(chosen), every, {}), budget, PRICE)
     plan.check()
     models = load_models(plan.config(chosen[0]))
     raw = judged(RAW, Adapter(), judge, plan.config(chosen[0]), models)
@@ -110,8 +108,8 @@ def main() -> None:
     head = ["variant", options.reward.removeprefix("emoji-"), "wins", *others, "judge: object"]
     print(f"| {' | '.join(head)} |\n{'|---' * len(head)}|")
     for label in chosen:
-        config = plan.config(label)
-        scores = [*raw, *judged(label, fitted(config, models, options.budget), judge, config, models)]
+        config = within_budget(plan, label, plan.config(label), models)
+        scores = [*raw, *judged(label, fitted(config, models), judge, config, models)]
         print(line(label, options.reward, summarise(scores)), flush=True)
 
 

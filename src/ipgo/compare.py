@@ -98,7 +98,7 @@ def _full_disk(error: Exception) -> bool:
 def _run_entry(folder: Comparison, label: str, shelf: dict[tuple[Any, ...], Models]) -> None:
     config = folder.plan.config(label)
     models = _models(config, shelf)
-    run = Run.open(folder.folder(label), _paid(folder.plan, label, config, models))
+    run = Run.open(folder.folder(label), within_budget(folder.plan, label, config, models))
     check_method(run)
     forget_peak_memory(models.backend.device)
     twins = _twins(folder, label)
@@ -123,7 +123,7 @@ def _twins(folder: Comparison, label: str) -> list[Run]:
     return [run for run in others if run is not None and drawn(run.config) == ours]
 
 
-def _paid(plan: Plan, label: str, config: RunConfig, models: Models) -> RunConfig:
+def within_budget(plan: Plan, label: str, config: RunConfig, models: Models) -> RunConfig:
     """The settings, with the length that the budget pays for; one that was asked for is not made longer."""
     path = plan.length(label)
     now = length_of(config.method, path)

@@ -1,5 +1,7 @@
 """The paper-code settings against the arithmetic of the authors' notebook, written out independently."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import LMSDiscreteScheduler
@@ -20,16 +22,7 @@ PAPER_CODE = Insertion(
     cross_attention="none",
     start=1,
 )
-SMALL = Insertion(
-    num_prefix=3,
-    num_suffix=3,
-    rank=20,
-    rotations="unused",
-    bias=True,
-    norm=0,
-    cross_attention="none",
-    start=1,
-)
+SMALL = replace(PAPER_CODE, num_prefix=3, num_suffix=3, rank=20)
 STEPS, GUIDANCE, K = 6, 7.5, 2
 PROMPT = "a red cat"
 

@@ -74,11 +74,10 @@ def test_what_ours_does_to_every_reward_is_said_cell_by_cell() -> None:
     judged = gains | {"judge-object": gain("judge-object", -0.02)}
     ours = replace(row("ipgo", "ipgo", {}), fitted=gains, unseen=judged)
     text = comparison.against_raw({("emoji-clip", "one"): [CELL[0], ours], ("emoji-clip", "two"): CELL[:1]})
-    (line,) = text.splitlines()[
-        4:
-    ]  # a title and its gap, a head and its rule; no line where ours has no result
+    # After a title and its gap, a head and its rule: nothing where ours has no result.
+    (line,) = text.splitlines()[4:]
     assert line == (
-        "| emoji-clip | one | 20% | 20% | – | +0.200 (+0.100 to +0.300) | -0.100 (-0.200 to +0.000) "
+        "| ipgo | emoji-clip | one | 20% | 20% | – | +0.200 (+0.100 to +0.300) | -0.100 (-0.200 to +0.000) "
         "| 50.0% to 48.0% |"
     )
 
