@@ -18,7 +18,8 @@ from torch import Tensor
 from ipgo import backends
 from ipgo.images import to_pil
 from ipgo.prompts import read_prompts
-from ipgo.rewards.emoji import EmojiClip, Judge, load_aesthetic, load_clip, load_judge, load_preference
+from ipgo.rewards.clip import ClipReward, embed
+from ipgo.rewards.emoji import Judge, load_aesthetic, load_clip, load_judge, load_preference
 from tools.emoji import sprites, world
 from tools.emoji.export import BACKEND, PACKAGE
 
@@ -69,6 +70,12 @@ def drawn(scenes: Sequence[world.Scene], seed: int = 7) -> Tensor:
     return unit(np.stack([world.draw(rng, scene, art) for scene in scenes]))
 
 
+def decoded(pipe: StableDiffusionPipeline, images: Tensor) -> Tensor:
+    """Pictures in [0, 1] through the VAE and back."""
+    again = pipe.vae.decode(pipe.vae.encode(images * 2 - 1).latent_dist.mode()).sample
+    return (again / 2 + 0.5).clamp(0, 1)
+
+
 def generator_figures(pipe: StableDiffusionPipeline, judge: Judge, count: int) -> dict[str, object]:
     """What the judge sees in generated images, and whether quality words work."""
     figures: dict[str, object] = {}
@@ -89,8 +96,9 @@ def generator_figures(pipe: StableDiffusionPipeline, judge: Judge, count: int) -
 def generated_figures(pipe: StableDiffusionPipeline, judge: Judge, count: int) -> dict[str, object]:
     """The rewards on the generator's own pictures.
 
-    Shares of pictures that score higher with their own prompt than with another object's, and higher than when they are
-    spoilt; and how often one whose object the judge finds right scores above one where it does not (0.5 is chance).
+    Shares of pictures that score higher with their own prompt than with another object's, higher than when they are
+    spoilt, and lower than artwork of the same scene through the VAE, which tells the rewards what is still to be had;
+    and how often one whose object the judge finds right scores above one where it does not (0.5 is chance).
     """
     scenes = test_scenes(count, 1, seed=5)
     prompts = [world.plain_caption(scene) for scene in scenes]
@@ -109,13 +117,20 @@ def generated_figures(pipe: StableDiffusionPipeline, judge: Judge, count: int) -
         ]
     )
     right = judge.accuracy(images, prompts)["object"] == 1
+    pairs = test_scenes(count, 2, seed=6)
+    pair_prompts = [world.plain_caption(scene) for scene in pairs]
+    pair_images = generate(pipe, pair_prompts)
+    artwork, pair_artwork = (decoded(pipe, drawn(each)) for each in (scenes, pairs))
     clip, preference, aesthetic = load_clip(), load_preference(), load_aesthetic()
     figures: dict[str, object] = {}
     for reward in (clip, preference, aesthetic):
         scores = reward(images, prompts)
+        higher = reward(pair_artwork, pair_prompts) > reward(pair_images, pair_prompts)
         figures[reward.name] = {
             "own prompt above another's": (scores > reward(images, others)).float().mean().item(),
             "above its spoilt copy": (scores > reward(unit(spoilt), prompts)).float().mean().item(),
+            "below the artwork, one object": (reward(artwork, prompts) > scores).float().mean().item(),
+            "below the artwork, two objects": higher.float().mean().item(),
             "judged right above judged wrong": above(scores[right], scores[~right]),
         }
     return figures
@@ -170,8 +185,7 @@ def text_figures(pipe: StableDiffusionPipeline, count: int = 4_000) -> dict[str,
 def vae_figures(pipe: StableDiffusionPipeline, count: int) -> dict[str, float]:
     """Reconstruction of held-out clean scenes."""
     images = drawn(test_scenes(count, 1, 11) + test_scenes(count // 2, 2, 12))
-    again = pipe.vae.decode(pipe.vae.encode(images * 2 - 1).latent_dist.mode()).sample / 2 + 0.5
-    error = (again.clamp(0, 1) - images).square().mean(dim=(1, 2, 3))
+    error = (decoded(pipe, images) - images).square().mean(dim=(1, 2, 3))
     return {"psnr": (-10 * error.log10()).mean().item()}
 
 
@@ -197,14 +211,14 @@ def reward_figures(judge: Judge, count: int) -> dict[str, object]:
     }
 
 
-def retrieval(reward: EmojiClip, count: int = 500) -> list[float]:
+def retrieval(reward: ClipReward, count: int = 500) -> list[float]:
     """Top-1 image to text and text to image among scenes with distinct captions."""
     scenes = {
         world.plain_caption(scene): scene for scene in test_scenes(count, 1, 31) + test_scenes(count, 2, 32)
     }
     texts = list(scenes)[:: max(1, len(scenes) // count)][:count]
-    image = reward.embed(drawn([scenes[text] for text in texts]))
-    scores = image @ torch.stack([reward._text(text) for text in texts]).T
+    image = embed(reward.model, reward.preprocessing, drawn([scenes[text] for text in texts]))
+    scores = image @ reward.text(texts).T
     right = torch.arange(len(texts))
     return [(scores.argmax(d) == right).float().mean().item() for d in (1, 0)]
 

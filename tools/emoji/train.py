@@ -21,7 +21,7 @@ from tools.emoji.sprites import BUILD
 SCHEDULES = {
     "vae": Schedule(steps=4_500, batch=8, lr=1.5e-3, ema=0.995),
     "decoder": Schedule(steps=14_000, batch=16, lr=1e-3, warmup=150, ema=0.999),
-    "denoiser": Schedule(steps=9_000, batch=32, lr=6e-4, warmup=150, ema=0.998),
+    "denoiser": Schedule(steps=16_000, batch=64, lr=6e-4, warmup=150, ema=0.998),
 }
 PAIRS = 0.6  # share of scenes with two objects: they take the longest to learn
 
