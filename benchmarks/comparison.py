@@ -97,14 +97,14 @@ def read(plain: Mapping[str, Any]) -> Row:
     own = {name: gains(plain[name]) for name in ("fitted", "unseen", "unseen_prompts")}
     fingerprints = {reward: tuple(each) for reward, each in plain["rewards"].items()}
     means = tuple(interval(each) for each in plain["means"])
-    return Row(**{**plain, **own, "rewards": fingerprints, "means": means, "errors": tuple(plain["errors"]),
-                  "scores": [], "curve": []})  # fmt: skip
+    known = {"weights": None, **plain, **own, "rewards": fingerprints, "means": means}
+    return Row(**{**known, "errors": tuple(plain["errors"]), "scores": [], "curve": []})
 
 
 def stored(
     labels: Sequence[str], cells: Sequence[Cell], settings: Mapping[str, Any]
 ) -> dict[Cell, list[Row]]:
-    """The rows of every cell that has some, made with these settings and scored by the same rewards."""
+    """The rows of every cell that has some, made with these settings, drawn and scored by the same models."""
     found: dict[Cell, list[Row]] = {}
     for label in labels:
         path = KEPT / f"{label}.json"
@@ -114,6 +114,9 @@ def stored(
             if " ".join(cell) in kept:
                 found.setdefault(cell, []).append(read(kept[" ".join(cell)]))
     everything = [row for entries in found.values() for row in entries]
+    for row in everything:
+        if row.weights != everything[0].weights:
+            raise SystemExit(f"{row.label}: drawn by other weights than {everything[0].label}; run it again")
     for row, reward in itertools.product(everything, REWARDS):
         first = next((each for each in everything if reward in each.rewards), row)
         if not comparable(first.rewards.get(reward), row.rewards.get(reward)):

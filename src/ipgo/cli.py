@@ -277,8 +277,8 @@ def evaluate(argv: list[str]) -> int:
     from ipgo.evaluation import evaluate, summarise
     from ipgo.prompts import check_prompts
     from ipgo.report import write_report
-    from ipgo.runner import load_models
-    from ipgo.store import EVALUATION, Run
+    from ipgo.runner import facts, load_models
+    from ipgo.store import EVALUATION, Run, other_weights
 
     check_seeds(tuple(args.seeds))
     folder = Run.open(args.run)
@@ -293,6 +293,10 @@ def evaluate(argv: list[str]) -> int:
     loading(config.backend)
     models = load_models(config)
     models.backend.check_prompts(prompts)
+    if other_weights(folder.facts, facts(models)):
+        logging.getLogger("ipgo").warning(
+            "%s was fitted on a backend of other weights; what it learned may do nothing here", args.run
+        )
     adapters = {"raw": Adapter(), config.method_name: adapter.to(models.backend.device)}
     scores = evaluate(
         models.backend,

@@ -58,18 +58,17 @@ def compare(folder: Comparison) -> None:
 
     Raises:
         InputError: the models of the first entry cannot be loaded.
-        ResumeError: its rewards are not those that the entries before were scored by.
+        ResumeError: its models are not those of the entries before.
     """
     plan, shelf = folder.plan, dict[tuple[Any, ...], Models]()
     first = plan.config(next(iter(plan.entries)))
     models = _models(first, shelf)
     if folder.started:
-        folder.check_rewards(models.identities)
+        folder.check_models(facts(models))
         folder.start(plan, folder.facts)  # with the entries that were added
     else:
         price = plan.price or measure(models.backend, first.prompts[: first.chunk], first.sampling)
-        about = {**facts(models.backend), "rewards": models.identities}
-        folder.start(replace(plan, price=price), about)
+        folder.start(replace(plan, price=price), facts(models))
     for number, label in enumerate(plan.entries, 1):
         logger.info("%s (%d of %d)", label, number, len(plan.entries))
         try:

@@ -18,7 +18,7 @@ from ipgo.config import NOT_RESULTS, RunConfig, flatten, merge
 from ipgo.errors import InputError, IpgoError, ResumeError, unknown
 from ipgo.evaluation import Score
 from ipgo.prompts import check_prompts
-from ipgo.store import Run, check_rewards, differences
+from ipgo.store import Run, check_models, differences
 
 SCHEMA = 1
 PLAN = "plan.json"
@@ -159,7 +159,7 @@ class Comparison:
         return cls(path, there)
 
     def start(self, plan: Plan, about: Mapping[str, Any]) -> None:
-        """Make the folder; `about`: versions and device that it begins with, and the identities of its rewards."""
+        """Make the folder; `about`: versions, device and models that it begins with."""
         try:
             files.write_json(self.path / PLAN, {"schema": SCHEMA, **about, "plan": plan.to_json()})
         except OSError as error:
@@ -200,9 +200,9 @@ class Comparison:
             load_identities(self.folder(label) / UNSEEN_PROMPTS),
         ]
 
-    def check_rewards(self, now: Mapping[str, Any]) -> None:
-        """Raise `ResumeError` if rewards of these identities would score the rest by another measure."""
-        check_rewards(self.path, self.facts.get("rewards", {}), now)
+    def check_models(self, now: Mapping[str, Any]) -> None:
+        """Raise `ResumeError` if the rest would be drawn or scored by other models; `now` as in `start`."""
+        check_models(self.path, self.facts, now)
 
     def failures(self) -> dict[str, dict[str, dict[str, str]]]:
         """By label and prompt ("" is the entry as a whole): the error in words, and its traceback."""

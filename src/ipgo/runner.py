@@ -136,7 +136,7 @@ def fit_chunk(folder: Run, models: Models, chunk: Chunk, limit: Limit | None = N
     found = folder.checkpoint(chunk)
     earlier = found.cost if found is not None else Cost()
     started = saved = time.monotonic()
-    counted, about = Counter(backend.calls), {**facts(backend), "rewards": models.identities}
+    counted, about = Counter(backend.calls), facts(models)
     progress, cost = None, earlier
     search = config.method.fit(task, found.state if found is not None else None)
     if limit is not None:
@@ -263,8 +263,9 @@ def forget_peak_memory(device: torch.device) -> None:
             Path("/proc/self/clear_refs").write_text("5")  # proc(5): the peak resident set size
 
 
-def facts(backend: Backend) -> dict[str, Any]:
-    """What a reader of the results wants to know beside the settings."""
+def facts(models: Models) -> dict[str, Any]:
+    """What a reader of the results wants to know beside the settings, and what must stay the same to continue them."""
+    backend = models.backend
     packages = ("torch", "diffusers", "transformers")
     cuda = backend.device.type == "cuda"
     return {
@@ -272,9 +273,10 @@ def facts(backend: Backend) -> dict[str, Any]:
         | {name: importlib.metadata.version(name) for name in packages},
         "device": torch.cuda.get_device_name(backend.device) if cuda else platform.machine(),
         "threads": torch.get_num_threads(),
-        "dtype": str(backend.dtype).removeprefix("torch."),
+        **backend.identity,
         "guidance_scale": backend.guidance_scale,  # where the settings leave it to the backend
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "rewards": models.identities,
     }
 
 

@@ -80,10 +80,10 @@ class Run:
         """Take the folder for this process, and make it if it is new.
 
         Args:
-            facts: the versions and the device that the run begins with, and the identities of its rewards.
+            facts: the versions, the device and the models that the run begins with.
 
         Raises:
-            ResumeError: another process is at work in it, or its rewards were others.
+            ResumeError: another process is at work in it, or its models were others.
             InputError: it cannot be written.
         """
         if self._lock.is_locked:
@@ -92,7 +92,7 @@ class Run:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
             if (self.path / "run.json").exists():
-                self._check_rewards(facts.get("rewards", {}))
+                check_models(self.path, self.facts, facts)
             else:
                 about = {"schema": SCHEMA, "digest": self.config.digest(), **facts}
                 files.write_json(self.path / "run.json", {**about, "config": self.config.to_json()})
@@ -102,10 +102,6 @@ class Run:
             raise InputError(
                 f"out is {str(self.path)!r}, which cannot be written: {error.strerror}"
             ) from None
-
-    def _check_rewards(self, now: Mapping[str, Any]) -> None:
-        """Scores of one run are compared with each other, so one name must stay one reward."""
-        check_rewards(self.path, self.identities, now)
 
     @property
     def identities(self) -> dict[str, Any]:
@@ -265,14 +261,29 @@ class Run:
         return self.path / name
 
 
-def check_rewards(path: Path, there: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise `ResumeError` if a reward of the same name has another identity than the one that `path` has."""
-    other = [name for name in now if name in there and there[name] != now[name]]
+def check_models(path: Path, there: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise `ResumeError` if `path`, with the facts `there`, was drawn or scored by other models than `now`'s.
+
+    What is in one folder is compared, so one name must stay one model. Weights in another format cannot be told apart.
+    """
+    before, after = there.get("rewards", {}), now.get("rewards", {})
+    other = [name for name in after if name in before and before[name] != after[name]]
     if other:
         raise ResumeError(
             f"{str(path)!r} was scored by another {other[0]!r} (its weights, preprocessing or version "
             "differ), and the scores do not compare; give the same weights, or another folder"
         )
+    if other_weights(there, now):
+        raise ResumeError(
+            f"{str(path)!r} was drawn by a backend of other weights ({there['weights']} there, {now['weights']} now), "
+            "and the images do not compare; give the same weights, or another folder"
+        )
+
+
+def other_weights(there: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Do both say what their backend's weights are, in one format, and differ?"""
+    known = there.get("weights") is not None and now.get("weights") is not None
+    return known and there.get("dtype") == now.get("dtype") and there["weights"] != now["weights"]
 
 
 def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ import torch
 
 from ipgo.backends import BACKENDS, FAMILIES, load_backend
 from ipgo.backends import folder as folders
+from ipgo.backends.weights import fingerprint
 from ipgo.embeds import PromptEmbeds
 from ipgo.errors import InputError
 from ipgo.sampling import Sampling, sample
@@ -32,6 +33,21 @@ def test_everything_is_frozen(backend):
     for module in backend.modules.values():
         assert not module.training
         assert not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_the_identity_is_that_of_the_weights_wherever_they_came_from(pipeline_folder, make_pipe, backend):
+    assert load_backend(pipeline_folder).identity == backend.identity
+    assert backend.identity["dtype"] == "float32"
+    found = {backend.identity["weights"]}
+    for part, parameter in (("denoiser", "conv_in.weight"), ("decoder", "decoder.conv_out.bias")):
+        other = load_backend(make_pipe())
+        with torch.no_grad():
+            other.modules[part].get_parameter(parameter).add_(1e-3)
+        found.add(other.identity["weights"])
+    half = load_backend(make_pipe(), dtype="float16").identity
+    assert half["dtype"] == "float16"
+    assert len({*found, half["weights"]}) == 4
+    assert fingerprint({"denoiser": torch.nn.Linear(2, 2, device="meta")}) is None
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ from ipgo import (
     runner,
 )
 from ipgo import compare as work
+from ipgo.backends import Backend
 from ipgo.budget import BudgetSpent, Ledger, Price, fit_to, length_of, measure, paid, step_cost, watch
 from ipgo.cli_compare import comparisons, entries_of, read_comparison
 from ipgo.comparison import Comparison, Plan
@@ -518,6 +519,18 @@ def test_another_reward_of_the_same_name_is_refused(
     monkeypatch.setattr(runner, "identity_of", lambda reward: other)
     assert command(pipeline_folder, compared) == 2
     assert "was scored by another 'colorfulness'" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("fakes")
+def test_another_backend_in_the_same_folder_is_refused(
+    compared: Path, pipeline_folder: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert {row.weights for row in rows(Comparison.open(compared))} == {
+        Comparison.open(compared).facts["weights"]
+    }
+    monkeypatch.setattr(Backend, "identity", {"dtype": "float32", "weights": "other"})
+    assert command(pipeline_folder, compared) == 2
+    assert "was drawn by a backend of other weights" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("fakes")

@@ -274,3 +274,19 @@ def test_a_run_is_not_continued_with_a_reward_of_other_weights(tmp_path: Path) -
     with pytest.raises(ResumeError, match="was scored by another 'clip'"):
         again.start({"device": "test", "rewards": {"clip": {**was["clip"], "weights": ["bb"]}}})
     again.release()
+
+
+def test_a_run_is_not_continued_on_a_backend_of_other_weights(tmp_path: Path) -> None:
+    facts = {"rewards": {}, "dtype": "float32", "weights": "aa"}
+    Run.open(tmp_path / "run", CONFIG).start(facts)
+    again = Run.open(tmp_path / "run", CONFIG)
+    with pytest.raises(ResumeError, match=r"drawn by a backend of other weights \(aa there, bb now\)"):
+        again.start({**facts, "weights": "bb"})
+    again.release()
+    for other in (
+        {},
+        {"weights": None},
+        {"dtype": "float16", "weights": "bb"},
+    ):  # these say nothing against it
+        again.start({**facts, **other} if other else {"rewards": {}})
+        again.release()

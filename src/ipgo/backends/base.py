@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ipgo.backends.facts import Facts, Guidance, Opening
 from ipgo.backends.schedulers import STOCHASTIC, new_scheduler
+from ipgo.backends.weights import fingerprint
 from ipgo.embeds import PromptEmbeds, concatenate
 from ipgo.errors import InputError
 from ipgo.seeding import generator
@@ -89,6 +90,11 @@ class Backend(ABC):
     def image_size(self) -> int:
         """Side of the images in pixels."""
         return int(self.latent_shape[-1] * self.pipe.vae_scale_factor)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides an image beside the settings: "dtype", and "weights" as `weights.fingerprint` has it."""
+        return {"dtype": str(self.dtype).removeprefix("torch."), "weights": fingerprint(self.modules)}
 
     @abstractmethod
     def _encode(self, prompts: Sequence[str], padding: str) -> PromptEmbeds:

@@ -31,6 +31,7 @@ class Row:
         prompts, finished, failed: how many there are, have a result, and went wrong.
         errors: in words, each once.
         rewards: what its scores were given by, as `identity.fingerprints`.
+        weights: of the backend that drew it, as `Backend.identity` has them; None before its first step.
         scores: those of its own images, under its label; of its own raw images under "raw".
         fitted, unseen, unseen_prompts: what it did to each reward, by reward: on noise it was fitted to, on
             noise it was not (empty if it transfers to nothing), and on prompts it was not (shared entries).
@@ -51,6 +52,7 @@ class Row:
     failed: int
     errors: tuple[str, ...]
     rewards: Fingerprints
+    weights: str | None
     scores: list[Score]
     fitted: dict[str, Gain]
     unseen: dict[str, Gain]
@@ -104,6 +106,7 @@ def _row(folder: Comparison, label: str, failures: Mapping[str, Mapping[str, str
         failed=wrong,
         errors=errors,
         rewards=fingerprints(folder.identities(label)),
+        weights=run.facts.get("weights") if run is not None else None,
         scores=[*fitted, *unseen],
         fitted=_gains(fitted),
         unseen=_gains(unseen),
