@@ -20,10 +20,10 @@ def vae() -> AutoencoderKL:
     model = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(16, 32, 64),
+        block_out_channels=(32, 64, 128),
         layers_per_block=1,
         latent_channels=LATENT_CHANNELS,
-        norm_num_groups=2,
+        norm_num_groups=4,
         sample_size=64,
         mid_block_add_attention=False,
     )
