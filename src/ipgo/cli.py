@@ -277,7 +277,7 @@ def evaluate(argv: list[str]) -> int:
     from ipgo.evaluation import evaluate, summarise
     from ipgo.prompts import check_prompts
     from ipgo.report import write_report
-    from ipgo.runner import facts, load_models
+    from ipgo.runner import load_models
     from ipgo.store import EVALUATION, Run, other_weights
 
     check_seeds(tuple(args.seeds))
@@ -293,7 +293,7 @@ def evaluate(argv: list[str]) -> int:
     loading(config.backend)
     models = load_models(config)
     models.backend.check_prompts(prompts)
-    if other_weights(folder.facts, facts(models)):
+    if other_weights(folder.facts, models.backend.identity):
         logging.getLogger("ipgo").warning(
             "%s was fitted on a backend of other weights; what it learned may do nothing here", args.run
         )

@@ -283,10 +283,11 @@ def test_a_run_is_not_continued_on_a_backend_of_other_weights(tmp_path: Path) ->
     with pytest.raises(ResumeError, match=r"drawn by a backend of other weights \(aa there, bb now\)"):
         again.start({**facts, "weights": "bb"})
     again.release()
-    for other in (
-        {},
-        {"weights": None},
-        {"dtype": "float16", "weights": "bb"},
-    ):  # these say nothing against it
-        again.start({**facts, **other} if other else {"rewards": {}})
+    half = {"dtype": "float16", "weights": "bb"}
+    for silent in (
+        {"rewards": {}},
+        {**facts, "weights": None},
+        {**facts, **half},
+    ):  # nothing speaks against these
+        again.start(silent)
         again.release()
