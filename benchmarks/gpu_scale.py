@@ -262,7 +262,8 @@ def lines_of(
     scorer: Reward = unloaded_reward(reward, None, options.device)
     workload = Workload(backend, scorer, sampling)
     head = [name, reward, str(dtype).removeprefix("torch.")]
-    for recompute, rows in itertools.product((False, True), options.rows):
+    recomputing = [word == "yes" for word in options.recompute]
+    for recompute, rows in itertools.product(recomputing, options.rows):
         choice = Choice(options.backprop_steps, recompute, rows)
         found = planned.footprint(choice)
         cells = [*head, "ipgo", options.steps, choice.backprop_steps, "yes" if recompute else "no", rows]
@@ -311,6 +312,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rewards", nargs="+", default=None, help="default: clip hpsv2; tiny: contrast")
     parser.add_argument("--dtypes", nargs="+", default=None, help="default: float16 bfloat16; tiny: float32")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument(
+        "--recompute",
+        nargs="*",
+        choices=("no", "yes"),
+        default=["no", "yes"],
+        help="none: the authors' loop alone",
+    )
+    parser.add_argument(
+        "--no-cudnn-attention", action="store_true", help="leave attention to PyTorch's other kernels"
+    )
     parser.add_argument("--backprop-steps", type=int, default=2)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--guidance-scale", type=float, default=5.0)
@@ -321,6 +332,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(argv)
+    torch.backends.cuda.enable_cudnn_sdp(not options.no_cudnn_attention)
     small = options.size == "tiny"
     options.backends = options.backends or list(DENOISERS)
     options.image_size = options.image_size or (SMALL_PIXELS if small else None)

@@ -20,7 +20,7 @@ from tools.emoji.sprites import PACKAGES, SPRITE_SIZE
 ROOT = Path(__file__).parents[2]
 DRIVER = """
 from dataclasses import replace
-from tools.emoji import clip, data, scorers, tokenizer, train
+from tools.emoji import clip, data, redraw, scorers, tokenizer, train
 
 data.BLOCK, data.TWINS, data.NUM_DECODED = 100, 100, 250
 all_pairs, all_captions = scorers.train_preference, tokenizer.captions
@@ -32,6 +32,7 @@ for table in (train.SCHEDULES, clip.SCHEDULES, scorers.SCHEDULES):
 small = {
     "sprites": lambda: None,
     "data": lambda: data.build_all(300),
+    "redraw": lambda: redraw.build(8),
     "preference": lambda: all_pairs(blocks=1),
 }
 for name, stage in train.STAGES.items():

@@ -76,7 +76,7 @@ def test_the_recipe_runs_resumes_and_its_model_rewrites(tmp_path, monkeypatch, t
     for number, first in enumerate((schedules[1:], schedules)):
         monkeypatch.setattr(loop, "BUILD", tmp_path / str(number))
         for schedule in first:
-            monkeypatch.setattr(Schedule, "rate", lambda self, step: 1e-3 / (1 + step))
+            monkeypatch.setattr(Schedule, "rate", lambda self, step, elapsed: 1e-3 / (1 + step))
             train_promptist.train_supervised(schedule)
         model = loop.trained(train_promptist.SUPERVISED, train_promptist.language_model(tokens))
         weights.append(model.state_dict())

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import CLIPModel
 
 from tools.emoji import data, parts, tokenizer, world
-from tools.emoji.loop import DEVICE, Schedule, restored, save, train, trained
+from tools.emoji.loop import DEVICE, Figures, Schedule, restored, save, train, trained
 from tools.emoji.networks import attacked, embed_images, pixels, read_texts, shifted
 
 SCHEDULES = {
@@ -37,7 +37,7 @@ class Probe(nn.Module):
         self.quality = nn.Linear(parts.TEXT_WIDTH, 1)
         self.said = nn.Linear(parts.TEXT_WIDTH, sum(self.SIZES))
 
-    def loss(self, embeds: Tensor, facts: Tensor, quality: Tensor) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, embeds: Tensor, facts: Tensor, quality: Tensor) -> tuple[Tensor, Figures]:
         """Cross-entropy of every fact, squared error of the quality; and how well both are read."""
         logits = self.heads(embeds).split(self.SIZES, dim=-1)
         targets = facts.clone()
@@ -45,9 +45,9 @@ class Probe(nn.Module):
         value = sum(F.cross_entropy(a, b) for a, b in zip(logits, targets.T, strict=True))
         error = F.mse_loss(self.quality(embeds)[:, 0], quality)
         right = (logits[1].argmax(-1) == targets[:, 1]).float().mean()
-        return value + QUALITY * error, {"object": right.item(), "quality": error.item()}
+        return value + QUALITY * error, {"object": right, "quality": error}
 
-    def text_loss(self, states: Tensor, claims: Tensor) -> tuple[Tensor, dict[str, float]]:
+    def text_loss(self, states: Tensor, claims: Tensor) -> tuple[Tensor, Figures]:
         """Cross-entropy of every fact that a text claims; `states` (T, 2, W), `claims` (T, 6)."""
         logits = self.said(states).split(self.SIZES, dim=-1)
         targets = claims.clone()
@@ -60,7 +60,7 @@ class Probe(nn.Module):
             for a, b in zip(logits, targets.T, strict=True)
         )
         both = torch.stack([logits[i][:, 0].argmax(-1) == targets[:, i] for i in (1, 2)]).all(0)
-        return value / (2 * len(claims)), {"read": both.float().mean().item()}
+        return value / (2 * len(claims)), {"read": both.float().mean()}
 
 
 def contrast(image: Tensor, text: Tensor, scale: Tensor, other: Tensor) -> Tensor:
@@ -116,12 +116,12 @@ def batches() -> Callable[[np.random.Generator, int], Batch]:
     return draw
 
 
-def _loss(probe: Probe, batch: Batch, image: Tensor, text: Tensor) -> tuple[Tensor, dict[str, float]]:
+def _loss(probe: Probe, batch: Batch, image: Tensor, text: Tensor) -> tuple[Tensor, Figures]:
     match = contrast(image, text, probe.clip.logit_scale, batch.other)
     told, figures = probe.loss(image * 14, batch.facts, batch.quality)
     pairs = len(image) - len(text)
     better = ((image[:pairs] - image[len(text) :]) * text[:pairs]).sum(-1) > 0
-    figures |= {"match": match.item(), "clean_above_twin": better.float().mean().item()}
+    figures |= {"match": match, "clean_above_twin": better.float().mean()}
     return match + 0.3 * told, figures
 
 
@@ -152,7 +152,7 @@ def train_clip() -> None:
     """Contrastive, helped by what is known of each scene."""
     tokens, draw, probe = tokenizer.load(), batches(), _probe()
 
-    def loss(rng: np.random.Generator, batch: int) -> tuple[Tensor, dict[str, float]]:
+    def loss(rng: np.random.Generator, batch: int) -> tuple[Tensor, Figures]:
         drawn = draw(rng, batch)
         text, states = read_texts(probe.clip, tokens, drawn.texts)
         value, figures = _loss(probe, drawn, embed_images(probe.clip, drawn.pictures), text)
@@ -176,7 +176,7 @@ def harden() -> None:
     probe.clip.text_model.requires_grad_(False)
     probe.clip.text_projection.requires_grad_(False)
 
-    def loss(rng: np.random.Generator, batch: int) -> tuple[Tensor, dict[str, float]]:
+    def loss(rng: np.random.Generator, batch: int) -> tuple[Tensor, Figures]:
         drawn = draw(rng, batch)
         text, _ = read_texts(probe.clip, tokens, drawn.texts)
 

@@ -5,41 +5,21 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import CLIPModel, CLIPTextModel, CLIPVisionModelWithProjection
+from transformers import CLIPModel, CLIPVisionModelWithProjection
 
 from ipgo.rewards.emoji.judge import Network
 from tools.emoji import parts, world
 from tools.emoji.loop import keep, save, trained
-from tools.emoji.networks import load_clip
+from tools.emoji.networks import SCALING, load_clip, pipeline
 from tools.emoji.scorers import JUDGE_SIZES
 from tools.emoji.sprites import BUILD
 
 PACKAGE = Path("src/ipgo")
 BACKEND = PACKAGE / "backends/emoji"
 REWARDS = PACKAGE / "rewards/emoji"
-
-
-def pipeline() -> StableDiffusionPipeline:
-    """The trained parts as one ordinary Stable Diffusion pipeline."""
-    model, tokens = load_clip()
-    vae = trained("vae", parts.vae())
-    scale = json.loads((BUILD / "latents.json").read_text())["scaling_factor"]
-    vae.register_to_config(scaling_factor=scale)
-    text_encoder = CLIPTextModel(model.config.text_config)
-    text_encoder.load_state_dict(model.text_model.state_dict())
-    return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokens,
-        unet=trained("denoiser", parts.denoiser()),
-        scheduler=parts.scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
 
 
 def vocabulary() -> dict[str, object]:
@@ -65,7 +45,9 @@ def restore() -> None:
 
     The scenes, the tokenizer and the latents are made again by their stages.
     """
-    save("vae", AutoencoderKL.from_pretrained(BACKEND / "vae"))
+    vae = AutoencoderKL.from_pretrained(BACKEND / "vae")
+    save("vae", vae)
+    SCALING.write_text(json.dumps({"scaling_factor": vae.config.scaling_factor}))
     save("denoiser", UNet2DConditionModel.from_pretrained(BACKEND / "unet"))
     for name in ("clip", "preference"):
         save(name, CLIPModel.from_pretrained(REWARDS / name))

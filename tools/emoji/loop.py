@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tools.emoji.sprites import BUILD
 
+Figures = dict[str, Tensor]  # scalars; read only when they are logged, since a GPU would be waited for
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CHECKPOINT_SECONDS = 120
 # A CPU without instructions for it computes in bfloat16 many times slower than in float32.
@@ -36,13 +37,20 @@ class Schedule:
     warmup: int = 200
     weight_decay: float = 0.01
     ema: float = 0.0  # decay of the averaged weights that are kept; 0: none
+    seconds: float | None = None  # end after that time instead, for a machine that is lent; not reproducible
 
-    def rate(self, step: int) -> float:
+    def rate(self, step: int, elapsed: float) -> float:
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
-        return (
-            self.lr * 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(1, self.steps - self.warmup)))
-        )
+        if self.seconds is None:
+            done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        else:
+            done = min(1.0, elapsed / self.seconds)
+        return self.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+    def ends(self, step: int, elapsed: float) -> bool:
+        """Is this step the last one?"""
+        return step + 1 >= self.steps if self.seconds is None else elapsed >= self.seconds
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -85,7 +93,7 @@ def _resume(
 def train(
     name: str,
     module: nn.Module,
-    loss: Callable[[np.random.Generator, int], tuple[Tensor, dict[str, float]]],
+    loss: Callable[[np.random.Generator, int], tuple[Tensor, Figures]],
     schedule: Schedule,
     seed: int = 0,
 ) -> None:
@@ -103,12 +111,13 @@ def train(
     )
     average = {k: v.detach().clone() for k, v in module.state_dict().items()} if schedule.ema else {}
     start = _resume(path, module, average, optimizer) if path.exists() else 0
-    saved = shown = time.monotonic()
-    for step in range(start, schedule.steps):
+    began = saved = shown = time.monotonic()
+    step, last = start, start >= schedule.steps and schedule.seconds is None
+    while not last:
         rng = np.random.default_rng((seed, step))
         torch.manual_seed(seed * 1_000_003 + step)
         for group in optimizer.param_groups:
-            group["lr"] = schedule.rate(step)
+            group["lr"] = schedule.rate(step, time.monotonic() - began)
         value, figures = loss(rng, schedule.batch)
         optimizer.zero_grad(set_to_none=True)
         value.backward()
@@ -116,19 +125,23 @@ def train(
         optimizer.step()
         if schedule.ema:
             with torch.no_grad():
-                for key, tensor in module.state_dict().items():
-                    average[key].lerp_(tensor, 1 - min(schedule.ema, (step + 1) / (step + 10)))
-        now, last = time.monotonic(), step + 1 == schedule.steps
-        if (step + 1) % 50 == 0 or last:
-            row = {"step": step + 1, "loss": value.item(), "norm": norm.item(), **figures}
-            row["per_second"] = 50 * schedule.batch / (now - shown)
+                share = 1 - min(schedule.ema, (step + 1) / (step + 10))
+                torch._foreach_lerp_(list(average.values()), list(module.state_dict().values()), share)
+        step += 1
+        now = time.monotonic()
+        last = schedule.ends(step - 1, now - began)
+        if step % 50 == 0 or last:
+            row = {"step": step}
+            for key, figure in {"loss": value, "norm": norm, **figures}.items():
+                row[key] = round(figure.detach().item(), 5)
+            row["per_second"] = round(((step - 1) % 50 + 1) * schedule.batch / (now - shown), 1)
             shown = now
             with log.open("a") as lines:
-                lines.write(json.dumps({k: round(v, 5) for k, v in row.items()}) + "\n")
+                lines.write(json.dumps(row) + "\n")
         if now - saved > CHECKPOINT_SECONDS or last:
             tensors = {f"model.{k}": v for k, v in module.state_dict().items()}
             tensors |= {f"average.{k}": v for k, v in average.items()}
-            _save(path, tensors | _optimizer_tensors(optimizer), step + 1)
+            _save(path, tensors | _optimizer_tensors(optimizer), step)
             saved = now
     if schedule.ema:
         module.load_state_dict(average)

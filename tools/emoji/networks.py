@@ -1,15 +1,20 @@
 """What several stages do with the networks: pictures in, embeddings out."""
 
+import json
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers import StableDiffusionPipeline
 from torch import Tensor
-from transformers import CLIPModel, CLIPTokenizer
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from tools.emoji import parts, tokenizer
 from tools.emoji.loop import DEVICE, mixed, trained
+from tools.emoji.sprites import BUILD
+
+SCALING = BUILD / "latents.json"  # the factor that gives latents a standard deviation of one
 
 
 def pixels(images: np.ndarray) -> Tensor:
@@ -35,6 +40,25 @@ def load_clip(name: str = "clip") -> tuple[CLIPModel, CLIPTokenizer]:
     tokens = tokenizer.load()
     model = parts.clip(len(tokens), tokens.bos_token_id, tokens.eos_token_id)
     return trained(name, model), tokens
+
+
+def pipeline() -> StableDiffusionPipeline:
+    """The trained parts as one ordinary Stable Diffusion pipeline."""
+    model, tokens = load_clip()
+    vae = trained("vae", parts.vae())
+    vae.register_to_config(**json.loads(SCALING.read_text()))
+    text_encoder = CLIPTextModel(model.config.text_config)
+    text_encoder.load_state_dict(model.text_model.state_dict())
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokens,
+        unet=trained("denoiser", parts.denoiser()),
+        scheduler=parts.scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
 
 
 def embed_images(model: CLIPModel, images: Tensor) -> Tensor:
@@ -66,15 +90,18 @@ def read_texts(model: CLIPModel, tokens: CLIPTokenizer, texts: Sequence[str]) ->
 
 
 def attacked(
-    rng: np.random.Generator, images: Tensor, harm: Callable[[Tensor], Tensor], radius: float, steps: int = 2
+    rng: np.random.Generator,
+    images: Tensor,
+    harm: Callable[[Tensor], Tensor],
+    radius: float | np.ndarray,
+    steps: int = 2,
 ) -> Tensor:
     """The images with a disturbance each that raises `harm`: projected gradient ascent in an L2 ball.
 
-    The radii are uniform in [0, `radius`], so that undisturbed pictures are not forgotten.
+    The radii are uniform in [0, `radius`], so that undisturbed pictures are not forgotten; (B,): each has its own.
     """
-    ball = torch.from_numpy(rng.uniform(0, radius, (len(images), 1, 1, 1)).astype(np.float32)).to(
-        images.device
-    )
+    radii = rng.uniform(0, radius, len(images)).astype(np.float32)
+    ball = torch.from_numpy(radii).to(images.device)[:, None, None, None]
     disturbance = torch.zeros_like(images)
     for _ in range(steps):
         disturbance.requires_grad_()

@@ -1,5 +1,6 @@
 """The bundled rewards and the judge: trained on drawn scenes only."""
 
+import json
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 
@@ -9,15 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ipgo.rewards.emoji.judge import Network
-from tools.emoji import data, parts, sprites, world
+from tools.emoji import data, parts, redraw, sprites, world
 from tools.emoji.clip import RADIUS
-from tools.emoji.loop import DEVICE, Schedule, mixed, train, trained
+from tools.emoji.loop import DEVICE, Figures, Schedule, mixed, train, trained
 from tools.emoji.networks import attacked, embed_images, embed_texts, load_clip, pixels, shifted
 
 SCHEDULES = {
     "judge": Schedule(steps=2_500, batch=64, lr=2e-3, warmup=50),
     "aesthetic": Schedule(steps=700, batch=64, lr=5e-4, warmup=30, weight_decay=0.05),
-    "preference": Schedule(steps=400, batch=64, lr=2e-4, warmup=30, weight_decay=0.05),
+    "preference": Schedule(steps=1_000, batch=64, lr=2e-4, warmup=30, weight_decay=0.05),
 }
 
 # ------------------------------------------------------------------------------------------------------ judge
@@ -38,20 +39,20 @@ def train_judge() -> None:
     single, pairs = (np.flatnonzero((known[:, 2] >= 0) == both) for both in (False, True))
     judge = Network(JUDGE_SIZES)
 
-    def loss(rng: np.random.Generator, batch: int) -> tuple[Tensor, dict[str, float]]:
+    def loss(rng: np.random.Generator, batch: int) -> tuple[Tensor, Figures]:
         half = batch // 2
         rows = np.sort(np.concatenate([rng.choice(single, batch - half), rng.choice(pairs, half)]))
         x = shifted(rng, pixels(data.pictures(rng, images, decoded, rows)))
         facts, clear = (torch.from_numpy(each[rows]).to(DEVICE) for each in (known, quality))
         facts[:, 2] += 1
 
-        def error(pictures: Tensor) -> tuple[Tensor, dict[str, float]]:
+        def error(pictures: Tensor) -> tuple[Tensor, Figures]:
             with mixed():
                 *logits, clean = judge(pictures)
             value = sum(F.cross_entropy(a.float(), facts[:, i]) for i, a in enumerate(logits))
             clean_error = F.mse_loss(clean.float()[:, 0], clear)
             right = torch.stack([logits[i].argmax(-1) == facts[:, i] for i in (1, 2)]).all(0).float().mean()
-            return value + 4 * clean_error, {"objects": right.item(), "quality": clean_error.item()}
+            return value + 4 * clean_error, {"objects": right, "quality": clean_error}
 
         return error(attacked(rng, x, lambda pictures: error(pictures)[0], RADIUS, steps=1))
 
@@ -75,7 +76,7 @@ def train_aesthetic() -> None:
     model = parts.aesthetic()
     model.vision_model.load_state_dict(source.vision_model.state_dict())
 
-    def loss(rng: np.random.Generator, batch: int) -> tuple[Tensor, dict[str, float]]:
+    def loss(rng: np.random.Generator, batch: int) -> tuple[Tensor, Figures]:
         half, quarter = batch // 2, batch // 4
         rows = rng.permutation(np.concatenate([rng.choice(clean, batch - half), rng.choice(spoilt, half)]))
         x = shifted(rng, pixels(data.pictures(rng, images, decoded, rows)))
@@ -92,8 +93,8 @@ def train_aesthetic() -> None:
         found = logits(torch.cat([fooling, x[quarter:]]))
         error = (found.sigmoid() - wanted).square()
         figures = {
-            "fooled": error[:quarter].mean().sqrt().item(),
-            "error": error[quarter:].mean().sqrt().item(),
+            "fooled": error[:quarter].mean().sqrt(),
+            "error": error[quarter:].mean().sqrt(),
         }
         return F.binary_cross_entropy_with_logits(found, wanted), figures
 
@@ -141,36 +142,43 @@ def _worse(rng: np.random.Generator, scene: world.Scene, claims: tuple[int, ...]
 def train_preference(blocks: int = 24) -> None:
     """CLIP tuned so that the preferred of two pictures with one caption has the larger cosine (as HPSv2).
 
-    Its image tower alone, on pictures disturbed to fool it, as `clip.harden` does.
+    Its image tower alone. Half of the pairs are drawn; of the others one is artwork through the VAE, and preferred to
+    what the denoiser made of it. All are disturbed to fool it, as `clip.harden` does, those of the denoiser less: the
+    details that they lack are smaller than such a disturbance.
     """
     with ProcessPoolExecutor() as pool:
         drawn = list(pool.map(_draw_pairs, range(blocks)))
     texts = [text for block, _ in drawn for text in block]
     images = np.concatenate([pictures for _, pictures in drawn])
+    redrawn, retold = np.load(redraw.PAIRS, mmap_mode="r"), json.loads(redraw.TEXTS.read_text())
     model, tokens = load_clip()
     model.vision_model.requires_grad_(True)
     model.visual_projection.requires_grad_(True)
     vae = trained("vae", parts.vae())
 
-    def loss(rng: np.random.Generator, batch: int) -> tuple[Tensor, dict[str, float]]:
-        rows, quarter = rng.integers(len(texts), size=batch), batch // 4
-        both = shifted(rng, pixels(np.concatenate([images[rows, 0], images[rows, 1]])))
+    def loss(rng: np.random.Generator, batch: int) -> tuple[Tensor, Figures]:
+        half, quarter = batch // 2, batch // 4
+        rows, others = rng.integers(len(texts), size=half), rng.integers(len(retold), size=batch - half)
+        pairs = np.concatenate([images[rows], redrawn[others]])
+        both = shifted(rng, pixels(np.concatenate([pairs[:, 0], pairs[:, 1]])))
         decoded = [*range(quarter), *range(batch, batch + quarter)]  # as generated ones look
         with torch.no_grad(), mixed():
             both[decoded] = (
                 vae.decode(vae.encode(both[decoded]).latent_dist.mode()).sample.float().clamp(-1, 1)
             )
-        text = embed_texts(model, tokens, [texts[i] for i in rows])
+        text = embed_texts(model, tokens, [texts[i] for i in rows] + [retold[i] for i in others])
 
         def judged(pictures: Tensor) -> tuple[Tensor, Tensor]:
             image = embed_images(model, pictures)
             margin = ((image[:batch] - image[batch:]) * text).sum(-1)
-            others = image[:batch] @ text.T * 15  # keeps the captions apart while it learns the pairs
-            apart = F.cross_entropy(others, torch.arange(batch, device=DEVICE))
+            logits = image[:batch] @ text.T * 15  # keeps the captions apart while it learns the pairs
+            apart = F.cross_entropy(logits, torch.arange(batch, device=DEVICE))
             return F.softplus(-15 * margin).mean() + 0.3 * apart, margin
 
-        fooling = attacked(rng, both, lambda pictures: judged(pictures)[0], RADIUS, steps=1)
+        radius = np.tile(np.where(np.arange(batch) < half, RADIUS, RADIUS / 4), 2)
+        fooling = attacked(rng, both, lambda pictures: judged(pictures)[0], radius, steps=1)
         value, margin = judged(fooling)
-        return value, {"pairs": (margin > 0).float().mean().item()}
+        right = (margin > 0).float()
+        return value, {"pairs": right[:half].mean(), "redrawn": right[half:].mean()}
 
     train("preference", model, loss, SCHEDULES["preference"])

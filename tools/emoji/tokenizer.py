@@ -1,6 +1,8 @@
 """A CLIP byte-pair tokenizer of our own, learned from the world's captions: `python -m tools.emoji.tokenizer`."""
 
 import json
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -13,6 +15,8 @@ FOLDER = BUILD / "tokenizer"
 SIZE = 1_500
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 LENGTH = 77
+CAPTIONS = BUILD / "captions.npy"
+PER_SCENE = 8
 
 
 def _clip_tokenizer(merges: list[tuple[str, str]]) -> CLIPTokenizer:
@@ -50,6 +54,24 @@ def build() -> None:
 def load() -> CLIPTokenizer:
     """The saved tokenizer."""
     return CLIPTokenizer.from_pretrained(FOLDER)
+
+
+def _caption_block(number: int, scenes: Sequence[world.Scene]) -> np.ndarray:
+    rng, tokens = np.random.default_rng((3, number)), load()
+    texts = [world.caption(rng, scene, admits=0.8)[0] for scene in scenes for _ in range(PER_SCENE)]
+    ids = tokens(texts, padding="max_length", return_tensors="np").input_ids
+    return ids.astype(np.int16).reshape(len(scenes), PER_SCENE, LENGTH)
+
+
+def build_captions() -> None:
+    """What the denoiser reads of every training scene, int16 (N, 8, 77): writing it anew would keep a GPU waiting.
+
+    Captions mostly admit that a picture is spoilt, or words such as "blurry" would be too rare to be learned.
+    """
+    _, scenes = data.load("train")
+    blocks = [scenes[start : start + data.BLOCK] for start in range(0, len(scenes), data.BLOCK)]
+    with ProcessPoolExecutor() as pool:
+        np.save(CAPTIONS, np.concatenate(list(pool.map(_caption_block, range(len(blocks)), blocks))))
 
 
 if __name__ == "__main__":

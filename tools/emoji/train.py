@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 
-from tools.emoji import clip, data, export, parts, scorers, sprites, tokenizer, world
-from tools.emoji.loop import DEVICE, Schedule, mixed, train, trained
-from tools.emoji.networks import as_bytes, load_clip, pixels
+from tools.emoji import clip, data, export, parts, redraw, scorers, sprites, tokenizer
+from tools.emoji.loop import DEVICE, Figures, Schedule, mixed, train, trained
+from tools.emoji.networks import SCALING, as_bytes, load_clip, pixels
 from tools.emoji.sprites import BUILD
 
 SCHEDULES = {
@@ -32,7 +32,7 @@ def _edges(images: Tensor) -> tuple[Tensor, Tensor]:
     return images.diff(dim=-1), images.diff(dim=-2)
 
 
-def _difference(y: Tensor, x: Tensor) -> tuple[Tensor, dict[str, float]]:
+def _difference(y: Tensor, x: Tensor) -> tuple[Tensor, Figures]:
     """What the VAE minimises, and what the log shows.
 
     L1 of pixels; that of their differences keeps edges crisp, and squares keep small parts, which L1 soon gives up.
@@ -40,7 +40,7 @@ def _difference(y: Tensor, x: Tensor) -> tuple[Tensor, dict[str, float]]:
     l1, square = (y - x).abs().mean(), (y - x).square().mean()
     edge = sum((a - b).abs().mean() for a, b in zip(_edges(y), _edges(x), strict=True))
     psnr = -10 * torch.log10(square.detach() / 4)
-    return l1 + 0.5 * edge + 5 * square, {"l1": l1.item(), "psnr": psnr.item()}
+    return l1 + 0.5 * edge + 5 * square, {"l1": l1, "psnr": psnr}
 
 
 def train_vae() -> None:
@@ -55,7 +55,7 @@ def train_vae() -> None:
     double = np.array([len(scenes[i].objects) == 2 for i in clean])
     vae = parts.vae().to(memory_format=torch.channels_last)  # on a CPU a tenth faster
 
-    def loss(rng: np.random.Generator, batch: int) -> tuple[Tensor, dict[str, float]]:
+    def loss(rng: np.random.Generator, batch: int) -> tuple[Tensor, Figures]:
         quarter = batch // 4
         kinds = np.arange(len(images)), clean[~double], clean[double], clean[double]
         rows = np.sort(np.concatenate([rng.choice(each, quarter) for each in kinds]))
@@ -70,7 +70,7 @@ def train_vae() -> None:
         kl = posterior.kl().float().mean() / parts.LATENT_CHANNELS / parts.LATENT_SIZE**2
         value, figures = _difference(y.float(), x)
         coarse = (small.float() - F.avg_pool2d(x[::2], 2)).abs().mean()
-        return value + 0.5 * coarse + 1e-5 * kl, figures | {"kl": kl.item(), "coarse": coarse.item()}
+        return value + 0.5 * coarse + 1e-5 * kl, figures | {"kl": kl, "coarse": coarse}
 
     train("vae", vae, loss, SCHEDULES["vae"])
 
@@ -99,45 +99,53 @@ def build_latents() -> None:
                 decoded[rows] = as_bytes(vae.decode(mode + extra).sample.float())
     decoded.flush()
     scale = float(1 / np.asarray(latents[:10_000], np.float32).std())
-    LATENTS.with_suffix(".json").write_text(json.dumps({"scaling_factor": round(scale, 5)}))
+    SCALING.write_text(json.dumps({"scaling_factor": round(scale, 5)}))
 
 
 # --------------------------------------------------------------------------------------------------- denoiser
 
 
 def train_denoiser() -> None:
-    """v-prediction at stratified timesteps, on mostly two objects; a tenth of the captions empty, for guidance.
-
-    Captions mostly admit that a picture is spoilt, or words such as "blurry" would be too rare to be learned.
-    """
+    """v-prediction at stratified timesteps, on mostly two objects; a tenth of the captions empty, for guidance."""
     _, scenes = data.load("train")
-    latents = np.load(LATENTS, mmap_mode="r")
-    scale = json.loads(LATENTS.with_suffix(".json").read_text())["scaling_factor"]
+    latents, captions = (torch.from_numpy(np.load(path)).to(DEVICE) for path in (LATENTS, tokenizer.CAPTIONS))
+    scale = json.loads(SCALING.read_text())["scaling_factor"]
     model, tokens = load_clip()
+    empty = tokens("", padding="max_length", return_tensors="pt").input_ids.to(DEVICE)
     encoder, unet, noising = model.text_model, parts.denoiser(), parts.scheduler()
     if DEVICE.type == "cpu":
         unet.set_attn_processor(
             AttnProcessor()
         )  # the fused kernel's backward pass is slower there by a third
+        predict = unet
+    else:
+        predict = torch.compile(unet.to(memory_format=torch.channels_last))
+        torch.backends.cudnn.benchmark = True
     levels = noising.config.num_train_timesteps
+    noising.alphas_cumprod = noising.alphas_cumprod.to(DEVICE)
     double = np.array([len(scene.objects) == 2 for scene in scenes])
     single, pairs = np.flatnonzero(~double), np.flatnonzero(double)
 
-    def loss(rng: np.random.Generator, batch: int) -> tuple[Tensor, dict[str, float]]:
+    def on_device(numbers: np.ndarray) -> Tensor:
+        return torch.from_numpy(numbers).to(DEVICE, non_blocking=True)
+
+    def loss(rng: np.random.Generator, batch: int) -> tuple[Tensor, Figures]:
         most = round(PAIRS * batch)
-        rows = np.sort(np.concatenate([rng.choice(single, batch - most), rng.choice(pairs, most)]))
-        texts = ["" if rng.random() < 0.1 else world.caption(rng, scenes[i], admits=0.8)[0] for i in rows]
-        ids = tokens(texts, padding="max_length", return_tensors="pt").input_ids.to(DEVICE)
-        x = torch.from_numpy(np.asarray(latents[rows], np.float32)).to(DEVICE) * scale
+        rows = np.concatenate([rng.choice(single, batch - most), rng.choice(pairs, most)])
+        chosen, said = on_device(rows), on_device(rng.integers(tokenizer.PER_SCENE, size=batch))
+        silent = on_device(rng.random(batch) < 0.1)[:, None]
+        ids = torch.where(silent, empty, captions[chosen, said].long())
+        x = latents[chosen].float() * scale
         noise = torch.randn_like(x)
-        t = torch.from_numpy((rng.permutation(batch) + rng.random(batch)) / batch * levels).long().to(DEVICE)
+        t = on_device((rng.permutation(batch) + rng.random(batch)) / batch * levels).long()
         with mixed():
             with torch.no_grad():
                 states = encoder(ids).last_hidden_state
-            predicted = unet(noising.add_noise(x, noise, t), t, states).sample
+            predicted = predict(noising.add_noise(x, noise, t), t, states).sample
         error = (predicted.float() - noising.get_velocity(x, noise, t)).square().mean(dim=(1, 2, 3))
-        late, early = error[t < levels // 2].mean().item(), error[t >= levels // 2].mean().item()
-        return error.mean(), {"late": late, "early": early}
+        late = t < levels // 2
+        figures = {"late": (error * late).sum() / late.sum(), "early": (error * ~late).sum() / (~late).sum()}
+        return error.mean(), figures
 
     train("denoiser", unet, loss, SCHEDULES["denoiser"])
 
@@ -146,14 +154,16 @@ STAGES = {
     "sprites": sprites.build,
     "data": data.build_all,
     "tokenizer": tokenizer.build,
+    "captions": tokenizer.build_captions,
     "vae": train_vae,
     "latents": build_latents,
     "clip": clip.train_clip,
     "harden": clip.harden,
     "judge": scorers.train_judge,
     "aesthetic": scorers.train_aesthetic,
-    "preference": scorers.train_preference,
     "denoiser": train_denoiser,
+    "redraw": redraw.build,
+    "preference": scorers.train_preference,
     "export": export.export,
 }
 
@@ -163,9 +173,12 @@ if __name__ == "__main__":
         "stage", choices=[*STAGES, "all", "restore"], help="restore: start from the package's weights"
     )
     parser.add_argument("--steps", type=int, help="another length than the stage's own")
+    parser.add_argument("--seconds", type=float, help="or a length in time")
     parser.add_argument("--lr", type=float, help="another learning rate")
+    parser.add_argument("--batch", type=int, help="another number of samples a step")
     options = parser.parse_args()
-    stage, changes = options.stage, {key: getattr(options, key) for key in ("steps", "lr")}
+    stage = options.stage
+    changes = {key: getattr(options, key) for key in ("steps", "seconds", "lr", "batch")}
     for table in (SCHEDULES, clip.SCHEDULES, scorers.SCHEDULES):
         if stage in table:
             table[stage] = replace(table[stage], **{key: value for key, value in changes.items() if value})

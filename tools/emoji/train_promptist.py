@@ -27,7 +27,7 @@ from ipgo.rewards.emoji import load_judge
 from ipgo.runner import BUNDLED_REWARDS
 from ipgo.task import Task
 from tools.emoji import loop, world
-from tools.emoji.loop import DEVICE, Schedule, keep, train, trained
+from tools.emoji.loop import DEVICE, Figures, Schedule, keep, train, trained
 
 TOKENIZER = Path("src/ipgo/backends/emoji/tokenizer")
 SUPERVISED, FINAL = "promptist-sft", "promptist"
@@ -114,12 +114,12 @@ def train_supervised(schedule: Schedule = SCHEDULES[SUPERVISED]) -> None:
     torch.manual_seed(0)
     model = language_model(tokens)
 
-    def loss(rng: np.random.Generator, batch: int) -> tuple[Tensor, dict[str, float]]:
+    def loss(rng: np.random.Generator, batch: int) -> tuple[Tensor, Figures]:
         ids, labels = encode(tokens, [pair(rng) for _ in range(batch)])
         # Padding needs no mask: it follows the text, and the model is causal.
         logits = model(input_ids=ids[:, :-1].to(DEVICE)).logits
         value = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten().to(DEVICE))
-        return value, {"perplexity": value.exp().item()}
+        return value, {"perplexity": value.exp()}
 
     train(SUPERVISED, model, loss, schedule)
 
@@ -173,7 +173,7 @@ def train_policy(schedule: Schedule = SCHEDULES[FINAL]) -> None:
     model = language_model(tokens)
     judged = Judged(ipgo.load_backend("emoji", device=str(DEVICE)))
 
-    def loss(rng: np.random.Generator, batch: int) -> tuple[Tensor, dict[str, float]]:
+    def loss(rng: np.random.Generator, batch: int) -> tuple[Tensor, Figures]:
         rewards, strays, logs = [], [], []
         for _ in range(max(1, batch // GROUP)):
             plain, _ = pair(rng)
@@ -196,7 +196,7 @@ def train_policy(schedule: Schedule = SCHEDULES[FINAL]) -> None:
                 strays.append(logs[-1] - log_probability(before, whole, start))
         reward, stray = torch.stack(rewards).to(DEVICE), torch.stack(strays)
         gain = advantages(reward - KL * stray.detach())
-        figures = {"reward": reward.mean().item(), "kl": stray.mean().item()}
+        figures = {"reward": reward.mean(), "kl": stray.mean()}
         return -(gain * torch.stack(logs)).mean(), figures
 
     train(FINAL, model, loss, schedule)

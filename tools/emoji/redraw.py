@@ -1,0 +1,77 @@
+"""Pictures of training scenes drawn again by the denoiser, from texts gone astray: what fits make of a prompt.
+
+`emoji-preference` learns that the artwork is better than these. A reward that has only seen what we spoil by hand is
+led by a fit to faults that it has never seen: a cake without candles, a cat without a face.
+"""
+
+import json
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+
+from tools.emoji import data, world
+from tools.emoji.loop import DEVICE, mixed
+from tools.emoji.networks import as_bytes, pipeline, pixels
+
+PAIRS = data.FOLDER / "redrawn.npy"  # uint8 (N, 2, 64, 64, 3): the artwork through the VAE, and drawn again
+TEXTS = PAIRS.with_suffix(".json")
+COUNT = 4_000
+BATCH = 100
+STEPS = 10
+GUIDANCE = 2.5
+STRENGTHS = (
+    0.4,
+    0.6,
+    0.8,
+    1.0,
+)  # share of the noise that the artwork's latents get; 1: nothing of it is left
+ASTRAY = (
+    1.2  # standard deviations of the text's states, at most: from half of one on details go, then objects
+)
+
+
+@torch.no_grad()
+def redrawn(
+    pipe: StableDiffusionPipeline, latents: torch.Tensor, texts: list[str], strength: float, astray: float
+) -> torch.Tensor:
+    """Scaled latents (B, 4, 16, 16) noised and denoised again, guided by texts with noise on their states."""
+    ids = pipe.tokenizer([*texts, ""], padding="max_length", return_tensors="pt").input_ids.to(DEVICE)
+    states = pipe.text_encoder(ids).last_hidden_state
+    wanted, empty = states[:-1], states[-1:].expand(len(texts), -1, -1)
+    wanted = wanted + astray * wanted.std() * torch.randn_like(wanted)
+    pipe.scheduler.set_timesteps(STEPS, DEVICE)
+    times = pipe.scheduler.timesteps[STEPS - round(strength * STEPS) :]
+    x = pipe.scheduler.add_noise(latents, torch.randn_like(latents), times[:1])
+    for t in times:
+        with mixed():
+            both = pipe.unet(torch.cat([x, x]), t, torch.cat([empty, wanted])).sample.float()
+        without, with_text = both.chunk(2)
+        x = pipe.scheduler.step(without + GUIDANCE * (with_text - without), t, x).prev_sample
+    return x
+
+
+@torch.no_grad()
+def build(count: int = COUNT) -> None:
+    """Half of the scenes with two objects, each batch with a strength and a straying of its own."""
+    images, scenes = data.load("train")
+    double = np.array([len(scene.objects) == 2 for scene in scenes])
+    clean = data.clean_rows(scenes)
+    rng = np.random.default_rng(8)
+    torch.manual_seed(8)
+    kinds = clean[~double[clean]], clean[double[clean]]
+    rows = rng.permutation(np.concatenate([rng.choice(kind, count // 2) for kind in kinds]))
+    texts = [world.caption(rng, scenes[row])[0] for row in rows]
+    pipe = pipeline().to(DEVICE)
+    pairs = np.lib.format.open_memmap(PAIRS, "w+", np.uint8, (len(rows), 2, *images.shape[1:]))
+    for start in range(0, len(rows), BATCH):
+        part = slice(start, start + BATCH)
+        strength, astray = float(rng.choice(STRENGTHS)), float(rng.uniform(0, ASTRAY))
+        with mixed():
+            latents = pipe.vae.encode(pixels(images[rows[part]])).latent_dist.mode().float()
+        x = redrawn(pipe, latents * pipe.vae.config.scaling_factor, texts[part], strength, astray)
+        for place, z in enumerate((latents, x / pipe.vae.config.scaling_factor)):
+            with mixed():
+                pairs[part, place] = as_bytes(pipe.vae.decode(z).sample.float())
+    pairs.flush()
+    TEXTS.write_text(json.dumps(texts))
