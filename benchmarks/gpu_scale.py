@@ -319,9 +319,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         default=["no", "yes"],
         help="none: the authors' loop alone",
     )
-    parser.add_argument(
-        "--no-cudnn-attention", action="store_true", help="leave attention to PyTorch's other kernels"
-    )
     parser.add_argument("--backprop-steps", type=int, default=2)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--guidance-scale", type=float, default=5.0)
@@ -332,7 +329,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(argv)
-    torch.backends.cuda.enable_cudnn_sdp(not options.no_cudnn_attention)
     small = options.size == "tiny"
     options.backends = options.backends or list(DENOISERS)
     options.image_size = options.image_size or (SMALL_PIXELS if small else None)

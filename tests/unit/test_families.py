@@ -119,6 +119,12 @@ def test_distilled_guidance_has_no_negative_prompt(build):
         backend.unconditional("", backend.encode(["sun"]))
 
 
+def test_flux_is_differentiated_without_the_kernel_that_crashes():
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    load_backend(tiny.flux(), device="cpu")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_noise_is_packed_for_the_pipeline_of_flux():
     latents = torch.arange(2 * 4 * 6 * 8.0).view(2, 4, 6, 8)
     theirs = tiny.FluxPipeline._pack_latents(latents, 2, 4, 6, 8)

@@ -12,13 +12,13 @@ from torch import Tensor
 from ipgo.rewards.emoji.judge import Network
 from tools.emoji import data, parts, redraw, sprites, world
 from tools.emoji.clip import RADIUS
-from tools.emoji.loop import DEVICE, Figures, Schedule, mixed, train, trained
+from tools.emoji.loop import DEVICE, Figures, Schedule, mixed, train
 from tools.emoji.networks import attacked, embed_images, embed_texts, load_clip, pixels, shifted
 
 SCHEDULES = {
     "judge": Schedule(steps=2_500, batch=64, lr=2e-3, warmup=50),
     "aesthetic": Schedule(steps=700, batch=64, lr=5e-4, warmup=30, weight_decay=0.05),
-    "preference": Schedule(steps=1_000, batch=64, lr=2e-4, warmup=30, weight_decay=0.05),
+    "preference": Schedule(steps=800, batch=64, lr=2e-4, warmup=30, weight_decay=0.05),
 }
 
 # ------------------------------------------------------------------------------------------------------ judge
@@ -154,18 +154,12 @@ def train_preference(blocks: int = 24) -> None:
     model, tokens = load_clip()
     model.vision_model.requires_grad_(True)
     model.visual_projection.requires_grad_(True)
-    vae = trained("vae", parts.vae())
 
     def loss(rng: np.random.Generator, batch: int) -> tuple[Tensor, Figures]:
-        half, quarter = batch // 2, batch // 4
+        half = batch // 2
         rows, others = rng.integers(len(texts), size=half), rng.integers(len(retold), size=batch - half)
         pairs = np.concatenate([images[rows], redrawn[others]])
         both = shifted(rng, pixels(np.concatenate([pairs[:, 0], pairs[:, 1]])))
-        decoded = [*range(quarter), *range(batch, batch + quarter)]  # as generated ones look
-        with torch.no_grad(), mixed():
-            both[decoded] = (
-                vae.decode(vae.encode(both[decoded]).latent_dist.mode()).sample.float().clamp(-1, 1)
-            )
         text = embed_texts(model, tokens, [texts[i] for i in rows] + [retold[i] for i in others])
 
         def judged(pictures: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,8 @@ SCHEDULES = {
     "vae": Schedule(steps=14_000, batch=16, lr=1.2e-3, ema=0.998),
     "denoiser": Schedule(steps=24_000, batch=64, lr=6e-4, warmup=150, ema=0.998),
 }
+if DEVICE.type == "cuda":  # three and a half times the work in a fiftieth of the time
+    SCHEDULES["denoiser"] = Schedule(steps=7_000, batch=768, lr=1.2e-3, warmup=150, ema=0.998)
 PAIRS = 0.6  # share of scenes with two objects: they take the longest to learn
 
 LATENTS = BUILD / "latents.npy"
@@ -114,12 +116,10 @@ def train_denoiser() -> None:
     empty = tokens("", padding="max_length", return_tensors="pt").input_ids.to(DEVICE)
     encoder, unet, noising = model.text_model, parts.denoiser(), parts.scheduler()
     if DEVICE.type == "cpu":
-        unet.set_attn_processor(
-            AttnProcessor()
-        )  # the fused kernel's backward pass is slower there by a third
-        predict = unet
+        # The fused kernel's backward pass is slower there by a third.
+        unet.set_attn_processor(AttnProcessor())
     else:
-        predict = torch.compile(unet.to(memory_format=torch.channels_last))
+        unet.to(memory_format=torch.channels_last)
         torch.backends.cudnn.benchmark = True
     levels = noising.config.num_train_timesteps
     noising.alphas_cumprod = noising.alphas_cumprod.to(DEVICE)
@@ -141,7 +141,7 @@ def train_denoiser() -> None:
         with mixed():
             with torch.no_grad():
                 states = encoder(ids).last_hidden_state
-            predicted = predict(noising.add_noise(x, noise, t), t, states).sample
+            predicted = unet(noising.add_noise(x, noise, t), t, states).sample
         error = (predicted.float() - noising.get_velocity(x, noise, t)).square().mean(dim=(1, 2, 3))
         late = t < levels // 2
         figures = {"late": (error * late).sum() / late.sum(), "early": (error * ~late).sum() / (~late).sum()}

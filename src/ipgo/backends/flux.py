@@ -43,6 +43,8 @@ class Flux(Backend):
         self.embed_dim = pipe.transformer.config.joint_attention_dim
         self.max_tokens = min(self.facts.tokens, pipe.tokenizer_2.model_max_length)
         self.guidance = "distilled" if pipe.transformer.config.guidance_embeds else "none"
+        # Its backward pass made an illegal memory access on an H100 (docs/benchmarks-gpu.md); PyTorch's others do not.
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
     @property
     def tokenizer(self) -> Any:
