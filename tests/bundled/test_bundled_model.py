@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -92,7 +93,7 @@ def test_alignment_prefers_the_right_prompt(drawn: tuple[list[str], torch.Tensor
 
 def test_a_short_fit_raises_the_reward_on_every_prompt(tmp_path: Path) -> None:
     prompts = read_prompts("one:train")[:2]
-    method = ipgo.IPGO(ascent=ipgo.Ascent(steps=12, lr=3e-2, backprop_steps=4))
+    method = ipgo.IPGO(ascent=replace(ipgo.IPGO().ascent, steps=12))
     sampling = ipgo.Sampling(steps=20, fit_steps=8)
     settings = {"method": method, "sampling": sampling, "unseen_seeds": 1, "out": tmp_path / "run"}
     result = ipgo.fit(prompts, reward="emoji-preference", **settings)
