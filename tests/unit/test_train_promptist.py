@@ -114,3 +114,12 @@ def test_the_reward_of_a_rewriting_is_that_of_promptist(monkeypatch):
     monkeypatch.setattr(train_promptist, "shorten", lambda backend, text: text)
     rewards = judged("a fox", ["a fox, sharp", "a bus"], [1, 2])
     assert rewards.tolist() == [0.25, 0.5 - 2.0 * 0.25]
+
+
+def test_a_schedule_ends_after_its_steps_or_its_seconds():
+    by_steps, by_time = Schedule(100, 8, 1e-3, warmup=10), Schedule(100, 8, 1e-3, warmup=10, seconds=60)
+    assert [by_steps.over(steps, 1e6) for steps in (99, 100)] == [False, True]
+    assert [by_time.over(10**6, elapsed) for elapsed in (59.0, 60.0)] == [False, True]
+    assert by_steps.rate(4, 59.0) == by_time.rate(4, 59.0) == pytest.approx(5e-4)
+    assert by_steps.rate(55, 0.0) == by_time.rate(55, 30.0) == pytest.approx(5e-4)
+    assert by_steps.rate(100, 0.0) == by_time.rate(11, 60.0) == pytest.approx(0)

@@ -48,9 +48,9 @@ class Schedule:
             done = min(1.0, elapsed / self.seconds)
         return self.lr * 0.5 * (1 + math.cos(math.pi * done))
 
-    def ends(self, step: int, elapsed: float) -> bool:
-        """Is this step the last one?"""
-        return step + 1 >= self.steps if self.seconds is None else elapsed >= self.seconds
+    def over(self, steps: int, elapsed: float) -> bool:
+        """Is training done after so many steps and seconds?"""
+        return steps >= self.steps if self.seconds is None else elapsed >= self.seconds
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -112,7 +112,7 @@ def train(
     average = {k: v.detach().clone() for k, v in module.state_dict().items()} if schedule.ema else {}
     start = _resume(path, module, average, optimizer) if path.exists() else 0
     began = saved = shown = time.monotonic()
-    step, last = start, start >= schedule.steps and schedule.seconds is None
+    step, last = start, schedule.over(start, 0.0)
     while not last:
         rng = np.random.default_rng((seed, step))
         torch.manual_seed(seed * 1_000_003 + step)
@@ -129,7 +129,7 @@ def train(
                 torch._foreach_lerp_(list(average.values()), list(module.state_dict().values()), share)
         step += 1
         now = time.monotonic()
-        last = schedule.ends(step - 1, now - began)
+        last = schedule.over(step, now - began)
         if step % 50 == 0 or last:
             row = {"step": step}
             for key, figure in {"loss": value, "norm": norm, **figures}.items():

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 
+from ipgo import backends
 from tools.emoji import data, world
 from tools.emoji.loop import DEVICE, mixed
 from tools.emoji.networks import as_bytes, pipeline, pixels
@@ -19,7 +20,7 @@ TEXTS = PAIRS.with_suffix(".json")
 COUNT = 4_000
 BATCH = 100
 STEPS = 10
-GUIDANCE = 2.5
+GUIDANCE = backends.GUIDANCE["emoji"]
 STRENGTHS = (
     0.4,
     0.6,
