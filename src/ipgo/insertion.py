@@ -17,7 +17,7 @@ from ipgo.seeding import derive, generator
 
 Rotations = Literal["applied", "unused", "none"]
 Basis = Literal["orthonormal", "free"]
-CrossAttention = Literal["none", "replace", "residual"]
+CrossAttention = Literal["none", "replace", "residual", "fixed"]
 
 ANGLES = 2  # rotations of one embedding: the even pairs of coordinates, then the odd ones
 
@@ -37,7 +37,9 @@ class Insertion:
         bounded: keep the coefficients within [-1, 1].
         cross_attention: the inserted embeddings attend to the prompt's, and the answer is added to them ("residual")
             or takes their place ("replace"), as IPGO+ has it; "none" is the paper's prompt-wise IPGO. Bare ones take
-            attention away from the text, as a lower guidance scale would: docs/settings.md.
+            attention away from the text, as a lower guidance scale would. With "fixed" the answer to what they were
+            at the start is added, so that each goes on repeating the same words of the prompt while it learns what
+            to add to them: it can go further before the prompt is lost (docs/settings.md).
         norm: mean norm of an inserted embedding at the start, before it attends. Small ones begin near the image of
             the raw prompt. None is the norm of the prompt's own embeddings, 0 leaves it at start * sqrt(rank / 3): with
             start = 1 this is the paper's.
@@ -54,7 +56,7 @@ class Insertion:
     bias: bool = False
     basis: Basis = "orthonormal"
     bounded: bool = True
-    cross_attention: CrossAttention = "residual"
+    cross_attention: CrossAttention = "fixed"
     norm: float | None = 2.0
     start: float = 0.1
     pooled: bool = False
@@ -115,6 +117,9 @@ class InsertedEmbeddings(nn.Module):
     bias: nn.Parameter | None  # (N, 1, D)
     angles: nn.Parameter | None  # (N, n, 2)
     scale: Tensor  # (N,)
+    queries: (
+        Tensor | None
+    )  # (N, n, D), what the prompt is asked with cross_attention="fixed": only directions count
 
     def __init__(self, seeds: Sequence[int], count: int, width: int, insertion: Insertion) -> None:
         super().__init__()
@@ -136,6 +141,9 @@ class InsertedEmbeddings(nn.Module):
         self.register_buffer("scale", torch.ones(len(seeds)))
         if insertion.norm:
             self.scale_to_(torch.full((len(seeds),), insertion.norm))
+        with torch.no_grad():
+            start = self(torch.arange(len(seeds))) if insertion.cross_attention == "fixed" else None
+        self.register_buffer("queries", start)
 
     def scale_to_(self, norms: Tensor) -> None:
         """Give row i the mean norm norms[i]; uniform coefficients, not scaled, have start * sqrt(rank / 3)."""
@@ -156,6 +164,16 @@ class InsertedEmbeddings(nn.Module):
             vectors = rotate(vectors, self.angles[distinct])
         vectors = vectors * self.scale[distinct, None, None]
         return vectors[position]
+
+    def attend(self, rows: Tensor, prompt: PromptEmbeds) -> Tensor:
+        """The embeddings of (B,) rows after they have looked at the B rows of `prompt`, (B, n, D)."""
+        vectors: Tensor = self(rows).to(prompt.embeds.device)
+        how = self.insertion.cross_attention
+        if how == "none":
+            return vectors
+        queries = vectors if self.queries is None else self.queries[rows].to(vectors)
+        answer = cross_attend(queries, prompt)
+        return answer if how == "replace" else vectors + answer
 
     @torch.no_grad()
     def project_(self) -> None:

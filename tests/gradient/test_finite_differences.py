@@ -29,7 +29,7 @@ def test_the_parts():
         assert check(lambda images, reward=reward: reward(images, []), random(2, 3, 4, 4))
 
 
-@pytest.mark.parametrize("cross_attention", ["none", "residual"])
+@pytest.mark.parametrize("cross_attention", ["none", "residual", "fixed"])
 @pytest.mark.parametrize("padding", ["max_length", "none"])
 def test_every_parameter_through_the_whole_way(make_pipe, padding, cross_attention):
     """d reward / d parameters along a random direction, through 2 of 2 steps, guidance and the decoder."""

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ipgo.adapters import ADAPTERS, Adapter, InsertionAdapter, generate, stack
+from ipgo.artefacts import load_adapter, save_adapter
 from ipgo.backends import load_backend
 from ipgo.errors import InputError
 from ipgo.insertion import Insertion
@@ -89,6 +90,29 @@ def test_attention_modes(backend):
     text = original.embeds[original.mask]  # what attention returns lies within the states' range
     assert (inserted["replace"] <= text.max(0).values + 1e-6).all()
     assert (inserted["replace"] >= text.min(0).values - 1e-6).all()
+
+
+def test_with_fixed_queries_the_words_stay_while_embeddings_learn(backend, tmp_path):
+    original = backend.encode(PROMPTS)
+    adapters = {
+        mode: InsertionAdapter(PROMPTS, 32, Insertion(2, 1, cross_attention=mode, norm=5.0))
+        for mode in ("fixed", "residual", "none")
+    }
+
+    def inserted(mode):
+        return adapters[mode].condition(backend, PROMPTS, original).embeds[:, :2]
+
+    words = inserted("residual") - inserted("none")
+    torch.testing.assert_close(inserted("fixed") - inserted("none"), words)
+    with torch.no_grad():
+        for adapter in adapters.values():
+            adapter.prefix.coefficients.neg_()
+    torch.testing.assert_close(inserted("fixed") - inserted("none"), words)
+    assert not torch.allclose(inserted("residual") - inserted("none"), words, atol=1e-3)
+    learned = inserted("fixed")
+    save_adapter(adapters["fixed"], tmp_path)
+    adapters["fixed"] = load_adapter(tmp_path)
+    torch.testing.assert_close(inserted("fixed"), learned, rtol=0, atol=0)
 
 
 def test_another_width_or_padding_is_refused(backend, pipe):

@@ -13,7 +13,7 @@ from ipgo.adapters.base import Adapter
 from ipgo.backends import Backend
 from ipgo.embeds import PromptEmbeds
 from ipgo.errors import InputError
-from ipgo.insertion import InsertedEmbeddings, Insertion, cross_attend
+from ipgo.insertion import InsertedEmbeddings, Insertion
 from ipgo.sampling import Sampling
 from ipgo.seeding import derive
 
@@ -133,11 +133,7 @@ class InsertionAdapter(Adapter):
     def _embeds(self, side: InsertedEmbeddings | None, rows: Tensor, original: PromptEmbeds) -> Tensor:
         if side is None:
             return original.embeds.new_empty(len(rows), 0, self.width)
-        inserted: Tensor = side(rows).to(original.embeds.device)  # (B, n, D)
-        if self.insertion.cross_attention == "none":
-            return inserted
-        attended = cross_attend(inserted, original)
-        return attended if self.insertion.cross_attention == "replace" else inserted + attended
+        return side.attend(rows, original)
 
     def _check(self, backend: Backend) -> None:
         if backend.embed_dim != self.width:
