@@ -56,7 +56,7 @@ class Insertion:
     bias: bool = False
     basis: Basis = "orthonormal"
     bounded: bool = True
-    cross_attention: CrossAttention = "fixed"
+    cross_attention: CrossAttention = "residual"
     norm: float | None = 2.0
     start: float = 0.1
     pooled: bool = False

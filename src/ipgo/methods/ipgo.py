@@ -15,7 +15,7 @@ from ipgo.task import Progress, Task
 from ipgo.training import maximize
 
 # Chosen by benchmarks/settings.py on the bundled model (docs/settings.md); `paper-code` has the notebook's.
-DEFAULT = Ascent(steps=40, lr=3e-3, lr_basis=1e-3, backprop_steps=2, penalty_weight=0.02)
+DEFAULT = Ascent(steps=40, lr=3e-3, lr_basis=1e-3, backprop_steps=2)
 
 
 @dataclass(frozen=True)
