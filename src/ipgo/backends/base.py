@@ -78,8 +78,6 @@ class Backend(ABC):
         self.latent_shape = self._latent_shape(opening.image_size)
         for module in self.modules.values():
             module.requires_grad_(False).eval()
-        if self.device.type == "cpu":
-            _channels_last(denoiser, pipe.vae)
 
     # -- what a family says -----------------------------------------------------------------------------
 
@@ -286,13 +284,6 @@ class Backend(ABC):
         vae: Any = self.modules["decoder"]
         pixels = self._pixels(latents.to(vae.dtype)).to(latents.dtype)
         return (pixels / 2 + 0.5).clamp(0, 1)
-
-
-def _channels_last(*modules: nn.Module) -> None:
-    """Lay images out as (B, h, w, C), which a CPU convolves faster: docs/overhead.md. Values and shapes stay."""
-    for module in modules:
-        if all(parameter.dim() <= 4 for parameter in module.parameters()):  # videos' VAEs have five
-            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def _learned(module: nn.Module) -> bool:
