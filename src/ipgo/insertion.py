@@ -117,9 +117,7 @@ class InsertedEmbeddings(nn.Module):
     bias: nn.Parameter | None  # (N, 1, D)
     angles: nn.Parameter | None  # (N, n, 2)
     scale: Tensor  # (N,)
-    queries: (
-        Tensor | None
-    )  # (N, n, D), what the prompt is asked with cross_attention="fixed": only directions count
+    queries: Tensor | None  # (N, n, D), the embeddings at the start, for cross_attention="fixed"
 
     def __init__(self, seeds: Sequence[int], count: int, width: int, insertion: Insertion) -> None:
         super().__init__()
