@@ -85,6 +85,7 @@ def main() -> None:
     parser.add_argument("--shared", action="store_true")
     parser.add_argument("--budget", type=int, default=400, help="weighted calls for a prompt, prompt-wise")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
     options = parser.parse_args()
     prompts = tuple(read_prompts(options.prompts))
     fit = tuple(each for number, each in enumerate(prompts) if number % 3 < 2) if options.shared else prompts
@@ -95,6 +96,7 @@ def main() -> None:
         seeds=() if options.shared else SEEDS,
         shared=options.shared,
         device=options.device,
+        dtype=options.dtype,
     ).to_json()
     common = {key: value for key, value in common.items() if key not in ("prompts", "method")}
     every = read_comparison(str(ENTRIES))["entries"]

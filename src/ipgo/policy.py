@@ -31,7 +31,8 @@ def reinforce(
     Each denoising step is an action of a Gaussian policy, whose mean depends on the weights in `adapter`. The
     reward needs no gradient. Trajectories start from noise of their own, derived for each of them, and not from
     the task's seeds. So rewards of different epochs cannot be compared: `Progress.rewards` are the means of an
-    epoch's images (shared: of each prompt's last visit), and its adapter is the one that drew them.
+    epoch's images (shared: of each prompt's last visit), and its adapter is what was learned from them: the last
+    epoch that a budget pays for counts too.
 
     An epoch whose rewards or gradients are not finite sends the adapter back to the last one that drew finite
     rewards; three in a row end the fit. In float16 the loss is multiplied by a power of two, as in `maximize`.
@@ -243,7 +244,7 @@ class _Training:
             grad_norm=torch.full((count,), norm),
             failed=(memory["misses"] >= PATIENCE).expand(count),
             images=None if self.task.shared else images,
-            adapter=self.kept,
+            adapter=self.adapter,
             state=self.state,
         )
 

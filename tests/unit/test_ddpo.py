@@ -8,7 +8,7 @@ import torch
 
 import ipgo.policy
 from ipgo import cli
-from ipgo.adapters import Adapter, LoRA, generate
+from ipgo.adapters import Adapter, LoRA, WeightAdapter, generate
 from ipgo.artefacts import load_adapter, save_adapter
 from ipgo.backends import load_backend
 from ipgo.errors import InputError, ResumeError
@@ -203,6 +203,14 @@ def test_a_step_without_noise_is_drawn_but_not_learned_from(make_pipe, calls):
     assert all(now.isfinite().all() for now, _, _ in calls)
     with pytest.raises(InputError, match=r"sampling\.steps is 1; none of them draws noise"):
         quick().fit(Task(backend, BRIGHT, PROMPTS[:1], Sampling(steps=1)))
+
+
+def test_what_the_only_epoch_taught_is_in_the_result(backend):
+    *_, last = quick(epochs=1).fit(Task(backend, BRIGHT, PROMPTS[:1], SAMPLING))
+    start = WeightAdapter.start(backend, PROMPTS[:1], quick().lora, seed=0, shared=False)
+    learned, begun = dict(last.adapter.named_parameters()), dict(start.named_parameters())
+    assert learned.keys() == begun.keys()
+    assert not all(torch.equal(learned[name], begun[name]) for name in learned)
 
 
 def test_images_that_are_not_finite_end_the_fit(backend, monkeypatch):
