@@ -59,7 +59,14 @@ def run(label: str, cell: Cell, options: argparse.Namespace) -> Row:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(plan(label, options.seeds))
     words = ["compare", "--config", str(file), "--out", str(folder), "--budget", str(options.budget)]
-    words += ["--prompts", f"{kind}:test?n={options.count}", "--reward", reward, "--chunk", str(options.chunk)]
+    words += [
+        "--prompts",
+        f"{kind}:test?n={options.count}",
+        "--reward",
+        reward,
+        "--chunk",
+        str(options.chunk),
+    ]
     if options.price:
         words += ["--price", *map(str, options.price)]
     code = cli.main([*words, *(f"--{flag}" for flag in options.flags)])
@@ -76,7 +83,9 @@ def keep(label: str, cell: Cell, row: Row, settings: Mapping[str, Any]) -> None:
     path = KEPT / f"{label}.json"
     plain = {key: value for key, value in asdict(row).items() if key not in ("scores", "curve")}
     FOLDER.mkdir(parents=True, exist_ok=True)
-    with FileLock(FOLDER / f"{label}.lock"):  # another process may be done with another cell at the same moment
+    with FileLock(
+        FOLDER / f"{label}.lock"
+    ):  # another process may be done with another cell at the same moment
         there = files.read_json(path) if path.is_file() else {}
         cells = there["cells"] if there.get("settings") == settings else {}
         files.write_json(path, {"settings": settings, "cells": {**cells, " ".join(cell): plain}})
@@ -113,7 +122,9 @@ def stored(
         for cell in cells:
             if " ".join(cell) in kept:
                 found.setdefault(cell, []).append(read(kept[" ".join(cell)]))
-    everything = [row for entries in found.values() for row in entries if row.finished]  # what failed drew nothing
+    everything = [
+        row for entries in found.values() for row in entries if row.finished
+    ]  # what failed drew nothing
     for row in everything:
         if row.weights != everything[0].weights:
             raise SystemExit(f"{row.label}: drawn by other weights than {everything[0].label}; run it again")
@@ -242,7 +253,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--chunk", type=int, default=4, help="prompts fitted at once; no matter of results")
     parser.add_argument("--work", type=Path, default=FOLDER, help="processes beside each other need one each")
     parser.add_argument("--table", action="store_true", help="run nothing")
-    parser.add_argument("--out", type=Path, help="write the document there, under the command that made it")
+    parser.add_argument(
+        "--out", type=Path, help="write the document there, under its command; what is above that there stays"
+    )
     options = parser.parse_args(argv)
     cells = list(itertools.product(options.rewards, options.sets))
     settings = {name: getattr(options, name) for name in SETTINGS}
@@ -258,7 +271,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             for key, value in vars(options).items()
             if key not in ("chunk", "work", "out", "table") and value not in (None, [])
         )
-        options.out.write_text(f"`python benchmarks/comparison.py {words}`\n\n{document}")
+        command = "`python benchmarks/comparison.py"
+        said_before = options.out.read_text().partition(command)[0] if options.out.is_file() else ""
+        options.out.write_text(f"{said_before}{command} {words}`\n\n{document}")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ REWARDS = BUNDLED_REWARDS["emoji"]
 SETS = ("one", "two", "styled")
 FOLDER = Path("build/benchmarks/end-to-end")
 UNSEEN = (1000, 1001, 1002, 1003)
-BARE = {"cross_attention": "none", "norm": 1.0}  # embeddings that do not look at the prompt at hand
+BARE = {"cross_attention": "none", "norm": 1.0, "negative": False}  # as the paper has them
 HEADER = (
     "| mode | prompts | reward | before | after, fitted | win rate, fitted | after, unseen | win rate, unseen "
     "| held-out rewards, unseen | judge: object | calls, of which with gradient | seconds | MiB |\n"

@@ -1,16 +1,19 @@
 """IPGO's settings side by side at one budget, on prompts of the train halves: docs/settings.md says what came out.
 
-    python benchmarks/settings.py --prompts styled:train --reward emoji-preference --entries ipgo embedding
-    python benchmarks/settings.py --prompts styled:train --reward emoji-preference --shared --device cuda
+    python benchmarks/settings.py --prompts one:train two:train --rewards emoji-preference --entries ipgo embedding
+    python benchmarks/settings.py --prompts styled:train --rewards emoji-preference --shared --device cuda
 
 Entries are those of benchmarks/settings.yaml, as `ipgo compare --config` reads them. Prompt-wise an entry is fitted to
 all prompts over seeds 0 to 3, and judged on four others. With --shared it is fitted to two of three prompts, with noise
 that is always new, and judged on the third that it never saw. All prompts are rows of one batch, also when they are
-judged, which a GPU likes: `ipgo compare` does the same prompt by prompt, and keeps images and embeddings.
+judged, which a GPU likes: `ipgo compare` does the same prompt by prompt, and keeps images and embeddings. "objects" is
+how many points more of the images have the objects that the judge looks for.
 """
 
 import argparse
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -62,57 +65,117 @@ def judged(
     return score(drawings, models.rewards, config.reward, models.judge)
 
 
-def line(label: str, reward: str, gains: Sequence[Gain]) -> str:
-    """A row of the table."""
-    unseen = {gain.reward: gain for gain in gains}
-    others = [f"{unseen[name].gain.value:+.3f}" for name in BUNDLED_REWARDS["emoji"] if name != reward]
-    own, judge = unseen[reward], unseen["judge-object"]
+@dataclass(frozen=True)
+class Outcome:
+    """What a setting did to unseen images of one set: gains over raw, of the raised reward and of the held-out ones."""
+
+    gain: float
+    low: float
+    high: float
+    wins: float  # fraction of images
+    others: tuple[float, ...]
+    judge: float  # change of the fraction of images whose objects the judge finds
+
+    @classmethod
+    def of(cls, reward: str, gains: Sequence[Gain]) -> "Outcome":
+        by_name = {gain.reward: gain for gain in gains}
+        own, judge = by_name[reward], by_name["judge-object"]
+        others = tuple(by_name[name].gain.value for name in held_out(reward))
+        return cls(
+            own.gain.value, own.gain.low, own.gain.high, own.wins.value, others, judge.after - judge.before
+        )
+
+
+def held_out(reward: str) -> list[str]:
+    return [name for name in BUNDLED_REWARDS["emoji"] if name != reward]
+
+
+def line(label: str, outcome: Outcome) -> str:
+    """A row of the table of one cell."""
     cells = [
         label,
-        f"{own.gain.value:+.3f} ({own.gain.low:+.3f} to {own.gain.high:+.3f})",
-        f"{own.wins.value:.0%}",
-        *others,
-        f"{judge.before:.0%} to {judge.after:.0%}",
+        f"{outcome.gain:+.3f} ({outcome.low:+.3f} to {outcome.high:+.3f})",
+        f"{outcome.wins:.0%}",
+        *(f"{other:+.3f}" for other in outcome.others),
+        f"{100 * outcome.judge:+.0f}",
     ]
     return f"| {' | '.join(cells)} |"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--entries", nargs="+", help="default: all of the file that are for the mode")
-    parser.add_argument("--prompts", default="styled:train")
-    parser.add_argument("--reward", default="emoji-preference", choices=BUNDLED_REWARDS["emoji"])
-    parser.add_argument("--shared", action="store_true")
-    parser.add_argument("--budget", type=int, default=400, help="weighted calls for a prompt, prompt-wise")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
-    options = parser.parse_args()
-    prompts = tuple(read_prompts(options.prompts))
-    fit = tuple(each for number, each in enumerate(prompts) if number % 3 < 2) if options.shared else prompts
-    judge = tuple(each for each in prompts if each not in fit) if options.shared else prompts
+def summary(found: Mapping[str, Mapping[tuple[str, str], Outcome]]) -> str:
+    """Variants down, rewards across: the gain on each set, and what it cost on the mean of the sets."""
+    cells = list(dict.fromkeys(cell for outcomes in found.values() for cell in outcomes))
+    rewards = list(dict.fromkeys(reward for reward, _ in cells))
+    head = ["variant"]
+    for reward in rewards:
+        sets = " / ".join(prompts.partition(":")[0] for name, prompts in cells if name == reward)
+        head += [f"{reward.removeprefix('emoji-')}: {sets}", "least wins", "held out", "objects"]
+    lines = [head, ["---"] * len(head)]
+    for label, outcomes in found.items():
+        row = [label]
+        for reward in rewards:
+            own = [outcome for (name, _), outcome in outcomes.items() if name == reward]
+            others = [other for outcome in own for other in outcome.others]
+            row += [
+                " / ".join(f"{outcome.gain:+.3f}" for outcome in own),
+                f"{min(outcome.wins for outcome in own):.0%}",
+                f"{sum(others) / len(others):+.3f}",
+                f"{100 * sum(outcome.judge for outcome in own) / len(own):+.1f}",
+            ]
+        lines.append(row)
+    return "\n".join(f"| {' | '.join(each)} |" for each in lines)
+
+
+def outcomes(reward: str, prompts: str, options: argparse.Namespace) -> Iterator[tuple[str, Outcome]]:
+    """Each entry on one cell, printed as it comes."""
+    every = tuple(read_prompts(prompts))
+    fit = tuple(each for number, each in enumerate(every) if number % 3 < 2) if options.shared else every
+    unseen = tuple(each for each in every if each not in fit) if options.shared else every
     common = RunConfig(
         fit,
-        reward=options.reward,
+        reward=reward,
         seeds=() if options.shared else SEEDS,
         shared=options.shared,
         device=options.device,
         dtype=options.dtype,
     ).to_json()
     common = {key: value for key, value in common.items() if key not in ("prompts", "method")}
-    every = read_comparison(str(ENTRIES))["entries"]
-    chosen = options.entries or [label for label in every if label.startswith("shared") == options.shared]
+    entries = read_comparison(str(ENTRIES))["entries"]
+    chosen = options.entries or [label for label in entries if label.startswith("shared") == options.shared]
     budget = None if options.shared else options.budget
-    plan = Plan(fit, common, entries_of(",".join(chosen), every, {}), budget, PRICE)
+    plan = Plan(fit, common, entries_of(",".join(chosen), entries, {}), budget, PRICE)
     plan.check()
     models = load_models(plan.config(chosen[0]))
-    raw = judged(RAW, Adapter(), judge, plan.config(chosen[0]), models)
-    others = [name.removeprefix("emoji-") for name in BUNDLED_REWARDS["emoji"] if name != options.reward]
-    head = ["variant", options.reward.removeprefix("emoji-"), "wins", *others, "judge: object"]
-    print(f"| {' | '.join(head)} |\n{'|---' * len(head)}|")
+    raw = judged(RAW, Adapter(), unseen, plan.config(chosen[0]), models)
+    others = [name.removeprefix("emoji-") for name in held_out(reward)]
+    head = [prompts, reward.removeprefix("emoji-"), "wins", *others, "objects"]
+    print(f"\n| {' | '.join(head)} |\n{'|---' * len(head)}|", flush=True)
     for label in chosen:
         config = within_budget(plan, label, plan.config(label), models)
-        scores = [*raw, *judged(label, fitted(config, models), judge, config, models)]
-        print(line(label, options.reward, summarise(scores)), flush=True)
+        scores = [*raw, *judged(label, fitted(config, models), unseen, config, models)]
+        outcome = Outcome.of(reward, summarise(scores))
+        print(line(label, outcome), flush=True)
+        yield label, outcome
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--entries", nargs="+", help="default: all of the file that are for the mode")
+    parser.add_argument("--prompts", nargs="+", default=["styled:train"])
+    parser.add_argument(
+        "--rewards", nargs="+", default=["emoji-preference"], choices=BUNDLED_REWARDS["emoji"]
+    )
+    parser.add_argument("--shared", action="store_true")
+    parser.add_argument("--budget", type=int, default=400, help="weighted calls for a prompt, prompt-wise")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    options = parser.parse_args()
+    found: dict[str, dict[tuple[str, str], Outcome]] = {}
+    for reward, prompts in itertools.product(options.rewards, options.prompts):
+        for label, outcome in outcomes(reward, prompts, options):
+            found.setdefault(label, {})[reward, prompts] = outcome
+    if len(options.rewards) * len(options.prompts) > 1:
+        print(f"\n{summary(found)}")
 
 
 if __name__ == "__main__":

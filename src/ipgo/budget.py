@@ -16,6 +16,7 @@ from ipgo.ascent import Ascent
 from ipgo.backends import Backend
 from ipgo.config import RunConfig
 from ipgo.errors import InputError
+from ipgo.insertion import Insertion
 from ipgo.sampling import Sampling, unconditional
 from ipgo.task import Method, Progress
 
@@ -106,7 +107,7 @@ def length_of(method: Method, path: str) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def step_cost(config: RunConfig, image: int, price: Price) -> float:
+def step_cost(config: RunConfig, image: int, price: Price, guided: bool = True) -> float:
     """Weighted calls for each prompt that one step of a search takes at least, as far as its settings tell.
 
     A search by gradient draws one image for each prompt and differentiates its last K calls; any other draws one
@@ -114,6 +115,7 @@ def step_cost(config: RunConfig, image: int, price: Price) -> float:
 
     Args:
         image: denoiser calls of one image.
+        guided: whether guidance has a negative prompt, which insertion.negative looks at where it is left open.
     """
     ascent = getattr(config.method, "ascent", None)
     if not isinstance(ascent, Ascent):
@@ -123,7 +125,8 @@ def step_cost(config: RunConfig, image: int, price: Price) -> float:
     if ascent.random_backprop:
         depth = (1 + depth) / 2
     # After the first differentiated call the latents carry gradient too, into both halves of the next.
-    negative = getattr(getattr(config.method, "insertion", None), "negative", False)
+    insertion = getattr(config.method, "insertion", None)
+    negative = isinstance(insertion, Insertion) and insertion.decided(guided).negative
     first = price.both if negative else price.gradient
     differentiated = first - 1 + (price.both - 1) * (depth - 1)
     cost = image + differentiated + price.gradient * ascent.renoised

@@ -129,7 +129,8 @@ def within_budget(plan: Plan, label: str, config: RunConfig, models: Models) -> 
     if plan.budget is None or now is None:
         return config
     assert plan.price is not None
-    cost = step_cost(config, calls_of_an_image(models.backend, config.sampling.fitting), plan.price)
+    image = calls_of_an_image(models.backend, config.sampling.fitting)
+    cost = step_cost(config, image, plan.price, config.sampling.guided(models.backend))
     steps = paid(config, plan.budget, cost)
     return fit_to(config, path, min(steps, now) if plan.states_length(label) else steps)
 

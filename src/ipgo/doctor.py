@@ -94,7 +94,7 @@ def _draw(
     backend: Backend, prompt: str, sampling: Sampling, backprop_steps: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The prompt's embeddings (1, L, D) as a leaf, the images (1, 3, H, W), and which of the L are inserted."""
-    insertion = Insertion()
+    insertion = Insertion(negative=False)
     adapter = InsertionAdapter.start(backend, [prompt], insertion, seed=0, shared=False)
     with torch.no_grad():
         cond = adapter.condition(backend, [prompt], backend.encode([prompt]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -46,7 +46,8 @@ class Insertion:
         start: coefficients begin uniform in [-start, start], with this norm: an embedding can grow to 1 / start times
             as much before it meets the bounds. The paper's is 1.
         pooled: learn a change of the vector for the whole prompt too, where there is one (SDXL, SD3, FLUX.1).
-        negative: insert as many embeddings around the negative prompt's too, and with `pooled` change its vector.
+        negative: insert as many embeddings around the negative prompt's too, and with `pooled` change its vector. None:
+            where guidance has a negative prompt.
     """
 
     num_prefix: int = 10
@@ -60,7 +61,7 @@ class Insertion:
     norm: float | None = 2.0
     start: float = 0.1
     pooled: bool = False
-    negative: bool = False
+    negative: bool | None = None
 
     def __post_init__(self) -> None:
         if min(self.num_prefix, self.num_suffix) < 0 or self.num_prefix + self.num_suffix == 0:
@@ -90,6 +91,10 @@ class Insertion:
             )
         if self.rotations == "applied" and width % 2:
             raise InputError(f'insertion.rotations need an even width, not {width}; use rotations="none"')
+
+    def decided(self, guided: bool) -> Insertion:
+        """With `negative` true or false: `guided` if it is None."""
+        return self if self.negative is not None else replace(self, negative=guided)
 
     def check_guidance(self, scale: float) -> None:
         """Raise `InputError` if a negative prompt is to be learned that a guidance of `scale` never looks at."""

@@ -58,6 +58,10 @@ class Sampling:
         """The guidance scale that this backend is sampled with."""
         return backend.guidance_scale if self.guidance_scale is None else self.guidance_scale
 
+    def guided(self, backend: Backend) -> bool:
+        """Whether a second prompt, the negative one, takes part in every step."""
+        return backend.guidance == "classifier-free" and self.scale(backend) > 1
+
     def noise_steps(self, backend: Backend) -> int:
         """How many draws of noise a trajectory needs after the initial one."""
         return self.steps if self.eta > 0 or backend.stochastic else 0

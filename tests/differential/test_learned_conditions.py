@@ -25,7 +25,7 @@ from tests import tiny_families as tiny
 from tests.conftest import tiny_pipeline
 
 PROMPTS = ("a red cat", "sun")
-OFF = Insertion(2, 1, rank=4)
+OFF = Insertion(2, 1, rank=4, negative=False)
 T5 = {"max_sequence_length": tiny.T5_TOKENS}
 
 
@@ -161,6 +161,19 @@ def test_off_is_as_ever():
     assert torch.equal(images[0], images[1])
     assert not torch.equal(images[0], images[2])  # embeddings around the negative prompt
     assert not off.learns_unconditional
+
+
+@pytest.mark.parametrize(("scale", "learned"), [(3.0, True), (1.0, False)])
+def test_left_open_it_is_learned_where_guidance_looks_at_it(scale, learned):
+    backend = load_backend(tiny_pipeline(), device="cpu")
+    task = Task(backend, as_reward(red), ("a",), Sampling(2, scale))
+    *_, last = IPGO(Insertion(2, 1, rank=4), Ascent(steps=1)).fit(task)
+    assert last.adapter.learns_unconditional is learned
+    assert last.adapter.options["insertion"]["negative"] is learned
+    flux = load_backend(tiny.flux(), device="cpu")  # its scale is an input of the denoiser
+    assert not InsertionAdapter.start(
+        flux, PROMPTS, Insertion(2, 1, rank=4), seed=0, shared=False
+    ).insertion.negative
 
 
 def test_rows_files_and_the_noise_beside_it(tmp_path):

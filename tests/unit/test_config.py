@@ -78,7 +78,15 @@ def test_paper_code_is_the_notebook() -> None:
     config = read(read_settings("paper-code", None))
     insertion = config.method.insertion  # type: ignore[attr-defined]
     assert insertion == Insertion(
-        10, 10, insertion.rank, "unused", bias=True, cross_attention="none", norm=0.0, start=1.0
+        10,
+        10,
+        insertion.rank,
+        "unused",
+        bias=True,
+        cross_attention="none",
+        norm=0.0,
+        start=1.0,
+        negative=False,
     )
     assert insertion.rank_of(10, 768) == 300
     assert (config.scheduler, config.padding, config.seeds) == ("lms", "none", (0,))

@@ -21,7 +21,7 @@ from ipgo.task import Task
 from ipgo.training import maximize
 
 PROMPTS = ("a red cat", "sun")
-INSERTION = Insertion(num_prefix=4, num_suffix=7, rank=8)
+INSERTION = Insertion(num_prefix=4, num_suffix=7, rank=8, negative=False)
 SAMPLING = Sampling(steps=2, guidance_scale=3.0)
 REWARD = load_reward("colorfulness", device="cpu")
 ASCENT = Ascent(steps=3, lr=2e-2, backprop_steps=None, penalty_weight=0.1)

@@ -42,7 +42,8 @@ class InsertionAdapter(Adapter):
         """`pooled_width` is P, the width of the backend's vector for the whole prompt, where one is learned."""
         super().__init__(prompts)
         self.width = width
-        self.insertion = insertion if isinstance(insertion, Insertion) else Insertion(**insertion)
+        chosen = insertion if isinstance(insertion, Insertion) else Insertion(**insertion)
+        self.insertion = chosen.decided(guided=False)
         self.padding, self.long_prompts = padding, long_prompts
         self.options = {
             "width": width,
@@ -51,12 +52,12 @@ class InsertionAdapter(Adapter):
             "long_prompts": long_prompts,
             "pooled_width": pooled_width,
         }
-        self.learns_unconditional = self.insertion.negative
+        self.learns_unconditional = bool(self.insertion.negative)
         seeds = [seed] if prompts is None else [derive(seed, prompt) for prompt in prompts]
         self.prefix = _side(seeds, "prefix", self.insertion.num_prefix, width, self.insertion)
         self.suffix = _side(seeds, "suffix", self.insertion.num_suffix, width, self.insertion)
         before, after = self.insertion.num_prefix, self.insertion.num_suffix
-        negative = self.insertion.negative
+        negative = bool(self.insertion.negative)
         self.negative_prefix = _side(seeds, "negative prefix", before * negative, width, self.insertion)
         self.negative_suffix = _side(seeds, "negative suffix", after * negative, width, self.insertion)
         vectors = pooled_width if self.insertion.pooled else 0
@@ -69,9 +70,12 @@ class InsertionAdapter(Adapter):
     ) -> InsertionAdapter:
         """The point where a fit to `prompts` begins, with `insertion.norm` resolved for each row.
 
+        And with `insertion.negative`, as the backend's own guidance has it; a method decides it by that of its task.
+
         Raises:
             InputError: what is to be learned is not there in this backend.
         """
+        insertion = insertion.decided(Sampling().guided(backend))
         if insertion.negative and backend.guidance != "classifier-free":
             raise InputError(
                 f"insertion.negative is true; it needs classifier-free guidance, and that of backend "

@@ -22,7 +22,9 @@ Search = Literal["cma", "bayes"]
 
 # 2 x 2 x (8 coefficients + 2 angles) = 40 numbers. As long as the prompt's own embeddings: without a gradient
 # that would turn the basis, small ones could change little.
-FEW = Insertion(num_prefix=2, num_suffix=2, rank=8, cross_attention="none", norm=None, start=1.0)
+FEW = Insertion(
+    num_prefix=2, num_suffix=2, rank=8, cross_attention="none", norm=None, start=1.0, negative=False
+)
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,9 @@ class BlackBoxIPGO:
 
     def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
         self.insertion.check_guidance(task.sampling.scale(task.backend))
+        insertion = self.insertion.decided(task.sampling.guided(task.backend))
         adapter = InsertionAdapter.start(
-            task.backend, task.prompts, self.insertion, seed=task.seed, shared=task.shared
+            task.backend, task.prompts, insertion, seed=task.seed, shared=task.shared
         )
         keys = [""] if task.shared else task.prompts
         size = sum(parameter[0].numel() for parameter, _ in searched(adapter))

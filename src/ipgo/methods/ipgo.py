@@ -15,7 +15,7 @@ from ipgo.task import Progress, Task
 from ipgo.training import maximize
 
 # Chosen by benchmarks/settings.py on the bundled model (docs/settings.md); `paper-code` has the notebook's.
-DEFAULT = Ascent(steps=40, lr=3e-3, lr_basis=1e-3, backprop_steps=2)
+DEFAULT = Ascent(steps=40, lr=5e-3, lr_basis=1e-3, backprop_steps=2, penalty_weight=0.1)
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class IPGO:
 
     def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
         self.insertion.check_guidance(task.sampling.scale(task.backend))
+        insertion = self.insertion.decided(task.sampling.guided(task.backend))
         adapter = InsertionAdapter.start(
-            task.backend, task.prompts, self.insertion, seed=task.seed, shared=task.shared
+            task.backend, task.prompts, insertion, seed=task.seed, shared=task.shared
         )
         return maximize(task, adapter, self.ascent, resume)

@@ -19,7 +19,7 @@ from ipgo.training import maximize
 # makes such a step of a coefficient as large as IPGO's own. Not measured yet. backprop_steps=None: the noise gets its
 # gradient through every step.
 DEFAULT = Ascent(steps=50, lr=1e-2, lr_basis=1e-3, lr_decay=1.0, backprop_steps=None)
-INSERTED = Insertion(start=0.2)
+INSERTED = Insertion(start=0.2, negative=False)
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Joint:
         self.insertion.check_guidance(task.sampling.scale(task.backend))
         backend, prompts, shared = task.backend, task.prompts, task.shared
         initial = NoiseAdapter.start(backend, prompts, task.seeds, shared=shared, penalty="norm")
-        inserted = InsertionAdapter.start(backend, prompts, self.insertion, seed=task.seed, shared=shared)
+        insertion = self.insertion.decided(task.sampling.guided(backend))
+        inserted = InsertionAdapter.start(backend, prompts, insertion, seed=task.seed, shared=shared)
         adapter = JointAdapter.join(inserted, initial, self.noise_weight)
         return maximize(task, adapter, self.ascent, resume)
