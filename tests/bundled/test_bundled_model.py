@@ -100,7 +100,8 @@ def test_a_short_fit_raises_the_reward_on_every_prompt(tmp_path: Path) -> None:
     stored = json.loads(next(tmp_path.glob("run/prompts/*/result.json")).read_text())
     assert stored["cost"]["calls"]["denoiser"] == 12 * 8
     (gain,) = [gain for gain in result.on_fitted_seeds if not gain.held_out]
-    assert gain.wins.value == 1
+    assert gain.gain.low > 0.01  # of two prompts, the lesser
+    assert gain.wins.value >= 0.75
     for fitted in result:
         assert len(fitted.history) > 1
         assert fitted.before[0].size == fitted.after[0].size == (64, 64)
