@@ -130,3 +130,14 @@ def test_a_cell_that_cannot_begin_ends_the_benchmark(tmp_path: Path, monkeypatch
         comparison.main(["--entries", "raw", "--rewards", "nosuch", "--sets", "one"])
     assert stopped.value.code == 2
     assert not (tmp_path / "kept").exists()
+
+
+def test_what_is_written_above_the_table_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparison, "KEPT", tmp_path)
+    out = tmp_path / "table.md"
+    out.write_text("# By hand\n\n`python benchmarks/comparison.py --budget 1`\n\nan old table\n")
+    comparison.main(["--table", "--budget", "7", "--out", str(out)])
+    text = out.read_text()
+    assert text.startswith("# By hand\n\n`python benchmarks/comparison.py --entries raw ")
+    assert "--budget 7" in text
+    assert "an old table" not in text
