@@ -33,7 +33,7 @@ def concat(conditioning_to: Any, conditioning_from: Any) -> Any:
     return [[torch.cat((states, other), 1), about.copy()] for states, about in conditioning_to]
 
 
-BARE = {"cross_attention": "none"}
+BARE = {"cross_attention": "none", "negative": False}
 
 
 def saved(backend: Backend, folder: Path, **insertion: Any) -> ipgo.InsertionAdapter:

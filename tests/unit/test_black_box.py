@@ -25,7 +25,7 @@ from ipgo.task import Task
 
 PROMPTS = ("a red cat", "sun")
 SAMPLING = Sampling(steps=2, guidance_scale=3.0)
-SMALL = Insertion(num_prefix=1, num_suffix=1, rank=3, cross_attention="none", norm=None)
+SMALL = Insertion(num_prefix=1, num_suffix=1, rank=3, cross_attention="none", norm=None, negative=False)
 
 
 @pytest.fixture(params=["cma", "bayes"])
@@ -263,7 +263,7 @@ def test_wrong_settings_are_refused(options, message):
 
 def test_a_single_number_is_too_few_for_cma(backend):
     pytest.importorskip("cma")
-    one = Insertion(num_prefix=1, num_suffix=0, rank=1, rotations="none")
+    one = Insertion(num_prefix=1, num_suffix=0, rank=1, rotations="none", negative=False)
     with pytest.raises(InputError, match="at least 2 numbers to search for, not 1"):
         BlackBoxIPGO(one).fit(Task(backend, JPEG, PROMPTS, SAMPLING))
 
