@@ -93,15 +93,15 @@ def test_alignment_prefers_the_right_prompt(drawn: tuple[list[str], torch.Tensor
 
 def test_a_short_fit_raises_the_reward_on_every_prompt(tmp_path: Path) -> None:
     prompts = read_prompts("one:train")[:2]
-    method = ipgo.IPGO(ascent=replace(ipgo.IPGO().ascent, steps=12))
+    method = ipgo.IPGO(ascent=replace(ipgo.IPGO().ascent, steps=20))
     sampling = ipgo.Sampling(steps=20, fit_steps=8)
     settings = {"method": method, "sampling": sampling, "unseen_seeds": 1, "out": tmp_path / "run"}
     result = ipgo.fit(prompts, reward="emoji-preference", **settings)
     stored = json.loads(next(tmp_path.glob("run/prompts/*/result.json")).read_text())
-    assert stored["cost"]["calls"]["denoiser"] == 12 * 8
+    assert stored["cost"]["calls"]["denoiser"] == 20 * 8
     (gain,) = [gain for gain in result.on_fitted_seeds if not gain.held_out]
+    assert gain.wins.value == 1
     assert gain.gain.low > 0.01  # of two prompts, the lesser
-    assert gain.wins.value >= 0.75
     for fitted in result:
         assert len(fitted.history) > 1
         assert fitted.before[0].size == fitted.after[0].size == (64, 64)

@@ -60,8 +60,8 @@ def test_the_folder_holds_what_was_promised(fitted: Path) -> None:
         assert [line["step"] for line in run.history(prompt)] == [1, 2, 3, 4]
     result = run.results()[0]
     assert result["status"] == "finished"
-    # 4 steps of 2 calls for each row, of which the last 2 have gradient, the second through its latents too
-    calls = {"decoder": 4, "denoiser": 8, "denoiser_grad": 8, "denoiser_grad_both": 4}
+    # 4 steps of 2 calls for each row, of which the last 2 have gradient, through what is around the negative prompt too
+    calls = {"decoder": 4, "denoiser": 8, "denoiser_grad": 8, "denoiser_grad_both": 8}
     assert result["cost"]["calls"] == calls
     scores = [(each["method"], each["seed"], each["reward"], each["held_out"]) for each in result["scores"]]
     assert ("ipgo", 1001, "contrast", True) in scores
