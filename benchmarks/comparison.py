@@ -59,14 +59,8 @@ def run(label: str, cell: Cell, options: argparse.Namespace) -> Row:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(plan(label, options.seeds))
     words = ["compare", "--config", str(file), "--out", str(folder), "--budget", str(options.budget)]
-    words += [
-        "--prompts",
-        f"{kind}:test?n={options.count}",
-        "--reward",
-        reward,
-        "--chunk",
-        str(options.chunk),
-    ]
+    words += ["--prompts", f"{kind}:test?n={options.count}", "--reward", reward]
+    words += ["--chunk", str(options.chunk)]
     if options.price:
         words += ["--price", *map(str, options.price)]
     code = cli.main([*words, *(f"--{flag}" for flag in options.flags)])
@@ -83,9 +77,8 @@ def keep(label: str, cell: Cell, row: Row, settings: Mapping[str, Any]) -> None:
     path = KEPT / f"{label}.json"
     plain = {key: value for key, value in asdict(row).items() if key not in ("scores", "curve")}
     FOLDER.mkdir(parents=True, exist_ok=True)
-    with FileLock(
-        FOLDER / f"{label}.lock"
-    ):  # another process may be done with another cell at the same moment
+    # Another process may be done with another cell at the same moment.
+    with FileLock(FOLDER / f"{label}.lock"):
         there = files.read_json(path) if path.is_file() else {}
         cells = there["cells"] if there.get("settings") == settings else {}
         files.write_json(path, {"settings": settings, "cells": {**cells, " ".join(cell): plain}})
@@ -122,9 +115,8 @@ def stored(
         for cell in cells:
             if " ".join(cell) in kept:
                 found.setdefault(cell, []).append(read(kept[" ".join(cell)]))
-    everything = [
-        row for entries in found.values() for row in entries if row.finished
-    ]  # what failed drew nothing
+    # What failed drew nothing.
+    everything = [row for entries in found.values() for row in entries if row.finished]
     for row in everything:
         if row.weights != everything[0].weights:
             raise SystemExit(f"{row.label}: drawn by other weights than {everything[0].label}; run it again")
@@ -248,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--price", nargs=2, type=float, help="as in ipgo compare, so that all cells have the same"
     )
     parser.add_argument(
-        "--flags", nargs="*", default=[], help="further flags of ipgo compare, without --: chunk=8"
+        "--flags", nargs="*", default=[], help="further flags of ipgo compare, without --: dtype=bfloat16"
     )
     parser.add_argument("--chunk", type=int, default=4, help="prompts fitted at once; no matter of results")
     parser.add_argument("--work", type=Path, default=FOLDER, help="processes beside each other need one each")

@@ -127,12 +127,14 @@ def tiny(name: str) -> Blueprint:
 # -- the two loops -------------------------------------------------------------------------------------------
 
 
-def our_steps(workload: Workload, choice: Choice, count: int) -> Iterator[None]:
+def our_steps(workload: Workload, choice: Choice, count: int, insertion: ipgo.Insertion) -> Iterator[None]:
     """A fit by ipgo, one step each time."""
     prompts = tuple(f"prompt {number}" for number in range(choice.rows))
     task = ipgo.Task(workload.backend, workload.reward, prompts, workload.sampling)
     ascent = ipgo.Ascent(steps=count, backprop_steps=choice.backprop_steps, recompute=choice.recompute)
-    adapter = InsertionAdapter.start(workload.backend, prompts, ipgo.Insertion(), seed=0, shared=False)
+    adapter = InsertionAdapter.start(
+        workload.backend, prompts, insertion, seed=0, shared=False, sampling=workload.sampling
+    )
     for _ in maximize(task, adapter, ascent):
         yield
 
@@ -271,7 +273,7 @@ def lines_of(
             yield line([*cells, "does not fit", "", "", f"{found.peak / GIB:.3f}", ""])
             continue
         count = options.repeats + WARM_UP
-        make = lambda choice=choice, count=count: our_steps(workload, choice, count)  # noqa: E731
+        make = lambda choice=choice, count=count: our_steps(workload, choice, count, ipgo.Insertion())  # noqa: E731
         yield line([*cells, *run(make, workload, options.repeats, rows, found)])
     if blueprint.kind == "StableDiffusionPipeline":
         yield from against_the_authors(options, head, blueprint, workload)
@@ -280,7 +282,7 @@ def lines_of(
 def against_the_authors(
     options: argparse.Namespace, head: list[str], blueprint: Blueprint, workload: Workload
 ) -> Iterator[str]:
-    """Both loops with LMS, T = `--authors-steps`, K = 2 and one prompt."""
+    """Both loops with LMS, T = `--authors-steps`, K = 2 and one prompt, around the prompt alone."""
     backend: Backend = ipgo.load_backend(
         workload.backend.pipe, scheduler="lms", image_size=options.image_size
     )
@@ -288,7 +290,7 @@ def against_the_authors(
     same = Workload(backend, workload.reward, sampling)
     count = options.repeats + WARM_UP
     loops: dict[str, Callable[[], Iterator[None]]] = {
-        "ipgo, LMS": lambda: our_steps(same, Choice(2, False), count),
+        "ipgo, LMS": lambda: our_steps(same, Choice(2, False), count, ipgo.Insertion(negative=False)),
         "the authors'": lambda: authors_steps(same, count),
     }
     for loop, make in loops.items():

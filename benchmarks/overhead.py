@@ -3,8 +3,7 @@
     python benchmarks/overhead.py [--backend emoji] [--rows 1 4]
 
 The bare passes are written here without ipgo's loop, adapters or optimiser, and batched like ipgo's: T - K guided
-denoiser calls without a graph, K with one (the first of them needs none in its unconditional half), one decoding,
-one reward, one backward.
+denoiser calls without a graph, K with one, one decoding, one reward, one backward.
 Both are timed in turns, and the medians compared.
 """
 
@@ -23,30 +22,20 @@ from ipgo.prompts import read_prompts
 from ipgo.training import maximize
 
 
-def bare_step(task: ipgo.Task, embeds: Tensor, uncond: Tensor, backprop_steps: int) -> None:
-    """The passes of one step, on the pipeline's own modules."""
+def bare_step(task: ipgo.Task, halves: Tensor, backprop_steps: int) -> None:
+    """The passes of one step, on the pipeline's own modules, from the states of both halves of guidance (2P, L, D)."""
     pipe = task.backend.pipe  # type: ignore[attr-defined]
-    guidance, rows = task.sampling.scale(task.backend), len(embeds)
-    embeds = embeds.detach().requires_grad_(True)
-    latents = task.backend.noise([0] * rows)[:, 0]
+    guidance = task.sampling.scale(task.backend)
+    halves = halves.detach().requires_grad_(True)
+    latents = task.backend.noise([0] * len(task.prompts))[:, 0]
     scheduler = task.backend.scheduler(task.sampling.steps, latents)
     first = task.sampling.steps - backprop_steps
-    padded = torch.zeros_like(embeds)
-    padded[:, : uncond.shape[1]] = uncond
-    attended = torch.ones(2 * rows, embeds.shape[1], dtype=torch.bool)
-    attended[:rows, uncond.shape[1] :] = False
     for index, timestep in enumerate(scheduler.timesteps):
-        if index == first:
-            c = pipe.unet(latents, timestep, embeds).sample
-            with torch.no_grad():
-                u = pipe.unet(latents, timestep, uncond).sample
-        else:
-            with torch.set_grad_enabled(index > first):
-                states, twice = torch.cat([padded, embeds]), torch.cat([latents, latents])
-                u, c = pipe.unet(twice, timestep, states, encoder_attention_mask=attended).sample.chunk(2)
-        latents = scheduler.step(u + guidance * (c - u), timestep, latents).prev_sample
+        with torch.set_grad_enabled(index >= first):
+            u, c = pipe.unet(torch.cat([latents, latents]), timestep, halves).sample.chunk(2)
+            latents = scheduler.step(u + guidance * (c - u), timestep, latents).prev_sample
     images = (pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
-    torch.autograd.grad(task.reward(images, task.prompts).sum(), embeds)
+    torch.autograd.grad(task.reward(images, task.prompts).sum(), halves)
 
 
 def steps_of(task: ipgo.Task, ascent: ipgo.Ascent) -> Iterator[None]:
@@ -70,12 +59,14 @@ def measure(task: ipgo.Task, repeats: int) -> tuple[float, float]:
     with torch.no_grad():
         original = backend.encode(task.prompts)
         adapter = InsertionAdapter.start(backend, task.prompts, ipgo.Insertion(), seed=0, shared=False)
-        embeds = adapter.condition(backend, task.prompts, original).embeds
-        uncond = backend.encode([""] * len(task.prompts)).embeds
+        cond = adapter.condition(backend, task.prompts, original)
+        uncond = adapter.unconditional(backend, task.prompts, cond, task.sampling)
+        assert uncond is not None
+        halves = torch.cat([uncond.embeds, cond.embeds])
     ours, bare = [], []
     for turn in range(repeats + 2):
         mine = seconds(lambda: next(fit))
-        theirs = seconds(lambda: bare_step(task, embeds, uncond, ascent.backprop_steps))
+        theirs = seconds(lambda: bare_step(task, halves, ascent.backprop_steps))
         if turn >= 2:  # warm-up
             ours.append(mine)
             bare.append(theirs)

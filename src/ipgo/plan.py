@@ -104,7 +104,9 @@ class Workload:
             with memory, warnings.catch_warnings():
                 # Torch hides this one itself, but not where warnings are errors.
                 warnings.filterwarnings("ignore", "The .grad attribute of a Tensor")
-                adapter = InsertionAdapter.start(self.backend, prompts, Insertion(), seed=0, shared=False)
+                adapter = InsertionAdapter.start(
+                    self.backend, prompts, Insertion(), seed=0, shared=False, sampling=sampling
+                )
                 first_gradient(task, adapter, ascent)
         except NEEDS_NUMBERS as error:
             raise InputError(

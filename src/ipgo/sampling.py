@@ -84,14 +84,12 @@ def unconditional(backend: Backend, cond: PromptEmbeds, sampling: Sampling) -> P
     Raises:
         InputError: a negative prompt for a model whose guidance has no such half.
     """
-    if backend.guidance != "classifier-free":
-        if sampling.negative_prompt:
-            raise InputError(
-                f"sampling.negative_prompt is {sampling.negative_prompt!r}; it needs classifier-free guidance, "
-                f"and that of backend {backend.name!r} is {backend.guidance!r}"
-            )
-        return None
-    if sampling.scale(backend) <= 1:
+    if backend.guidance != "classifier-free" and sampling.negative_prompt:
+        raise InputError(
+            f"sampling.negative_prompt is {sampling.negative_prompt!r}; it needs classifier-free guidance, "
+            f"and that of backend {backend.name!r} is {backend.guidance!r}"
+        )
+    if not sampling.guided(backend):
         return None
     with torch.no_grad():
         return backend.unconditional(sampling.negative_prompt, cond)

@@ -57,7 +57,7 @@ class InsertionAdapter(Adapter):
         self.prefix = _side(seeds, "prefix", self.insertion.num_prefix, width, self.insertion)
         self.suffix = _side(seeds, "suffix", self.insertion.num_suffix, width, self.insertion)
         before, after = self.insertion.num_prefix, self.insertion.num_suffix
-        negative = bool(self.insertion.negative)
+        negative = self.learns_unconditional
         self.negative_prefix = _side(seeds, "negative prefix", before * negative, width, self.insertion)
         self.negative_suffix = _side(seeds, "negative suffix", after * negative, width, self.insertion)
         vectors = pooled_width if self.insertion.pooled else 0
@@ -66,16 +66,25 @@ class InsertionAdapter(Adapter):
 
     @classmethod
     def start(
-        cls, backend: Backend, prompts: Sequence[str], insertion: Insertion, *, seed: int, shared: bool
+        cls,
+        backend: Backend,
+        prompts: Sequence[str],
+        insertion: Insertion,
+        *,
+        seed: int,
+        shared: bool,
+        sampling: Sampling | None = None,
     ) -> InsertionAdapter:
-        """The point where a fit to `prompts` begins, with `insertion.norm` resolved for each row.
+        """The point where a fit to `prompts` begins, with what `insertion` leaves open decided.
 
-        And with `insertion.negative`, as the backend's own guidance has it; a method decides it by that of its task.
+        Its norm for each row, and its negative by the guidance of `sampling`; None is the backend's own.
 
         Raises:
             InputError: what is to be learned is not there in this backend.
         """
-        insertion = insertion.decided(Sampling().guided(backend))
+        insertion = insertion.decided((sampling or Sampling()).guided(backend))
+        if sampling is not None:
+            insertion.check_guidance(sampling.scale(backend))
         if insertion.negative and backend.guidance != "classifier-free":
             raise InputError(
                 f"insertion.negative is true; it needs classifier-free guidance, and that of backend "

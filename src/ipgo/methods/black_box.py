@@ -72,10 +72,13 @@ class BlackBoxIPGO:
             raise InputError(f"spread is {self.spread}; it must be above 0 and at most 2/3")
 
     def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
-        self.insertion.check_guidance(task.sampling.scale(task.backend))
-        insertion = self.insertion.decided(task.sampling.guided(task.backend))
         adapter = InsertionAdapter.start(
-            task.backend, task.prompts, insertion, seed=task.seed, shared=task.shared
+            task.backend,
+            task.prompts,
+            self.insertion,
+            seed=task.seed,
+            shared=task.shared,
+            sampling=task.sampling,
         )
         keys = [""] if task.shared else task.prompts
         size = sum(parameter[0].numel() for parameter, _ in searched(adapter))

@@ -33,9 +33,12 @@ class IPGO:
     ascent: Ascent = DEFAULT
 
     def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
-        self.insertion.check_guidance(task.sampling.scale(task.backend))
-        insertion = self.insertion.decided(task.sampling.guided(task.backend))
         adapter = InsertionAdapter.start(
-            task.backend, task.prompts, insertion, seed=task.seed, shared=task.shared
+            task.backend,
+            task.prompts,
+            self.insertion,
+            seed=task.seed,
+            shared=task.shared,
+            sampling=task.sampling,
         )
         return maximize(task, adapter, self.ascent, resume)

@@ -47,10 +47,10 @@ class Joint:
             raise InputError(f"noise_weight is {self.noise_weight}; it must be at least 0")
 
     def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
-        self.insertion.check_guidance(task.sampling.scale(task.backend))
         backend, prompts, shared = task.backend, task.prompts, task.shared
+        inserted = InsertionAdapter.start(
+            backend, prompts, self.insertion, seed=task.seed, shared=shared, sampling=task.sampling
+        )
         initial = NoiseAdapter.start(backend, prompts, task.seeds, shared=shared, penalty="norm")
-        insertion = self.insertion.decided(task.sampling.guided(backend))
-        inserted = InsertionAdapter.start(backend, prompts, insertion, seed=task.seed, shared=shared)
         adapter = JointAdapter.join(inserted, initial, self.noise_weight)
         return maximize(task, adapter, self.ascent, resume)
