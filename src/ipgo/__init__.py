@@ -51,6 +51,7 @@ __version__ = "0.1.0"
 _HOME = {
     "adapters": ("Adapter", "InsertionAdapter", "LoRA", "generate"),
     "artefacts": ("load_adapter", "save_adapter"),
+    "ascent": ("Ascent",),
     "backends": ("Backend", "load_backend"),
     "embeds": ("PromptEmbeds",),
     "evaluation": ("Gain", "Interval", "Score", "evaluate", "summarise", "win_rate"),
@@ -78,7 +79,6 @@ _HOME = {
     "sampling": ("Sampling",),
     "store": ("Run",),
     "task": ("Progress", "Task"),
-    "training": ("Ascent",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

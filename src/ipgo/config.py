@@ -83,6 +83,9 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_prompts(self.prompts)
+        if type(self.method) not in METHODS.values():
+            kinds = ", ".join(kind.__name__ for kind in METHODS.values())
+            raise InputError(f"method is {self.method!r}; it must be an instance of one of {kinds}")
         if self.seeds is None:
             object.__setattr__(self, "seeds", default_seeds(self.method))
         for name, least in (("chunk", 1), ("unseen_seeds", 0), ("seed", 0)):

@@ -6,8 +6,8 @@ from dataclasses import asdict, fields, replace
 from typing import Any, cast
 
 from ipgo.backends import few_steps
+from ipgo.errors import unknown
 from ipgo.methods import METHODS
-from ipgo.methods.ipgo import IPGO
 from ipgo.sampling import Sampling
 from ipgo.task import Method
 
@@ -26,9 +26,13 @@ def for_backend(backend: str, method: str) -> dict[str, Any]:
     return chosen
 
 
-def defaults(backend: str) -> tuple[Method, Sampling]:
-    """What `ipgo.fit` does with a backend of this name."""
-    few = few_steps(backend)
+def defaults(backend: str, method: str = "ipgo") -> tuple[Method, Sampling]:
+    """What `ipgo.fit` does with a backend of this name, and the method of this name."""
+    if method not in METHODS:
+        raise unknown("method", method, METHODS)
+    few, chosen = few_steps(backend), METHODS[method]()
     if few is None:
-        return IPGO(), Sampling()
-    return IPGO(ascent=replace(IPGO().ascent, backprop_steps=None)), Sampling(**asdict(few))
+        return chosen, Sampling()
+    if hasattr(chosen, "ascent"):
+        chosen = replace(cast(Any, chosen), ascent=replace(chosen.ascent, backprop_steps=None))
+    return chosen, Sampling(**asdict(few))

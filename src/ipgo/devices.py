@@ -14,21 +14,26 @@ DTYPES = {
 }
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(wanted: str | torch.device) -> torch.device:
     """`auto` is the first GPU, or else the CPU; an explicit device that is absent is an `InputError`."""
-    if name == "auto":
+    if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"unknown device {name!r}; use auto, cpu, cuda or cuda:N") from None
+        device = torch.device(wanted)
+    except (RuntimeError, TypeError):
+        raise InputError(f"unknown device {wanted!r}; use auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device {name!r} is not there: torch sees {torch.cuda.device_count()} GPUs")
+        raise InputError(f"device {str(wanted)!r} is not there: torch sees {torch.cuda.device_count()} GPUs")
     return device
 
 
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is float32 on a CPU, bfloat16 on a GPU that computes with it, float16 on older ones."""
+def choose_dtype(wanted: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """`auto` is float32 on a CPU, bfloat16 on a GPU that computes with it, float16 on older ones.
+
+    Args:
+        wanted: auto, the name of a format, or the format itself: "float16" or torch.float16.
+    """
+    name = name_of(wanted) if isinstance(wanted, torch.dtype) else str(wanted)
     if name in DTYPES:
         return DTYPES[name]
     if name != "auto":
@@ -36,3 +41,8 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """float32 and the like."""
+    return str(dtype).removeprefix("torch.")

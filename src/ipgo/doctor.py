@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ipgo.adapters import InsertionAdapter
 from ipgo.backends import Backend
+from ipgo.devices import name_of
 from ipgo.errors import InputError, RewardError
 from ipgo.insertion import Insertion
 from ipgo.memory import LiveMemory
@@ -188,11 +189,6 @@ def _terms(reward: Reward) -> list[tuple[float, Reward]]:
     if isinstance(reward, WeightedSum):
         return list(zip(reward.weights, reward.rewards, strict=True))
     return [(1.0, reward)]
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """`float16`."""
-    return str(dtype).removeprefix("torch.")
 
 
 def _overflow(backend: Backend) -> str:

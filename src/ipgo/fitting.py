@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
 from ipgo.adapters import Adapter
-from ipgo.backends import Backend
+from ipgo.backends import Backend, load_backend
 from ipgo.config import RunConfig
 from ipgo.defaults import defaults
 from ipgo.evaluation import Gain, Score, summarise
@@ -62,8 +63,9 @@ def fit(
     prompts: str | Sequence[str],
     *,
     reward: str | Reward = "emoji-preference",
-    backend: str | Backend = "emoji",
-    method: Method | None = None,
+    backend: str | Path | Backend | object = "emoji",
+    method: str | Method = "ipgo",
+    held_out: Sequence[str] | None = None,
     sampling: Sampling | None = None,
     seeds: Sequence[int] | None = None,
     unseen_seeds: int = 4,
@@ -71,16 +73,19 @@ def fit(
     shared: bool = False,
     chunk: int = 4,
     out: str | Path | None = None,
-    device: str = "auto",
+    device: str | torch.device = "auto",
 ) -> Result:
     """Raise a reward for some prompts, and judge the result on noise that was not fitted.
 
     Args:
         prompts: one prompt or several.
         reward: a spec as in `load_reward`, or any function (images (B, 3, H, W) in [0, 1], prompts) -> (B,).
-        backend: a name, folder or hub id as in `load_backend`, or a loaded backend.
+        backend: a name, folder, file or hub id, a pipeline object of diffusers, or what `load_backend` made of one, for
+            its other options.
         out: where to keep the run; an unfinished one there is continued. None keeps nothing.
-        method, sampling: None is IPGO and 20 steps, or what a few-step model wants (see `defaults.for_backend`).
+        method: one of `ipgo list methods` with its defaults, or with settings of yours, as in IPGO(ascent=Ascent(steps=20)).
+        sampling: None is 20 steps, or what a few-step model wants (see `defaults.for_backend`).
+        held_out: rewards that only judge the result; None is all those that come with the backend.
         seeds: noise seeds, cycled over the steps; none at all, (), is fresh noise at every step. None is 0 to 3, or 0
             for a method that learns the noise.
         unseen_seeds, seed, shared, chunk, device: see `RunConfig`.
@@ -89,23 +94,27 @@ def fit(
         InputError: settings or prompts that cannot work. ResumeError: `out` holds a run with other settings.
     """
     given_reward = None if isinstance(reward, str) else as_reward(reward)
-    given_backend = None if isinstance(backend, str) else backend
-    name = backend if isinstance(backend, str) else backend.name
-    own_method, own_sampling = defaults(name if given_backend is None else given_backend.origin)
+    given_backend = backend if isinstance(backend, Backend) else None
+    if not isinstance(backend, str | Path | Backend):
+        given_backend = load_backend(backend, device=device)
+    name = str(backend) if given_backend is None else given_backend.name
+    own_method, own_sampling = defaults(
+        name if given_backend is None else given_backend.origin, method if isinstance(method, str) else "ipgo"
+    )
     config = RunConfig(
         prompts=(prompts,) if isinstance(prompts, str) else tuple(prompts),
-        method=method or own_method,
+        method=own_method if isinstance(method, str) else method,
         backend=name,
         reward=reward if isinstance(reward, str) else as_reward(reward).name,
+        held_out=None if held_out is None else tuple(held_out),
         sampling=sampling or own_sampling,
         seeds=None if seeds is None else tuple(seeds),  # type: ignore[arg-type]
         unseen_seeds=unseen_seeds,
         seed=seed,
         shared=shared,
-        padding=given_backend.padding if given_backend is not None else "max_length",
-        long_prompts=given_backend.long_prompts if given_backend is not None else "refuse",
         chunk=chunk,
-        device=device,
+        device=str(device),
+        **({} if given_backend is None else asdict(given_backend.opening)),
     )
     with tempfile.TemporaryDirectory() as temporary:
         folder = Run.open(Path(out) if out is not None else Path(temporary) / "run", config)

@@ -30,9 +30,14 @@ def test_derived_seeds_never_change():
 def test_devices_and_formats():
     cpu = choose_device("cpu")
     assert choose_dtype("auto", cpu) == torch.float32
-    assert choose_dtype("bfloat16", cpu) == torch.bfloat16
+    assert choose_dtype("bfloat16", cpu) == choose_dtype(torch.bfloat16, cpu) == torch.bfloat16
+    assert choose_device(cpu) == cpu
     with pytest.raises(InputError, match="unknown dtype 'float23'; did you mean 'float32'"):
         choose_dtype("float23", cpu)
+    with pytest.raises(InputError, match="unknown dtype 'int8'"):
+        choose_dtype(torch.int8, cpu)
+    with pytest.raises(InputError, match="unknown device 7.5"):
+        choose_device(7.5)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="unknown device 'gpu'"):
         choose_device("gpu")
     with pytest.raises(InputError, match="cuda:99"):

@@ -72,8 +72,8 @@ GUIDANCE = {"emoji": 2.5}
 def load_backend(
     source: str | Path | object,
     *,
-    device: str = "auto",
-    dtype: str = "auto",
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
     image_size: int | None = None,
     padding: str = "max_length",
     scheduler: str | None = None,
@@ -86,8 +86,8 @@ def load_backend(
         source: a name in `BACKENDS`, a local diffusers folder, a .safetensors file of Stable Diffusion or SDXL,
             a hub id `owner/name`, or a pipeline object (which is used as it is: its parameters are frozen, and
             it stays where it is if `device` and `dtype` are "auto").
-        device: auto, cpu, cuda or cuda:N.
-        dtype: auto, float32, bfloat16, float16 or float64.
+        device: auto, cpu, cuda or cuda:N, or a torch.device.
+        dtype: auto, float32, bfloat16, float16 or float64, or a torch.dtype.
         image_size: side of the square images in pixels; None is the model's own.
         padding: max_length, or none (the denoiser sees text only, as in the IPGO notebook).
         scheduler: ddim, pndm, lms, euler or dpm++; None is the model's own.
@@ -122,7 +122,7 @@ def load_backend(
     if dtype != "auto":
         given.to(choose_dtype(dtype, given.device))
     backend = FAMILIES[kinds[0]](given, type(source).__name__, opening)
-    backend.origin = getattr(given, "name_or_path", None) or backend.name
+    backend.origin = str(getattr(given, "name_or_path", None) or backend.name)  # it may be a Path
     return with_own_scale(backend, backend.origin)
 
 
@@ -172,7 +172,9 @@ def put(pipe: Any, device: torch.device, text_device: str) -> Any:
     return pipe
 
 
-def _open(place: str | Path, kind: str, device: str, dtype: str, text_device: str) -> Any:
+def _open(
+    place: str | Path, kind: str, device: str | torch.device, dtype: str | torch.dtype, text_device: str
+) -> Any:
     chosen = choose_device(device)
     if Path(place).suffix == ".safetensors":
         from ipgo.backends.single_file import open_file

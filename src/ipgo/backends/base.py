@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ipgo.backends.facts import Facts, Guidance, Opening
 from ipgo.backends.schedulers import STOCHASTIC, new_scheduler
 from ipgo.backends.weights import fingerprint
+from ipgo.devices import name_of
 from ipgo.embeds import PromptEmbeds, concatenate
 from ipgo.errors import InputError
 from ipgo.seeding import generator
@@ -57,6 +58,7 @@ class Backend(ABC):
     def __init__(self, pipe: Any, name: str, opening: Opening) -> None:
         self.pipe = pipe
         self.name = self.origin = name
+        self.opening = opening
         self.padding = opening.padding
         self.scheduler_name = opening.scheduler
         self.long_prompts = opening.long_prompts
@@ -94,7 +96,7 @@ class Backend(ABC):
     @property
     def identity(self) -> dict[str, Any]:
         """What decides an image beside the settings: "dtype", and "weights" as `weights.fingerprint` has it."""
-        return {"dtype": str(self.dtype).removeprefix("torch."), "weights": fingerprint(self.modules)}
+        return {"dtype": name_of(self.dtype), "weights": fingerprint(self.modules)}
 
     @abstractmethod
     def _encode(self, prompts: Sequence[str], padding: str) -> PromptEmbeds:

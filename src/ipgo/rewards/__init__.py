@@ -164,7 +164,7 @@ def _outline(spec: str) -> Reward:
     return combine(spec, stand_in)
 
 
-def load_reward(spec: str, *, device: str = "auto") -> Reward:
+def load_reward(spec: str, *, device: str | torch.device = "auto") -> Reward:
     """Load a reward, or a weighted sum of them.
 
     Args:
