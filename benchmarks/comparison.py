@@ -40,6 +40,12 @@ OURS = "ipgo"
 PROMPT_LEVEL = ("ipgo", "ipgo-black-box", "embedding", "dpo-diffusion", "promptist", "chatgpt", "llm-search")
 ENOUGH = 8 / 9  # of the cells in which ours should be the best of these
 
+ABOUT = (
+    "Gains over raw prompts and the share of images that win, means over the sets, on noise that was not fitted; "
+    "held out: the\nmean change of the two rewards that were not raised; objects: points more of the images have "
+    "what the judge looks for."
+)
+
 Cell = tuple[str, str]  # reward, set
 
 
@@ -128,6 +134,51 @@ def stored(
 
 
 # -- the document ------------------------------------------------------------------------------------------
+
+
+def summary(found: Mapping[Cell, Sequence[Row]]) -> str:
+    """One line an entry: means over the sets on unseen noise, or on its own where noise is what was learned.
+
+    "held out" is the mean change of the rewards that were not raised, over all cells; "objects" how many points
+    more of the images have the objects that the judge looks for.
+    """
+    rewards = list(dict.fromkeys(reward for reward, _ in found))
+    columns = (f"{reward.removeprefix('emoji-')} | wins" for reward in rewards)
+    head = ["entry", *columns, "held out", "objects"]
+    lines = [f"| {' | '.join(head)} |", "|---" * (len(head) + len(rewards)) + "|"]
+    for label in dict.fromkeys(row.label for entries in found.values() for row in entries):
+        of = {cell: row for cell, entries in found.items() for row in entries if row.label == label}
+        if any(not row.finished for row in of.values()):
+            continue
+        if of[next(iter(of))].method == "raw":
+            levels = [
+                mean([row.means[1].value for (name, _), row in of.items() if name == r]) for r in rewards
+            ]
+            lines.append(f"| {label} | {''.join(f'{level:.3f} | | ' for level in levels)}| |")
+            continue
+        own_noise = not any(row.unseen for row in of.values())
+        gains = {cell: row.fitted if own_noise else row.unseen for cell, row in of.items()}
+        words = [f"{label}, on its noise" if own_noise else label]
+        for reward in rewards:
+            cells = [cell for cell in found if cell[0] == reward]
+            some = [gains[cell][reward] for cell in cells if cell in gains]
+            if len(some) < len(cells):
+                words.append("– | –")
+                continue
+            wins = mean([each.wins.value for each in some])
+            words.append(f"{mean([each.gain.value for each in some]):+.3f} | {wins:.0%}")
+        others = [
+            gain.gain.value
+            for (reward, _), each in gains.items()
+            for name, gain in each.items()
+            if name in rewards and name != reward
+        ]
+        judged = [each["judge-object"].gain.value for each in gains.values() if "judge-object" in each]
+        complete = len(gains) == len(found)
+        words.append(f"{mean(others):+.3f}" if others and complete else "–")
+        words.append(f"{100 * mean(judged):+.1f}" if judged and complete else "–")
+        lines.append(f"| {' | '.join(words)} |")
+    return "\n".join(lines)
 
 
 def tables(found: Mapping[Cell, Sequence[Row]]) -> str:
@@ -255,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for cell, label in itertools.product(cells, options.entries):
             keep(label, cell, run(label, cell, options), settings)
     found = stored(options.entries, cells, settings)
-    document = f"{bar(found)}\n\n{tables(found)}\n\n{against_raw(found)}\n"
+    document = f"{ABOUT}\n\n{summary(found)}\n\n{bar(found)}\n\n{tables(found)}\n\n{against_raw(found)}\n"
     print(document)
     if options.out:
         words = " ".join(

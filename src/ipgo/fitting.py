@@ -83,7 +83,7 @@ def fit(
         backend: a name, folder, file or hub id, a pipeline object of diffusers, or what `load_backend` made of one, for
             its other options.
         out: where to keep the run; an unfinished one there is continued. None keeps nothing.
-        method: one of `ipgo list methods` with its defaults, or with settings of yours, as in IPGO(ascent=Ascent(steps=20)).
+        method: a name of `ipgo list methods`, which has its defaults, or one such as IPGO(ascent=Ascent(steps=20)).
         sampling: None is 20 steps, or what a few-step model wants (see `defaults.for_backend`).
         held_out: rewards that only judge the result; None is all those that come with the backend.
         seeds: noise seeds, cycled over the steps; none at all, (), is fresh noise at every step. None is 0 to 3, or 0

@@ -58,6 +58,27 @@ def test_the_bar_is_about_methods_that_change_the_prompt() -> None:
     assert "- r on one: no other method that changes the prompt has a result yet." in alone
 
 
+def test_the_summary_has_one_line_for_each_entry() -> None:
+    two = [replace(each, unseen={name: gain(name, 0.5) for name in each.unseen}) for each in CELL]
+    cells = {
+        ("r", "one"): CELL,
+        ("r", "two"): two[:2],
+        ("held", "one"): [CELL[0], row("ipgo", "ipgo", {"r": 0.5, "held": 0.2})],
+    }
+    assert comparison.summary(cells).splitlines() == [
+        "| entry | r | wins | held | wins | held out | objects |",
+        "|---|---|---|---|---|---|---|",
+        "| raw | 0.500 | | 0.500 | | | |",
+        # 0.3 and 0.5; held out 0.1, 0.5, 0.5; judged -0.02 and 0.5
+        "| ipgo | +0.400 | 40% | +0.200 | 20% | +0.367 | +24.0 |",
+        "| draft | – | – | – | – | – | – |",
+        "| llm-search | – | – | – | – | – | – |",
+        "| reno, on its noise | – | – | – | – | – | – |",
+    ]
+    (_, _, _, _, noise) = comparison.summary({("r", "one"): [*CELL[1:3], CELL[4]]}).splitlines()
+    assert noise == "| reno, on its noise | +0.400 | 40% | – | – |"
+
+
 def test_the_tables_have_every_entry_of_every_set() -> None:
     text = comparison.tables({("r", "one"): CELL, ("r", "two"): CELL[:3], ("s", "one"): CELL[:1]})
     first, second = text.split("\n\n## s")
