@@ -4,9 +4,9 @@
 
 Each cell, a reward on the test half of a set, is an ordinary comparison (`ipgo compare`) in
 build/benchmarks/comparison, to which entry after entry is added: an interrupted benchmark goes on. The figures are
-kept in docs/comparison/ENTRY.json, so that the whole may be made piece by piece, several cells beside each other, and
-`--table` makes the document from what is there. Entries are labels of `ipgo compare --config systems`; those that
-learn the noise of one seed are fitted on the first of --seeds.
+kept in docs/comparison/ENTRY.json (or in the folder --kept), so that the whole may be made piece by piece, several
+cells beside each other, and `--table` makes the document from what is there. Entries are labels of
+`ipgo compare --config systems`; those that learn the noise of one seed are fitted on the first of --seeds.
 """
 
 import argparse
@@ -78,13 +78,14 @@ def run(label: str, cell: Cell, options: argparse.Namespace) -> Row:
 # -- what is kept ------------------------------------------------------------------------------------------
 
 
-def keep(label: str, cell: Cell, row: Row, settings: Mapping[str, Any]) -> None:
-    """Add one row to docs/comparison/ENTRY.json; those of other settings there are dropped."""
-    path = KEPT / f"{label}.json"
+def keep(folder: Path, label: str, cell: Cell, row: Row, settings: Mapping[str, Any]) -> None:
+    """Add one row to FOLDER/ENTRY.json; those of other settings there are dropped."""
+    path = folder / f"{label}.json"
     plain = {key: value for key, value in asdict(row).items() if key not in ("scores", "curve")}
+    folder.mkdir(parents=True, exist_ok=True)
     FOLDER.mkdir(parents=True, exist_ok=True)
     # Another process may be done with another cell at the same moment.
-    with FileLock(FOLDER / f"{label}.lock"):
+    with FileLock(FOLDER / f"{folder.name}-{label}.lock"):
         there = files.read_json(path) if path.is_file() else {}
         cells = there["cells"] if there.get("settings") == settings else {}
         files.write_json(path, {"settings": settings, "cells": {**cells, " ".join(cell): plain}})
@@ -110,12 +111,12 @@ def read(plain: Mapping[str, Any]) -> Row:
 
 
 def stored(
-    labels: Sequence[str], cells: Sequence[Cell], settings: Mapping[str, Any]
+    folder: Path, labels: Sequence[str], cells: Sequence[Cell], settings: Mapping[str, Any]
 ) -> dict[Cell, list[Row]]:
     """The rows of every cell that has some, made with these settings, drawn and scored by the same models."""
     found: dict[Cell, list[Row]] = {}
     for label in labels:
-        path = KEPT / f"{label}.json"
+        path = folder / f"{label}.json"
         there = files.read_json(path) if path.is_file() else {}
         kept = there["cells"] if there.get("settings") == settings else {}
         for cell in cells:
@@ -295,6 +296,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--chunk", type=int, default=4, help="prompts fitted at once; no matter of results")
     parser.add_argument("--work", type=Path, default=FOLDER, help="processes beside each other need one each")
+    parser.add_argument("--kept", type=Path, default=KEPT, help="where the figures of these settings are")
     parser.add_argument("--table", action="store_true", help="run nothing")
     parser.add_argument(
         "--out", type=Path, help="write the document there, under its command; what is above that there stays"
@@ -304,15 +306,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = {name: getattr(options, name) for name in SETTINGS}
     if not options.table:
         for cell, label in itertools.product(cells, options.entries):
-            keep(label, cell, run(label, cell, options), settings)
-    found = stored(options.entries, cells, settings)
+            keep(options.kept, label, cell, run(label, cell, options), settings)
+    found = stored(options.kept, options.entries, cells, settings)
     document = f"{ABOUT}\n\n{summary(found)}\n\n{bar(found)}\n\n{tables(found)}\n\n{against_raw(found)}\n"
     print(document)
     if options.out:
         words = " ".join(
             f"--{key} {' '.join(map(str, value)) if isinstance(value, list) else value}"
             for key, value in vars(options).items()
-            if key not in ("chunk", "work", "out", "table") and value not in (None, [])
+            if key not in ("chunk", "work", "out", "table") and value not in (None, [], KEPT)
         )
         command = "`python benchmarks/comparison.py"
         said_before = options.out.read_text().partition(command)[0] if options.out.is_file() else ""

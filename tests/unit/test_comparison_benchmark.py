@@ -123,25 +123,24 @@ def test_its_plan_fits_noise_on_one_seed() -> None:
     assert tied == {"reno", "dno", "joint", "best-of-n"}
 
 
-def test_what_is_kept_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comparison, "KEPT", tmp_path)
+def test_what_is_kept_is_read_again(tmp_path: Path) -> None:
     one, two = ("emoji-clip", "one"), ("emoji-clip", "two")
     scored = {"emoji-clip": ("a",)}
     ours, raw = (replace(each, rewards=scored, curve=[(1.0, 0.5)]) for each in (CELL[1], CELL[0]))
     for label, cell, made in (("ipgo", one, ours), ("ipgo", two, ours), ("raw", one, raw)):
-        comparison.keep(label, cell, made, {"budget": 500})
-    found = comparison.stored(["raw", "ipgo"], [two, one], {"budget": 500})
+        comparison.keep(tmp_path, label, cell, made, {"budget": 500})
+    found = comparison.stored(tmp_path, ["raw", "ipgo"], [two, one], {"budget": 500})
     assert list(found) == [two, one]
     assert found[one] == [replace(raw, curve=[]), replace(ours, curve=[])]
-    assert comparison.stored(["ipgo"], [one], {"budget": 300}) == {}
+    assert comparison.stored(tmp_path, ["ipgo"], [one], {"budget": 300}) == {}
 
-    comparison.keep("ipgo", one, ours, {"budget": 300})  # of another document: the rest goes
-    assert comparison.stored(["ipgo"], [one, two], {"budget": 500}) == {}
-    assert list(comparison.stored(["ipgo"], [one, two], {"budget": 300})) == [one]
+    comparison.keep(tmp_path, "ipgo", one, ours, {"budget": 300})  # of another document: the rest goes
+    assert comparison.stored(tmp_path, ["ipgo"], [one, two], {"budget": 500}) == {}
+    assert list(comparison.stored(tmp_path, ["ipgo"], [one, two], {"budget": 300})) == [one]
 
-    comparison.keep("ipgo", one, replace(ours, rewards={"emoji-clip": ("b",)}), {"budget": 500})
+    comparison.keep(tmp_path, "ipgo", one, replace(ours, rewards={"emoji-clip": ("b",)}), {"budget": 500})
     with pytest.raises(SystemExit, match="ipgo: scored by another emoji-clip than raw"):
-        comparison.stored(["raw", "ipgo"], [one], {"budget": 500})
+        comparison.stored(tmp_path, ["raw", "ipgo"], [one], {"budget": 500})
 
 
 def test_a_cell_that_cannot_begin_ends_the_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +153,6 @@ def test_a_cell_that_cannot_begin_ends_the_benchmark(tmp_path: Path, monkeypatch
 
 
 def test_what_is_written_above_the_table_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comparison, "KEPT", tmp_path)
     out = tmp_path / "table.md"
     out.write_text("# By hand\n\n`python benchmarks/comparison.py --budget 1`\n\nan old table\n")
     comparison.main(["--table", "--budget", "7", "--out", str(out)])
