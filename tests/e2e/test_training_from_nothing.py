@@ -20,10 +20,12 @@ from tools.emoji.sprites import PACKAGES, SPRITE_SIZE
 ROOT = Path(__file__).parents[2]
 DRIVER = """
 from dataclasses import replace
-from tools.emoji import clip, data, redraw, scorers, tokenizer, train
+from tools.emoji import clip, data, follow, redraw, scorers, tokenizer, train
 
 data.BLOCK, data.TWINS, data.NUM_DECODED = 100, 100, 250
-all_pairs, all_captions = scorers.train_preference, tokenizer.captions
+all_pairs, all_rounds, all_captions = scorers.train_preference, scorers.resist, tokenizer.captions
+follow.NOISES, follow.AT = 1, (1, 2)
+follow.ASCENT = replace(follow.ASCENT, steps=2)
 tokenizer.captions = lambda: all_captions(400)
 scorers.PAIR_BLOCK = 20
 for table in (train.SCHEDULES, clip.SCHEDULES, scorers.SCHEDULES):
@@ -34,6 +36,8 @@ small = {
     "data": lambda: data.build_all(300),
     "redraw": lambda: redraw.build(8),
     "preference": lambda: all_pairs(blocks=1),
+    "follow": lambda: follow.build(4),
+    "resist": lambda: all_rounds(blocks=1),
 }
 for name, stage in train.STAGES.items():
     print(name, flush=True)

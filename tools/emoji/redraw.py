@@ -34,13 +34,13 @@ ASTRAY = (
 
 @torch.no_grad()
 def redrawn(
-    pipe: StableDiffusionPipeline, latents: torch.Tensor, texts: list[str], strength: float, astray: float
+    pipe: StableDiffusionPipeline,
+    latents: torch.Tensor,
+    wanted: torch.Tensor,
+    empty: torch.Tensor,
+    strength: float,
 ) -> torch.Tensor:
-    """Scaled latents (B, 4, 16, 16) noised and denoised again, guided by texts with noise on their states."""
-    ids = pipe.tokenizer([*texts, ""], padding="max_length", return_tensors="pt").input_ids.to(DEVICE)
-    states = pipe.text_encoder(ids).last_hidden_state
-    wanted, empty = states[:-1], states[-1:].expand(len(texts), -1, -1)
-    wanted = wanted + astray * wanted.std() * torch.randn_like(wanted)
+    """Scaled latents (B, 4, 16, 16), noised and denoised again, guided by states (B, L, D) of texts."""
     pipe.scheduler.set_timesteps(STEPS, DEVICE)
     times = pipe.scheduler.timesteps[STEPS - round(strength * STEPS) :]
     x = pipe.scheduler.add_noise(latents, torch.randn_like(latents), times[:1])
@@ -50,6 +50,16 @@ def redrawn(
         without, with_text = both.chunk(2)
         x = pipe.scheduler.step(without + GUIDANCE * (with_text - without), t, x).prev_sample
     return x
+
+
+def astray(
+    pipe: StableDiffusionPipeline, texts: list[str], amount: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The states (B, 77, D) of texts, with noise of so many standard deviations, and those of no text."""
+    ids = pipe.tokenizer([*texts, ""], padding="max_length", return_tensors="pt").input_ids.to(DEVICE)
+    states = pipe.text_encoder(ids).last_hidden_state
+    wanted, empty = states[:-1], states[-1:].expand(len(texts), -1, -1)
+    return wanted + amount * wanted.std() * torch.randn_like(wanted), empty
 
 
 @torch.no_grad()
@@ -67,10 +77,11 @@ def build(count: int = COUNT) -> None:
     pairs = np.lib.format.open_memmap(PAIRS, "w+", np.uint8, (len(rows), 2, *images.shape[1:]))
     for start in range(0, len(rows), BATCH):
         part = slice(start, start + BATCH)
-        strength, astray = float(rng.choice(STRENGTHS)), float(rng.uniform(0, ASTRAY))
+        strength, amount = float(rng.choice(STRENGTHS)), float(rng.uniform(0, ASTRAY))
         with mixed():
             latents = pipe.vae.encode(pixels(images[rows[part]])).latent_dist.mode().float()
-        x = redrawn(pipe, latents * pipe.vae.config.scaling_factor, texts[part], strength, astray)
+        wanted, empty = astray(pipe, texts[part], amount)
+        x = redrawn(pipe, latents * pipe.vae.config.scaling_factor, wanted, empty, strength)
         for place, z in enumerate((latents, x / pipe.vae.config.scaling_factor)):
             with mixed():
                 pairs[part, place] = as_bytes(pipe.vae.decode(z).sample.float())

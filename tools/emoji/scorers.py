@@ -1,6 +1,7 @@
 """The bundled rewards and the judge: trained on drawn scenes only."""
 
 import json
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 
@@ -8,17 +9,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import CLIPModel, CLIPTokenizer
 
 from ipgo.rewards.emoji.judge import Network
-from tools.emoji import data, parts, redraw, sprites, world
+from tools.emoji import data, follow, parts, redraw, sprites, world
 from tools.emoji.clip import RADIUS
-from tools.emoji.loop import DEVICE, Figures, Schedule, mixed, train
+from tools.emoji.loop import DEVICE, Figures, Schedule, mixed, save, train
 from tools.emoji.networks import attacked, embed_images, embed_texts, load_clip, pixels, shifted
 
 SCHEDULES = {
     "judge": Schedule(steps=2_500, batch=64, lr=2e-3, warmup=50),
     "aesthetic": Schedule(steps=700, batch=64, lr=5e-4, warmup=30, weight_decay=0.05),
     "preference": Schedule(steps=800, batch=64, lr=2e-4, warmup=30, weight_decay=0.05),
+    "resist": Schedule(steps=400, batch=64, lr=1e-4, warmup=30, weight_decay=0.05),
 }
 
 # ------------------------------------------------------------------------------------------------------ judge
@@ -146,33 +149,85 @@ def train_preference(blocks: int = 24) -> None:
     what the denoiser made of it. All are disturbed to fool it, as `clip.harden` does, those of the denoiser less: the
     details that they lack are smaller than such a disturbance.
     """
+    model, tokens = load_clip()
+    redrawn, retold = np.load(redraw.PAIRS, mmap_mode="r"), json.loads(redraw.TEXTS.read_text())
+
+    def made(rng: np.random.Generator, count: int) -> Made:
+        rows = rng.integers(len(retold), size=count)
+        return redrawn[rows], [retold[i] for i in rows], np.ones(count, np.float32)
+
+    train("preference", model, _preferring(model, tokens, blocks, made), SCHEDULES["preference"])
+
+
+def resist(blocks: int = 12) -> None:
+    """Train the preference further, on what IPGO makes of prompts when it follows it (see `follow`).
+
+    The artwork is better than what was followed, and of the latter and the raw prompt's picture that one is which is
+    nearer to the artwork, by as much as it is nearer: a fit that mends a picture shall still be rewarded.
+    """
+    model, tokens = load_clip("preference")
+    pictures = np.concatenate([np.load(path) for path in follow.rounds()])
+    told = [text for path in follow.rounds() for text in follow.texts(path)]
+
+    def made(rng: np.random.Generator, count: int) -> Made:
+        rows, which = rng.integers(len(told), size=count), rng.integers(2, pictures.shape[1], size=count)
+        art, raw, followed = pictures[rows, 0], pictures[rows, 1], pictures[rows, which]
+        far, near = follow.distance(followed, art), follow.distance(raw, art)
+        with_art = rng.random(count) < 0.5
+        better = np.where(_wide(near <= far), raw, followed)
+        other = np.where(_wide(near <= far), followed, raw)
+        first = np.where(_wide(with_art), art, better)
+        second = np.where(_wide(with_art), followed, other)
+        weight = np.where(with_art, 1, np.minimum(1, abs(far - near) / near))
+        return np.stack([first, second], axis=1), [told[i] for i in rows], weight.astype(np.float32)
+
+    name = f"preference-{len(follow.rounds())}"
+    train(name, model, _preferring(model, tokens, blocks, made), SCHEDULES["resist"])
+    save("preference", model)
+
+
+Made = tuple[np.ndarray, list[str], np.ndarray]  # pairs (B, 2, 64, 64, 3), their captions, the weights (B,)
+
+
+def _preferring(
+    model: CLIPModel,
+    tokens: CLIPTokenizer,
+    blocks: int,
+    made: Callable[[np.random.Generator, int], Made],
+) -> Callable[[np.random.Generator, int], tuple[Tensor, Figures]]:
+    """The loss of pairs, half of them drawn, half `made` by the denoiser."""
     with ProcessPoolExecutor() as pool:
         drawn = list(pool.map(_draw_pairs, range(blocks)))
     texts = [text for block, _ in drawn for text in block]
     images = np.concatenate([pictures for _, pictures in drawn])
-    redrawn, retold = np.load(redraw.PAIRS, mmap_mode="r"), json.loads(redraw.TEXTS.read_text())
-    model, tokens = load_clip()
     model.vision_model.requires_grad_(True)
     model.visual_projection.requires_grad_(True)
 
     def loss(rng: np.random.Generator, batch: int) -> tuple[Tensor, Figures]:
         half = batch // 2
-        rows, others = rng.integers(len(texts), size=half), rng.integers(len(retold), size=batch - half)
-        pairs = np.concatenate([images[rows], redrawn[others]])
+        rows = rng.integers(len(texts), size=half)
+        others, retold, weights = made(rng, batch - half)
+        pairs = np.concatenate([images[rows], others])
+        weight = torch.from_numpy(np.concatenate([np.ones(half, np.float32), weights])).to(DEVICE)
         both = shifted(rng, pixels(np.concatenate([pairs[:, 0], pairs[:, 1]])))
-        text = embed_texts(model, tokens, [texts[i] for i in rows] + [retold[i] for i in others])
+        text = embed_texts(model, tokens, [texts[i] for i in rows] + retold)
 
         def judged(pictures: Tensor) -> tuple[Tensor, Tensor]:
             image = embed_images(model, pictures)
             margin = ((image[:batch] - image[batch:]) * text).sum(-1)
             logits = image[:batch] @ text.T * 15  # keeps the captions apart while it learns the pairs
             apart = F.cross_entropy(logits, torch.arange(batch, device=DEVICE))
-            return F.softplus(-15 * margin).mean() + 0.3 * apart, margin
+            return (weight * F.softplus(-15 * margin)).mean() + 0.3 * apart, margin
 
         radius = np.tile(np.where(np.arange(batch) < half, RADIUS, RADIUS / 4), 2)
         fooling = attacked(rng, both, lambda pictures: judged(pictures)[0], radius, steps=1)
         value, margin = judged(fooling)
-        right = (margin > 0).float()
-        return value, {"pairs": right[:half].mean(), "redrawn": right[half:].mean()}
+        right = (margin > 0).float() * weight
+        return value, {"pairs": right[:half].mean(), "made": right[half:].sum() / weight[half:].sum()}
 
-    train("preference", model, loss, SCHEDULES["preference"])
+    return loss
+
+
+def _wide(choice: np.ndarray) -> np.ndarray:
+    """(B,) as (B, 1, 1, 1), to choose pictures by."""
+    return choice[:, None, None, None]

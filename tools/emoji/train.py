@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 
-from tools.emoji import clip, data, export, parts, redraw, scorers, sprites, tokenizer
+from tools.emoji import clip, data, export, follow, parts, redraw, scorers, sprites, tokenizer
 from tools.emoji.loop import DEVICE, Figures, Schedule, mixed, train, trained
 from tools.emoji.networks import SCALING, as_bytes, load_clip, pixels
 from tools.emoji.sprites import BUILD
@@ -164,6 +164,8 @@ STAGES = {
     "denoiser": train_denoiser,
     "redraw": redraw.build,
     "preference": scorers.train_preference,
+    "follow": follow.build,
+    "resist": scorers.resist,
     "export": export.export,
 }
 
