@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ipgo.errors import InputError, unknown
+from ipgo.typed import check_types
 
 Optimizer = Literal["adam", "sgd"]
 
@@ -53,6 +54,7 @@ class Ascent:
     recompute: bool = False
 
     def __post_init__(self) -> None:
+        check_types(self, "ascent.")
         for field in ("steps", "decay_every", "backprop_steps", "batch_size", "accumulate"):
             count = getattr(self, field)
             if count is not None and count < 1:

@@ -15,6 +15,7 @@ from typing import Any
 
 from ipgo import files
 from ipgo.errors import InputError, MissingExtraError
+from ipgo.typed import check_types
 
 FIRST_WAIT = 1.0  # seconds before the first further try, doubled for each one after it ...
 LONGEST_WAIT = 60.0  # ... up to this many, or as many as the server asks for
@@ -48,6 +49,7 @@ class Chat:
     cache: str | None = None
 
     def __post_init__(self) -> None:
+        check_types(self, "chat.")
         if not self.model.strip():
             raise InputError("chat.model is empty; name a model of the endpoint")
         if self.temperature is not None and not self.temperature >= 0:

@@ -22,6 +22,7 @@ from ipgo.methods.ipgo import IPGO
 from ipgo.prompts import check_prompts
 from ipgo.sampling import Sampling
 from ipgo.task import Method
+from ipgo.typed import check_types
 
 PRESETS = Path(__file__).parent / "presets"  # {name}.yaml
 # Settings of the machine and of patience, which may change when a run is continued.
@@ -86,8 +87,10 @@ class RunConfig:
         if type(self.method) not in METHODS.values():
             kinds = ", ".join(kind.__name__ for kind in METHODS.values())
             raise InputError(f"method is {self.method!r}; it must be an instance of one of {kinds}")
+        check_types(self.method, "method.")
         if self.seeds is None:
             object.__setattr__(self, "seeds", default_seeds(self.method))
+        check_types(self)
         for name, least in (("chunk", 1), ("unseen_seeds", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least {least}")

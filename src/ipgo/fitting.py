@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from ipgo.adapters import Adapter
 from ipgo.backends import Backend, load_backend
 from ipgo.config import RunConfig
 from ipgo.defaults import defaults
+from ipgo.errors import InputError
 from ipgo.evaluation import Gain, Score, summarise
 from ipgo.prompts import Prompt
 from ipgo.rewards import Reward, as_reward
@@ -102,13 +103,13 @@ def fit(
         name if given_backend is None else given_backend.origin, method if isinstance(method, str) else "ipgo"
     )
     config = RunConfig(
-        prompts=(prompts,) if isinstance(prompts, str) else tuple(prompts),
+        prompts=_several("prompts", prompts),
         method=own_method if isinstance(method, str) else method,
         backend=name,
         reward=reward if isinstance(reward, str) else as_reward(reward).name,
-        held_out=None if held_out is None else tuple(held_out),
+        held_out=None if held_out is None else _several("held_out", held_out),
         sampling=sampling or own_sampling,
-        seeds=None if seeds is None else tuple(seeds),  # type: ignore[arg-type]
+        seeds=None if seeds is None else _several("seeds", seeds),  # type: ignore[arg-type]
         unseen_seeds=unseen_seeds,
         seed=seed,
         shared=shared,
@@ -116,12 +117,21 @@ def fit(
         device=str(device),
         **({} if given_backend is None else asdict(given_backend.opening)),
     )
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, torch.inference_mode(False):
         folder = Run.open(Path(out) if out is not None else Path(temporary) / "run", config)
         check_method(folder)
         warn_of_unseen_words(config)
         run(folder, load_models(config, given_backend, given_reward))
         return result_of(folder, Path(out) if out is not None else None)
+
+
+def _several(name: str, values: Any) -> tuple[Any, ...]:
+    """One text or a sequence of things."""
+    if isinstance(values, str):
+        return (values,)
+    if not isinstance(values, Iterable):
+        raise InputError(f"{name} is {values!r}; it must be a sequence")
+    return tuple(values)
 
 
 def result_of(folder: Run, path: Path | None = None) -> Result:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from ipgo.embeds import PromptEmbeds
 from ipgo.errors import InputError, unknown
 from ipgo.seeding import derive, generator
+from ipgo.typed import check_types
 
 Rotations = Literal["applied", "unused", "none"]
 Basis = Literal["orthonormal", "free"]
@@ -64,6 +65,7 @@ class Insertion:
     negative: bool | None = None
 
     def __post_init__(self) -> None:
+        check_types(self, "insertion.")
         if min(self.num_prefix, self.num_suffix) < 0 or self.num_prefix + self.num_suffix == 0:
             raise InputError(
                 f"insertion.num_prefix {self.num_prefix} and insertion.num_suffix {self.num_suffix} "

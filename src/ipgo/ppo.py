@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ipgo.errors import InputError
+from ipgo.typed import check_types
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class PPO:
     min_history: int = 16
 
     def __post_init__(self) -> None:
+        check_types(self, "ppo.")
         least = {"epochs": 1, "samples": 2, "batch_size": 1, "accumulate": 1, "inner_epochs": 1}
         for field, count in (least | {"weight_decay": 0, "history": 1, "min_history": 1}).items():
             if not getattr(self, field) >= count:

@@ -44,11 +44,13 @@ def slug(text: str, limit: int = 40) -> str:
 
 
 def check_prompts(texts: Sequence[str]) -> None:
-    """Raise `InputError` if there is no prompt, an empty one, or the same one twice."""
+    """Raise `InputError` if there is no prompt, an empty one, one that is no text, or the same one twice."""
     if not texts:
         raise InputError("prompts is empty; give at least one prompt")
     seen: dict[str, int] = {}
     for position, text in enumerate(texts, 1):
+        if not isinstance(text, str):
+            raise InputError(f"prompt {position} is {text!r}; a prompt is a text")
         if not text.strip():
             raise InputError(f"prompt {position} is empty; every prompt needs at least one word")
         if text in seen:

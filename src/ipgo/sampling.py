@@ -16,6 +16,7 @@ from ipgo.backends import Backend
 from ipgo.backends.recomputing import TRANSFORMER, blocks, recomputed, row_by_row
 from ipgo.embeds import PromptEmbeds
 from ipgo.errors import InputError
+from ipgo.typed import check_types
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Sampling:
     fit_steps: int | None = 8
 
     def __post_init__(self) -> None:
+        check_types(self, "sampling.")
         if self.steps < 1:
             raise InputError(f"sampling.steps is {self.steps}; it must be at least 1")
         if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -60,3 +61,52 @@ def test_a_method_by_its_name() -> None:
         ipgo.fit("a fox", method="draf")
     with pytest.raises(ipgo.InputError, match="method is 3; it must be an instance of one of Raw, IPGO"):
         ipgo.fit("a fox", method=3)  # type: ignore[arg-type]
+
+
+def test_numbers_of_numpy_are_numbers(pipeline_folder: str, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {**SHORT, "backend": pipeline_folder, "reward": brightness, "device": "cpu"}
+    foreign = ipgo.IPGO(ascent=Ascent(steps=np.int64(1), lr=np.float32(0.5)))  # type: ignore[arg-type]
+    assert type(foreign.ascent.lr) is float
+    settings |= {"method": foreign, "seeds": np.arange(1), "out": tmp_path}
+    ipgo.fit(np.array(["a fox"]), seed=np.int64(3), **settings)
+    config = ipgo.Run.open(tmp_path).config
+    assert (config.seeds, config.seed, config.method) == ((0,), 3, ipgo.IPGO(ascent=Ascent(steps=1, lr=0.5)))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Ascent(lr="0.1"), r"ascent.lr is '0.1'; it must be float"),  # type: ignore[arg-type]
+        (lambda: Ascent(steps=2.5), r"ascent.steps is 2.5; it must be int"),  # type: ignore[arg-type]
+        (lambda: Ascent(recompute=1), r"ascent.recompute is 1; it must be bool"),  # type: ignore[arg-type]
+        (lambda: ipgo.Sampling(guidance_scale="x"), r"guidance_scale is 'x'; it must be float \| None"),  # type: ignore[arg-type]
+        (lambda: ipgo.fit("a", seeds=3), r"seeds is 3; it must be a sequence"),  # type: ignore[arg-type]
+        (lambda: ipgo.fit("a", seeds=(0.5,)), r"seeds is \(0.5,\); it must be tuple\[int"),  # type: ignore[arg-type]
+        (lambda: ipgo.fit("a", sampling={"steps": 2}), r"sampling is \{'steps': 2\}; it must be Sampling"),  # type: ignore[arg-type]
+        (lambda: ipgo.fit("a", method=ipgo.IPGO(ascent=3)), r"method.ascent is 3; it must be Ascent"),  # type: ignore[arg-type]
+        (lambda: ipgo.fit("a", method=ipgo.BestOfN(n="4")), r"n is '4'; it must be int"),  # type: ignore[arg-type]
+        (lambda: ipgo.fit(None), r"prompts is None; it must be a sequence"),  # type: ignore[arg-type]
+        (lambda: ipgo.fit([3]), r"prompt 1 is 3; a prompt is a text"),  # type: ignore[list-item]
+        (lambda: ipgo.fit("a", reward=lambda images: images), r"a function of \(images, prompts\), which"),
+        (lambda: ipgo.fit("a", reward=torch.nn.Identity), r"which 'Identity' is not"),
+        (lambda: ipgo.load_reward(brightness), r"loaded by its name"),  # type: ignore[arg-type]
+        (lambda: ipgo.load_backend(""), r"backend is empty"),
+        (lambda: ipgo.load_backend("emoji", padding=None), r"unknown padding 'None'"),  # type: ignore[arg-type]
+    ],
+)
+def test_what_cannot_be_is_said_in_a_sentence(make: Any, message: str) -> None:
+    with pytest.raises(ipgo.InputError, match=message):
+        make()
+
+
+def test_a_fit_in_inference_mode_learns(pipeline_folder: str) -> None:
+    settings: dict[str, Any] = {**SHORT, "backend": pipeline_folder, "reward": brightness, "device": "cpu"}
+    with torch.inference_mode():
+        inside = ipgo.fit("a fox", method=ONE_STEP, **settings)
+    outside = ipgo.fit("a fox", method=ONE_STEP, **settings)
+    assert [each.value for each in inside[0].scores] == [each.value for each in outside[0].scores]
+
+
+def test_images_are_drawn_of_lists(backend: ipgo.Backend) -> None:
+    with pytest.raises(ipgo.InputError, match="a list of prompts and one of seeds, not 'a fox' and 0"):
+        ipgo.generate(backend, "a fox", 0, ipgo.Adapter(), ipgo.Sampling())  # type: ignore[arg-type]

@@ -134,6 +134,8 @@ def generate(
     Args:
         backprop_steps: the last denoising steps that carry gradient back to the adapter.
     """
+    if isinstance(prompts, str) or not isinstance(seeds, Sequence):
+        raise InputError(f"generate needs a list of prompts and one of seeds, not {prompts!r} and {seeds!r}")
     if len(prompts) != len(seeds) or not prompts:
         raise InputError(
             f"generate needs one seed for each prompt, not {len(prompts)} prompts, {len(seeds)} seeds"

@@ -16,6 +16,7 @@ from ipgo.adapters.base import Adapter
 from ipgo.backends import Backend
 from ipgo.errors import InputError
 from ipgo.seeding import derive, generator
+from ipgo.typed import check_types
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class LoRA:
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
 
     def __post_init__(self) -> None:
+        check_types(self, "lora.")
         if self.rank < 1:
             raise InputError(f"lora.rank is {self.rank}; it must be at least 1")
         if self.alpha is not None and not self.alpha > 0:

@@ -147,6 +147,8 @@ def _place(source: str | Path) -> tuple[str, str | Path]:
         from ipgo.backends.single_file import file_class
 
         return file_class(Path(source)), source
+    if source == "":
+        raise InputError("backend is empty; give a name, a folder, a file or a hub id")
     if isinstance(source, str):
         if "/" not in source and not Path(source).exists():
             raise unknown("backend", source, BACKENDS)

@@ -13,6 +13,7 @@ from ipgo.errors import InputError
 from ipgo.search import search
 from ipgo.seeding import derive
 from ipgo.task import Progress, Task
+from ipgo.typed import check_types
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class BestOfN:
     budget: int | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
         for field, value in (("n", self.n), ("budget", self.budget)):
             if value is not None and value < 1:
                 raise InputError(f"{field} is {value}; it must be at least 1")

@@ -17,6 +17,7 @@ from ipgo.optimizers import CMA, Optimizer, TuRBO
 from ipgo.search import search
 from ipgo.seeding import derive
 from ipgo.task import Progress, Task
+from ipgo.typed import check_types
 
 Search = Literal["cma", "bayes"]
 
@@ -53,6 +54,7 @@ class BlackBoxIPGO:
     initial: int | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.insertion.basis == "free":
             raise InputError(
                 "insertion.basis is 'free'; this method searches the coefficients of a fixed basis, "

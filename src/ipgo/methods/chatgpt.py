@@ -14,6 +14,7 @@ from ipgo.errors import InputError
 from ipgo.rewriting import Rewrites, ask_texts
 from ipgo.search import search
 from ipgo.task import Progress, Task
+from ipgo.typed import check_types
 
 # What each reward values, by its name without "emoji-"; the others get GENERAL.
 ALIGNMENT = "how faithfully the picture shows what the prompt says: every object, colour, number and relation"
@@ -62,6 +63,7 @@ class ChatGPT:
     chat: Chat = Chat()
 
     def __post_init__(self) -> None:
+        check_types(self)
         for field, value in (("n", self.n), ("max_words", self.max_words)):
             if value < 1:
                 raise InputError(f"{field} is {value}; it must be at least 1")

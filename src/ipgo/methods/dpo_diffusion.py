@@ -18,6 +18,7 @@ from ipgo.substitution import PLAIN, Choice, Space, negative_slots, synonym_slot
 from ipgo.task import Progress, Task
 from ipgo.thesaurus import check_word_list, word_list_of
 from ipgo.training import FLOAT16_SCALE
+from ipgo.typed import check_types
 from ipgo.word_gradient import MixedWords
 
 Target = Literal["positive", "negative", "both"]
@@ -70,6 +71,7 @@ class DPODiffusion:
     chat: Chat = Chat()
 
     def __post_init__(self) -> None:
+        check_types(self)
         for field, allowed in (("target", Target), ("solver", Solver)):
             if getattr(self, field) not in get_args(allowed):
                 raise unknown(field, str(getattr(self, field)), get_args(allowed))

@@ -14,6 +14,7 @@ from ipgo.errors import InputError
 from ipgo.insertion import Insertion
 from ipgo.task import Progress, Task
 from ipgo.training import maximize
+from ipgo.typed import check_types
 
 # One learning rate for both: with Adam it is the size of a step in each number, and DNO's for noise is 1e-2. `start`
 # makes such a step of a coefficient as large as IPGO's own. Not measured yet. backprop_steps=None: the noise gets its
@@ -43,6 +44,7 @@ class Joint:
     ascent: Ascent = DEFAULT
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not self.noise_weight >= 0:
             raise InputError(f"noise_weight is {self.noise_weight}; it must be at least 0")
 

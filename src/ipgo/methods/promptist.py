@@ -16,6 +16,7 @@ from ipgo.errors import InputError
 from ipgo.rewriting import Rewrites, fitted
 from ipgo.search import search
 from ipgo.task import Progress, Task
+from ipgo.typed import check_types
 
 BUNDLED = {"emoji": Path(__file__).parents[1] / "rewriters/emoji"}  # backend: the folder of its own rewriter
 PUBLISHED = "microsoft/Promptist"
@@ -49,6 +50,7 @@ class Promptist:
     length_penalty: float = -1.0
 
     def __post_init__(self) -> None:
+        check_types(self)
         for field in ("beams", "max_new_tokens"):
             if getattr(self, field) < 1:
                 raise InputError(f"{field} is {getattr(self, field)}; it must be at least 1")

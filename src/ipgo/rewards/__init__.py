@@ -109,10 +109,21 @@ def as_reward(
     """Make a reward of a plain function; something that is one already stays as it is."""
     if isinstance(function, Reward):
         return function
-    if not callable(function):
-        raise InputError(f"a reward must be a function of (images, prompts), not {type(function).__name__}")
+    if not callable(function) or isinstance(function, type) or not _takes_two(function):
+        said = getattr(function, "__name__", type(function).__name__)
+        raise InputError(f"a reward must be a function of (images, prompts), which {said!r} is not")
     own_name = getattr(function, "__name__", type(function).__name__)
     return FunctionReward(function, name or str(own_name), differentiable)
+
+
+def _takes_two(function: RewardFunction) -> bool:
+    try:
+        inspect.signature(function).bind(None, None)
+    except TypeError:
+        return False
+    except ValueError:  # a builtin that does not say
+        return True
+    return True
 
 
 def identity_of(reward: Reward) -> dict[str, Any]:
@@ -178,6 +189,10 @@ def load_reward(spec: str, *, device: str | torch.device = "auto") -> Reward:
         InputError: an unknown name, a weight that is no number, a file without that function, weights that are
             not there and cannot be fetched, a command that cannot be run, or a question without a terminal.
     """
+    if not isinstance(spec, str):
+        raise InputError(
+            f"a reward is loaded by its name, not from {spec!r}; as_reward makes one of a function"
+        )
     place = choose_device(device)
     return combine(spec, lambda name: _load(name, place))
 

@@ -1,0 +1,56 @@
+"""Settings that are made in Python hold the types that they say: files and flags are typed by their parser."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import numbers
+import types
+import typing
+from typing import Any
+
+from ipgo.errors import InputError
+
+
+def check_types(settings: Any, prefix: str = "") -> None:
+    """Raise `InputError` for the first field of a frozen dataclass whose value is of another type than it says.
+
+    Numbers of other libraries become Python's, and lists tuples, since settings are kept as JSON and compared. What a
+    choice of words allows is for its own check to say.
+    """
+    for name, hint in _hints(settings.__class__).items():
+        value = _plain(getattr(settings, name))
+        if not _fits(value, hint):
+            wanted = getattr(hint, "__name__", str(hint)) if isinstance(hint, type) else str(hint)
+            raise InputError(f"{prefix}{name} is {value!r}; it must be {wanted}")
+        if value is not getattr(settings, name):
+            object.__setattr__(settings, name, value)
+
+
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    hints = typing.get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def _plain(value: Any) -> Any:
+    """numpy's numbers as Python's, also in a tuple, a list as the tuple that JSON lost; anything else as it is."""
+    if isinstance(value, tuple | list):
+        items = tuple(map(_plain, value))
+        same = isinstance(value, tuple) and all(a is b for a, b in zip(items, value, strict=True))
+        return value if same else items
+    foreign = isinstance(value, numbers.Real) and hasattr(value, "item")  # numpy's have it, Python's have not
+    return value.item() if foreign else value
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, each) for each in inner)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(each, inner[0]) for each in value)
+    if not isinstance(hint, type) or getattr(hint, "_is_protocol", False):
+        return True
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
+    return isinstance(value, hint)
