@@ -91,4 +91,7 @@ def test_what_the_node_cannot_take_is_named(node: Any, backend: Backend, tmp_pat
     saved(backend, tmp_path / "plus", cross_attention="residual")
     with pytest.raises(ipgo.InputError, match="cross_attention='residual'"):
         node.insert([[text, {}]], str(tmp_path / "plus"), "a fox")
+    saved(backend, tmp_path / "both", negative=True)
+    with pytest.raises(ipgo.InputError, match="negative"):
+        node.insert([[text, {}]], str(tmp_path / "both"), "a fox")
     assert set(node.INPUT_TYPES()["required"]) == {"conditioning", "adapter"}

@@ -236,6 +236,35 @@ def test_a_row_does_not_depend_on_its_neighbours(pipes, name):
     torch.testing.assert_close(together[2:], alone, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["sd15", "sdxl", "sd3", "pixart-sigma", "sana", "qwen-image", "z-image", "flux2-klein-base"],
+)
+def test_the_default_draws_the_same_in_the_pipeline(pipes, name):
+    """Embeddings around both prompts, where guidance has two, as `IPGO()` learns them."""
+    case, pipe, backend = open_case(pipes, name)
+    insertion = replace(IPGO().insertion, num_prefix=3, num_suffix=2, norm=20.0)
+    adapter = InsertionAdapter.start(backend, PROMPTS, insertion, seed=0, shared=False)
+    source = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=source)
+    assert adapter.insertion.negative
+    for negative_prompt in ("", "dull"):
+        sampling = Sampling(2, case.guidance[-1], negative_prompt=negative_prompt)
+        ours = generate(backend, PROMPTS[:2], SEEDS[:2], adapter, sampling)
+        theirs = pipe(
+            **joined([adapter.prompt_kwargs(pipe, prompt, negative_prompt) for prompt in PROMPTS[:2]]),
+            num_inference_steps=2,
+            output_type="pt",
+            **backend.pipeline_guidance(sampling.guidance_scale),
+            **noise_of(backend, 2),
+            **case.steps(2),
+            **case.call,
+        ).images
+        close(ours, theirs)
+
+
 @pytest.mark.parametrize("name", ONE_EACH)
 def test_our_gradient_is_that_of_the_undecorated_pipeline(pipes, name):
     case, pipe, backend = open_case(pipes, name)

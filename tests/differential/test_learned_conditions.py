@@ -1,4 +1,4 @@
-"""The pooled vector and the negative prompt, learned beside IPGO's embeddings: off by default."""
+"""The pooled vector and the negative prompt, learned beside IPGO's embeddings around the prompt."""
 
 import dataclasses
 from collections.abc import Callable

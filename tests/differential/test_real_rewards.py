@@ -64,6 +64,18 @@ def test_pictures_are_prepared_as_by_transformers(shape: tuple[int, int]) -> Non
     assert difference.mean() < 0.4
 
 
+@pytest.mark.parametrize("shape", [(96, 96), (64, 96), (131, 75)])
+def test_the_notebooks_pictures_are_bilinear(shape: tuple[int, int]) -> None:
+    bilinear = CLIPImageProcessor(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, resample=Image.Resampling.BILINEAR
+    )
+    theirs = bilinear(pictures(*shape), return_tensors="pt").pixel_values
+    ours = Preprocessing(32, "notebook")(torch.stack([from_pil(each) for each in pictures(*shape)]))
+    difference = ((ours - theirs) * 255 * torch.tensor(Preprocessing(32).std).view(3, 1, 1)).abs()
+    assert difference.max() < 1.5
+    assert difference.mean() < 0.4
+
+
 def test_a_picture_of_the_right_size_is_only_normalised() -> None:
     images = torch.stack([from_pil(each) for each in pictures(32, 32)])
     theirs = processor()(pictures(32, 32), return_tensors="pt").pixel_values
