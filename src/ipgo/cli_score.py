@@ -60,13 +60,14 @@ def _put_out(out: Path | None, rows: Sequence[dict[str, Any]], rewards: dict[str
     from ipgo import files
     from ipgo.rewards import identity_of
 
-    if out is None:
-        print(as_csv(rows), end="")
-        return
     identities = {spec: identity_of(reward) for spec, reward in rewards.items()}
+    table = as_csv(with_fingerprints(rows, identities))
+    if out is None:
+        print(table, end="")
+        return
     means = {spec: sum(row[spec] for row in rows) / len(rows) for spec in rewards}
     if out.suffix == ".csv":
-        files.write(out, as_csv(with_fingerprints(rows, identities)).encode())
+        files.write(out, table.encode())
     else:
         files.write_json(out, {"rewards": identities, "means": means, "images": rows})
     print("\n".join(f"{spec}: {mean:.4f}, the mean of {len(rows)}" for spec, mean in means.items()))

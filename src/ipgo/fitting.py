@@ -45,12 +45,14 @@ class Result(Sequence[Fitted]):
     Attributes:
         fitted: one for each prompt, in their order.
         on_fitted_seeds, on_unseen_seeds: gains by reward; the second is the honest one.
+        rewards: what decides the scores, by reward: results of others are not to be compared with these.
         path: the run's folder, or None if it was not kept.
     """
 
     fitted: tuple[Fitted, ...]
     on_fitted_seeds: list[Gain]
     on_unseen_seeds: list[Gain]
+    rewards: dict[str, Any]
     path: Path | None
 
     def __len__(self) -> int:
@@ -147,6 +149,7 @@ def result_of(folder: Run, path: Path | None = None) -> Result:
         tuple(fitted),
         summarise(scores, seeds=config.seeds),
         summarise(scores, seeds=config.new_seeds),
+        folder.identities,
         path,
     )
 

@@ -10,6 +10,8 @@ from diffusers import StableDiffusionPipeline
 
 import ipgo
 from ipgo.ascent import Ascent
+from ipgo.rewards import identity_of
+from ipgo.rewards.checkpoints import sha256
 
 SHORT: dict[str, Any] = {"sampling": ipgo.Sampling(steps=2), "seeds": (0,), "unseen_seeds": 1}
 ONE_STEP = ipgo.IPGO(ascent=Ascent(steps=1))
@@ -39,6 +41,8 @@ def test_held_out_rewards_are_named(pipeline_folder: str) -> None:
         device=torch.device("cpu"),
         **SHORT,
     )
+    assert result.rewards["contrast"] == identity_of(ipgo.load_reward("contrast"))
+    assert result.rewards["brightness"]["weights"] == [sha256(Path(__file__))]
     assert {gain.reward: gain.held_out for gain in result.on_unseen_seeds} == {
         "brightness": False,
         "contrast": True,

@@ -64,8 +64,8 @@ def test_json_says_what_scored(folder: Path, tmp_path: Path, capsys: pytest.Capt
     assert capsys.readouterr().out.splitlines()[-1] == str(out)
     assert cli.main(["score", str(folder / "00.png"), "--reward", "contrast"]) == 0
     header, line = capsys.readouterr().out.splitlines()
-    assert header == "file,prompt,contrast"
-    assert float(line.split(",")[-1]) == values[0]
+    assert header == "file,prompt,contrast,contrast fingerprint"
+    assert float(line.split(",")[2]) == values[0]
 
 
 def test_a_table_names_the_pictures(folder: Path, tmp_path: Path) -> None:
