@@ -18,8 +18,9 @@ from ipgo.evaluation import Score
 SCHEMA = 1
 
 
-def save_adapter(adapter: Adapter, folder: Path, settings: Mapping[str, Any] | None = None) -> None:
+def save_adapter(adapter: Adapter, folder: str | Path, settings: Mapping[str, Any] | None = None) -> None:
     """Write adapter.safetensors and adapter.json. `settings`: the backend and sampling that it belongs to."""
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.state_dict().items()}
     about = {"schema": SCHEMA, "kind": adapter.kind, "options": adapter.options, "prompts": adapter.prompts}

@@ -77,14 +77,14 @@ class PromptEmbeds:
         present = None if self.present is None else self.present[:, kept]
         return PromptEmbeds(self.embeds[:, kept], self.mask[:, kept], self.pooled, present=present)
 
-    def to(self, device: torch.device) -> PromptEmbeds:
-        """The same on `device`."""
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> PromptEmbeds:
+        """The same on `device`, and in another format where one is asked for."""
         return replace(
             self,
-            embeds=self.embeds.to(device),
+            embeds=self.embeds.to(device, dtype),
             mask=self.mask.to(device),
-            pooled=None if self.pooled is None else self.pooled.to(device),
-            early=None if self.early is None else self.early.to(device),
+            pooled=None if self.pooled is None else self.pooled.to(device, dtype),
+            early=None if self.early is None else self.early.to(device, dtype),
             present=None if self.present is None else self.present.to(device),
         )
 

@@ -26,9 +26,9 @@ class MissingExtraError(IpgoError, ImportError):
     """An optional dependency is not installed: the message gives the pip line."""
 
 
-def unknown(kind: str, value: str, allowed: Iterable[str]) -> InputError:
+def unknown(kind: str, value: object, allowed: Iterable[str]) -> InputError:
     """The error for a misspelt name: `unknown reward 'asthetic'; did you mean 'aesthetic'?`."""
     names = sorted(allowed)
-    near = difflib.get_close_matches(value, names, n=1)
+    near = difflib.get_close_matches(str(value), names, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(names)}"
-    return InputError(f"unknown {kind} {value!r}; {hint}")
+    return InputError(f"unknown {kind} {str(value)!r}; {hint}")

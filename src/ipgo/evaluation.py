@@ -107,7 +107,8 @@ def score(
         part = drawings[start : start + BATCH]
         images, prompts = torch.stack([each.image for each in part]), [each.prompt for each in part]
         with torch.no_grad():
-            columns = {name: checked(reward, images, prompts) for name, reward in rewards.items()}
+            # Each gets its own: one that normalises in place shall not change what the next one sees.
+            columns = {name: checked(reward, images.clone(), prompts) for name, reward in rewards.items()}
             verdicts = judge.accuracy(images, prompts) if judge is not None else {}
         columns.update({f"judge-{name}": column for name, column in verdicts.items()})
         for name, column in columns.items():
@@ -135,7 +136,9 @@ def evaluate(
     Raises:
         InputError: no prompts or seeds, or an adapter that was not fitted to one of the prompts.
     """
-    if not prompts or not seeds:
+    if isinstance(prompts, str):
+        raise InputError(f"evaluate needs a list of prompts, not {prompts!r}")
+    if not len(prompts) or not len(seeds):
         raise InputError("evaluate needs at least one prompt and one seed")
     scores = []
     for prompt in tqdm(prompts, desc="evaluating", unit="prompt", disable=None, leave=False):

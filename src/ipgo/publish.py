@@ -25,12 +25,13 @@ FILES = ("adapter.json", "adapter.safetensors")
 MOST = 8  # prompts with pictures on a card
 
 
-def save_pretrained(run: Run, folder: Path) -> Path:
+def save_pretrained(run: Run, folder: str | Path) -> Path:
     """Write a finished run's adapter (of many prompts: one with a row for each) and its card README.md.
 
     Raises:
         InputError: no prompt of the run is finished, or `folder` holds something else.
     """
+    folder = Path(folder)
     done = [prompt for prompt in run.prompts if run.done(prompt)]
     if not done:
         raise InputError(f"run {str(run.path)!r} has no finished prompt yet")
@@ -51,7 +52,7 @@ def save_pretrained(run: Run, folder: Path) -> Path:
     return folder
 
 
-def push_to_hub(run: Run, folder: Path, repository: str, *, private: bool = False) -> str:
+def push_to_hub(run: Run, folder: str | Path, repository: str, *, private: bool = False) -> str:
     """`save_pretrained`, and upload the folder as the hub's model `owner/name`: its address.
 
     Raises:

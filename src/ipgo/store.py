@@ -44,13 +44,14 @@ class Run:
         self._lock = FileLock(path / LOCK)
 
     @classmethod
-    def open(cls, path: Path, config: RunConfig | None = None) -> Run:
+    def open(cls, path: str | Path, config: RunConfig | None = None) -> Run:
         """Look at a folder, and write nothing. Without `config` it must hold a run; with it, it may.
 
         Raises:
             InputError: no run there, or a folder full of other things.
             ResumeError: a run with other settings; the message lists them.
         """
+        path = Path(path)
         found = path / "run.json"
         if not found.is_file():
             if config is None:

@@ -41,6 +41,8 @@ class Task:
     def __post_init__(self) -> None:
         if not isinstance(self.reward, Reward):
             raise InputError("task.reward is not a reward; make one of a function with as_reward(function)")
+        if isinstance(self.prompts, str):
+            raise InputError(f"task.prompts is {self.prompts!r}; it must be a tuple of prompts")
         if not self.prompts:
             raise InputError("prompts is empty; give at least one")
         for prompt in self.prompts:

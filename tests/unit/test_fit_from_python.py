@@ -10,6 +10,7 @@ from diffusers import StableDiffusionPipeline
 
 import ipgo
 from ipgo.ascent import Ascent
+from ipgo.backends import BACKENDS, GUIDANCE
 from ipgo.rewards import identity_of
 from ipgo.rewards.checkpoints import sha256
 
@@ -114,3 +115,63 @@ def test_a_fit_in_inference_mode_learns(pipeline_folder: str) -> None:
 def test_images_are_drawn_of_lists(backend: ipgo.Backend) -> None:
     with pytest.raises(ipgo.InputError, match="a list of prompts and one of seeds, not 'a fox' and 0"):
         ipgo.generate(backend, "a fox", 0, ipgo.Adapter(), ipgo.Sampling())  # type: ignore[arg-type]
+
+
+def test_a_finished_run_is_that_of_its_models(pipeline_folder: str, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {**SHORT, "backend": pipeline_folder, "method": "raw", "device": "cpu"}
+    mine = tmp_path / "mine.py"
+    mine.write_text("def red(images, prompts):\n    return images[:, 0].mean((1, 2))\n")
+    ipgo.fit("a fox", reward=f"{mine}:red", out=tmp_path / "run", **settings)
+    ipgo.fit("a fox", reward=f"{mine}:red", out=tmp_path / "run", **settings)
+    mine.write_text("def red(images, prompts):\n    return -images[:, 0].mean((1, 2))\n")
+    with pytest.raises(ipgo.ResumeError, match="was scored by another"):
+        ipgo.fit("a fox", reward=f"{mine}:red", out=tmp_path / "run", **settings)
+
+
+def test_a_reward_may_change_what_it_is_given(pipeline_folder: str) -> None:
+    def careless(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        prompts.append("more")
+        return images.mul_(0).mean((1, 2, 3))
+
+    settings: dict[str, Any] = {**SHORT, "backend": pipeline_folder, "method": "raw", "device": "cpu"}
+    results = [
+        ipgo.fit("a fox", reward=each, held_out=["contrast"], **settings) for each in (careless, brightness)
+    ]
+    ours, theirs = ([each.value for each in one[0].scores if each.reward == "contrast"] for one in results)
+    assert ours == theirs
+
+
+def test_paths_may_be_texts(pipeline_folder: str, tmp_path: Path) -> None:
+    out = str(tmp_path / "run")
+    settings: dict[str, Any] = {**SHORT, "backend": pipeline_folder, "device": "cpu"}
+    ipgo.fit("a fox", reward=brightness, method=ONE_STEP, out=out, **settings)
+    folder = ipgo.save_pretrained(ipgo.Run.open(out), str(tmp_path / "shared"))
+    ipgo.save_adapter(ipgo.load_adapter(str(folder)), str(tmp_path / "again"))
+    assert ipgo.load_adapter(tmp_path / "again").prompts == ("a fox",)
+
+
+def test_a_text_encoder_in_another_format_is_read(pipeline_folder: str) -> None:
+    pipe = StableDiffusionPipeline.from_pretrained(pipeline_folder)
+    plain = ipgo.load_backend(pipe).encode(["a fox"])
+    pipe.text_encoder.double()
+    other = ipgo.load_backend(pipe).encode(["a fox"])
+    torch.testing.assert_close(plain.embeds, other.embeds)
+
+
+def test_the_bundled_model_keeps_its_guidance_by_whatever_way_it_is_opened() -> None:
+    place = Path(BACKENDS["emoji"][1])
+    pipe = StableDiffusionPipeline.from_pretrained(place, dtype=torch.float32)
+    scales = {
+        ipgo.load_backend(each, device="cpu").guidance_scale for each in ("emoji", place, str(place), pipe)
+    }
+    assert scales == {GUIDANCE["emoji"]}
+
+
+def test_a_text_is_no_list_of_prompts(backend: ipgo.Backend) -> None:
+    reward = ipgo.as_reward(brightness)
+    with pytest.raises(ipgo.InputError, match=r"task\.prompts is 'cat'; it must be a tuple"):
+        ipgo.Task(backend, reward, "cat")  # type: ignore[arg-type]
+    with pytest.raises(ipgo.InputError, match="evaluate needs a list of prompts, not 'cat'"):
+        ipgo.evaluate(backend, {"raw": ipgo.Adapter()}, {"b": reward}, "cat", [0], ipgo.Sampling(), "b")
+    with pytest.raises(ipgo.InputError, match=r"unknown ascent\.optimizer 'None'"):
+        Ascent(optimizer=None)  # type: ignore[arg-type]

@@ -163,7 +163,8 @@ class Backend(ABC):
     def encode(self, prompts: Sequence[str]) -> PromptEmbeds:
         """The text encoder's states; `InputError` for a prompt that is too long."""
         self.check_prompts(prompts)
-        return self._encode(prompts, "longest" if self.padding == "none" else "max_length").to(self.device)
+        states = self._encode(prompts, "longest" if self.padding == "none" else "max_length")
+        return states.to(self.device, self.dtype)  # a text encoder may have been opened in another format
 
     def unconditional(self, negative_prompt: str, cond: PromptEmbeds) -> PromptEmbeds:
         """What guidance moves away from, one row for each of `cond`.
@@ -179,7 +180,7 @@ class Backend(ABC):
                 f"backend {self.name!r} has no unconditional half; its guidance is {self.guidance!r}"
             )
         self.check_prompts([negative_prompt])
-        full = self._negative(negative_prompt, cond.length).to(self.device)
+        full = self._negative(negative_prompt, cond.length).to(self.device, self.dtype)
         full = full.select(torch.zeros(len(cond.mask), dtype=torch.long, device=self.device))
         if self.padding == "max_length":
             return full

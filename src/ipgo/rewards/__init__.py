@@ -228,7 +228,7 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
     Raises:
         RewardError: the answer is not a tensor of shape (B,), or not finite though its image is.
     """
-    values = reward(images, prompts)
+    values = reward(images, list(prompts))
     if not isinstance(values, Tensor) or values.shape != (len(images),):
         given = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise RewardError(
