@@ -36,7 +36,7 @@ def load_adapter(folder: Path | str) -> Adapter:
     """
     about = adapter_facts(Path(folder))
     if about.get("kind") not in ADAPTERS:
-        raise unknown("adapter kind", str(about.get("kind")), ADAPTERS)
+        raise unknown("adapter kind", about.get("kind"), ADAPTERS)
     file = Path(folder) / "adapter.safetensors"
     try:
         with safe_open(file, framework="pt") as tensors:

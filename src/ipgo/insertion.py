@@ -83,7 +83,7 @@ class Insertion:
             ("cross_attention", CrossAttention),
         ):
             if getattr(self, field) not in get_args(allowed):
-                raise unknown(f"insertion.{field}", str(getattr(self, field)), get_args(allowed))
+                raise unknown(f"insertion.{field}", getattr(self, field), get_args(allowed))
 
     def check(self, width: int) -> None:
         """Raise `InputError` if this does not fit embeddings of `width`."""

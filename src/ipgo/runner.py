@@ -30,7 +30,7 @@ from ipgo.images import to_pil
 from ipgo.methods import WITHOUT_GRADIENT
 from ipgo.prompts import Prompt, unseen_words
 from ipgo.rewards import Reward, has_gradient, identity_of, load_reward
-from ipgo.store import Run, check_models
+from ipgo.store import Run
 from ipgo.task import Progress, Task
 
 BUNDLED_REWARDS = {"emoji": ("emoji-preference", "emoji-clip", "emoji-aesthetic")}
@@ -113,12 +113,11 @@ def load_judge(config: RunConfig) -> Judge | None:
 
 def run(folder: Run, models: Models) -> None:
     """Fit every prompt that has no result yet. Safe to stop at any moment, and to call again."""
-    if (
-        folder.path / "run.json"
-    ).is_file():  # a finished one too: its results are of the models that it began with
-        check_models(folder.path, folder.facts, facts(models))
     try:
-        for chunk in folder.pending(folder.config.method.stackable):
+        pending = folder.pending(folder.config.method.stackable)
+        if not pending:
+            folder.start(facts(models))  # refuses other models than those that its results are of
+        for chunk in pending:
             progress, cost = fit_chunk(folder, models, chunk)
             finish_chunk(folder, models, chunk, progress, cost)
         folder.close()

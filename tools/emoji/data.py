@@ -62,6 +62,13 @@ def clean_rows(scenes: Sequence[world.Scene]) -> np.ndarray:
     return np.flatnonzero([scene.degradation is None for scene in scenes])
 
 
+def clean_kinds(scenes: Sequence[world.Scene]) -> tuple[np.ndarray, np.ndarray]:
+    """Which of the scenes are clean and show one object; and which of them show two."""
+    clean = clean_rows(scenes)
+    double = np.array([len(scenes[row].objects) == 2 for row in clean])
+    return clean[~double], clean[double]
+
+
 def pictures(
     rng: np.random.Generator, images: np.ndarray, decoded: np.ndarray, rows: np.ndarray
 ) -> np.ndarray:

@@ -78,11 +78,9 @@ def drawn(
 def followed(count: int, number: int) -> Iterator[tuple[np.ndarray, list[str]]]:
     """A round, batch by batch: pictures as in `rounds`, and their captions. Half of the prompts are of two objects."""
     images, scenes = data.load("train")
-    double = np.array([len(scene.objects) == 2 for scene in scenes])
-    clean = data.clean_rows(scenes)
     rng = np.random.default_rng((9, number))
-    kinds = clean[~double[clean]], clean[double[clean]]
-    rows = rng.permutation(np.concatenate([rng.choice(kind, count, replace=False) for kind in kinds]))
+    chosen = [rng.choice(kind, count, replace=False) for kind in data.clean_kinds(scenes)]
+    rows = rng.permutation(np.concatenate(chosen))
     wording = {world.caption(rng, scenes[row])[0]: row for row in rows}  # each once
     prompts = list(wording)[:count]
     backend, reward = load_backend(pipeline().to(DEVICE)), preference()

@@ -66,12 +66,11 @@ def astray(
 def build(count: int = COUNT) -> None:
     """Half of the scenes with two objects, each batch with a strength and a straying of its own."""
     images, scenes = data.load("train")
-    double = np.array([len(scene.objects) == 2 for scene in scenes])
-    clean = data.clean_rows(scenes)
     rng = np.random.default_rng(8)
     torch.manual_seed(8)
-    kinds = clean[~double[clean]], clean[double[clean]]
-    rows = rng.permutation(np.concatenate([rng.choice(kind, count // 2) for kind in kinds]))
+    rows = rng.permutation(
+        np.concatenate([rng.choice(kind, count // 2) for kind in data.clean_kinds(scenes)])
+    )
     texts = [world.caption(rng, scenes[row])[0] for row in rows]
     pipe = pipeline().to(DEVICE)
     pairs = np.lib.format.open_memmap(PAIRS, "w+", np.uint8, (len(rows), 2, *images.shape[1:]))

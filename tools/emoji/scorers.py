@@ -166,8 +166,9 @@ def resist(blocks: int = 12) -> None:
     nearer to the artwork, by as much as it is nearer: a fit that mends a picture shall still be rewarded.
     """
     model, tokens = load_clip("preference")
-    pictures = np.concatenate([np.load(path) for path in follow.rounds()])
-    told = [text for path in follow.rounds() for text in follow.texts(path)]
+    rounds = follow.rounds()
+    pictures = np.concatenate([np.load(path) for path in rounds])
+    told = [text for path in rounds for text in follow.texts(path)]
 
     def made(rng: np.random.Generator, count: int) -> Made:
         rows, which = rng.integers(len(told), size=count), rng.integers(2, pictures.shape[1], size=count)
@@ -181,8 +182,8 @@ def resist(blocks: int = 12) -> None:
         weight = np.where(with_art, 1, np.minimum(1, abs(far - near) / near))
         return np.stack([first, second], axis=1), [told[i] for i in rows], weight.astype(np.float32)
 
-    name = f"preference-{len(follow.rounds())}"
-    train(name, model, _preferring(model, tokens, blocks, made), SCHEDULES["resist"])
+    loss = _preferring(model, tokens, blocks, made)
+    train(f"preference-{len(rounds)}", model, loss, SCHEDULES["resist"])
     save("preference", model)
 
 

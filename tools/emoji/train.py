@@ -53,13 +53,12 @@ def train_vae() -> None:
     the picture of half the size (EQ-VAE, arXiv 2502.09509), or they become rough, and hard to learn for a denoiser.
     """
     images, scenes = data.load("train")
-    clean = data.clean_rows(scenes)
-    double = np.array([len(scenes[i].objects) == 2 for i in clean])
+    single, double = data.clean_kinds(scenes)
     vae = parts.vae().to(memory_format=torch.channels_last)  # on a CPU a tenth faster
 
     def loss(rng: np.random.Generator, batch: int) -> tuple[Tensor, Figures]:
         quarter = batch // 4
-        kinds = np.arange(len(images)), clean[~double], clean[double], clean[double]
+        kinds = np.arange(len(images)), single, double, double
         rows = np.sort(np.concatenate([rng.choice(each, quarter) for each in kinds]))
         wrong = torch.from_numpy(rng.uniform(-0.2, 0.2, (batch, 1, 1, 1)).astype(np.float32)).clamp_min(0)
         x = pixels(images[rows])

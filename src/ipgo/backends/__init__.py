@@ -134,8 +134,8 @@ def few_steps(source: str) -> FewSteps | None:
 def with_own_scale(backend: Backend, source: str) -> Backend:
     """Give a model that is known by its name the guidance scale that it is meant for."""
     few = few_steps(source)
-    ours = {name: scale for name, scale in GUIDANCE.items() if source in (name, str(BACKENDS[name][1]))}
-    scale = few.guidance_scale if few is not None else next(iter(ours.values()), None)
+    name = next((name for name, (_, place) in BACKENDS.items() if place == source), source)
+    scale = few.guidance_scale if few is not None else GUIDANCE.get(name)
     backend.guidance_scale = backend.guidance_scale if scale is None else scale
     return backend
 

@@ -33,6 +33,7 @@ class Backend(ABC):
         facts: what holds for every model of this family.
         name: what it was loaded from; of a pipeline object, its class.
         origin: the same, or what such an object was loaded from, if it says.
+        opening: how it was opened.
         device, dtype: where and in which format its weights are. Latents and images are at least float32.
         text_device: where the text encoders are: the same, or the CPU where they need not take a GPU's memory.
         embed_dim: D, the width of the prompt embeddings.

@@ -91,7 +91,7 @@ class Opening:
             ("text_device", self.text_device, TEXT_DEVICES),
         ):
             if value not in allowed:
-                raise unknown(option, str(value), allowed)
+                raise unknown(option, value, allowed)
 
     def check(self, facts: Facts, name: str) -> None:
         """Raise `InputError` for an option that no model of the family `name` has."""

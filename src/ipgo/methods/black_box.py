@@ -65,7 +65,7 @@ class BlackBoxIPGO:
                 "insertion.pooled is true; this method searches coefficients and angles, which a vector has not"
             )
         if self.optimizer not in get_args(Search):
-            raise unknown("optimizer", str(self.optimizer), get_args(Search))
+            raise unknown("optimizer", self.optimizer, get_args(Search))
         for field, least in (("candidates", 1), ("population", 4), ("initial", 2)):
             value = getattr(self, field)
             if value is not None and value < least:

@@ -74,7 +74,7 @@ class DPODiffusion:
         check_types(self)
         for field, allowed in (("target", Target), ("solver", Solver)):
             if getattr(self, field) not in get_args(allowed):
-                raise unknown(field, str(getattr(self, field)), get_args(allowed))
+                raise unknown(field, getattr(self, field), get_args(allowed))
         for field in ("candidates", "gradient_steps", "population", "parents"):
             if getattr(self, field) < 1:
                 raise InputError(f"{field} is {getattr(self, field)}; it must be at least 1")

@@ -111,18 +111,19 @@ def as_reward(
         return function
     if not callable(function) or isinstance(function, type) or not _takes_two(function):
         said = getattr(function, "__name__", type(function).__name__)
-        raise InputError(f"a reward must be a function of (images, prompts), which {said!r} is not")
+        raise InputError(f"a reward must be a function of (images, prompts), not {said}")
     own_name = getattr(function, "__name__", type(function).__name__)
     return FunctionReward(function, name or str(own_name), differentiable)
 
 
 def _takes_two(function: RewardFunction) -> bool:
+    """Can it be called so? A builtin may not say, and is believed."""
     try:
         inspect.signature(function).bind(None, None)
     except TypeError:
         return False
-    except ValueError:  # a builtin that does not say
-        return True
+    except ValueError:
+        pass
     return True
 
 
