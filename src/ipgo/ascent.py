@@ -28,7 +28,7 @@ class Ascent:
         lr_basis: learning rate of the orthonormal basis; None is `lr`.
         lr_decay: factor on the learning rates after every `decay_every` steps.
         decay_every: steps between decays.
-        max_grad_norm: each row's gradient is shortened to this norm; inf never shortens.
+        max_grad_norm: each row's gradient is shortened to this norm; None never shortens.
         backprop_steps: last denoising steps that carry gradient (DRaFT's K); None is all of them.
         random_backprop: draw their number from 1 to backprop_steps, anew for each trajectory (AlignProp).
         renoised: further gradients of the last step alone, each from fresh noise (DRaFT-LV; 0 is none).
@@ -44,7 +44,7 @@ class Ascent:
     lr_basis: float | None = None
     lr_decay: float = 0.9
     decay_every: int = 10
-    max_grad_norm: float = 1.0
+    max_grad_norm: float | None = 1.0
     backprop_steps: int | None = 2
     random_backprop: bool = False
     renoised: int = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 import time
 from collections import Counter
@@ -43,8 +44,8 @@ class Price:
 
     def __post_init__(self) -> None:
         for field, value in (("gradient", self.gradient), ("both", self.both)):
-            if not value >= 1:
-                raise InputError(f"price.{field} is {value}; it must be at least 1")
+            if not 1 <= value < math.inf:
+                raise InputError(f"price.{field} is {value}; it must be at least 1 and finite")
 
     def of(self, calls: Mapping[str, float]) -> float:
         """The weighted calls of a ledger (`Backend.calls`)."""

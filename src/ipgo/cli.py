@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ipgo import __version__
+from ipgo import __version__, files
 from ipgo.cli_compare import compare, show_comparison
 from ipgo.cli_doctor import doctor
 from ipgo.cli_explain import explain
@@ -58,19 +58,24 @@ EVALUATION_SEEDS = tuple(range(2000, 2008))  # not those that `fit` judges on
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
-    if name in ("-h", "--help"):
-        print(HELP)
-        return 0
-    if name == "--version":
-        print(f"ipgo {__version__}")
-        return 0
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of torchvision, which is not needed
-    logging.basicConfig(format="ipgo: %(message)s", level=logging.WARNING)
-    logging.getLogger("ipgo").setLevel(logging.INFO)
+    _log_to_stderr()
     try:
+        if name in ("-h", "--help"):
+            print(HELP)
+            sys.stdout.flush()
+            return 0
+        if name == "--version":
+            print(f"ipgo {__version__}")
+            return 0
         if name not in COMMANDS:
             raise unknown("command", name, COMMANDS)
-        return COMMANDS[name](rest)
+        code = COMMANDS[name](rest)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever read the output has had enough, as in `ipgo list objects | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except IpgoError as error:
         return _fail(str(error), 2)
     except KeyboardInterrupt:
@@ -79,6 +84,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         place = f" {str(error.filename)!r}" if error.filename else ""
         return _fail(f"cannot read or write{place}: {error.strerror or error}; nothing finished is lost", 1)
+
+
+def _log_to_stderr() -> None:
+    """Let ipgo's own loggers speak, and no others: libraries that have something to say have their handlers."""
+    logger = logging.getLogger("ipgo")
+    logger.setLevel(logging.INFO)
+    handler = logging.StreamHandler()  # made anew: stderr may be another one than last time
+    handler.setFormatter(logging.Formatter("ipgo: %(message)s"))
+    handler.set_name("ipgo-cli")
+    logger.handlers = [each for each in logger.handlers if each.get_name() != handler.get_name()] + [handler]
 
 
 def _fail(message: str, code: int) -> int:
@@ -124,14 +139,16 @@ def fit(argv: list[str]) -> int:
     parser.description = "Learn embeddings for one prompt or many, and judge them on new noise."
     parser.epilog = f"--method NAME chooses what learns and has the options above ({', '.join(METHODS)})."
     parser.add_argument("text", nargs="*", default=[], metavar="PROMPT", help="prompts, each in quotes")
-    parser.add_argument("--preset", help=f"bundled settings: {', '.join(presets())}")
+    parser.add_argument("--preset", type=str, help=f"bundled settings: {', '.join(presets())}")
     parser.add_argument(
-        "--config", help="a YAML file of settings; they override the preset's, and flags both"
+        "--config", type=str, help="a YAML file of settings; they override the preset's, and flags both"
     )
     parser.add_argument(
-        "--prompts", help="prompts from a .txt, .csv or .jsonl file, or a set: one, one:train?n=8, ..."
+        "--prompts",
+        type=str,
+        help="prompts from a .txt, .csv or .jsonl file, or a set: one, one:train?n=8, ...",
     )
-    parser.add_argument("--out", help="the run's folder (default: runs/ and the first words)")
+    parser.add_argument("--out", type=str, help="the run's folder (default: runs/ and the first words)")
     parsed = parse(parser, settings, rest)
 
     texts = read_texts(parsed.text, parsed.prompts)
@@ -235,6 +252,7 @@ def generate(argv: list[str]) -> int:
     from ipgo.sampling import Sampling
 
     check_seeds(tuple(args.seeds))
+    files.check_out(args.out, folder=True)
     adapter, settings = find_adapter(args.adapter)
     texts = read_texts(args.text, args.prompts) or list(adapter.prompts or ())
     check_prompts(texts)
@@ -272,15 +290,17 @@ def evaluate(argv: list[str]) -> int:
     import dataclasses
 
     from ipgo.adapters import Adapter
-    from ipgo.artefacts import save_scores
     from ipgo.config import check_seeds
     from ipgo.evaluation import evaluate, summarise
     from ipgo.prompts import check_prompts
     from ipgo.report import write_report
+    from ipgo.rewards import check_reward
     from ipgo.runner import load_models
     from ipgo.store import EVALUATION, Run, other_weights
 
     check_seeds(tuple(args.seeds))
+    for name in args.rewards or ():
+        check_reward(name)
     folder = Run.open(args.run)
     adapter, _ = find_adapter(args.run)
     done = [prompt.text for prompt in folder.prompts if folder.done(prompt)]
@@ -293,7 +313,8 @@ def evaluate(argv: list[str]) -> int:
     loading(config.backend)
     models = load_models(config)
     models.backend.check_prompts(prompts)
-    if other_weights(folder.facts, models.backend.identity):
+    others = other_weights(folder.facts, models.backend.identity)
+    if others:
         logging.getLogger("ipgo").warning(
             "%s was fitted on a backend of other weights; what it learned may do nothing here", args.run
         )
@@ -308,10 +329,11 @@ def evaluate(argv: list[str]) -> int:
         config.reward,
         models.judge,
     )
-    save_scores(folder.path / EVALUATION, scores, models.identities)
+    folder.judge_again(scores, models.identities, keep=not others)
     unseen = "" if prompts == done else ", never fitted"
-    print(f"{len(prompts)} prompts{unseen}, seeds {_span(args.seeds)}\n{table(summarise(scores))}")
-    print(f"scores: {folder.path / 'evaluation.jsonl'}\nreport: {write_report(folder)[0]}")
+    count = f"{len(prompts)} prompt" + "s" * (len(prompts) > 1)
+    print(f"{count}{unseen}, seeds {_span(args.seeds)}\n{table(summarise(scores))}")
+    print(f"scores: {folder.path / EVALUATION}\nreport: {write_report(folder)[0]}")
     return 0
 
 

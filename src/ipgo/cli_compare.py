@@ -56,7 +56,9 @@ def compare(argv: list[str]) -> int:
     settings = merge(for_backend(str(settings.get("backend")), "raw"), settings)
     parsed = parse(_parser(), settings, rest)
     plan = plan_of(parsed, entries, method)
-    place = Path(chosen.out or Path("runs") / f"compare-{slug(parsed.prompts or plan.prompts[0])}")
+    place = Path(
+        chosen.out or parsed.out or Path("runs") / f"compare-{slug(parsed.prompts or plan.prompts[0])}"
+    )
     folder = Comparison.open(place, plan)
 
     from ipgo.compare import check
@@ -87,8 +89,12 @@ def _parser() -> ArgumentParser:
     variants = [label for label in read_comparison(SYSTEMS)["entries"] if label not in METHODS]
     parser.epilog = f"Methods: {', '.join(METHODS)}. Variants: {', '.join(variants)}. Docs: docs/compare.md."
     parser.add_argument("text", nargs="*", default=[], metavar="PROMPT", help="prompts, each in quotes")
-    parser.add_argument("--prompts", help="prompts from a .txt, .csv or .jsonl file, or a set such as styled")
-    parser.add_argument("--methods", help="methods, or labels of the file's entries, with commas between")
+    parser.add_argument(
+        "--prompts", type=str, help="prompts from a .txt, .csv or .jsonl file, or a set such as styled"
+    )
+    parser.add_argument(
+        "--methods", type=str, help="methods, or labels of the file's entries, with commas between"
+    )
     parser.add_argument(
         "--budget",
         type=int,
@@ -103,10 +109,13 @@ def _parser() -> ArgumentParser:
     )
     parser.add_argument(
         "--unseen_prompts",
+        type=str,
         help="a file or set to judge shared entries on; for --prompts NAME:train it is NAME:test",
     )
     parser.add_argument("--config", help=f"a YAML file with entries, or one of {', '.join(comparisons())}")
-    parser.add_argument("--out", help="the comparison's folder (default: runs/compare- and the prompts)")
+    parser.add_argument(
+        "--out", type=str, help="the comparison's folder (default: runs/compare- and the prompts)"
+    )
     parser.add_argument(
         "--redraw", action="store_true", help="make the table of --out again, without a model"
     )
@@ -136,6 +145,8 @@ def plan_of(parsed: Namespace, entries: Mapping[str, Any], method: Mapping[str, 
     from ipgo.config import build
 
     prompts = tuple(read_texts(parsed.text, parsed.prompts))
+    if parsed.price is not None and len(parsed.price) != 2:
+        raise InputError(f"price is {parsed.price}; it must be two numbers")
     unseen = parsed.unseen_prompts
     if unseen is None and (parsed.prompts or "").partition("?")[0].endswith(":train"):
         unseen = parsed.prompts.replace(":train", ":test")
@@ -164,7 +175,7 @@ def entries_of(
     Raises:
         InputError: nothing to compare, or a name that is neither.
     """
-    from ipgo.config import merge, read_settings
+    from ipgo.config import merge, method_settings, read_settings
     from ipgo.defaults import for_backend
     from ipgo.methods import METHODS
 
@@ -185,9 +196,16 @@ def entries_of(
             if label not in systems:
                 raise unknown("method or entry", label, dict.fromkeys((*METHODS, *entries, *systems)))
             entries[label] = systems[label]
-        own = dict(entries.get(label) or {})
-        given = own.pop("method", None) or {}
-        given = {"name": given} if isinstance(given, str) else dict(given)
+        own = entries.get(label) or {}
+        if not isinstance(own, Mapping):
+            raise InputError(f"entry {label!r} is {own!r}; it must be settings, each with its own name")
+        own = dict(own)
+        if "prompts" in own:
+            raise InputError(f"entry {label!r} has prompts of its own; all entries have the same")
+        try:
+            given = method_settings(own.pop("method", None))
+        except InputError as error:
+            raise InputError(f"entry {label!r}: {error}") from None
         name = given.get("name") or (label if label in METHODS else method.get("name"))
         if name not in METHODS:
             raise InputError(f"entry {label!r} has method {name!r}; choose from {', '.join(METHODS)}")

@@ -42,8 +42,8 @@ def explain(argv: list[str]) -> int:
 
     if args.top < 1:
         raise InputError(f"top is {args.top}; it must be at least 1")
-    if args.out is not None and args.out.is_dir():
-        raise InputError(f"out is {str(args.out)!r}, which is a folder; name a JSON file")
+    if args.out is not None:
+        files.check_out(args.out, folder=False)
     adapter, settings = find_adapter(args.adapter)
     check_adapter(adapter)
     config = run_of(args.adapter)

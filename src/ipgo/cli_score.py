@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import itertools
@@ -10,6 +11,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ipgo import files
 from ipgo.errors import InputError
 from ipgo.terminal import command_parser, loading
 
@@ -57,7 +59,6 @@ def score(argv: list[str]) -> int:
 
 def _put_out(out: Path | None, rows: Sequence[dict[str, Any]], rewards: dict[str, Reward]) -> None:
     """Write the scores, or print them."""
-    from ipgo import files
     from ipgo.rewards import identity_of
 
     identities = {spec: identity_of(reward) for spec, reward in rewards.items()}
@@ -75,32 +76,34 @@ def _put_out(out: Path | None, rows: Sequence[dict[str, Any]], rewards: dict[str
 
 
 def _check_out(out: Path | None) -> None:
-    """Raise `InputError` for a file that could not be written; makes its folder."""
+    """Raise `InputError` for a file that could not be written."""
     if out is None:
         return
     if out.suffix not in (".csv", ".json"):
         raise InputError(f"out is {str(out)!r}; it must end in .csv or .json")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"out is {str(out)!r}, which cannot be written: {error.strerror}") from None
-    if out.is_dir():
-        raise InputError(f"out is {str(out)!r}, which is a folder; give a file")
+    files.check_out(out, folder=False)
 
 
 def _check_picture(file: Path) -> None:
     """Raise `InputError` for a file that is no picture or breaks off."""
     from PIL import Image
 
+    from ipgo.images import check_range
+
+    with _reading(file), Image.open(file) as picture:
+        check_range(picture)
+        picture.verify()
+
+
+@contextlib.contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Say in one sentence why a picture cannot be read; a damaged PNG is a SyntaxError to Pillow."""
+    from PIL import Image
+
     try:
-        with Image.open(file) as picture:
-            picture.verify()
-    except (OSError, SyntaxError) as error:  # PIL's word for a damaged PNG
-        raise _unreadable(file, error) from None
-
-
-def _unreadable(file: Path, error: Exception) -> InputError:
-    return InputError(f"picture {str(file)!r} cannot be read: {error}")
+        yield
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"picture {str(file)!r} cannot be read: {error}") from None
 
 
 def find_pictures(places: Sequence[Path]) -> list[Path]:
@@ -140,11 +143,14 @@ def match_prompts(pictures: Sequence[Path], spec: str | None, single: str | None
 
 def _table(path: Path) -> list[tuple[Path, str]] | None:
     """The lines of a table with columns file and prompt; None for another table."""
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        rows = csv.DictReader(lines)
-        if not {"file", "prompt"} <= set(rows.fieldnames or ()):
-            return None
-        return [(Path(row["file"]), row["prompt"] or "") for row in rows]
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as lines:
+            rows = csv.DictReader(lines)
+            if not {"file", "prompt"} <= set(rows.fieldnames or ()):
+                return None
+            return [(Path(row["file"] or ""), row["prompt"] or "") for row in rows]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"prompt file {str(path)!r} cannot be read: {error}") from None
 
 
 def _prompt_of(picture: Path, table: Sequence[tuple[Path, str]], spec: str) -> str:
@@ -176,11 +182,8 @@ def scored(
 
     def opened() -> Iterator[tuple[Path, str, torch.Tensor]]:
         for file, prompt in zip(pictures, prompts, strict=True):
-            try:
-                with Image.open(file) as picture:
-                    pixels = from_pil(picture)
-            except OSError as error:
-                raise _unreadable(file, error) from None
+            with _reading(file), Image.open(file) as picture:
+                pixels = from_pil(picture)
             yield file, prompt, pixels
 
     with tqdm(total=len(pictures), desc="scoring", unit="image", disable=None, leave=False) as bar:

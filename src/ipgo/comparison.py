@@ -141,7 +141,8 @@ class Comparison:
         if not found.is_file():
             if plan is None:
                 raise InputError(f"{str(path)!r} is not a comparison's folder: it has no {PLAN}")
-            if path.is_file() or (path.is_dir() and any(file.suffix != ".draft" for file in path.iterdir())):
+            files.check_out(path, folder=True)
+            if path.is_dir() and any(file.suffix != ".draft" for file in path.iterdir()):
                 raise InputError(
                     f"out is {str(path)!r}, which holds something else; give a new or empty folder"
                 )

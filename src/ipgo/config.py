@@ -207,17 +207,19 @@ def presets() -> list[str]:
 
 
 def read_settings(preset: str | None, file: str | None) -> dict[str, Any]:
-    """Nested settings of a bundled preset, overridden by those of a YAML file.
+    """Nested settings of a bundled preset, overridden by those of a YAML file, which may name the preset itself.
 
     Raises:
-        InputError: an unknown preset, or a file that is missing or is no YAML mapping.
+        InputError: an unknown preset, or a file that is missing or is no YAML mapping of settings.
     """
-    settings: dict[str, Any] = {}
-    if preset is not None:
-        if preset not in presets():
-            raise unknown("preset", preset, presets())
-        settings = _read_yaml(PRESETS / f"{preset}.yaml")
-    return merge(settings, _read_yaml(Path(file))) if file is not None else settings
+    over = _read_yaml(Path(file)) if file is not None else {}
+    stated = over.pop("preset", None)
+    name = preset if preset is not None else stated
+    if name is None:
+        return over
+    if name not in presets():
+        raise unknown("preset", name, presets())
+    return merge(_read_yaml(PRESETS / f"{name}.yaml"), over)
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -265,7 +267,16 @@ def method_of(settings: dict[str, Any]) -> str:
 
 def parse(parser: ArgumentParser, settings: dict[str, Any], argv: list[str]) -> Namespace:
     """Nested settings, overridden by flags; `InputError` in one sentence if either is wrong."""
+    names = [action.dest for action in parser._actions]
+    groups = {name[:place] for name in names for place, letter in enumerate(name) if letter == "."}
+    _check_shape(settings, groups)
     plain = {key: value for key, value in settings.items() if key != "method"}
+    for action in parser._actions:
+        value = plain.get(action.dest)
+        if action.nargs == 0 and not isinstance(value, bool | None):
+            raise InputError(f"{action.dest} is {value!r}; it must be true or false")
+        if action.nargs not in (None, 0, "?") and not isinstance(value, list | None):
+            plain[action.dest] = [value]  # `seeds: 3` is `seeds: [3]`
     method = {key: value for key, value in settings.get("method", {}).items() if key != "name"}
     try:
         base = parser.parse_object({**plain, "method": method} if method else plain, defaults=False)
@@ -313,11 +324,43 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise InputError(f"config file {str(path)!r} does not exist") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"config file {str(path)!r} cannot be read: {reason}") from None
+        raise InputError(f"config file {str(path)!r} cannot be read: {_reason(error)}") from None
     if not isinstance(settings or {}, dict):
         raise InputError(f"config file {str(path)!r} holds no 'key: value' settings")
     settings = settings or {}
-    if isinstance(settings.get("method"), str):
-        settings["method"] = {"name": settings["method"]}
+    for name in ("config", "text", "redraw"):
+        if name in settings:
+            raise InputError(f"config file {str(path)!r} has {name!r}, which only the command line takes")
+    if method := method_settings(settings.pop("method", None)):
+        settings["method"] = method
     return settings
+
+
+def _reason(error: Exception) -> str:
+    """Of a file that cannot be read; YAML's says the line."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is not None:
+        return f"{getattr(error, 'problem', None) or 'no YAML'} in line {mark.line + 1}"
+    return str(error).splitlines()[0]
+
+
+def method_settings(given: Any) -> dict[str, Any]:
+    """What stands under `method`: a name, or settings that may have one; nothing is {}."""
+    if given is None or isinstance(given, str):
+        return {} if given is None else {"name": given}
+    name = given.get("name", "") if isinstance(given, dict) else None
+    if not isinstance(name, str):
+        raise InputError(f"method is {given!r}; it must be a name, or settings with a name among them")
+    return dict(given)
+
+
+def _check_shape(settings: dict[Any, Any], groups: set[str], prefix: str = "") -> None:
+    """Raise `InputError` for a group of settings that is none, or a key that is no name."""
+    for key, value in settings.items():
+        name = f"{prefix}{key}"
+        if not isinstance(key, str):
+            raise InputError(f"{name} is no name of a setting; see --help")
+        if name in groups and not isinstance(value, dict):
+            raise InputError(f"{name} is {value!r}; it must be settings, each with its own name")
+        if name in groups:
+            _check_shape(value, groups, f"{name}.")

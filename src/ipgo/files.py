@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -9,6 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from ipgo.errors import InputError
+
+
+def check_out(out: Path, *, folder: bool) -> None:
+    """Raise `InputError` for a place that a file, or a folder, cannot be put at. Makes nothing."""
+    if folder and out.is_file():
+        raise InputError(f"out is {str(out)!r}, which is a file; give a folder")
+    if not folder and out.is_dir():
+        raise InputError(f"out is {str(out)!r}, which is a folder; give a file")
+    there = next(each for each in (out, *out.absolute().parents) if each.exists())
+    code = errno.ENOTDIR if there.is_file() and there != out else errno.EACCES
+    if code == errno.ENOTDIR or not os.access(there, os.W_OK):
+        raise InputError(f"out is {str(out)!r}, which cannot be written: {os.strerror(code)}")
 
 
 def write(file: Path, content: bytes) -> None:

@@ -11,6 +11,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from ipgo.errors import InputError
+
 
 def resize(images: Tensor, size: int, mode: str = "bicubic") -> Tensor:
     """Bring the shorter side to `size` (antialiased, kept within [0, 1]); the longer one is rounded down."""
@@ -50,8 +52,22 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     return (images - center) / scale
 
 
+def check_range(picture: Image.Image) -> None:
+    """Raise `InputError` for a picture whose numbers have no known range."""
+    if picture.mode in ("I", "F"):
+        raise InputError(
+            f"its pixels are numbers of mode {picture.mode!r}, of unknown range; save 8 or 16 bits"
+        )
+
+
 def from_pil(picture: Image.Image) -> Tensor:
-    """(3, H, W) in [0, 1]."""
+    """(3, H, W) in [0, 1]; `InputError` as in `check_range`."""
+    check_range(picture)
+    if picture.mode.startswith("I;16"):
+        grey = (
+            torch.from_numpy(np.array(picture).astype(np.float32)) / 65535
+        )  # Pillow would cut it off at 255
+        return grey.expand(3, -1, -1)
     pixels = torch.from_numpy(np.array(picture.convert("RGB")))
     return pixels.permute(2, 0, 1).float() / 255
 

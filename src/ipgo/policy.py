@@ -205,7 +205,8 @@ class _Training:
         for parameter in self.parameters.values():
             assert parameter.grad is not None
             parameter.grad /= scale * terms
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.ppo.max_grad_norm)
+        longest = math.inf if self.ppo.max_grad_norm is None else self.ppo.max_grad_norm
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), longest)
         if norm.isfinite():
             self.optimizer.step()
         return norm.item()

@@ -25,7 +25,7 @@ class PPO:
         eta: noise of the DDIM steps that are learned from, in place of the sampling's.
         lr: learning rate of AdamW.
         weight_decay: AdamW's.
-        max_grad_norm: the gradient is shortened to this norm; inf never shortens.
+        max_grad_norm: the gradient is shortened to this norm; None never shortens.
         clip_range: how far from 1 the ratio of probabilities still pulls. It is small because log-probabilities
             are means over the latents' dimensions.
         max_advantage: advantages are clipped to this, and to minus this.
@@ -41,7 +41,7 @@ class PPO:
     eta: float = 1.0
     lr: float = 3e-4
     weight_decay: float = 1e-4
-    max_grad_norm: float = 1.0
+    max_grad_norm: float | None = 1.0
     clip_range: float = 1e-4
     max_advantage: float = 5.0
     history: int = 32
@@ -54,8 +54,9 @@ class PPO:
             if not getattr(self, field) >= count:
                 raise InputError(f"ppo.{field} is {getattr(self, field)}; it must be at least {count}")
         for field in ("eta", "lr", "max_grad_norm", "clip_range", "max_advantage"):
-            if not getattr(self, field) > 0:
-                raise InputError(f"ppo.{field} is {getattr(self, field)}; it must be above 0")
+            value = getattr(self, field)
+            if value is not None and not value > 0:
+                raise InputError(f"ppo.{field} is {value}; it must be above 0")
         if self.eta > 1:
             raise InputError(f"ppo.eta is {self.eta}; it must be at most 1")
         if self.min_history > self.history:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import difflib
 import hashlib
+import io
 import json
 import re
 import unicodedata
@@ -53,11 +54,23 @@ def check_prompts(texts: Sequence[str]) -> None:
             raise InputError(f"prompt {position} is {text!r}; a prompt is a text")
         if not text.strip():
             raise InputError(f"prompt {position} is empty; every prompt needs at least one word")
-        if text in seen:
+        if not is_unicode(text):
+            raise InputError(f"prompt {position} is {text!r}, which is no valid Unicode text")
+        same = " ".join(text.split())
+        if same in seen:
             raise InputError(
-                f"prompt {position} repeats prompt {seen[text]}: {text!r}; each may be given once"
+                f"prompt {position} repeats prompt {seen[same]}: {text!r}; each may be given once"
             )
-        seen[text] = position
+        seen[same] = position
+
+
+def is_unicode(text: str) -> bool:
+    """Can it be written down? What a terminal or a JSON escape gave may hold half a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_prompts(spec: str) -> list[str]:
@@ -149,25 +162,33 @@ def _read_set(spec: str) -> list[str]:
 
 
 def _read_lines(spec: str, text: str) -> list[str]:
-    return text.splitlines()
+    return text.split("\n")  # other separators, such as U+2028, may stand within a prompt
 
 
 def _read_csv(spec: str, text: str) -> list[str]:
-    rows = csv.DictReader(text.splitlines())
-    if "prompt" not in (rows.fieldnames or ()):
-        raise InputError(f"prompt file {spec!r} has columns {rows.fieldnames}; one must be called 'prompt'")
-    return [row["prompt"] or "" for row in rows]
+    rows = csv.DictReader(io.StringIO(text, newline=""))  # a quoted prompt may hold line breaks
+    try:
+        if "prompt" not in (rows.fieldnames or ()):
+            raise InputError(
+                f"prompt file {spec!r} has columns {rows.fieldnames}; one must be called 'prompt'"
+            )
+        return [row["prompt"] or "" for row in rows]
+    except csv.Error as error:
+        raise InputError(
+            f"prompt file {spec!r} line {rows.reader.line_num} cannot be read: {error}"
+        ) from None
 
 
 def _read_jsonl(spec: str, text: str) -> list[str]:
     prompts = []
-    for position, line in enumerate(text.splitlines(), 1):
+    for position, line in enumerate(_read_lines(spec, text), 1):
         if not line.strip():
             continue
         try:
             value = json.loads(line)
-            prompts.append(value if isinstance(value, str) else value["prompt"])
-        except (ValueError, KeyError, TypeError):
+            prompt = value if isinstance(value, str) else value["prompt"]
+            prompts.append(prompt.strip())
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise InputError(
                 f"prompt file {spec!r} line {position} is neither a JSON string nor an object with 'prompt'"
             ) from None

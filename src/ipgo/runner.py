@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import json
 import logging
@@ -29,7 +30,7 @@ from ipgo.evaluation import Judge, Score, draw, score
 from ipgo.images import to_pil
 from ipgo.methods import WITHOUT_GRADIENT
 from ipgo.prompts import Prompt, unseen_words
-from ipgo.rewards import Reward, has_gradient, identity_of, load_reward
+from ipgo.rewards import Reward, asks, has_gradient, identity_of, load_reward
 from ipgo.store import Run
 from ipgo.task import Progress, Task
 
@@ -48,7 +49,7 @@ class Models:
     rewards: Mapping[str, Reward]
     judge: Judge | None
 
-    @property
+    @functools.cached_property
     def identities(self) -> dict[str, Any]:
         """What decides the scores, by reward; JSON's own types, as they are read back."""
         found: dict[str, Any] = json.loads(
@@ -117,12 +118,29 @@ def run(folder: Run, models: Models) -> None:
         pending = folder.pending(folder.config.method.stackable)
         if not pending:
             folder.start(facts(models))  # refuses other models than those that its results are of
+        else:
+            try_rewards(folder, models)
         for chunk in pending:
             progress, cost = fit_chunk(folder, models, chunk)
             finish_chunk(folder, models, chunk, progress, cost)
         folder.close()
     finally:
         folder.release()
+
+
+def try_rewards(folder: Run, models: Models) -> None:
+    """Score one picture of the first prompt, so that a reward which only judges fails before the search, if it does.
+
+    A person is not asked for the sake of it.
+    """
+    config = folder.config
+    judges = {
+        name: reward for name, reward in models.rewards.items() if name != config.reward and not asks(name)
+    }
+    if judges:
+        text, seeds = config.prompts[0], config.judged_seeds[:1]
+        drawings = list(draw(models.backend, {"raw": Adapter()}, text, seeds, config.sampling.fitting))
+        score(drawings, judges, config.reward)
 
 
 def fit_chunk(folder: Run, models: Models, chunk: Chunk, limit: Limit | None = None) -> tuple[Progress, Cost]:
@@ -176,6 +194,7 @@ def finish_chunk(
         for row, prompt in enumerate(chunk.prompts):
             if folder.done(prompt):
                 continue
+            folder.save_adapter(prompt, progress.adapter if config.shared else progress.adapter.row(row))
             scores = taken_over(folder, models, prompt, twins)
             if not scores:
                 scores = draw_and_score(folder, models, prompt, "raw", Adapter())
@@ -183,7 +202,6 @@ def finish_chunk(
             if config.method_name != "raw":
                 scores += draw_and_score(folder, models, prompt, config.method_name, progress.adapter)
                 bar.update(len(seeds))
-            folder.save_adapter(prompt, progress.adapter if config.shared else progress.adapter.row(row))
             paid = cost_of(cost, chunk, progress.adapter)
             folder.finish(prompt, scores, paid, bool(progress.failed[row]), models.identities)
     folder.drop_checkpoint(chunk)

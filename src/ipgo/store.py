@@ -16,7 +16,7 @@ from PIL import Image
 
 from ipgo import files
 from ipgo.adapters import Adapter
-from ipgo.artefacts import load_adapter, save_adapter, save_scores
+from ipgo.artefacts import load_adapter, load_identities, load_scores, save_adapter, save_scores
 from ipgo.chunks import Checkpoint, Chunk, Cost, read_checkpoint, write_checkpoint
 from ipgo.config import RunConfig, flatten
 from ipgo.errors import InputError, ResumeError
@@ -57,7 +57,8 @@ class Run:
             if config is None:
                 raise InputError(f"{str(path)!r} is not a run folder: it has no run.json")
             others = [file for file in path.iterdir() if not _ours(file)] if path.is_dir() else []
-            if path.is_file() or others:
+            files.check_out(path, folder=True)
+            if others:
                 raise InputError(
                     f"out is {str(path)!r}, which holds something else; give a new or empty folder"
                 )
@@ -93,7 +94,7 @@ class Run:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
             if (self.path / "run.json").exists():
-                check_models(self.path, self.facts, facts)
+                self._continue(facts)
             else:
                 about = {"schema": SCHEMA, "digest": self.config.digest(), **facts}
                 files.write_json(self.path / "run.json", {**about, "config": self.config.to_json()})
@@ -103,6 +104,17 @@ class Run:
             raise InputError(
                 f"out is {str(self.path)!r}, which cannot be written: {error.strerror}"
             ) from None
+
+    def _continue(self, facts: Mapping[str, Any]) -> None:
+        """Refuse other models; but a reward that only judges may be repaired as long as it has scored nothing."""
+        there = self.facts
+        now, raised = facts.get("rewards", {}), self.config.reward
+        if not any(map(self.done, self.prompts)):
+            judges = {name: identity for name, identity in now.items() if name != raised}
+            there["rewards"] = {**there.get("rewards", {}), **judges}
+        check_models(self.path, there, facts)
+        if there != self.facts:
+            files.write_json(self.path / "run.json", there)
 
     @property
     def identities(self) -> dict[str, Any]:
@@ -246,6 +258,17 @@ class Run:
     def scores(self) -> list[Score]:
         """The scores of all results."""
         return [Score(**each) for result in self.results() for each in result["scores"]]
+
+    def judge_again(self, scores: Sequence[Score], rewards: Mapping[str, Any], *, keep: bool = True) -> None:
+        """Add scores of a later evaluation to those of earlier ones (unless they do not compare: `keep`)."""
+        file = self.path / EVALUATION
+        known, found = load_identities(file), {(s.method, s.prompt, s.seed, s.reward): s for s in scores}
+        strange = [name for name, own in rewards.items() if known.get(name, own) != own]
+        earlier = load_scores(file) if keep else []
+        for each in earlier:
+            if each.reward not in strange:
+                found.setdefault((each.method, each.prompt, each.seed, each.reward), each)
+        save_scores(file, found.values(), {**(known if keep else {}), **rewards})
 
     def close(self) -> None:
         """When all is done: collect the scores in scores.jsonl, and drop what only a continuation needs."""

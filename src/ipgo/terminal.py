@@ -30,7 +30,10 @@ def add_device_flags(parser: argparse.ArgumentParser) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, with one sentence in place of its usage lines."""
+    """argparse, with one sentence in place of its usage lines, and prompts after options as well as before."""
+
+    def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        return self.parse_intermixed_args(args, namespace)
 
     def error(self, message: str) -> None:  # type: ignore[override]
         raise InputError(f"{message}; see `{self.prog} --help`")

@@ -214,7 +214,8 @@ class _Climb:
                 grad /= distributed.get_world_size()
             grads.append(grad / _rows(scale, grad))
         norms = torch.cat([grad.flatten(1) for grad in grads], dim=1).norm(dim=1)  # (N,)
-        factor = (self.ascent.max_grad_norm / (norms + 1e-6)).clamp(max=1)
+        longest = math.inf if self.ascent.max_grad_norm is None else self.ascent.max_grad_norm
+        factor = (longest / (norms + 1e-6)).clamp(max=1)
         for parameter, grad in zip(self.parameters.values(), grads, strict=True):
             parameter.grad = grad * _rows(factor, grad)
         return norms.cpu(), norms.isfinite().cpu()

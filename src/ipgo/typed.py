@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import numbers
 import types
 import typing
@@ -20,6 +21,8 @@ def check_types(settings: Any, prefix: str = "") -> None:
     """
     for name, hint in _hints(settings.__class__).items():
         value = _plain(getattr(settings, name))
+        if any(isinstance(each, float) and not math.isfinite(each) for each in _each(value)):
+            raise InputError(f"{prefix}{name} is {value!r}; it must be a finite number")
         if not _fits(value, hint):
             wanted = getattr(hint, "__name__", str(hint)) if isinstance(hint, type) else str(hint)
             raise InputError(f"{prefix}{name} is {value!r}; it must be {wanted}")
@@ -41,6 +44,10 @@ def _plain(value: Any) -> Any:
         return value if same else items
     foreign = isinstance(value, numbers.Real) and hasattr(value, "item")  # numpy's have it, Python's have not
     return value.item() if foreign else value
+
+
+def _each(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
 
 def _fits(value: Any, hint: Any) -> bool:

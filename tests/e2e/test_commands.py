@@ -17,6 +17,7 @@ from PIL import Image
 
 import ipgo
 from ipgo import cli, files, runner
+from ipgo.artefacts import load_identities, load_scores
 from ipgo.prompts import read_prompts
 from ipgo.rewards.checkpoints import fingerprint
 from ipgo.store import Run
@@ -264,6 +265,51 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
     assert error.startswith("ipgo: ")
     assert error.count("\n") == 1
     assert list(tmp_path.rglob("*.png")) == []
+
+
+def test_a_reward_that_only_judges_fails_before_the_search_or_can_be_repaired(
+    fitted: Path, pipeline_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine, out = tmp_path / "mine.py", tmp_path / "run"
+    judged = ("--held-out", f"{mine}:mine")
+    start = "def mine(images, prompts):\n"
+    mine.write_text(f"{start}    raise ValueError('never')\n")
+    assert fit(pipeline_folder, out, PROMPTS, *judged) == 2
+    assert "reward 'mine' fails: ValueError: never (mine.py, line 2)" in capsys.readouterr().err
+    assert not out.exists()
+    whole = f"{start}    return images.mean((1, 2, 3))\n"
+    mine.write_text(whole.replace("    return", "    assert len(images) == 1, 'many'\n    return"))
+    assert fit(pipeline_folder, out, PROMPTS, *judged) == 2
+    assert "reward 'mine' fails: AssertionError: many (mine.py, line 2)" in capsys.readouterr().err
+    prompt = Run.open(out).prompts[0]
+    assert (Run.open(out).folder(prompt) / "adapter.safetensors").is_file()
+    mine.write_text(whole)
+    assert fit(pipeline_folder, out, PROMPTS, *judged) == 0
+    run = Run.open(out)
+    assert run.identities[f"{mine}:mine"] == ipgo.rewards.identity_of(ipgo.load_reward(f"{mine}:mine"))
+    for each, theirs in zip(run.prompts, Run.open(fitted).prompts, strict=True):
+        ours = (run.folder(each) / "adapter.safetensors").read_bytes()
+        assert ours == (fitted / "prompts" / theirs.id / "adapter.safetensors").read_bytes()
+    mine.write_text(whole + "\n")
+    assert fit(pipeline_folder, out, PROMPTS, *judged) == 2
+    assert "the scores do not compare" in capsys.readouterr().err
+
+
+def test_evaluations_are_added_to_each_other(fitted: Path, tmp_path: Path) -> None:
+    place = tmp_path / "run"
+    shutil.copytree(fitted, place)
+    for seeds, rewards in ((["7"], ["contrast"]), (["8", "9"], ["contrast"]), (["9"], ["emoji-aesthetic"])):
+        assert cli.main(["evaluate", str(place), "--seeds", *seeds, "--rewards", *rewards]) == 0
+    found = load_scores(place / "evaluation.jsonl")
+    kinds = {(each.reward, each.seed) for each in found}
+    assert kinds == {
+        *((reward, seed) for reward in ("colorfulness", "contrast") for seed in (7, 8, 9)),
+        ("emoji-aesthetic", 9),
+    }
+    assert len(found) == len(kinds) * len(PROMPTS) * 2
+    head = load_identities(place / "evaluation.jsonl")
+    assert head.keys() == {"colorfulness", "contrast", "emoji-aesthetic"}
+    assert "2 fitted prompts, 3 further seeds" in (place / "report.html").read_text()
 
 
 def test_words_that_the_model_never_saw_are_named(

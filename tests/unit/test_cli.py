@@ -87,6 +87,15 @@ def test_the_list_of_backends_says_all_that_is_declared(capsys: pytest.CaptureFi
         (["report", "/nowhere"], "'/nowhere' is not a run folder"),
         (["generate", "/nowhere"], "'/nowhere' is not an adapter folder"),
         (["generate", "x", "--seeds", "one"], "invalid int value: 'one'"),
+        (["list", "rewards", "clipp"], "unknown reward 'clipp'; did you mean 'clip'"),
+        (
+            ["evaluate", "/nowhere", "--rewards", "contrats"],
+            "unknown reward 'contrats'; did you mean 'contrast'",
+        ),
+        (["generate", "/nowhere", "--out", __file__], "which is a file; give a folder"),
+        (["fit", "a fox", "--out", f"{__file__}/run"], "which cannot be written"),
+        (["fit", "a fox", "a  fox "], "prompt 2 repeats prompt 1"),
+        (["fit", "a \udcff fox"], "which is no valid Unicode text"),
     ],
 )
 def test_bad_words(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,6 +103,21 @@ def test_bad_words(words: list[str], message: str, capsys: pytest.CaptureFixture
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_one_of_a_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["list", "backends", "sd15"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("backends:\n  sd15 ")
+    assert "sdxl" not in out
+    assert "guidance" in out
+
+
+def test_a_reader_that_has_had_enough_is_no_error() -> None:
+    for words in ("list objects", "--help"):
+        command = f"{sys.executable} -m ipgo.cli {words} | true; exit ${{PIPESTATUS[0]}}"
+        found = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+        assert found.stderr == ""
 
 
 def test_a_file_in_place_of_a_prompt(tmp_path: Path) -> None:

@@ -152,7 +152,19 @@ def test_bad_flags_are_one_sentence(flags: list[str], message: str) -> None:
         ("method: ipgoo", "unknown method 'ipgoo'; did you mean 'ipgo'"),
         ("sampling: {steps: many}", "sampling.steps is 'many'"),
         ("- a\n- b", "holds no 'key: value' settings"),
-        ("a: [", "cannot be read"),
+        ("a: 3\nb: [", "cannot be read: .* in line 2"),
+        ("sampling: 3", "sampling is 3; it must be settings"),
+        ("method: {ascent: [1]}", r"method.ascent is \[1\]; it must be settings"),
+        ("method: 3", "method is 3; it must be a name"),
+        ("method: {name: [ipgo]}", "it must be a name"),
+        ("3: 4", "3 is no name of a setting"),
+        ("sampling: {3: 4}", "sampling.3 is no name of a setting"),
+        ("shared: 2", "shared is 2; it must be true or false"),
+        ("config: other.yaml", "has 'config', which only the command line takes"),
+        ("text: a fox", "has 'text', which only the command line takes"),
+        ("preset: paper", "unknown preset 'paper'; did you mean 'paper-code'"),
+        ("method: {ascent: {lr: .inf}}", "ascent.lr is inf; it must be a finite number"),
+        ("sampling: {guidance_scale: .nan}", "guidance_scale is nan; it must be a finite number"),
     ],
 )
 def test_bad_files_are_one_sentence(tmp_path: Path, text: str, message: str) -> None:
@@ -161,6 +173,15 @@ def test_bad_files_are_one_sentence(tmp_path: Path, text: str, message: str) -> 
     with pytest.raises(InputError, match=message) as error:
         read(read_settings(None, str(file)))
     assert "\n" not in str(error.value)
+
+
+def test_a_file_may_say_less(tmp_path: Path) -> None:
+    """A preset of its own, one seed without brackets, and nothing at all about the method."""
+    file = tmp_path / "run.yaml"
+    file.write_text("preset: fast\nseeds: 3\nheld_out: contrast\nmethod:\n")
+    config = read(read_settings(None, str(file)))
+    assert config == replace(read(read_settings("fast", None)), seeds=(3,), held_out=("contrast",))
+    assert read(read_settings("ipgo-plus", str(file))).method == read(read_settings("ipgo-plus", None)).method
 
 
 def test_unknown_preset_and_missing_file() -> None:

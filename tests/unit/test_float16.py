@@ -32,7 +32,7 @@ def states(make, dtype, reward, steps=1, **ascent):
     """The state of the loop after each step; with Nesterov's momentum the first one holds the gradient."""
     backend = load_backend(make(), device="cpu", dtype=dtype)
     ascent = {"optimizer": "sgd", "lr": 1e-6, "backprop_steps": 1, "penalty_weight": 0.0, **ascent}
-    climb = Ascent(steps=steps, max_grad_norm=math.inf, **ascent)
+    climb = Ascent(steps=steps, max_grad_norm=None, **ascent)
     task = Task(backend, reward, PROMPTS, SAMPLING)
     return [progress.state() for progress in IPGO(FREE, climb).fit(task)]
 

@@ -41,8 +41,26 @@ def test_readers(tmp_path: Path, name: str, content: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "content", "prompts"),
+    [
+        ("p.csv", 'prompt,n\n"a cat\non a mat",1\na dog,2\n', ["a cat\non a mat", "a dog"]),
+        ("p.jsonl", '"a cat\u2028on a mat"\n"a dog"\n', ["a cat\u2028on a mat", "a dog"]),
+        ("p.txt", "a cat\x0bon a mat\na dog", ["a cat\x0bon a mat", "a dog"]),
+    ],
+)
+def test_only_the_ends_of_lines_part_prompts(
+    tmp_path: Path, name: str, content: str, prompts: list[str]
+) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    assert read_prompts(str(tmp_path / name)) == prompts
+
+
+@pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        ("p.jsonl", b'"a"\n{"prompt": 3}\n', "line 2 is neither"),
+        ("p.jsonl", b'"a"\n{"prompt": null}\n', "line 2 is neither"),
+        ("p.csv", b"prompt\n" + b"a" * 200_000, "line 2 cannot be read: field larger"),
         ("p.txt", b"\n \n", "is empty"),
         ("p.txt", b"\xff\xfe\xff", "not UTF-8"),
         ("p.csv", b"text\na cat\n", "one must be called 'prompt'"),

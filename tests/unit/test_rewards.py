@@ -1,10 +1,12 @@
 """Rewards: their contract, their names, their sums."""
 
+import functools
+
 import pytest
 import torch
 
 from ipgo.errors import InputError, RewardError
-from ipgo.rewards import REWARDS, as_reward, check_reward, load_reward, score
+from ipgo.rewards import REWARDS, as_reward, check_reward, identity_of, load_reward, score
 
 IMAGES = torch.rand((3, 3, 8, 8), generator=torch.Generator().manual_seed(0))
 PROMPTS = ["a", "b", "c"]
@@ -73,6 +75,9 @@ def test_a_reward_from_a_file(tmp_path):
         ("colourfulness", "unknown reward 'colourfulness'; did you mean 'colorfulness'"),
         ("x*contrast", "reward weight 'x'"),
         ("contrast+", "is empty"),
+        ("nan*contrast", "reward weight 'nan' in 'nan[*]contrast' must be a finite number other than 0"),
+        ("contrast+0*colorfulness", "reward weight '0'"),
+        ("mine.py", "reward 'mine.py' names no function; write mine.py:FUNCTION"),
         ("nowhere.py:warmth", "'nowhere.py' does not exist"),
     ],
 )
@@ -100,6 +105,84 @@ def test_the_bundled_names_are_there():
 def test_a_broken_reward_is_named(function, message):
     with pytest.raises(RewardError, match=message):
         score(as_reward(function, "mine"), IMAGES, PROMPTS)
+
+
+@pytest.mark.parametrize("error", [KeyError("left"), SystemExit(3), ValueError()])
+def test_a_reward_that_fails_is_named_with_its_error_and_line(error):
+    def mine(images, prompts):
+        raise error
+
+    line = mine.__code__.co_firstlineno + 1
+    with pytest.raises(RewardError, match=rf"^reward 'mine' fails: {type(error).__name__}.*line {line}\)$"):
+        score(as_reward(mine), IMAGES, PROMPTS)
+
+
+def test_errors_that_are_not_the_rewards_own_pass():
+    def mine(images, prompts):
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(torch.OutOfMemoryError):
+        score(as_reward(mine), IMAGES, PROMPTS)
+
+
+def brighter(factor):
+    return lambda images, prompts: images.mean((1, 2, 3)) * factor
+
+
+def weighed(images, prompts, factor):
+    return images.mean((1, 2, 3)) * factor
+
+
+def counting():
+    calls = 0
+
+    def mine(images, prompts):
+        nonlocal calls
+        calls += 1
+        return images.mean((1, 2, 3))
+
+    return mine
+
+
+def filled(value, kind=torch.nn.Linear):
+    module = kind(2, 1)
+    torch.nn.init.constant_(module.weight, value)
+    torch.nn.init.zeros_(module.bias)
+    return module
+
+
+def test_rewards_of_ones_own_are_told_apart_by_what_they_compute():
+    class Rating(torch.nn.Linear):
+        def forward(self, images, prompts):
+            return super().forward(images.mean((2, 3))[:, :2])[:, 0]
+
+    first, second = (
+        lambda images, prompts: images.mean((1, 2, 3)),
+        lambda images, prompts: images.sum((1, 2, 3)),
+    )
+    different = [
+        first,
+        second,
+        brighter(1.0),
+        brighter(2.0),
+        functools.partial(weighed, factor=1.0),
+        functools.partial(weighed, factor=2.0),
+        filled(0.1, Rating),
+        filled(0.2, Rating),
+        filled(0.1, Rating).forward,
+    ]
+    found = [identity_of(as_reward(each, "mine"))["weights"] for each in different]
+    assert all(found)
+    assert len(set(map(tuple, found))) == len(different)
+    again = [brighter(2.0), filled(0.2, Rating)]
+    assert [identity_of(as_reward(each, "mine"))["weights"] for each in again] == [found[3], found[7]]
+
+
+def test_what_changes_from_call_to_call_is_no_part_of_an_identity():
+    mine = as_reward(counting())
+    before = identity_of(mine)
+    score(mine, IMAGES, PROMPTS)
+    assert identity_of(mine) == before
 
 
 def test_a_broken_image_is_not_the_rewards_fault():

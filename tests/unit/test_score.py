@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import struct
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +68,15 @@ def test_json_says_what_scored(folder: Path, tmp_path: Path, capsys: pytest.Capt
     header, line = capsys.readouterr().out.splitlines()
     assert header == "file,prompt,contrast,contrast fingerprint"
     assert float(line.split(",")[2]) == values[0]
+
+
+def test_sixteen_bits_of_grey_are_not_cut_off(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
+    Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / "deep.png")
+    Image.fromarray((ramp / 257).round().astype(np.uint8)).save(tmp_path / "flat.png")
+    deep, flat = (from_pil(Image.open(tmp_path / name)) for name in ("deep.png", "flat.png"))
+    assert deep.shape == flat.shape == (3, 64, 64)
+    assert (deep - flat).abs().max() <= 0.5 / 255 + 1 / 65535
 
 
 def test_a_table_names_the_pictures(folder: Path, tmp_path: Path) -> None:
@@ -131,6 +142,12 @@ def test_who_looks_at_prompts_is_known_without_loading(spec: str) -> None:
         (["{folder}", "--reward", "clip"], "reward 'clip' looks at prompts"),
         (["{tmp}/broken.png", "--reward", "contrast"], "cannot be read"),
         (["{tmp}/half.png", "--reward", "contrast"], "half.png' cannot be read"),
+        (
+            ["{tmp}/float.tiff.png", "--reward", "contrast"],
+            "cannot be read: its pixels are numbers of mode 'F'",
+        ),
+        (["{tmp}/bomb.png", "--reward", "contrast"], "bomb.png' cannot be read: Image size"),
+        (["{folder}", "--reward", "contrast", "--prompts", "{tmp}/latin.csv"], "latin.csv' cannot be read"),
         (["{folder}", "--reward", "contrast", "--device", "gpu"], "unknown device 'gpu'"),
         (["{folder}", "--reward", "contrast", "--out", "{folder}/00.png/x.csv"], "which cannot be written"),
         (
@@ -156,6 +173,11 @@ def test_bad_input_is_one_sentence(
     if any(word.startswith("{tmp}/") for word in words):
         (tmp_path / "broken.png").write_bytes(b"\x89PNG and no more")
         (tmp_path / "half.png").write_bytes((folder / "01.png").read_bytes()[:2000])
+        Image.new("F", (8, 8)).save(tmp_path / "float.tiff.png", "TIFF")
+        head = b"IHDR" + struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
+        signed = struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head))
+        (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + signed + b"\0\0\0\0IDAT")
+        (tmp_path / "latin.csv").write_bytes(b"file,prompt\n00.png,caf\xe9\n")
         (tmp_path / "p.csv").write_text("file,prompt\nzz.png,a\n")
         (tmp_path / "twice.csv").write_text("file,prompt\n00.png,a\n00.png,b\n")
     assert cli.main(["score", *(word.format(folder=folder, tmp=tmp_path) for word in words)]) == 2

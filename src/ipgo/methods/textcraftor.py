@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -19,7 +18,7 @@ from ipgo.typed import check_types
 # As published (5 of 25 steps carry gradient, no clipping), but for the rate: 1e-6 is meant for 10,000 steps of
 # 32 prompts. The published weight decay of 0.01 would take 1e-7 of each weight a step, and is left out.
 DEFAULT = Ascent(
-    lr=1e-5, lr_decay=1.0, max_grad_norm=math.inf, backprop_steps=5, penalty_weight=0.0, recompute=True
+    lr=1e-5, lr_decay=1.0, max_grad_norm=None, backprop_steps=5, penalty_weight=0.0, recompute=True
 )
 
 

@@ -70,9 +70,7 @@ def render(run: Run) -> str:
         summary=summary(run, fitted, unseen),
         fallen=fallen(config.reward, unseen or fitted),
         rows=_rows(fitted, unseen),
-        later=summarise(later) if later else [],
-        later_seeds=len({each.seed for each in later}),
-        later_prompts=len({each.prompt for each in later}),
+        later=_later(run, later),
         later_strange=[name for name, own in scored_by.items() if run.identities.get(name, own) != own],
         curve=charts.curve(rewards, bold, before),
         curve_name=name,
@@ -84,6 +82,25 @@ def render(run: Run) -> str:
         scorers={name: fingerprint(identity) for name, identity in run.identities.items()},
         missing=len(run.prompts) - len(results),
     )
+
+
+def _later(run: Run, scores: Sequence[Score]) -> list[dict[str, Any]]:
+    """What was judged again: the prompts of the run, and those that it was never fitted to."""
+    fitted = set(run.config.prompts)
+    parts = {
+        "fitted": [each for each in scores if each.prompt in fitted],
+        "never fitted": [each for each in scores if each.prompt not in fitted],
+    }
+    return [
+        {
+            "title": title,
+            "prompts": len({each.prompt for each in part}),
+            "seeds": len({each.seed for each in part}),
+            "gains": summarise(part),
+        }
+        for title, part in parts.items()
+        if part
+    ]
 
 
 def _settings(run: Run) -> dict[str, Any]:

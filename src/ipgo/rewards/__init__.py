@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
+import math
 import pkgutil
 import re
 from collections.abc import Callable, Sequence
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from ipgo.devices import choose_device
-from ipgo.errors import InputError, RewardError, unknown
-from ipgo.rewards.checkpoints import Checkpoint, Source, sha256
+from ipgo.errors import InputError, IpgoError, RewardError, unknown
+from ipgo.rewards.checkpoints import Checkpoint, Source
+from ipgo.rewards.own import parts_of, read_function, said
 
 RewardFunction = Callable[[Tensor, Sequence[str]], Tensor]
 
@@ -110,8 +111,8 @@ def as_reward(
     if isinstance(function, Reward):
         return function
     if not callable(function) or isinstance(function, type) or not _takes_two(function):
-        said = getattr(function, "__name__", type(function).__name__)
-        raise InputError(f"a reward must be a function of (images, prompts), not {said}")
+        given = getattr(function, "__name__", type(function).__name__)
+        raise InputError(f"a reward must be a function of (images, prompts), not {given}")
     own_name = getattr(function, "__name__", type(function).__name__)
     return FunctionReward(function, name or str(own_name), differentiable)
 
@@ -130,18 +131,14 @@ def _takes_two(function: RewardFunction) -> bool:
 def identity_of(reward: Reward) -> dict[str, Any]:
     """What decides a reward's scores beside picture and prompt: two that differ in it are not to be compared.
 
-    A reward of one's own that states no `identity` has that of the file it is written in; "weights" is None if
-    there is no such file, and then nothing is known.
+    A reward of one's own that states no `identity` has that of what it is written in and computes by
+    (`own.parts_of`); "weights" is None if nothing of that shows.
     """
     stated = getattr(reward, "identity", None)
     if stated is not None:
         return dict(stated)
-    written = reward.function if isinstance(reward, FunctionReward) else type(reward)
-    try:
-        weights = [sha256(Path(inspect.getfile(inspect.unwrap(written))))]
-    except (TypeError, OSError):
-        weights = None
-    return {"id": reward.name, "version": 1, "weights": weights, "preprocessing": "its own"}
+    written = reward.function if isinstance(reward, FunctionReward) else reward
+    return {"id": reward.name, "version": 1, "weights": parts_of(written), "preprocessing": "its own"}
 
 
 def describe(name: str) -> str:
@@ -163,6 +160,11 @@ def needs_prompts(spec: str) -> bool:
 def has_gradient(spec: str) -> bool:
     """Will what `load_reward` makes of a spec claim to be differentiable? Without loading a model."""
     return _outline(spec).differentiable
+
+
+def asks(spec: str) -> bool:
+    """Does a person give it?"""
+    return any(_term(term)[1].startswith("ask:") for term in _terms(spec))
 
 
 def _outline(spec: str) -> Reward:
@@ -217,19 +219,22 @@ def check_reward(spec: str) -> None:
             checkpoint = _checkpoint(name)
             if checkpoint is not None:
                 checkpoint.check()
-        elif ".py:" in name:
-            _load_file(name)
         else:
-            raise unknown("reward", _bare(name), REWARDS)
+            _load(name, torch.device("cpu"))  # a function; or an unknown name
 
 
 def score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
     """The reward's answer (B,), checked.
 
     Raises:
-        RewardError: the answer is not a tensor of shape (B,), or not finite though its image is.
+        RewardError: it fails, or the answer is not a tensor of shape (B,), or not finite though its image is.
     """
-    values = reward(images, list(prompts))
+    try:
+        values = reward(images, list(prompts))
+    except (IpgoError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except (Exception, SystemExit) as error:
+        raise RewardError(f"reward {reward.name!r} fails: {said(error)}") from error
     if not isinstance(values, Tensor) or values.shape != (len(images),):
         given = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise RewardError(
@@ -278,9 +283,12 @@ def _term(term: str) -> tuple[float, str]:
     if not name.strip():
         raise InputError(f"reward term {term!r} is empty; write a name, or weight*name, joined by +")
     try:
-        return float(weight) if star else 1.0, name.strip()
+        value = float(weight) if star else 1.0
     except ValueError:
         raise InputError(f"reward weight {weight!r} in {term!r} is not a number") from None
+    if not math.isfinite(value) or value == 0:
+        raise InputError(f"reward weight {weight!r} in {term!r} must be a finite number other than 0")
+    return value, name.strip()
 
 
 def _load(name: str, device: torch.device) -> Reward:
@@ -290,8 +298,14 @@ def _load(name: str, device: torch.device) -> Reward:
         load, checkpoint = pkgutil.resolve_name(REWARDS[_bare(name)]), _checkpoint(name)
         return as_reward(load(device) if checkpoint is None else load(device, checkpoint), name)
     if ".py:" in name:
-        return _load_file(name)
-    raise unknown("reward", _bare(name), REWARDS)
+        return as_reward(*read_function(name))
+    raise _unknown(name)
+
+
+def _unknown(name: str) -> InputError:
+    if name.endswith(".py"):
+        return InputError(f"reward {name!r} names no function; write {name}:FUNCTION")
+    return unknown("reward", _bare(name), REWARDS)
 
 
 def _bare(name: str) -> str:
@@ -318,25 +332,3 @@ def _load_external(spec: str) -> Reward:
     """`cmd:line` or `ask:question`."""
     reward: Reward = pkgutil.resolve_name(EXTERNAL[spec[:4]])(spec[4:])
     return reward
-
-
-def _load_file(spec: str) -> Reward:
-    """`path/mine.py:warmth`."""
-    place, _, function = spec.rpartition(":")
-    path = Path(place)
-    if not path.is_file():
-        raise InputError(f"reward file {place!r} does not exist")
-    source = importlib.util.spec_from_file_location(f"ipgo_user_reward_{path.stem}", path)
-    assert source is not None
-    assert source.loader is not None
-    module: Any = importlib.util.module_from_spec(source)
-    try:
-        source.loader.exec_module(module)
-    except Exception as error:
-        raise InputError(f"reward file {place!r} does not run: {type(error).__name__}: {error}") from error
-    if not hasattr(module, function):
-        public = [
-            name for name, value in vars(module).items() if callable(value) and not name.startswith("_")
-        ]
-        raise unknown(f"reward in {place!r}:", function, public)
-    return as_reward(getattr(module, function), function)
