@@ -135,7 +135,9 @@ class _Climb:
         for number, batch in enumerate(batches):
             objective, rewards, penalty, images = self._score(batch, step, self._backprop_steps(step, number))
             scale = self.memory["loss_scale"].to(objective)
-            torch.autograd.backward(-(objective * scale).sum() / drawn)
+            # To these alone: a reward of the user's may have parameters that want a gradient too.
+            own = [each for each in self.parameters.values() if each.requires_grad]
+            torch.autograd.backward(-(objective * scale).sum() / drawn, inputs=own)
             self.memory["rewards"][batch] = rewards.detach().cpu().float()
             self.memory["penalty"][batch] = penalty.detach().cpu().float()
         return None if self.task.shared else images.detach()

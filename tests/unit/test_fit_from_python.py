@@ -43,7 +43,7 @@ def test_held_out_rewards_are_named(pipeline_folder: str) -> None:
         **SHORT,
     )
     assert result.rewards["contrast"] == identity_of(ipgo.load_reward("contrast"))
-    assert result.rewards["brightness"]["weights"] == [sha256(Path(__file__))]
+    assert result.rewards["brightness"]["weights"][0] == sha256(Path(__file__))
     assert {gain.reward: gain.held_out for gain in result.on_unseen_seeds} == {
         "brightness": False,
         "contrast": True,
@@ -142,6 +142,16 @@ def test_a_reward_may_change_what_it_is_given(pipeline_folder: str) -> None:
     ]
     ours, theirs = ([each.value for each in one[0].scores if each.reward == "contrast"] for one in results)
     assert ours == theirs
+
+
+def test_a_fit_leaves_no_gradient_in_a_reward(pipeline_folder: str) -> None:
+    class Brightness(torch.nn.Linear):
+        def forward(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:  # type: ignore[override]
+            return super().forward(images.mean((2, 3)))[:, 0]
+
+    reward = Brightness(3, 1)
+    ipgo.fit("a fox", backend=pipeline_folder, reward=reward, method=ONE_STEP, device="cpu", **SHORT)
+    assert all(each.requires_grad and each.grad is None for each in reward.parameters())
 
 
 def test_paths_may_be_texts(pipeline_folder: str, tmp_path: Path) -> None:
