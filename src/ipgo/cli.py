@@ -245,11 +245,11 @@ def generate(argv: list[str]) -> int:
     args = parser.parse_args(argv)
 
     from ipgo.backends import load_backend
-    from ipgo.config import check_seeds
     from ipgo.evaluation import draw
     from ipgo.images import to_pil
     from ipgo.prompts import check_prompts, number
     from ipgo.sampling import Sampling
+    from ipgo.seeding import check_seeds
 
     check_seeds(tuple(args.seeds))
     files.check_out(args.out, folder=True)
@@ -290,12 +290,12 @@ def evaluate(argv: list[str]) -> int:
     import dataclasses
 
     from ipgo.adapters import Adapter
-    from ipgo.config import check_seeds
     from ipgo.evaluation import evaluate, summarise
     from ipgo.prompts import check_prompts
     from ipgo.report import write_report
     from ipgo.rewards import check_reward
     from ipgo.runner import load_models
+    from ipgo.seeding import check_seeds
     from ipgo.store import EVALUATION, Run, other_weights
 
     check_seeds(tuple(args.seeds))

@@ -34,11 +34,11 @@ def explain(argv: list[str]) -> int:
 
     from ipgo import files
     from ipgo.backends import load_backend
-    from ipgo.config import check_seeds
     from ipgo.explain import Vocabulary, check_adapter
     from ipgo.explain import explain as explained
     from ipgo.rewards import check_reward, identity_of, load_reward
     from ipgo.sampling import Sampling
+    from ipgo.seeding import check_seeds
 
     if args.top < 1:
         raise InputError(f"top is {args.top}; it must be at least 1")

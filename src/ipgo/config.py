@@ -21,6 +21,7 @@ from ipgo.methods import METHODS
 from ipgo.methods.ipgo import IPGO
 from ipgo.prompts import check_prompts
 from ipgo.sampling import Sampling
+from ipgo.seeding import check_seeds
 from ipgo.task import Method
 from ipgo.typed import check_types
 
@@ -185,12 +186,6 @@ FLAGS: dict[str, dict[str, Any]] = {
         "help": "prompt-batch: one set of embeddings for all prompts, in place of one for each",
     },
 }
-
-
-def check_seeds(seeds: tuple[int, ...]) -> None:
-    """Raise `InputError` for a negative or repeated seed."""
-    if any(seed < 0 for seed in seeds) or len(set(seeds)) < len(seeds):
-        raise InputError(f"seeds is {list(seeds)}; they must be different and at least 0")
 
 
 def default_seeds(method: Method) -> tuple[int, ...]:

@@ -22,6 +22,8 @@ def choose_device(wanted: str | torch.device) -> torch.device:
         device = torch.device(wanted)
     except (RuntimeError, TypeError):
         raise InputError(f"unknown device {wanted!r}; use auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device {str(wanted)!r} is not supported; use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"device {str(wanted)!r} is not there: torch sees {torch.cuda.device_count()} GPUs")
     return device

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ipgo.adapters import Adapter, generate
 from ipgo.backends import Backend
 from ipgo.errors import InputError
-from ipgo.rewards import Reward
+from ipgo.rewards import Reward, RewardFunction, as_reward
 from ipgo.rewards import score as checked
 from ipgo.sampling import Sampling
 
@@ -121,9 +121,9 @@ def score(
 def evaluate(
     backend: Backend,
     adapters: Mapping[str, Adapter],
-    rewards: Mapping[str, Reward],
+    rewards: Mapping[str, Reward | RewardFunction],
     prompts: Sequence[str],
-    seeds: Sequence[int],
+    seeds: Iterable[int],
     sampling: Sampling,
     trained_on: str,
     judge: Judge | None = None,
@@ -138,12 +138,14 @@ def evaluate(
     """
     if isinstance(prompts, str):
         raise InputError(f"evaluate needs a list of prompts, not {prompts!r}")
-    if not len(prompts) or not len(seeds):
+    seeds = [getattr(seed, "item", lambda seed=seed: seed)() for seed in seeds]  # numpy's are no JSON
+    if not len(prompts) or not seeds:
         raise InputError("evaluate needs at least one prompt and one seed")
+    judges = {name: as_reward(reward, name) for name, reward in rewards.items()}
     scores = []
     for prompt in tqdm(prompts, desc="evaluating", unit="prompt", disable=None, leave=False):
         drawings = list(draw(backend, adapters, prompt, seeds, sampling))
-        scores += score(drawings, rewards, trained_on, judge)
+        scores += score(drawings, judges, trained_on, judge)
     return scores
 
 

@@ -18,8 +18,9 @@ from ipgo.defaults import defaults
 from ipgo.errors import InputError
 from ipgo.evaluation import Gain, Score, summarise
 from ipgo.prompts import Prompt
-from ipgo.rewards import Reward, as_reward
-from ipgo.runner import check_method, load_models, run, warn_of_unseen_words
+from ipgo.rewards import Reward, as_reward, check_reward
+from ipgo.runner import check_gradient, check_method, load_models, run, warn_of_unseen_words
+from ipgo.runner import held_out as judges_of
 from ipgo.sampling import Sampling
 from ipgo.store import Run
 from ipgo.task import Method
@@ -119,6 +120,10 @@ def fit(
         device=str(device),
         **({} if given_backend is None else asdict(given_backend.opening)),
     )
+    for spec in (*judges_of(config), *([config.reward] if given_reward is None else [])):
+        check_reward(spec)
+    if given_reward is None:
+        check_gradient(config)
     with tempfile.TemporaryDirectory() as temporary, torch.inference_mode(False):
         folder = Run.open(Path(out) if out is not None else Path(temporary) / "run", config)
         check_method(folder)

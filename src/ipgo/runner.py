@@ -75,6 +75,11 @@ def load_models(config: RunConfig, backend: Backend | None = None, reward: Rewar
     rewards = {config.reward: reward}
     others = [name for name in held_out(config) if name != config.reward]
     rewards |= {name: load_reward(name, device=config.device) for name in others}
+    taken = [name for name in rewards if name.startswith("judge-")]
+    if taken:
+        raise InputError(
+            f"reward {taken[0]!r} has a name that is kept for the judge's verdicts; give it another"
+        )
     return Models(backend, reward, rewards, load_judge(config))
 
 

@@ -6,8 +6,20 @@ So nothing has to be saved to continue a run, and no result depends on how work 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
+
+from ipgo.errors import InputError
+
+SEEDS = 2**64  # so many there are: what torch takes
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Raise `InputError` for a seed that cannot be, or one that is given twice."""
+    whole = all(isinstance(seed, int) and not isinstance(seed, bool) for seed in seeds)
+    if not whole or not all(0 <= seed < SEEDS for seed in seeds) or len(set(seeds)) < len(seeds):
+        raise InputError(f"seeds is {list(seeds)}; they must be different whole numbers from 0 to 2**64 - 1")
 
 
 def derive(seed: int, *keys: str | int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -12,9 +11,11 @@ from torch import Tensor
 from ipgo.adapters import Adapter
 from ipgo.backends import Backend
 from ipgo.errors import InputError
+from ipgo.prompts import check_prompts
 from ipgo.rewards import Reward
 from ipgo.sampling import Sampling
-from ipgo.seeding import derive
+from ipgo.seeding import check_seeds, derive
+from ipgo.typed import check_types
 
 
 @dataclass(frozen=True)
@@ -41,18 +42,9 @@ class Task:
     def __post_init__(self) -> None:
         if not isinstance(self.reward, Reward):
             raise InputError("task.reward is not a reward; make one of a function with as_reward(function)")
-        if isinstance(self.prompts, str):
-            raise InputError(f"task.prompts is {self.prompts!r}; it must be a tuple of prompts")
-        if not self.prompts:
-            raise InputError("prompts is empty; give at least one")
-        for prompt in self.prompts:
-            if not prompt.strip():
-                raise InputError("a prompt is empty")
-        twice = [prompt for prompt, count in Counter(self.prompts).items() if count > 1]
-        if twice:
-            raise InputError(f"prompt {twice[0]!r} is given twice")
-        if len(set(self.seeds)) < len(self.seeds):
-            raise InputError(f"seeds {list(self.seeds)} has duplicates")
+        check_types(self, "task.")
+        check_prompts(self.prompts)
+        check_seeds(self.seeds)
 
     def noise_seeds(self, prompts: list[str], step: int) -> list[int]:
         """The seed of each prompt's noise at a step of the fit."""

@@ -110,7 +110,7 @@ def test_a_file_overrides_the_preset(tmp_path: Path) -> None:
         ({"chunk": 0}, "chunk is 0; it must be at least 1"),
         ({"unseen_seeds": -1}, "unseen_seeds is -1"),
         ({"seeds": (1, 1)}, r"seeds is \[1, 1\]; they must be different"),
-        ({"seeds": (-1,)}, "at least 0"),
+        ({"seeds": (-1,)}, "whole numbers from 0"),
         ({"seeds": (1001,)}, "kept for judging"),
         ({"seeds": (), "unseen_seeds": 0}, "at least one seed"),
         ({"sampling": Sampling(steps=1)}, "backprop_steps is .*; sampling.steps allows at most 1"),

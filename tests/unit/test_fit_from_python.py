@@ -99,7 +99,16 @@ def test_numbers_of_numpy_are_numbers(pipeline_folder: str, tmp_path: Path) -> N
         (lambda: ipgo.fit("a", reward=torch.nn.Identity), r"not Identity"),
         (lambda: ipgo.load_reward(brightness), r"loaded by its name"),  # type: ignore[arg-type]
         (lambda: ipgo.load_backend(""), r"backend is empty"),
-        (lambda: ipgo.load_backend("emoji", padding=None), r"unknown padding 'None'"),  # type: ignore[arg-type]
+        (lambda: ipgo.load_backend("emoji", padding=None), r"padding is None; it must be str"),  # type: ignore[arg-type]
+        (lambda: ipgo.load_backend("emoji", image_size="64"), r"image_size is '64'; it must be int"),  # type: ignore[arg-type]
+        (lambda: ipgo.load_backend("emoji", scheduler=""), r"unknown scheduler ''"),
+        (lambda: ipgo.load_backend("emoji", device="mps"), r"device 'mps' is not supported"),
+        (lambda: ipgo.fit("a", seeds=(2**64,)), r"whole numbers from 0 to 2\*\*64 - 1"),
+        (lambda: ipgo.fit("a", reward="contrats"), r"did you mean 'contrast'"),
+        (
+            lambda: ipgo.fit("a", reward="cmd:wc -c {image}", method="ipgo"),
+            r"has no gradient, which method 'ipgo' needs",
+        ),
     ],
 )
 def test_what_cannot_be_is_said_in_a_sentence(make: Any, message: str) -> None:
@@ -113,6 +122,53 @@ def test_a_fit_in_inference_mode_learns(pipeline_folder: str) -> None:
         inside = ipgo.fit("a fox", method=ONE_STEP, **settings)
     outside = ipgo.fit("a fox", method=ONE_STEP, **settings)
     assert [each.value for each in inside[0].scores] == [each.value for each in outside[0].scores]
+
+
+def test_a_pipeline_from_inference_mode_is_refused(pipeline_folder: str) -> None:
+    with torch.inference_mode():
+        pipe = StableDiffusionPipeline.from_pretrained(pipeline_folder)
+        backend = ipgo.load_backend(pipeline_folder, device="cpu")
+    with pytest.raises(ipgo.InputError, match=r"was made in torch\.inference_mode"):
+        ipgo.load_backend(pipe)
+    assert ipgo.fit("a fox", backend=backend, reward=brightness, method=ONE_STEP, **SHORT)
+
+
+def test_more_steps_than_a_scheduler_has(backend: ipgo.Backend) -> None:
+    with pytest.raises(ipgo.InputError, match=r"^sampling.steps is 1001; the model's scheduler refuses it"):
+        ipgo.generate(backend, ["a fox"], [0], sampling=ipgo.Sampling(steps=1001))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "seeds", "others", "message"),
+    [
+        ([None], [0], {}, "prompt 1 is None; a prompt is a text"),
+        (["a"], [-1], {}, r"seeds is \[-1\]"),
+        (["a"], [0.5], {}, r"seeds is \[0.5\]"),
+        (["a"], 3, {}, "a list of prompts and one of seeds"),
+        (["a"], [0], {"sampling": {"steps": 1}}, "it must be of the type Sampling"),
+        (["a"], [0], {"adapter": "runs/lemon"}, "it must be of the type Adapter"),
+    ],
+)
+def test_what_cannot_be_drawn(
+    prompts: Any, seeds: Any, others: Any, message: str, backend: ipgo.Backend
+) -> None:
+    with pytest.raises(ipgo.InputError, match=message):
+        ipgo.generate(backend, prompts, seeds, **others)
+
+
+def test_plain_functions_and_numbers_of_numpy_judge(backend: ipgo.Backend) -> None:
+    sampling, seeds = ipgo.Sampling(steps=1), np.array([3, 5])
+    scores = ipgo.evaluate(
+        backend, {"raw": ipgo.Adapter()}, {"mine": brightness}, ["a"], seeds, sampling, "mine"
+    )
+    images = ipgo.generate(backend, ["a", "a"], seeds, sampling=sampling)
+    assert [each.value for each in scores] == pytest.approx(brightness(images, []).tolist(), abs=1e-6)
+    assert [type(each.seed) for each in scores] == [int, int]
+
+
+def test_a_judges_name_is_not_free(backend: ipgo.Backend) -> None:
+    with pytest.raises(ipgo.InputError, match="kept for the judge's verdicts"):
+        ipgo.fit("a", backend=backend, reward=ipgo.as_reward(brightness, "judge-object"), **SHORT)
 
 
 def test_images_are_drawn_of_lists(backend: ipgo.Backend) -> None:
@@ -182,7 +238,7 @@ def test_the_bundled_model_keeps_its_guidance_by_whatever_way_it_is_opened() -> 
 
 def test_a_text_is_no_list_of_prompts(backend: ipgo.Backend) -> None:
     reward = ipgo.as_reward(brightness)
-    with pytest.raises(ipgo.InputError, match=r"task\.prompts is 'cat'; it must be a tuple"):
+    with pytest.raises(ipgo.InputError, match=r"task\.prompts is 'cat'; it must be tuple"):
         ipgo.Task(backend, reward, "cat")  # type: ignore[arg-type]
     with pytest.raises(ipgo.InputError, match="evaluate needs a list of prompts, not 'cat'"):
         ipgo.evaluate(backend, {"raw": ipgo.Adapter()}, {"b": reward}, "cat", [0], ipgo.Sampling(), "b")

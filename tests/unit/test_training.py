@@ -200,9 +200,9 @@ def test_settings_are_refused_before_anything_is_drawn(backend):
     ("options", "message"),
     [
         ({"prompts": ()}, "prompts is empty"),
-        ({"prompts": ("a", " ")}, "a prompt is empty"),
-        ({"prompts": ("a", "a")}, "prompt 'a' is given twice"),
-        ({"seeds": (1, 1)}, "has duplicates"),
+        ({"prompts": ("a", " ")}, "prompt 2 is empty"),
+        ({"prompts": ("a", "a")}, "prompt 2 repeats prompt 1"),
+        ({"seeds": (1, 1)}, "they must be different"),
         ({"reward": print}, "is not a reward"),
     ],
 )

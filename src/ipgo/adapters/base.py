@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from ipgo.backends import Backend, load_backend
 from ipgo.embeds import PromptEmbeds
 from ipgo.errors import InputError
+from ipgo.prompts import check_prompts
 from ipgo.sampling import Sampling, sample, unconditional
+from ipgo.seeding import check_seeds
 
 
 class Adapter(nn.Module):
@@ -123,19 +125,33 @@ def stack(adapters: Sequence[Adapter]) -> Adapter:
 def generate(
     backend: Backend,
     prompts: Sequence[str],
-    seeds: Sequence[int],
-    adapter: Adapter,
-    sampling: Sampling,
+    seeds: Iterable[int],
+    adapter: Adapter | None = None,
+    sampling: Sampling | None = None,
     *,
     backprop_steps: int = 0,
 ) -> Tensor:
     """Draw prompts[i] from the noise of seeds[i], as one batch: (B, 3, H, W) images in [0, 1].
 
     Args:
+        adapter: what was learned; None draws the prompts as they are.
+        sampling: None is 20 steps at the backend's own guidance.
         backprop_steps: the last denoising steps that carry gradient back to the adapter.
+
+    Raises:
+        InputError: not a seed for each prompt, or a prompt that the adapter was not fitted to.
     """
-    if isinstance(prompts, str) or not isinstance(seeds, Sequence):
+    if isinstance(prompts, str) or not isinstance(seeds, Iterable):
         raise InputError(f"generate needs a list of prompts and one of seeds, not {prompts!r} and {seeds!r}")
+    adapter, sampling = adapter or Adapter(), sampling or Sampling()
+    for name, value, kind in (("adapter", adapter, Adapter), ("sampling", sampling, Sampling)):
+        if not isinstance(value, kind):
+            raise InputError(f"{name} is {value!r}; it must be of the type {kind.__name__}")
+    prompts, seeds = list(prompts), [getattr(seed, "item", lambda seed=seed: seed)() for seed in seeds]
+    for prompt in prompts:
+        check_prompts([prompt])
+    for seed in seeds:
+        check_seeds([seed])
     if len(prompts) != len(seeds) or not prompts:
         raise InputError(
             f"generate needs one seed for each prompt, not {len(prompts)} prompts, {len(seeds)} seeds"

@@ -78,7 +78,7 @@ def load_backend(
     padding: str = "max_length",
     scheduler: str | None = None,
     long_prompts: str = "refuse",
-    text_device: str = "auto",
+    text_device: str | torch.device = "auto",
 ) -> Backend:
     """Open a frozen text-to-image backend.
 
@@ -100,12 +100,14 @@ def load_backend(
         InputError: an unknown name or option, a family that is not known or does not have the option, or a
             folder that is incomplete, damaged or holds a pickle.
     """
+    text_device = str(text_device)
     opening = Opening(image_size, padding, scheduler, long_prompts, text_device)
     if isinstance(source, str | Path):
         kind, place = _place(source)
         family = _family(kind, str(source))
         opening.check(family.facts, kind)
-        backend = family(_open(place, kind, device, dtype, text_device), str(source), opening)
+        with torch.inference_mode(False):  # else nothing could be learned through its weights
+            backend = family(_open(place, kind, device, dtype, text_device), str(source), opening)
         return with_own_scale(backend, str(source))
     kinds = [kind.__name__ for kind in type(source).__mro__ if kind.__name__ in FAMILIES]
     if not kinds:
@@ -115,6 +117,12 @@ def load_backend(
         )
     opening.check(FAMILIES[kinds[0]].facts, kinds[0])
     given: Any = source
+    for part, module in given.components.items():
+        if isinstance(module, nn.Module) and any(each.is_inference() for each in module.parameters()):
+            raise InputError(
+                f"the pipeline's {part} was made in torch.inference_mode, through which nothing can be learned; "
+                "load the pipeline outside of it"
+            )
     if device != "auto":
         put(given, choose_device(device), text_device)
     elif text_device != "auto":

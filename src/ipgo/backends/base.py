@@ -247,7 +247,12 @@ class Backend(ABC):
     def scheduler(self, steps: int, latents: Tensor) -> Any:
         """A fresh diffusers scheduler with timesteps set: schedulers carry the state of a trajectory."""
         scheduler = new_scheduler(self.pipe.scheduler, self.scheduler_name)
-        scheduler.set_timesteps(**self._timesteps(steps, latents), device=latents.device)
+        try:
+            scheduler.set_timesteps(**self._timesteps(steps, latents), device=latents.device)
+        except ValueError as error:  # more steps than it was trained with
+            raise InputError(
+                f"sampling.steps is {steps}; the model's scheduler refuses it: {error}"
+            ) from None
         return scheduler
 
     def guided(

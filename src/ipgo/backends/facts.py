@@ -7,6 +7,7 @@ from typing import Literal
 
 from ipgo.backends.schedulers import SCHEDULERS
 from ipgo.errors import InputError, unknown
+from ipgo.typed import check_types
 
 PADDINGS = ("max_length", "none")
 LONG_PROMPTS = ("refuse", "truncate", "chunk")
@@ -84,8 +85,9 @@ class Opening:
     text_device: str = "auto"
 
     def __post_init__(self) -> None:
+        check_types(self)
         for option, value, allowed in (
-            ("scheduler", self.scheduler or "ddim", SCHEDULERS),
+            ("scheduler", "ddim" if self.scheduler is None else self.scheduler, SCHEDULERS),
             ("padding", self.padding, PADDINGS),
             ("long_prompts", self.long_prompts, LONG_PROMPTS),
             ("text_device", self.text_device, TEXT_DEVICES),
