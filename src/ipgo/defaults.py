@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, fields, replace
 from typing import Any, cast
 
-from ipgo.backends import few_steps
+from ipgo.backends import FewSteps, few_steps
 from ipgo.errors import unknown
 from ipgo.methods import METHODS
 from ipgo.sampling import Sampling
@@ -13,7 +13,7 @@ from ipgo.task import Method
 
 
 def for_backend(backend: str, method: str) -> dict[str, Any]:
-    """Nested settings, as a preset has them, by the backend's name; empty for models of many steps.
+    """Nested settings, as a preset has them, by the backend's name or folder; empty for models of many steps.
 
     Its steps and guidance scale, and gradient through all of its steps for a method that has such a choice.
     """
@@ -26,11 +26,11 @@ def for_backend(backend: str, method: str) -> dict[str, Any]:
     return chosen
 
 
-def defaults(backend: str, method: str = "ipgo") -> tuple[Method, Sampling]:
-    """What `ipgo.fit` does with a backend of this name, and the method of this name."""
+def defaults(few: FewSteps | None, method: str = "ipgo") -> tuple[Method, Sampling]:
+    """What `ipgo.fit` does with a backend of few steps or of many, and the method of this name."""
     if method not in METHODS:
         raise unknown("method", method, METHODS)
-    few, chosen = few_steps(backend), METHODS[method]()
+    chosen = METHODS[method]()
     if few is None:
         return chosen, Sampling()
     if hasattr(chosen, "ascent"):

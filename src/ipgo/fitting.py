@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from ipgo.adapters import Adapter
-from ipgo.backends import Backend, load_backend
+from ipgo.backends import Backend, few_steps, load_backend
 from ipgo.config import RunConfig
 from ipgo.defaults import defaults
 from ipgo.errors import InputError
@@ -103,7 +103,8 @@ def fit(
         given_backend = load_backend(backend, device=device)
     name = str(backend) if given_backend is None else given_backend.name
     own_method, own_sampling = defaults(
-        name if given_backend is None else given_backend.origin, method if isinstance(method, str) else "ipgo"
+        few_steps(name) if given_backend is None else given_backend.few_steps,
+        method if isinstance(method, str) else "ipgo",
     )
     config = RunConfig(
         prompts=_several("prompts", prompts),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from diffusers import StableDiffusionPipeline
@@ -13,8 +15,9 @@ import ipgo
 from ipgo import cli
 from ipgo.backends import BACKENDS, GUIDANCE, few_steps
 from ipgo.cli_compare import entries_of
-from ipgo.defaults import for_backend
+from ipgo.defaults import defaults, for_backend
 from ipgo.methods import METHODS
+from tests import tiny_families as tiny
 
 LEAST = ("--reward", "colorfulness", "--unseen-seeds", "1", "--method.ascent.steps", "1", "--held-out")
 
@@ -47,6 +50,43 @@ def test_few_steps_by_name(source: str, expected: tuple[int, float]) -> None:
 def test_others_have_many_steps(source: str) -> None:
     assert few_steps(source) is None
     assert for_backend(source, "ipgo") == {}
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (tiny.lcm, (4, 8.5)),
+        (tiny.lcm_lora, (4, 1.0)),
+        (tiny.sana_sprint, (2, 4.5)),
+        (lambda: tiny.flux(distilled=False), (4, 1.0)),
+        (tiny.flux_2, (4, 1.0)),
+        (tiny.flux, None),
+        (lambda: tiny.flux_2(distilled=False), None),
+        (tiny.sdxl, None),
+    ],
+)
+def test_few_steps_by_what_a_pipeline_is_made_of(
+    make: Callable[[], Any], expected: tuple[int, float] | None, tmp_path: Path
+) -> None:
+    """Whatever its folder is called, and with none at all."""
+    pipe = make()
+    pipe.save_pretrained(tmp_path / "mine")
+    backend = ipgo.load_backend(pipe)
+    for few in (few_steps(str(tmp_path / "mine")), backend.few_steps):
+        assert (None if few is None else (few.steps, few.guidance_scale)) == expected
+    if expected is not None:
+        assert backend.guidance_scale == expected[1]
+        assert for_backend(str(tmp_path / "mine"), "ipgo")["sampling"]["steps"] == expected[0]
+        method, sampling = defaults(backend.few_steps)
+        assert (sampling.steps, sampling.guidance_scale) == expected
+        assert method.ascent.backprop_steps is None  # type: ignore[attr-defined]
+
+
+def test_a_damaged_folder_is_left_to_the_opening_of_it(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text("[1")
+    assert few_steps(str(tmp_path)) is None
+    (tmp_path / "model_index.json").write_text("[]")
+    assert few_steps(str(tmp_path)) is None
 
 
 def test_every_name_of_few_steps_is_known() -> None:

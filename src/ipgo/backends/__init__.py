@@ -10,7 +10,7 @@ from torch import nn
 
 from ipgo.backends.base import Backend
 from ipgo.backends.facts import Facts, Opening
-from ipgo.backends.few_steps import FewSteps, by_name
+from ipgo.backends.few_steps import FewSteps, by_folder, by_name, by_pipeline
 from ipgo.backends.flux import Flux
 from ipgo.backends.flux_2 import Flux2Klein
 from ipgo.backends.pixart import PixArtAlpha, PixArtSigma
@@ -135,13 +135,14 @@ def load_backend(
 
 
 def few_steps(source: str) -> FewSteps | None:
-    """How a model is sampled that draws in a few steps, by its name alone; None for others."""
-    return by_name(BACKENDS[source][1] if source in BACKENDS else source)
+    """How a model is sampled that draws in a few steps, by its name or what is in its folder; None for others."""
+    place = BACKENDS[source][1] if source in BACKENDS else source
+    return by_name(place) or by_folder(Path(place))
 
 
 def with_own_scale(backend: Backend, source: str) -> Backend:
     """Give a model that is known by its name the guidance scale that it is meant for."""
-    few = few_steps(source)
+    few = backend.few_steps = few_steps(source) or by_pipeline(backend.pipe)
     name = next((name for name, (_, place) in BACKENDS.items() if place == source), source)
     scale = few.guidance_scale if few is not None else GUIDANCE.get(name)
     backend.guidance_scale = backend.guidance_scale if scale is None else scale

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ipgo.backends.facts import Facts, Guidance, Opening
+from ipgo.backends.few_steps import FewSteps
 from ipgo.backends.schedulers import STOCHASTIC, new_scheduler
 from ipgo.backends.weights import fingerprint
 from ipgo.devices import name_of
@@ -40,6 +41,7 @@ class Backend(ABC):
         max_tokens: the longest prompt, or with long_prompts="chunk" the longest window, with its marks.
         guidance: what this model has of `facts.guidance`.
         guidance_scale: what it is sampled with where nothing else is asked for.
+        few_steps: how it is sampled if it draws in a few; None for others.
         padding: "max_length" (prompts are padded as stock pipelines do) or "none" (the denoiser sees text only).
         modules: "denoiser", "text_encoder" (and "text_encoder_2" ...), "decoder": frozen, in eval mode.
         calls: the cost ledger, in rows: "denoiser" counts one for each image row of each `predict` call,
@@ -77,6 +79,7 @@ class Backend(ABC):
             "decoder": pipe.vae,
         }
         self.guidance_scale = self._own_scale()
+        self.few_steps: FewSteps | None = None
         self.calls: Counter[str] = Counter()
         self.latent_shape = self._latent_shape(opening.image_size)
         for module in self.modules.values():

@@ -1,9 +1,13 @@
-"""Models that draw in a few steps, known by their names."""
+"""Models that draw in a few steps, known by their names, or by what they are made of."""
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -42,3 +46,42 @@ def by_name(place: str) -> FewSteps | None:
     found = next((few for needed, few in NAMES if words >= set(needed)), None)
     stated = re.search(r"([1-9]\d*)[-_ ]?step", name)
     return replace(found, steps=int(stated[1])) if found is not None and stated else found
+
+
+def by_parts(kind: str, scheduler: str, options: Mapping[str, Any]) -> FewSteps | None:
+    """What a pipeline of the class `kind` with such a scheduler is, whatever it is called; None: no such model.
+
+    Args:
+        options: `is_distilled` of the pipeline and `guidance_embeds` of its transformer, as far as they have them.
+    """
+    if kind == "LatentConsistencyModelPipeline":
+        return FewSteps(4, 8.5)
+    if kind == "SanaSprintPipeline":
+        return FewSteps(2, 4.5)
+    schnell = kind == "FluxPipeline" and options.get("guidance_embeds") is False
+    klein = kind == "Flux2KleinPipeline" and options.get("is_distilled") is True
+    return FewSteps(4) if schnell or klein or scheduler == "LCMScheduler" else None
+
+
+def by_folder(folder: Path) -> FewSteps | None:
+    """`by_parts` of a diffusers folder; None for what is none, or cannot be read: opening it says why."""
+
+    def read(file: Path) -> dict[str, Any]:
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return content if isinstance(content, dict) else {}
+
+    index = read(folder / "model_index.json")
+    _, scheduler = index.get("scheduler") or (None, "")
+    return by_parts(
+        str(index.get("_class_name")), scheduler, index | read(folder / "transformer/config.json")
+    )
+
+
+def by_pipeline(pipe: Any) -> FewSteps | None:
+    """`by_parts` of a pipeline object."""
+    transformer = getattr(pipe, "transformer", None)
+    options = {**pipe.config, **(transformer.config if transformer is not None else {})}
+    return by_parts(type(pipe).__name__, type(pipe.scheduler).__name__, options)
