@@ -12,7 +12,7 @@ from torch import nn
 from ipgo.errors import InputError, unknown
 from ipgo.typed import check_types
 
-Optimizer = Literal["adam", "amsgrad", "sgd"]
+Optimizer = Literal["adam", "sgd"]
 
 MOMENTUM = 0.9  # Nesterov's, of optimizer="sgd"
 
@@ -23,8 +23,7 @@ class Ascent:
 
     Attributes:
         steps: optimiser steps.
-        optimizer: adam; amsgrad (Reddi et al. 2018), whose steps shrink with a gradient that fades, as that of a reward
-            near its top does; or sgd with Nesterov's momentum of 0.9.
+        optimizer: adam, or sgd with Nesterov's momentum of 0.9.
         lr: learning rate.
         lr_basis: learning rate of the orthonormal basis; None is `lr`.
         lr_decay: factor on the learning rates after every `decay_every` steps.
@@ -79,10 +78,11 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], kind: Optimizer) -> t
         for parameter in parameters.values():
             sgd.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
         return sgd
-    moments = ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if kind == "amsgrad" else []))
-    adam = torch.optim.Adam(groups, amsgrad=kind == "amsgrad")
+    adam = torch.optim.Adam(groups)
     for parameter in parameters.values():
-        adam.state[parameter] = {"step": torch.zeros(())} | {
-            name: torch.zeros_like(parameter) for name in moments
+        adam.state[parameter] = {
+            "step": torch.zeros(()),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
         }
     return adam

@@ -101,7 +101,8 @@ def class_name(index: Path, source: str | Path) -> str:
 
 def _cannot_open(source: str | Path, error: Exception) -> InputError:
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return InputError(f"cannot open backend {str(source)!r}: {lines[0]}")
+    hint = "" if is_local(source) else "; a copy of it can be given as a folder"
+    return InputError(f"cannot open backend {str(source)!r}: {lines[0].rstrip('.')}{hint}")
 
 
 @contextmanager
