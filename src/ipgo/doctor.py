@@ -137,15 +137,11 @@ def _judge(reward: Reward, images: Tensor, prompt: str) -> tuple[Tensor | None, 
     try:
         values = score(reward, images, [prompt])
     except RewardError as error:
-        return None, Finding(
-            str(error), "look for log, sqrt or division at 0, and at the shape: one number a row"
-        )
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # whatever a reward of one's own may raise
-        reason = (str(error).strip().splitlines() or [""])[0]
-        text = f"{name} fails on a picture that carries a gradient: {type(error).__name__}: {reason}"
-        return None, Finding(text, f"compute it in torch alone, without numpy and PIL; {_other_method()}")
+        if error.__cause__ is None:
+            advice = "look for log, sqrt or division at 0, and at the shape: one number a row"
+        else:  # it raised something, for a picture that carries a gradient
+            advice = f"compute it in torch alone, without numpy and PIL; {_other_method()}"
+        return None, Finding(str(error), advice)
     if not values.requires_grad:
         text = f"{name} gives {values.item():.4f}, but the number has no gradient: it was cut off inside"
         advice = "look for .detach(), .item(), .numpy(), torch.no_grad() and new torch.tensor(...) in it"

@@ -18,7 +18,7 @@ from ipgo.adapters import InsertionAdapter
 from ipgo.ascent import Ascent
 from ipgo.backends import Backend
 from ipgo.backends.unloaded import unloaded_backend
-from ipgo.errors import InputError
+from ipgo.errors import InputError, RewardError
 from ipgo.insertion import Insertion
 from ipgo.memory import NEEDS_NUMBERS, LiveMemory, new_sizes, tensors_of
 from ipgo.rewards import Reward, WeightedSum
@@ -108,9 +108,12 @@ class Workload:
                     self.backend, prompts, Insertion(), seed=0, shared=False, sampling=sampling
                 )
                 first_gradient(task, adapter, ascent)
-        except NEEDS_NUMBERS as error:
+        except RewardError as error:
+            if not isinstance(error.__cause__, NEEDS_NUMBERS):
+                raise
             raise InputError(
-                f"reward {self.reward.name!r} cannot be planned: it looks at the values of pictures ({error})"
+                f"reward {self.reward.name!r} cannot be planned: it looks at the values of pictures "
+                f"({error.__cause__})"
             ) from None
         return Footprint(weights, watched.live - weights, memory.peak)
 

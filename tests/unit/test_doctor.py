@@ -129,7 +129,7 @@ def one_number(images: Tensor, prompts: Sequence[str]) -> Tensor:
         (steep, "its gradient with respect to the picture is not finite", "sqrt"),
         (
             numeric,
-            "fails on a picture that carries a gradient: RuntimeError: Can't call numpy()",
+            "reward 'numeric' fails: RuntimeError: Can't call numpy()",
             "without numpy",
         ),
         (one_number, "must return a tensor of shape (1,), not ()", "one number a row"),

@@ -48,8 +48,9 @@ def read_function(spec: str) -> tuple[Function, str]:
 def said(error: BaseException) -> str:
     """An error in one line, with the place that it comes from."""
     kind, text = type(error).__name__, " ".join(str(error).split())
-    last = traceback.extract_tb(error.__traceback__)[-1:]
-    place = f" ({Path(last[0].filename).name}, line {last[0].lineno})" if last else ""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [each for each in frames if "site-packages" not in Path(each.filename).parts]  # not torch's inside
+    place = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
     return f"{kind}{': ' if text else ''}{text}{place}"
 
 
