@@ -161,7 +161,7 @@ def fit(argv: list[str]) -> int:
     check_method(folder)
     warn_of_unseen_words(config)
     loading(config.backend)
-    run(folder, load_models(config))
+    run(folder, load_models(config, begun_in=folder.dtype))
     return show_run(folder)
 
 
@@ -311,7 +311,7 @@ def evaluate(argv: list[str]) -> int:
     if args.rewards:
         config = dataclasses.replace(config, held_out=tuple(args.rewards))
     loading(config.backend)
-    models = load_models(config)
+    models = load_models(config, begun_in=folder.dtype)
     models.backend.check_prompts(prompts)
     others = other_weights(folder.facts, models.backend.identity)
     if others:

@@ -62,7 +62,7 @@ def compare(folder: Comparison) -> None:
     """
     plan, shelf = folder.plan, dict[tuple[Any, ...], Models]()
     first = plan.config(next(iter(plan.entries)))
-    models = _models(first, shelf)
+    models = _models(first, shelf, folder)
     if folder.started:
         folder.check_models(facts(models))
         folder.start(plan, folder.facts)  # with the entries that were added
@@ -81,11 +81,11 @@ def compare(folder: Comparison) -> None:
             folder.forgive(label, [""])
 
 
-def _models(config: RunConfig, shelf: dict[tuple[Any, ...], Models]) -> Models:
-    """What a run computes with: loaded once for all that can share it."""
+def _models(config: RunConfig, shelf: dict[tuple[Any, ...], Models], folder: Comparison) -> Models:
+    """What a run computes with: loaded once for all that can share it, in the format that the comparison began in."""
     key = tuple(getattr(config, name) for name in LOADED)
     if key not in shelf:
-        shelf[key] = load_models(config)
+        shelf[key] = load_models(config, begun_in=folder.facts.get("dtype") if folder.started else None)
     return shelf[key]
 
 
@@ -96,7 +96,7 @@ def _full_disk(error: Exception) -> bool:
 
 def _run_entry(folder: Comparison, label: str, shelf: dict[tuple[Any, ...], Models]) -> None:
     config = folder.plan.config(label)
-    models = _models(config, shelf)
+    models = _models(config, shelf, folder)
     run = Run.open(folder.folder(label), within_budget(folder.plan, label, config, models))
     check_method(run)
     forget_peak_memory(models.backend.device)

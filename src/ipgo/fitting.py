@@ -129,7 +129,7 @@ def fit(
         folder = Run.open(Path(out) if out is not None else Path(temporary) / "run", config)
         check_method(folder)
         warn_of_unseen_words(config)
-        run(folder, load_models(config, given_backend, given_reward))
+        run(folder, load_models(config, given_backend, given_reward, folder.dtype))
         return result_of(folder, Path(out) if out is not None else None)
 
 

@@ -58,12 +58,21 @@ class Models:
         return found
 
 
-def load_models(config: RunConfig, backend: Backend | None = None, reward: Reward | None = None) -> Models:
-    """Load what the settings name, or take what is given; refuse prompts that the backend cannot take."""
+def load_models(
+    config: RunConfig,
+    backend: Backend | None = None,
+    reward: Reward | None = None,
+    begun_in: str | None = None,
+) -> Models:
+    """Load what the settings name, or take what is given; refuse prompts that the backend cannot take.
+
+    Args:
+        begun_in: the format of a run that is continued: its own, where the settings leave it to the device.
+    """
     backend = backend or load_backend(
         config.backend,
         device=config.device,
-        dtype=config.dtype,
+        dtype=begun_in if config.dtype == "auto" and begun_in else config.dtype,
         image_size=config.image_size,
         padding=config.padding,
         scheduler=config.scheduler,

@@ -131,6 +131,11 @@ class Run:
         """What run.json says."""
         return files.read_json(self.path / "run.json")
 
+    @property
+    def dtype(self) -> str | None:
+        """The format that it was begun in; None before that."""
+        return self.facts.get("dtype") if (self.path / "run.json").is_file() else None
+
     # -- where things are -------------------------------------------------------------------------------
 
     def folder(self, prompt: Prompt) -> Path:
@@ -288,7 +293,7 @@ class Run:
 def check_models(path: Path, there: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise `ResumeError` if `path`, with the facts `there`, was drawn or scored by other models than `now`'s.
 
-    What is in one folder is compared, so one name must stay one model. Weights in another format cannot be told apart.
+    What is in one folder is compared, so one name must stay one model, in one format.
     """
     before, after = there.get("rewards", {}), now.get("rewards", {})
     other = [name for name in after if name in before and before[name] != after[name]]
@@ -296,6 +301,12 @@ def check_models(path: Path, there: Mapping[str, Any], now: Mapping[str, Any]) -
         raise ResumeError(
             f"{str(path)!r} was scored by another {other[0]!r} (its weights, preprocessing or version "
             "differ), and the scores do not compare; give the same weights, or another folder"
+        )
+    formats = there.get("dtype"), now.get("dtype")
+    if all(formats) and formats[0] != formats[1]:
+        raise ResumeError(
+            f"{str(path)!r} was drawn in {formats[0]}, not {formats[1]}, and the images do not compare; "
+            "give a backend in that format, or another folder"
         )
     if other_weights(there, now):
         raise ResumeError(

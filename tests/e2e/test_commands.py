@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -293,6 +294,35 @@ def test_a_reward_that_only_judges_fails_before_the_search_or_can_be_repaired(
     mine.write_text(whole + "\n")
     assert fit(pipeline_folder, out, PROMPTS, *judged) == 2
     assert "the scores do not compare" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_in_the_format_that_it_began_in(
+    fitted: Path, pipeline_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever another device would choose."""
+    place = tmp_path / "run"
+    shutil.copytree(fitted, place)
+    opened = []
+    real = runner.load_backend
+
+    def load_backend(*args: Any, **options: Any) -> ipgo.Backend:
+        opened.append(options["dtype"])
+        return real(*args, **options)
+
+    monkeypatch.setattr(runner, "load_backend", load_backend)
+    about = files.read_json(place / "run.json")
+    assert about["dtype"] == "float32"
+    files.write_json(place / "run.json", {**about, "dtype": "bfloat16", "weights": None})
+    assert fit(pipeline_folder, place, PROMPTS) == 0
+    assert cli.main(["evaluate", str(place), "--seeds", "5"]) == 0
+    assert opened == ["bfloat16", "bfloat16"]
+    backend = ipgo.load_backend(pipeline_folder, device="cpu")
+    config = Run.open(place).config
+    settings = {name: getattr(config, name) for name in ("method", "sampling", "seeds", "unseen_seeds")}
+    with pytest.raises(ipgo.ResumeError, match="was drawn in bfloat16, not float32"):
+        ipgo.fit(
+            PROMPTS, reward=config.reward, held_out=config.held_out, backend=backend, out=place, **settings
+        )
 
 
 def test_evaluations_are_added_to_each_other(fitted: Path, tmp_path: Path) -> None:

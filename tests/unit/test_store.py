@@ -283,11 +283,9 @@ def test_a_run_is_not_continued_on_a_backend_of_other_weights(tmp_path: Path) ->
     with pytest.raises(ResumeError, match=r"drawn by a backend of other weights \(aa there, bb now\)"):
         again.start({**facts, "weights": "bb"})
     again.release()
-    half = {"dtype": "float16", "weights": "bb"}
-    for silent in (
-        {"rewards": {}},
-        {**facts, "weights": None},
-        {**facts, **half},
-    ):  # nothing speaks against these
+    with pytest.raises(ResumeError, match="was drawn in float32, not float16"):
+        again.start({**facts, "dtype": "float16", "weights": "bb"})
+    again.release()
+    for silent in ({"rewards": {}}, {**facts, "weights": None}):  # nothing speaks against these
         again.start(silent)
         again.release()
