@@ -55,7 +55,7 @@ def adapter_facts(folder: Path) -> dict[str, Any]:
     """adapter.json; `InputError` if it is missing or damaged."""
     if not (folder / "adapter.json").is_file():
         raise InputError(f"{str(folder)!r} is not an adapter folder: it has no adapter.json")
-    return files.read_json(folder / "adapter.json")
+    return files.read_json(folder / "adapter.json", "kind", "options", "prompts", "settings")
 
 
 def save_scores(file: Path, scores: Iterable[Score], rewards: Mapping[str, Any] | None = None) -> None:
@@ -66,7 +66,7 @@ def save_scores(file: Path, scores: Iterable[Score], rewards: Mapping[str, Any] 
 
 def load_scores(file: Path) -> list[Score]:
     """The scores that `save_scores` wrote; no file is no scores."""
-    return [Score(**line) for line in files.read_lines(file) if "rewards" not in line]
+    return [Score.read(line) for line in files.read_lines(file) if "rewards" not in line]
 
 
 def load_identities(file: Path) -> dict[str, Any]:

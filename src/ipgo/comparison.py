@@ -147,7 +147,7 @@ class Comparison:
                     f"out is {str(path)!r}, which holds something else; give a new or empty folder"
                 )
             return cls(path, plan)
-        stored = files.read_json(found)
+        stored = files.read_json(found, "plan")
         if stored.get("schema") != SCHEMA:
             raise ResumeError(
                 f"{str(found)!r} has schema {stored.get('schema')}; this version reads {SCHEMA}"

@@ -141,6 +141,8 @@ class RunConfig:
     @classmethod
     def from_json(cls, settings: dict[str, Any]) -> RunConfig:
         """The inverse of `to_json`; `InputError` for an unknown key or a value of the wrong type."""
+        if not isinstance(settings, dict) or not isinstance(settings.get("prompts"), list):
+            raise InputError("stored settings are damaged: they have no prompts")
         return _read_json(json.dumps(settings))
 
     def identity(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -34,6 +34,14 @@ class Score:
     reward: str
     value: float
     held_out: bool
+
+    @classmethod
+    def read(cls, stored: Mapping[str, Any]) -> Score:
+        """The inverse of `dataclasses.asdict`; `InputError` for something else."""
+        try:
+            return cls(**stored)
+        except TypeError:
+            raise InputError(f"stored scores are damaged: {str(stored)[:80]!r} is none") from None
 
 
 @dataclass(frozen=True)

@@ -43,12 +43,17 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
     write(file, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object; `InputError` if the file is missing or damaged."""
+def read_json(file: Path, *needed: str) -> dict[str, Any]:
+    """A JSON object; `InputError` if the file is missing or damaged, or lacks one of the keys `needed`."""
     try:
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{str(file)!r} cannot be read: {error}") from None
+    lacking = [key for key in needed if not isinstance(content, dict) or key not in content]
+    if lacking or not isinstance(content, dict):
+        raise InputError(
+            f"{str(file)!r} is damaged: it has no {lacking[0]!r}" if lacking else f"{str(file)!r} is damaged"
+        )
     return content
 
 

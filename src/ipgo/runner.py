@@ -240,7 +240,7 @@ def taken_over(folder: Run, models: Models, prompt: Prompt, twins: Sequence[Run]
             continue
         for seed in config.judged_seeds:
             folder.copy_image(twin, prompt, "before", seed)
-        scores = [Score(**each) for each in result["scores"] if each["method"] == "raw"]
+        scores = [Score.read(each) for each in result["scores"] if each["method"] == "raw"]
         return [replace(each, held_out=each.reward != config.reward) for each in scores]
     return []
 

@@ -63,7 +63,9 @@ class Run:
                     f"out is {str(path)!r}, which holds something else; give a new or empty folder"
                 )
             return cls(path, config)
-        stored = files.read_json(found)
+        stored = files.read_json(found, "config")
+        if not isinstance(stored["config"], dict):
+            raise InputError(f"{str(found)!r} is damaged: its settings are {stored['config']!r}")
         if stored.get("schema") != SCHEMA:
             raise ResumeError(
                 f"{str(found)!r} has schema {stored.get('schema')}; this version reads {SCHEMA}"
@@ -254,7 +256,8 @@ class Run:
 
     def result(self, prompt: Prompt) -> dict[str, Any] | None:
         """A prompt's result.json; None if it is not done."""
-        return files.read_json(self.folder(prompt) / "result.json") if self.done(prompt) else None
+        file = self.folder(prompt) / "result.json"
+        return files.read_json(file, "prompt", "scores", "cost", "status") if self.done(prompt) else None
 
     def results(self) -> list[dict[str, Any]]:
         """The result.json of every prompt that has one, in the order of the prompts."""
@@ -262,7 +265,7 @@ class Run:
 
     def scores(self) -> list[Score]:
         """The scores of all results."""
-        return [Score(**each) for result in self.results() for each in result["scores"]]
+        return [Score.read(each) for result in self.results() for each in result["scores"]]
 
     def judge_again(self, scores: Sequence[Score], rewards: Mapping[str, Any], *, keep: bool = True) -> None:
         """Add scores of a later evaluation to those of earlier ones (unless they do not compare: `keep`)."""

@@ -296,6 +296,41 @@ def test_a_reward_that_only_judges_fails_before_the_search_or_can_be_repaired(
     assert "the scores do not compare" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("run.json", "[1]"),
+        ("run.json", "{}"),
+        ("run.json", '{"schema": 1, "config": [1]}'),
+        ("run.json", '{"schema": 1, "config": {}}'),
+        ("run.json", '{"schema": 1, "con'),
+        ("result.json", "[]"),
+        (
+            "result.json",
+            '{"status": "finished", "prompt": "a fox", "cost": {}, "scores": [{"method": "raw"}]}',
+        ),
+        ("adapter.json", "{}"),
+        ("evaluation.jsonl", '{"no": "score"}\n'),
+    ],
+)
+def test_a_damaged_file_is_one_sentence(
+    name: str, content: str, fitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "run"
+    shutil.copytree(fitted, place)
+    folder = (
+        place
+        if name in ("run.json", "evaluation.jsonl")
+        else Run.open(place).folder(Run.open(place).prompts[0])
+    )
+    (folder / name).write_text(content)
+    words = ["generate", str(place)] if name == "adapter.json" else ["report", str(place)]
+    assert cli.main(words) == 2
+    error = capsys.readouterr().err
+    assert "damaged" in error or "cannot be read" in error
+    assert error.count("\n") == 1
+
+
 def test_a_run_goes_on_in_the_format_that_it_began_in(
     fitted: Path, pipeline_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

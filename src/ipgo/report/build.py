@@ -190,7 +190,7 @@ def _done(run: Run) -> list[Prompt]:
 
 
 def _card(run: Run, prompt: Prompt, result: dict[str, Any]) -> Card:
-    scores = [Score(**each) for each in result["scores"]]
+    scores = [Score.read(each) for each in result["scores"]]
     values = {
         (each.method == "raw", each.seed): each.value for each in scores if each.reward == run.config.reward
     }
