@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,20 @@ def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("tiny-pipeline")
     tiny_pipeline().save_pretrained(folder, safe_serialization=True)
     return str(folder)
+
+
+def put_into_cache(cache: Path, repo: str, source: Path, *names: str) -> None:
+    """What the hub's client leaves of a repository, for it to find offline: a whole folder, or a file under a name."""
+    place = cache / f"models--{repo.replace('/', '--')}"
+    commit = "0" * 40
+    (place / "refs").mkdir(parents=True, exist_ok=True)
+    (place / "refs/main").write_text(commit)
+    snapshot = place / "snapshots" / commit
+    if source.is_dir():
+        shutil.copytree(source, snapshot, dirs_exist_ok=True)
+    for name in names:
+        snapshot.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, snapshot / name)
 
 
 @pytest.fixture

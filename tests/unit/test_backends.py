@@ -1,24 +1,59 @@
 """Opening a backend, and what is refused."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
+from ipgo.adapters import InsertionAdapter, generate
+from ipgo.artefacts import save_adapter
 from ipgo.backends import BACKENDS, FAMILIES, load_backend
 from ipgo.backends import folder as folders
 from ipgo.backends.weights import fingerprint
 from ipgo.embeds import PromptEmbeds
 from ipgo.errors import InputError
+from ipgo.images import from_pil
+from ipgo.insertion import Insertion
 from ipgo.sampling import Sampling, sample
+from tests.conftest import put_into_cache
 
 
 @pytest.fixture
 def folder(pipeline_folder, tmp_path):
     """A copy that a test may damage."""
     return Path(shutil.copytree(pipeline_folder, tmp_path / "model"))
+
+
+def test_a_hub_id_is_opened_from_what_the_hub_has_given_before(pipeline_folder: str, tmp_path: Path) -> None:
+    """By the command, in a process that cannot reach it."""
+    put_into_cache(tmp_path / "cache", "owner/tiny", Path(pipeline_folder))
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "cache")}
+    words = [
+        "generate",
+        str(tmp_path / "one"),
+        "a fox",
+        "--backend",
+        "owner/tiny",
+        "--out",
+        str(tmp_path / "drawn"),
+    ]
+    backend = load_backend(pipeline_folder, device="cpu")
+    adapter = InsertionAdapter.start(
+        backend, ("a fox",), Insertion(), seed=0, shared=False, sampling=Sampling(2)
+    )
+    save_adapter(adapter, tmp_path / "one", {"backend": pipeline_folder, "sampling": {"steps": 2}})
+    command = [sys.executable, "-m", "ipgo.cli", *words]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    (file,) = (tmp_path / "drawn").iterdir()
+    drawn = generate(backend, ["a fox"], [0], adapter, Sampling(2))
+    assert (from_pil(Image.open(file)) - drawn[0]).abs().max() <= 0.5 / 255 + 1e-6
 
 
 def test_a_folder_and_its_pipeline_are_one_backend(pipeline_folder, backend):

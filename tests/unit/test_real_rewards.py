@@ -13,7 +13,7 @@ import torch
 import ipgo.rewards
 from ipgo.errors import InputError
 from ipgo.rewards import REWARDS, SOURCES, check_reward, identity_of, load_reward, score
-from tests.conftest import byte_tokenizer
+from tests.conftest import byte_tokenizer, put_into_cache
 from tests.reward_models import (
     PROMPTS,
     OpenClip,
@@ -59,6 +59,23 @@ def weights(folder: Path, name: str) -> Path:
 
 def sha256(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_what_the_hub_has_given_before_is_found_again(folder: Path, tmp_path: Path, name: str) -> None:
+    """Whole repositories and single files, with the second models and tokenizers that they need."""
+    cache, source = tmp_path / "cache", SOURCES[name]
+    if source.file is None:
+        put_into_cache(cache, source.repo, folder)
+    else:
+        put_into_cache(cache, source.repo, weights(folder, name), source.file)
+        put_into_cache(cache, "openai/clip-vit-large-patch14", folder)
+        bert_tokenizer().save_pretrained(tmp_path / "bert")
+        put_into_cache(cache, "google-bert/bert-base-uncased", tmp_path / "bert")
+    found = load_reward(name, device="cpu")
+    given = load_reward(f"{name}:{weights(folder, name)}", device="cpu")
+    assert torch.equal(score(found, IMAGES, PROMPTS), score(given, IMAGES, PROMPTS))
+    assert identity_of(found) == identity_of(given)
 
 
 # -- specs -------------------------------------------------------------------------------------------------
