@@ -116,18 +116,25 @@ def diffusiondb(place: str, options: Options) -> list[str]:
     try:
         limit = float(options["max_nsfw"])
     except ValueError:
-        raise InputError(f"max_nsfw is {options['max_nsfw']!r}; it must be a number from 0 to 1") from None
+        limit = -1
+    if not 0 <= limit <= 1:
+        raise InputError(f"max_nsfw is {options['max_nsfw']!r}; it must be a number from 0 to 1")
     rows = _rows(file, "prompt", "prompt_nsfw")
     return [row["prompt"] for row in rows if row["prompt_nsfw"] <= limit]
 
 
 def pick_a_pic(place: str, options: Options) -> list[str]:
-    """The captions of a parquet file of Pick-a-Pic v1, or of a split of it on the hub."""
+    """The captions of a parquet file of Pick-a-Pic v1, of a folder of them, or of a split of it on the hub."""
     if place.endswith(".parquet"):
         return [row["caption"] for row in _rows(place, "caption")]
+    if Path(place).is_dir() and place:
+        shards = sorted(Path(place).glob("*.parquet"))
+        if not shards:
+            raise InputError(f"folder {place!r} has no .parquet file")
+        return [row["caption"] for shard in shards for row in _rows(str(shard), "caption")]
     split = place or "validation_unique"
     if split not in PICK_A_PIC_SPLITS:
-        raise unknown("split of Pick-a-Pic", split, (*PICK_A_PIC_SPLITS, "FILE.parquet"))
+        raise unknown("split of Pick-a-Pic", split, (*PICK_A_PIC_SPLITS, "FILE.parquet", "FOLDER"))
     local = "pickapic:PATH/FILE.parquet"
     return [
         caption for (caption,) in _hub_columns(PICK_A_PIC, split, ("caption",), f"pickapic:{split}", local)

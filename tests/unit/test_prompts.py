@@ -292,12 +292,20 @@ def test_parquet_tables(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.table(prompts), file)
     assert read_prompts(f"diffusiondb:{file}") == ["a cat", "gore"]
     assert read_prompts(f"diffusiondb:{file}?max_nsfw=0.5") == ["a cat"]
-    with pytest.raises(InputError, match="max_nsfw is 'low'"):
-        read_prompts(f"diffusiondb:{file}?max_nsfw=low")
+    for limit in ("low", "nan", "2"):
+        with pytest.raises(InputError, match=f"max_nsfw is '{limit}'"):
+            read_prompts(f"diffusiondb:{file}?max_nsfw={limit}")
     with pytest.raises(InputError, match="has no column 'caption'"):
         read_prompts(f"pickapic:{file}")
     parquet.write_table(pyarrow.table({"caption": ["x", "y", "x"]}), file)
     assert read_prompts(f"pickapic:{file}") == ["x", "y"]
+    with pytest.raises(InputError, match=r"has no \.parquet file"):
+        read_prompts(f"pickapic:{Path(__file__).parent}")
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for number, captions in enumerate((["z", "x"], ["w"])):
+        parquet.write_table(pyarrow.table({"caption": captions}), shards / f"test-{number}.parquet")
+    assert read_prompts(f"pickapic:{shards}") == ["z", "x", "w"]
     file.write_bytes(b"PAR1 and no more")
     with pytest.raises(InputError, match="cannot be read"):
         read_prompts(f"pickapic:{file}")
