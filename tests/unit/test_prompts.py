@@ -303,8 +303,8 @@ def test_parquet_tables(tmp_path: Path) -> None:
         read_prompts(f"pickapic:{Path(__file__).parent}")
     shards = tmp_path / "shards"
     shards.mkdir()
-    for number, captions in enumerate((["z", "x"], ["w"])):
-        parquet.write_table(pyarrow.table({"caption": captions}), shards / f"test-{number}.parquet")
+    for shard, captions in enumerate((["z", "x"], ["w"])):
+        parquet.write_table(pyarrow.table({"caption": captions}), shards / f"test-{shard}.parquet")
     assert read_prompts(f"pickapic:{shards}") == ["z", "x", "w"]
     file.write_bytes(b"PAR1 and no more")
     with pytest.raises(InputError, match="cannot be read"):
