@@ -280,6 +280,9 @@ def parse(parser: ArgumentParser, settings: dict[str, Any], argv: list[str]) -> 
         return cast(Namespace, parser.instantiate(parser.parse_args(argv, namespace=base)))
     except ArgumentError as error:
         raise _explain(error, parser) from None
+    except InputError as error:  # a method's settings know their names within the method, not its flags
+        name = str(error).partition(" ")[0]
+        raise InputError(f"method.{error}" if f"method.{name}" in names else str(error)) from None
 
 
 def build(parsed: Namespace, prompts: tuple[str, ...]) -> RunConfig:

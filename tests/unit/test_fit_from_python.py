@@ -97,6 +97,7 @@ def test_numbers_of_numpy_are_numbers(pipeline_folder: str, tmp_path: Path) -> N
             r"a function of \(images, prompts\), not <lambda>",
         ),
         (lambda: ipgo.fit("a", reward=torch.nn.Identity), r"not Identity"),
+        (lambda: ipgo.fit("a", reward=torch.nn.Flatten()), r"not Flatten"),  # type: ignore[arg-type]
         (lambda: ipgo.load_reward(brightness), r"loaded by its name"),  # type: ignore[arg-type]
         (lambda: ipgo.load_backend(""), r"backend is empty"),
         (lambda: ipgo.load_backend("emoji", padding=None), r"padding is None; it must be str"),  # type: ignore[arg-type]

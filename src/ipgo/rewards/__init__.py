@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ipgo.devices import choose_device
 from ipgo.errors import InputError, IpgoError, RewardError, unknown
@@ -119,8 +119,9 @@ def as_reward(
 
 def _takes_two(function: RewardFunction) -> bool:
     """Can it be called so? A builtin may not say, and is believed."""
+    called = function.forward if isinstance(function, nn.Module) else function
     try:
-        inspect.signature(function).bind(None, None)
+        inspect.signature(called).bind(None, None)
     except TypeError:
         return False
     except ValueError:
