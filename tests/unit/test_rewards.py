@@ -178,6 +178,18 @@ def test_rewards_of_ones_own_are_told_apart_by_what_they_compute():
     assert [identity_of(as_reward(each, "mine"))["weights"] for each in again] == [found[3], found[7]]
 
 
+def test_a_function_may_close_over_itself_and_over_what_is_not_there_yet():
+    def mine(images, prompts):
+        return later(images) if len(images) < 2 else mine(images[:1], prompts)
+
+    before = identity_of(as_reward(mine))["weights"]
+
+    def later(images):
+        return images.mean((1, 2, 3))
+
+    assert len(before) == len(identity_of(as_reward(mine))["weights"]) == 2
+
+
 def test_what_changes_from_call_to_call_is_no_part_of_an_identity():
     mine = as_reward(counting())
     before = identity_of(mine)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import functools
 import hashlib
@@ -63,7 +64,8 @@ def parts_of(written: object) -> list[str] | None:
     text = _text(written)
     if text is None:
         return None
-    state = [line for value in _held(written) for line in _lines(value)]
+    seen = {id(written)}
+    state = [line for value in _held(written) for line in _lines(value, seen)]
     return [_digest(text), *([_digest("\n".join(state).encode())] if state else [])]
 
 
@@ -100,30 +102,35 @@ def _held(written: object) -> Iterator[object]:
         yield from (*(written.__defaults__ or ()), *sorted(defaults.items()))
         counters = {each.argval for each in dis.get_instructions(code) if each.opname == "STORE_DEREF"}
         for name, cell in zip(code.co_freevars, written.__closure__ or (), strict=True):
-            if name not in counters:
-                yield cell.cell_contents
+            with contextlib.suppress(ValueError):  # what the cell is for is not defined yet
+                if name not in counters:
+                    yield cell.cell_contents
     elif isinstance(written, nn.Module):
         yield written
 
 
-def _lines(value: object) -> Iterator[str]:
-    """A value as lines that are the same in every process; nothing of what has no such lines."""
+def _lines(value: object, seen: set[int]) -> Iterator[str]:
+    """A value as lines that are the same in every process; nothing of what has no such lines, or was seen before."""
     if isinstance(value, nn.Module):
         for name, tensor in value.state_dict().items():
             yield f"{name} {_digest_of(tensor)}" if isinstance(tensor, Tensor) else name
     elif isinstance(value, Tensor):
         yield _digest_of(value)
     elif inspect.isroutine(value) or isinstance(value, functools.partial):
-        for each in _held(value):
-            yield from _lines(each)
+        if id(value) not in seen:  # a function may close over itself
+            seen.add(id(value))
+            for each in _held(value):
+                yield from _lines(each, seen)
     elif isinstance(value, tuple):
         for each in value:
-            yield from _lines(each)
+            yield from _lines(each, seen)
     elif value is None or isinstance(value, str | int | float):
         yield json.dumps(value)
 
 
 def _digest_of(tensor: Tensor) -> str:
+    if tensor.is_meta:
+        return "no numbers"
     plain = tensor.detach().cpu().contiguous()
     head = f"{plain.dtype} {tuple(plain.shape)} ".encode()
     return _digest(head + plain.flatten().view(torch.uint8).numpy().tobytes())
