@@ -58,9 +58,19 @@ def adapter_facts(folder: Path) -> dict[str, Any]:
     return files.read_json(folder / "adapter.json", "kind", "options", "prompts", "settings")
 
 
-def save_scores(file: Path, scores: Iterable[Score], rewards: Mapping[str, Any] | None = None) -> None:
-    """One JSON object a line; with `rewards`, the first line is {"rewards": their identities by name}."""
-    head = [] if rewards is None else [{"rewards": dict(rewards)}]
+def save_scores(
+    file: Path,
+    scores: Iterable[Score],
+    rewards: Mapping[str, Any] | None = None,
+    drawn_by: Mapping[str, Any] | None = None,
+) -> None:
+    """One JSON object a line; with `rewards`, the first line is {"rewards": their identities by name}.
+
+    Args:
+        drawn_by: the identity of the backend, for that first line too.
+    """
+    own = {} if drawn_by is None else {"drawn_by": dict(drawn_by)}
+    head = [] if rewards is None else [{"rewards": dict(rewards), **own}]
     files.write_lines(file, [*head, *(asdict(each) for each in scores)])
 
 

@@ -313,8 +313,7 @@ def evaluate(argv: list[str]) -> int:
     loading(config.backend)
     models = load_models(config, begun_in=folder.dtype)
     models.backend.check_prompts(prompts)
-    others = other_weights(folder.facts, models.backend.identity)
-    if others:
+    if other_weights(folder.facts, models.backend.identity):
         logging.getLogger("ipgo").warning(
             "%s was fitted on a backend of other weights; what it learned may do nothing here", args.run
         )
@@ -329,7 +328,7 @@ def evaluate(argv: list[str]) -> int:
         config.reward,
         models.judge,
     )
-    folder.judge_again(scores, models.identities, keep=not others)
+    folder.judge_again(scores, models.identities, models.backend.identity)
     unseen = "" if prompts == done else ", never fitted"
     count = f"{len(prompts)} prompt" + "s" * (len(prompts) > 1)
     print(f"{count}{unseen}, seeds {_span(args.seeds)}\n{table(summarise(scores))}")

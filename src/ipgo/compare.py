@@ -25,6 +25,7 @@ from ipgo.runner import (
     fit_chunk,
     forget_peak_memory,
     load_models,
+    try_rewards,
 )
 from ipgo.store import Run
 from ipgo.task import Progress
@@ -63,9 +64,10 @@ def compare(folder: Comparison) -> None:
     plan, shelf = folder.plan, dict[tuple[Any, ...], Models]()
     first = plan.config(next(iter(plan.entries)))
     models = _models(first, shelf, folder)
+    if not folder.started or not folder.scored:
+        try_rewards(first, models)
     if folder.started:
-        folder.check_models(facts(models))
-        folder.start(plan, folder.facts)  # with the entries that were added
+        folder.start(plan, folder.going_on(facts(models)))  # with the entries that were added
     else:
         price = plan.price or measure(models.backend, first.prompts[: first.chunk], first.sampling)
         folder.start(replace(plan, price=price), facts(models))

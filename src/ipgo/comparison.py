@@ -18,7 +18,7 @@ from ipgo.config import NOT_RESULTS, RunConfig, flatten, merge
 from ipgo.errors import InputError, IpgoError, ResumeError, unknown
 from ipgo.evaluation import Score
 from ipgo.prompts import check_prompts
-from ipgo.store import Run, check_models, differences
+from ipgo.store import Run, check_models, differences, with_judges_of
 
 SCHEMA = 1
 PLAN = "plan.json"
@@ -201,9 +201,23 @@ class Comparison:
             load_identities(self.folder(label) / UNSEEN_PROMPTS),
         ]
 
-    def check_models(self, now: Mapping[str, Any]) -> None:
-        """Raise `ResumeError` if the rest would be drawn or scored by other models; `now` as in `start`."""
-        check_models(self.path, self.facts, now)
+    @property
+    def scored(self) -> bool:
+        """Has any entry a result?"""
+        runs = (self.run(label) for label in self.plan.entries)
+        return any(run is not None and any(map(run.done, run.prompts)) for run in runs)
+
+    def going_on(self, now: Mapping[str, Any]) -> dict[str, Any]:
+        """The facts to go on with: those there are; but until there is a score, a reward that only judges may change.
+
+        Raises:
+            ResumeError: the rest would be drawn or scored by other models; `now` as in `start`.
+        """
+        there = (
+            self.facts if self.scored else with_judges_of(self.facts, now, str(self.plan.common["reward"]))
+        )
+        check_models(self.path, there, now)
+        return there
 
     def failures(self) -> dict[str, dict[str, dict[str, str]]]:
         """By label and prompt ("" is the entry as a whole): the error in words, and its traceback."""

@@ -18,8 +18,10 @@ def check_out(out: Path, *, folder: bool) -> None:
         raise InputError(f"out is {str(out)!r}, which is a file; give a folder")
     if not folder and out.is_dir():
         raise InputError(f"out is {str(out)!r}, which is a folder; give a file")
-    there = next(each for each in (out, *out.absolute().parents) if each.exists())
-    code = errno.ENOTDIR if there.is_file() and there != out else errno.EACCES
+    # A file is replaced, so that its folder must be one that can be written.
+    places = (out, *out.absolute().parents) if folder else out.absolute().parents
+    there = next(each for each in places if each.exists())
+    code = errno.EACCES if there.is_dir() else errno.ENOTDIR
     if code == errno.ENOTDIR or not os.access(there, os.W_OK):
         raise InputError(f"out is {str(out)!r}, which cannot be written: {os.strerror(code)}")
 

@@ -121,8 +121,9 @@ def fit(
         device=str(device),
         **({} if given_backend is None else asdict(given_backend.opening)),
     )
-    for spec in (*judges_of(config), *([config.reward] if given_reward is None else [])):
-        check_reward(spec)
+    for spec in {config.reward, *judges_of(config)}:
+        if given_reward is None or spec != config.reward:
+            check_reward(spec)
     if given_reward is None:
         check_gradient(config)
     with tempfile.TemporaryDirectory() as temporary, torch.inference_mode(False):

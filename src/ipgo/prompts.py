@@ -44,8 +44,8 @@ def slug(text: str, limit: int = 40) -> str:
     return "-".join(re.findall(r"[a-z0-9]+", ascii_text.lower()))[:limit].strip("-")
 
 
-def check_prompts(texts: Sequence[str]) -> None:
-    """Raise `InputError` if there is no prompt, an empty one, one that is no text, or the same one twice."""
+def check_prompts(texts: Sequence[str], *, distinct: bool = True) -> None:
+    """Raise `InputError` if there is no prompt, an empty one, one that is no text, or (`distinct`) one twice."""
     if not texts:
         raise InputError("prompts is empty; give at least one prompt")
     seen: dict[str, int] = {}
@@ -57,7 +57,7 @@ def check_prompts(texts: Sequence[str]) -> None:
         if not is_unicode(text):
             raise InputError(f"prompt {position} is {text!r}, which is no valid Unicode text")
         same = " ".join(text.split())
-        if same in seen:
+        if distinct and same in seen:
             raise InputError(
                 f"prompt {position} repeats prompt {seen[same]}: {text!r}; each may be given once"
             )

@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import logging
 import platform
+import re
 import sys
 import time
 from collections import Counter
@@ -69,6 +70,12 @@ def load_models(
     Args:
         begun_in: the format of a run that is continued: its own, where the settings leave it to the device.
     """
+    taken = [name for name in (config.reward, *held_out(config)) if re.fullmatch("judge-[a-z]+", name)]
+    judge = load_judge(config)
+    if taken and judge is not None:
+        raise InputError(
+            f"reward {taken[0]!r} has a name that is kept for the judge's verdicts; give it another"
+        )
     backend = backend or load_backend(
         config.backend,
         device=config.device,
@@ -84,12 +91,9 @@ def load_models(
     rewards = {config.reward: reward}
     others = [name for name in held_out(config) if name != config.reward]
     rewards |= {name: load_reward(name, device=config.device) for name in others}
-    taken = [name for name in rewards if name.startswith("judge-")]
-    if taken:
-        raise InputError(
-            f"reward {taken[0]!r} has a name that is kept for the judge's verdicts; give it another"
-        )
-    return Models(backend, reward, rewards, load_judge(config))
+    models = Models(backend, reward, rewards, judge)
+    _ = models.identities  # before a call can change anything
+    return models
 
 
 def check_method(folder: Run) -> None:
@@ -133,7 +137,7 @@ def run(folder: Run, models: Models) -> None:
         if not pending:
             folder.start(facts(models))  # refuses other models than those that its results are of
         else:
-            try_rewards(folder, models)
+            try_rewards(folder.config, models)
         for chunk in pending:
             progress, cost = fit_chunk(folder, models, chunk)
             finish_chunk(folder, models, chunk, progress, cost)
@@ -142,12 +146,11 @@ def run(folder: Run, models: Models) -> None:
         folder.release()
 
 
-def try_rewards(folder: Run, models: Models) -> None:
+def try_rewards(config: RunConfig, models: Models) -> None:
     """Score one picture of the first prompt, so that a reward which only judges fails before the search, if it does.
 
     A person is not asked for the sake of it.
     """
-    config = folder.config
     judges = {
         name: reward for name, reward in models.rewards.items() if name != config.reward and not asks(name)
     }

@@ -15,11 +15,13 @@ from ipgo.errors import InputError
 SEEDS = 2**64  # so many there are: what torch takes
 
 
-def check_seeds(seeds: Sequence[int]) -> None:
-    """Raise `InputError` for a seed that cannot be, or one that is given twice."""
+def check_seeds(seeds: Sequence[int], *, distinct: bool = True) -> None:
+    """Raise `InputError` for a seed that cannot be, or (`distinct`) one that is given twice."""
     whole = all(isinstance(seed, int) and not isinstance(seed, bool) for seed in seeds)
-    if not whole or not all(0 <= seed < SEEDS for seed in seeds) or len(set(seeds)) < len(seeds):
-        raise InputError(f"seeds is {list(seeds)}; they must be different whole numbers from 0 to 2**64 - 1")
+    twice = distinct and whole and len(set(seeds)) < len(seeds)
+    if twice or not whole or not all(0 <= seed < SEEDS for seed in seeds):
+        kind = "different whole numbers" if distinct else "whole numbers"
+        raise InputError(f"seeds is {list(seeds)}; they must be {kind} from 0 to 2**64 - 1")
 
 
 def derive(seed: int, *keys: str | int) -> int:

@@ -110,10 +110,8 @@ class Run:
     def _continue(self, facts: Mapping[str, Any]) -> None:
         """Refuse other models; but a reward that only judges may be repaired as long as it has scored nothing."""
         there = self.facts
-        now, raised = facts.get("rewards", {}), self.config.reward
         if not any(map(self.done, self.prompts)):
-            judges = {name: identity for name, identity in now.items() if name != raised}
-            there["rewards"] = {**there.get("rewards", {}), **judges}
+            there = with_judges_of(there, facts, self.config.reward)
         check_models(self.path, there, facts)
         if there != self.facts:
             files.write_json(self.path / "run.json", there)
@@ -267,16 +265,25 @@ class Run:
         """The scores of all results."""
         return [Score.read(each) for result in self.results() for each in result["scores"]]
 
-    def judge_again(self, scores: Sequence[Score], rewards: Mapping[str, Any], *, keep: bool = True) -> None:
-        """Add scores of a later evaluation to those of earlier ones (unless they do not compare: `keep`)."""
-        file = self.path / EVALUATION
-        known, found = load_identities(file), {(s.method, s.prompt, s.seed, s.reward): s for s in scores}
-        strange = [name for name, own in rewards.items() if known.get(name, own) != own]
-        earlier = load_scores(file) if keep else []
-        for each in earlier:
-            if each.reward not in strange:
+    def judge_again(
+        self, scores: Sequence[Score], rewards: Mapping[str, Any], drawn_by: Mapping[str, Any]
+    ) -> None:
+        """Add scores of a later evaluation to those of earlier ones.
+
+        Earlier scores of another reward of the same name are replaced. Those of images that another backend
+        (`drawn_by` is the identity of this one) has drawn are set aside, in a file named for its weights.
+        """
+        file, found = self.path / EVALUATION, {(s.method, s.prompt, s.seed, s.reward): s for s in scores}
+        head = next(iter(files.read_lines(file)), {})
+        before = head.get("drawn_by", drawn_by)
+        if before != drawn_by:
+            name = "-".join(str(before.get(key)) for key in ("weights", "dtype"))
+            file.replace(file.with_stem(f"{file.stem}-{name}"))
+        known = load_identities(file)
+        for each in load_scores(file):
+            if known.get(each.reward) == rewards.get(each.reward, known.get(each.reward)):
                 found.setdefault((each.method, each.prompt, each.seed, each.reward), each)
-        save_scores(file, found.values(), {**(known if keep else {}), **rewards})
+        save_scores(file, found.values(), {**known, **rewards}, drawn_by)
 
     def close(self) -> None:
         """When all is done: collect the scores in scores.jsonl, and drop what only a continuation needs."""
@@ -291,6 +298,12 @@ class Run:
         """Put another file, such as report.html, into the folder."""
         files.write(self.path / name, content.encode() if isinstance(content, str) else content)
         return self.path / name
+
+
+def with_judges_of(there: Mapping[str, Any], now: Mapping[str, Any], raised: str) -> dict[str, Any]:
+    """The facts `there`, with what `now` says of all rewards but the raised one."""
+    judges = {name: identity for name, identity in now.get("rewards", {}).items() if name != raised}
+    return {**there, "rewards": {**there.get("rewards", {}), **judges}}
 
 
 def check_models(path: Path, there: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -22,7 +22,8 @@ def check_types(settings: Any, prefix: str = "") -> None:
     for name, hint in _hints(settings.__class__).items():
         value = _plain(getattr(settings, name))
         if any(isinstance(each, float) and not math.isfinite(each) for each in _each(value)):
-            raise InputError(f"{prefix}{name} is {value!r}; it must be a finite number")
+            none = " or null" if _fits(None, hint) else ""
+            raise InputError(f"{prefix}{name} is {value!r}; it must be a finite number{none}")
         if not _fits(value, hint):
             wanted = getattr(hint, "__name__", str(hint)) if isinstance(hint, type) else str(hint)
             raise InputError(f"{prefix}{name} is {value!r}; it must be {wanted}")

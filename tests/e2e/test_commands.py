@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +193,8 @@ def test_a_shared_adapter_is_for_any_prompt(
     run = Run.open(shared)
     assert first == {
         "rewards": {"contrast": ipgo.rewards.identity_of(ipgo.load_reward("contrast"))}
-        | {run.config.reward: run.identities[run.config.reward]}
+        | {run.config.reward: run.identities[run.config.reward]},
+        "drawn_by": {name: run.facts[name] for name in ("dtype", "weights")},
     }
     assert len(lines) == 2 * 2 * 2 * 2
     assert {line["prompt"] for line in lines} == {"a bus", "a cup"}
@@ -374,6 +376,15 @@ def test_evaluations_are_added_to_each_other(fitted: Path, tmp_path: Path) -> No
     assert len(found) == len(kinds) * len(PROMPTS) * 2
     head = load_identities(place / "evaluation.jsonl")
     assert head.keys() == {"colorfulness", "contrast", "emoji-aesthetic"}
+    # Scores of images that other weights have drawn are kept apart.
+    first = files.read_lines(place / "evaluation.jsonl")[0]
+    other = first | {"drawn_by": {**first["drawn_by"], "weights": "aa"}}
+    files.write_lines(place / "evaluation.jsonl", [other, *map(asdict, found)])
+    assert cli.main(["evaluate", str(place), "--seeds", "11", "--rewards", "contrast"]) == 0
+    assert {each.seed for each in load_scores(place / "evaluation.jsonl")} == {11}
+    assert load_scores(place / "evaluation-aa-float32.jsonl") == found
+    files.write_lines(place / "evaluation.jsonl", [first, *map(asdict, found)])
+    assert cli.main(["report", str(place)]) == 0
     assert "2 fitted prompts, 3 further seeds" in (place / "report.html").read_text()
 
 

@@ -42,7 +42,7 @@ from ipgo.methods import METHODS, BestOfN, BlackBoxIPGO, Raw
 from ipgo.report import comparison as page
 from ipgo.report.identity import fingerprint, fingerprints, strangers
 from ipgo.report.rows import matrices, rows
-from ipgo.rewards import score
+from ipgo.rewards import identity_of, score
 from ipgo.sampling import Sampling
 
 PRICE = Price(2.0, 3.0)
@@ -524,6 +524,48 @@ def test_another_reward_of_the_same_name_is_refused(
     assert "was scored by another 'colorfulness'" in capsys.readouterr().err
 
 
+def test_a_reward_that_only_judges_fails_before_any_search_or_can_be_repaired(
+    pipeline_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine, out = tmp_path / "mine.py", tmp_path / "table"
+    words = [
+        "compare",
+        "a fox",
+        "--methods",
+        "raw,best-of-n",
+        "--backend",
+        pipeline_folder,
+        "--out",
+        str(out),
+    ]
+    words += [
+        "--reward",
+        "colorfulness",
+        "--held-out",
+        f"{mine}:mine",
+        "--sampling.steps",
+        "2",
+        "--budget",
+        "8",
+    ]
+    words += ["--unseen-seeds", "1", "--price", "2", "2"]
+    mine.write_text("def mine(images, prompts):\n    raise ValueError\n")
+    assert cli.main(words) == 2
+    assert "reward 'mine' fails: ValueError (mine.py, line 2)" in capsys.readouterr().err
+    assert not out.exists()
+    whole = "def mine(images, prompts):\n    return images.mean((1, 2, 3))\n"
+    mine.write_text(whole.replace("    return", "    assert len(images) == 1\n    return"))
+    assert cli.main(words) == 1  # every entry fails, with its picture of two seeds
+    mine.write_text(whole)
+    assert cli.main(words) == 0
+    folder = Comparison.open(out)
+    assert folder.scored
+    assert folder.facts["rewards"][f"{mine}:mine"] == identity_of(load_reward(f"{mine}:mine"))
+    mine.write_text(whole + "\n")
+    assert cli.main(words) == 2
+    assert "the scores do not compare" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("fakes")
 def test_another_backend_in_the_same_folder_is_refused(
     compared: Path, pipeline_folder: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -621,6 +663,7 @@ def test_an_entry_is_added_and_bare_prompts_are_drawn_once(
     monkeypatch.setattr(runner, "draw", noted)
     folder = tmp_path / "table"
     assert command(pipeline_folder, folder, "--methods", "ipgo") == 0
+    assert drawn.pop(0) == ("raw", PROMPTS[0])  # for the reward that judges to be tried
     assert drawn == [(method, prompt) for prompt in PROMPTS for method in ("raw", "ipgo")]
     drawn.clear()
     assert command(pipeline_folder, folder, "--methods", "raw,best-of-n,ipgo") == 0

@@ -85,8 +85,9 @@ def test_few_steps_by_what_a_pipeline_is_made_of(
 def test_a_damaged_folder_is_left_to_the_opening_of_it(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text("[1")
     assert few_steps(str(tmp_path)) is None
-    (tmp_path / "model_index.json").write_text("[]")
-    assert few_steps(str(tmp_path)) is None
+    for content in ("[]", '{"scheduler": []}', '{"scheduler": {"a": 1}}', '{"scheduler": [1, 2, 3]}'):
+        (tmp_path / "model_index.json").write_text(content)
+        assert few_steps(str(tmp_path)) is None
 
 
 def test_every_name_of_few_steps_is_known() -> None:

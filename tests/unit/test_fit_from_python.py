@@ -143,7 +143,8 @@ def test_more_steps_than_a_scheduler_has(backend: ipgo.Backend) -> None:
     ("prompts", "seeds", "others", "message"),
     [
         ([None], [0], {}, "prompt 1 is None; a prompt is a text"),
-        (["a"], [-1], {}, r"seeds is \[-1\]"),
+        (["a", "b", " "], [0, 1, 2], {}, "prompt 3 is empty"),
+        (["a", "a"], [0, -1], {}, r"seeds is \[0, -1\]; they must be whole numbers"),
         (["a"], [0.5], {}, r"seeds is \[0.5\]"),
         (["a"], 3, {}, "a list of prompts and one of seeds"),
         (["a"], [0], {"sampling": {"steps": 1}}, "it must be of the type Sampling"),
@@ -169,7 +170,10 @@ def test_plain_functions_and_numbers_of_numpy_judge(backend: ipgo.Backend) -> No
 
 def test_a_judges_name_is_not_free(backend: ipgo.Backend) -> None:
     with pytest.raises(ipgo.InputError, match="kept for the judge's verdicts"):
-        ipgo.fit("a", backend=backend, reward=ipgo.as_reward(brightness, "judge-object"), **SHORT)
+        ipgo.fit("a", reward=ipgo.as_reward(brightness, "judge-object"), **SHORT)
+    # Where no judge is, nothing is taken; and a reward may be held out by the name that it is raised by.
+    reward = ipgo.as_reward(brightness, "judge-object")
+    assert ipgo.fit("a", backend=backend, reward=reward, held_out=["judge-object"], method=ONE_STEP, **SHORT)
 
 
 def test_images_are_drawn_of_lists(backend: ipgo.Backend) -> None:

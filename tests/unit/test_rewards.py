@@ -1,7 +1,15 @@
 """Rewards: their contract, their names, their sums."""
 
 import functools
+import hashlib
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,6 +18,7 @@ from ipgo.rewards import REWARDS, as_reward, check_reward, identity_of, load_rew
 
 IMAGES = torch.rand((3, 3, 8, 8), generator=torch.Generator().manual_seed(0))
 PROMPTS = ["a", "b", "c"]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("name", ["colorfulness", "contrast"])
@@ -134,67 +143,147 @@ def weighed(images, prompts, factor):
 
 
 def counting():
-    calls = 0
+    calls, kept = 0, []
 
     def mine(images, prompts):
         nonlocal calls
         calls += 1
+        kept.append(calls)
         return images.mean((1, 2, 3))
 
     return mine
 
 
+def seen_through(network):
+    return lambda images, prompts: network(images.mean((2, 3)))[:, 0]
+
+
 def filled(value, kind=torch.nn.Linear):
-    module = kind(2, 1)
+    module = kind(3, 1)
     torch.nn.init.constant_(module.weight, value)
     torch.nn.init.zeros_(module.bias)
     return module
 
 
-def test_rewards_of_ones_own_are_told_apart_by_what_they_compute():
-    class Rating(torch.nn.Linear):
-        def forward(self, images, prompts):
-            return super().forward(images.mean((2, 3))[:, :2])[:, 0]
+class Rating(torch.nn.Linear):
+    def forward(self, images, prompts):
+        return super().forward(images.mean((2, 3)))[:, 0]
 
-    first, second = (
-        lambda images, prompts: images.mean((1, 2, 3)),
-        lambda images, prompts: images.sum((1, 2, 3)),
+
+def weights_of(function):
+    return identity_of(as_reward(function, "mine"))["weights"]
+
+
+def two_functions():
+    one = lambda images, prompts: images.mean((1, 2, 3))  # noqa: E731
+    other = lambda images, prompts: images.sum((1, 2, 3))  # noqa: E731
+    return one, other
+
+
+def different_rewards():
+    """Name by name, for a second process too."""
+    first, second = two_functions()
+    relu, tanh = (torch.nn.Sequential(filled(0.1), kind()) for kind in (torch.nn.ReLU, torch.nn.Tanh))
+    return {
+        "first": first,
+        "second": second,
+        "number": brighter(1.0),
+        "another number": brighter(2.0),
+        "array": brighter(np.array([1.0])),
+        "another array": brighter(np.array([2.0])),
+        "numpy's number": brighter(np.float32(2)),
+        "tensor": brighter(torch.tensor(3.0)),
+        "function": brighter(two_functions),
+        "another function": brighter(counting),
+        "partial": functools.partial(weighed, factor=1.0),
+        "another partial": functools.partial(weighed, factor=2.0),
+        "weights": filled(0.1, Rating),
+        "other weights": filled(0.2, Rating),
+        "method": filled(0.1, Rating).forward,
+        "network": seen_through(relu),
+        "network of another make": seen_through(tanh),
+        "without gradient": torch.no_grad()(brighter(1.0)),
+    }
+
+
+def test_rewards_of_ones_own_are_told_apart_by_what_they_compute():
+    found = {name: weights_of(each) for name, each in different_rewards().items()}
+    assert all(found.values())
+    alike = [(a, b) for a, b in itertools.combinations(found, 2) if found[a] == found[b]]
+    assert alike == [("number", "without gradient")]  # what is learned from it is not its number
+
+
+def test_an_identity_is_the_same_in_every_process():
+    command = (
+        "import json, sys; sys.path.insert(0, '.'); from tests.unit import test_rewards as t; "
+        "print(json.dumps({name: t.weights_of(each) for name, each in t.different_rewards().items()}))"
     )
-    different = [
-        first,
-        second,
-        brighter(1.0),
-        brighter(2.0),
-        functools.partial(weighed, factor=1.0),
-        functools.partial(weighed, factor=2.0),
-        filled(0.1, Rating),
-        filled(0.2, Rating),
-        filled(0.1, Rating).forward,
-    ]
-    found = [identity_of(as_reward(each, "mine"))["weights"] for each in different]
-    assert all(found)
-    assert len(set(map(tuple, found))) == len(different)
-    again = [brighter(2.0), filled(0.2, Rating)]
-    assert [identity_of(as_reward(each, "mine"))["weights"] for each in again] == [found[3], found[7]]
+    environment = {**os.environ, "PYTHONNODEBUGRANGES": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    words = [sys.executable, "-W", "ignore", "-c", command]
+    found = subprocess.run(words, capture_output=True, text=True, check=True, env=environment, cwd=ROOT)
+    assert json.loads(found.stdout) == {name: weights_of(each) for name, each in different_rewards().items()}
+
+
+def test_a_module_from_a_file_is_known_by_its_weights(tmp_path):
+    file = tmp_path / "mine.py"
+    text = """from __future__ import annotations
+from dataclasses import dataclass
+import torch
+
+@dataclass
+class Options:
+    factor: float = 1.0
+
+class Rating(torch.nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.tensor(factor))
+
+    def forward(self, images, prompts):
+        return images.mean((1, 2, 3)) * self.factor
+
+a, b = Rating(Options().factor), Rating(2.0)
+"""
+    file.write_text(text)
+    first, second, again = (load_reward(f"{file}:{name}", device="cpu") for name in ("a", "b", "a"))
+    parts = [identity_of(each)["weights"] for each in (first, second, again)]
+    assert parts[0] == parts[2]
+    assert parts[0][0] == parts[1][0] == hashlib.sha256(text.encode()).hexdigest()
+    assert parts[0][1] != parts[1][1]
 
 
 def test_a_function_may_close_over_itself_and_over_what_is_not_there_yet():
-    def mine(images, prompts):
-        return later(images) if len(images) < 2 else mine(images[:1], prompts)
+    def made(factor):
+        def mine(images, prompts):
+            return later(images) if len(images) < 2 else mine(images[:1], prompts) * factor
 
-    before = identity_of(as_reward(mine))["weights"]
+        found = weights_of(mine)
 
-    def later(images):
-        return images.mean((1, 2, 3))
+        def later(images):
+            return images.mean((1, 2, 3))
 
-    assert len(before) == len(identity_of(as_reward(mine))["weights"]) == 2
+        return found, weights_of(mine)
+
+    one, two = made(1.0), made(2.0)
+    assert len({tuple(each) for each in (*one, *two)}) == 4
 
 
 def test_what_changes_from_call_to_call_is_no_part_of_an_identity():
-    mine = as_reward(counting())
-    before = identity_of(mine)
-    score(mine, IMAGES, PROMPTS)
-    assert identity_of(mine) == before
+    network = torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    for mine in (as_reward(counting()), as_reward(lambda images, prompts: network(images)[:, 0], "normed")):
+        before = identity_of(mine)
+        score(mine, IMAGES, PROMPTS)
+        assert identity_of(mine) == before
+
+
+def test_a_failure_is_said_with_the_users_own_line(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("import json\n\ndef mine(images, prompts):\n    return json.loads('')\n")
+    with pytest.raises(RewardError, match=r"JSONDecodeError: .* \(mine.py, line 4\)$"):
+        score(load_reward(f"{file}:mine", device="cpu"), IMAGES, PROMPTS)
+    file.write_text("def mine(:\n")
+    with pytest.raises(InputError, match=r"does not run: SyntaxError: .*\(mine.py, line 1\)$"):
+        load_reward(f"{file}:mine", device="cpu")
 
 
 def test_a_broken_image_is_not_the_rewards_fault():

@@ -148,14 +148,12 @@ def generate(
         if not isinstance(value, kind):
             raise InputError(f"{name} is {value!r}; it must be of the type {kind.__name__}")
     prompts, seeds = list(prompts), [getattr(seed, "item", lambda seed=seed: seed)() for seed in seeds]
-    for prompt in prompts:
-        check_prompts([prompt])
-    for seed in seeds:
-        check_seeds([seed])
     if len(prompts) != len(seeds) or not prompts:
         raise InputError(
             f"generate needs one seed for each prompt, not {len(prompts)} prompts, {len(seeds)} seeds"
         )
+    check_prompts(prompts, distinct=False)
+    check_seeds(seeds, distinct=False)
     with torch.set_grad_enabled(backprop_steps > 0), adapter.attached(backend, prompts):
         distinct = list(dict.fromkeys(prompts))  # often one prompt with many seeds
         places = torch.tensor([distinct.index(prompt) for prompt in prompts], device=backend.device)

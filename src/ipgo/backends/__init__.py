@@ -108,7 +108,7 @@ def load_backend(
         opening.check(family.facts, kind)
         with torch.inference_mode(False):  # else nothing could be learned through its weights
             backend = family(_open(place, kind, device, dtype, text_device), str(source), opening)
-        return with_own_scale(backend, str(source))
+        return with_own_scale(backend, str(source), few_steps(str(source)))
     kinds = [kind.__name__ for kind in type(source).__mro__ if kind.__name__ in FAMILIES]
     if not kinds:
         raise InputError(
@@ -131,7 +131,7 @@ def load_backend(
         given.to(choose_dtype(dtype, given.device))
     backend = FAMILIES[kinds[0]](given, type(source).__name__, opening)
     backend.origin = str(getattr(given, "name_or_path", None) or backend.name)  # it may be a Path
-    return with_own_scale(backend, backend.origin)
+    return with_own_scale(backend, backend.origin, few_steps(backend.origin) or by_pipeline(given))
 
 
 def few_steps(source: str) -> FewSteps | None:
@@ -140,9 +140,9 @@ def few_steps(source: str) -> FewSteps | None:
     return by_name(place) or by_folder(Path(place))
 
 
-def with_own_scale(backend: Backend, source: str) -> Backend:
-    """Give a model that is known by its name the guidance scale that it is meant for."""
-    few = backend.few_steps = few_steps(source) or by_pipeline(backend.pipe)
+def with_own_scale(backend: Backend, source: str, few: FewSteps | None) -> Backend:
+    """Give a model that is known the guidance scale that it is meant for."""
+    backend.few_steps = few
     name = next((name for name, (_, place) in BACKENDS.items() if place == source), source)
     scale = few.guidance_scale if few is not None else GUIDANCE.get(name)
     backend.guidance_scale = backend.guidance_scale if scale is None else scale

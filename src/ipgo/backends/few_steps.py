@@ -74,10 +74,10 @@ def by_folder(folder: Path) -> FewSteps | None:
         return content if isinstance(content, dict) else {}
 
     index = read(folder / "model_index.json")
-    _, scheduler = index.get("scheduler") or (None, "")
-    return by_parts(
-        str(index.get("_class_name")), scheduler, index | read(folder / "transformer/config.json")
-    )
+    stated = index.get("scheduler")
+    scheduler = str(stated[-1]) if isinstance(stated, list) and stated else ""
+    options = index | read(folder / "transformer/config.json")
+    return by_parts(str(index.get("_class_name")), scheduler, options)
 
 
 def by_pipeline(pipe: Any) -> FewSteps | None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ipgo.backends import BACKENDS, FAMILIES, Backend, load_backend, with_own_scale
+from ipgo.backends import BACKENDS, FAMILIES, Backend, few_steps, load_backend, with_own_scale
 from ipgo.backends.blueprint import Blueprint, read_blueprint
 from ipgo.backends.facts import Opening
 from ipgo.backends.published import PUBLISHED
@@ -50,7 +50,8 @@ def unloaded_backend(source: str, sizes: FakeTensorMode, dtype: torch.dtype, **o
     Raises:
         InputError: as `load_backend` and `blueprint_of`.
     """
-    return with_own_scale(open_blueprint(blueprint_of(source), sizes, dtype, **opening), source)
+    opened = open_blueprint(blueprint_of(source), sizes, dtype, **opening)
+    return with_own_scale(opened, source, few_steps(source))
 
 
 def open_blueprint(

@@ -9,6 +9,8 @@ import hashlib
 import importlib.util
 import inspect
 import json
+import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +23,12 @@ from ipgo.errors import InputError, unknown
 
 Function = Callable[..., Any]
 
+RUNNING = (
+    "running_mean",
+    "running_var",
+    "num_batches_tracked",
+)  # they change from call to call while training
+
 
 def read_function(spec: str) -> tuple[Function, str]:
     """The function that `path/mine.py:warmth` names, and its name.
@@ -32,13 +40,16 @@ def read_function(spec: str) -> tuple[Function, str]:
     path = Path(place)
     if not path.is_file():
         raise InputError(f"reward file {place!r} does not exist")
-    source = importlib.util.spec_from_file_location(f"ipgo_user_reward_{path.stem}", path)
+    own_name = f"ipgo_user_reward_{path.stem}_{_digest(str(path.resolve()).encode())[:8]}"
+    source = importlib.util.spec_from_file_location(own_name, path)
     assert source is not None
     assert source.loader is not None
     module: Any = importlib.util.module_from_spec(source)
+    sys.modules[own_name] = module  # where dataclasses, and `inspect`, look for what a class is written in
     try:
         source.loader.exec_module(module)
     except (Exception, SystemExit) as error:
+        del sys.modules[own_name]
         raise InputError(f"reward file {place!r} does not run: {said(error)}") from error
     if not hasattr(module, name):
         public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
@@ -47,89 +58,109 @@ def read_function(spec: str) -> tuple[Function, str]:
 
 
 def said(error: BaseException) -> str:
-    """An error in one line, with the place that it comes from."""
+    """An error in one line, with the user's line that it comes from, as far as there is one."""
     kind, text = type(error).__name__, " ".join(str(error).split())
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [each for each in frames if "site-packages" not in Path(each.filename).parts]  # not torch's inside
-    place = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
+    others = ("<", sysconfig.get_paths()["stdlib"], str(Path(__file__).parents[1]))
+    frames = [
+        each
+        for each in traceback.extract_tb(error.__traceback__)
+        if not each.filename.startswith(others) and "site-packages" not in each.filename
+    ]
+    told = isinstance(error, SyntaxError) or not frames  # a syntax error says its own
+    place = "" if told else f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})"
     return f"{kind}{': ' if text else ''}{text}{place}"
 
 
 def parts_of(written: object) -> list[str] | None:
     """Digests of what a function or an object computes by, as far as it shows; None if nothing does.
 
-    The text that it is written in, where in it a function stands, what a function has closed over, and the weights of
-    modules. What can change between two calls, such as other attributes of an object, is left out.
+    The text that it is written in, where in it a function stands, what a function has closed over (numbers, texts,
+    tensors and arrays, other functions), and the weights of modules. What a call may change is left out: lists,
+    dictionaries, a variable that the function itself counts up, other attributes of an object.
     """
-    text = _text(written)
-    if text is None:
-        return None
-    seen = {id(written)}
-    state = [line for value in _held(written) for line in _lines(value, seen)]
-    return [_digest(text), *([_digest("\n".join(state).encode())] if state else [])]
+    text, seen = _text(written), set[int]()
+    state = list(_lines(written, seen)) if text is not None or isinstance(written, nn.Module) else []
+    parts = [text, _digest("\n".join(state).encode()) if state else None]
+    return [each for each in parts if each is not None] or None
 
 
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _text(written: object) -> bytes | None:
-    """The file that something is written in; of what was typed into a notebook, its own lines."""
+def _text(written: object) -> str | None:
+    """The digest of the file that something is written in; of what was typed into a notebook, of its own lines."""
     if isinstance(written, functools.partial):
         return _text(written.func)
-    code = written if hasattr(written, "__code__") or inspect.ismethod(written) else type(written)
-    code = inspect.unwrap(code) if callable(code) else code
-    try:
-        return Path(inspect.getfile(code)).read_bytes()  # type: ignore[arg-type]
-    except (TypeError, OSError):
-        pass
-    try:
-        return inspect.getsource(code).encode()  # type: ignore[arg-type]
-    except (TypeError, OSError):
-        return None
+    code = _unwrapped(written) if inspect.isroutine(written) else type(written)
+    with contextlib.suppress(TypeError, OSError):
+        return _digest(Path(inspect.getfile(code)).read_bytes())
+    with contextlib.suppress(TypeError, OSError):
+        return _digest(inspect.getsource(code).encode())
+    return None
 
 
-def _held(written: object) -> Iterator[object]:
-    """What something computes by beside its text."""
-    if isinstance(written, functools.partial):
-        yield from (written.func, *written.args, *written.keywords.items())
-    elif inspect.ismethod(written):
-        yield from (written.__func__, written.__self__)
-    elif inspect.isfunction(written):
-        code, defaults = written.__code__, written.__kwdefaults__ or {}
-        places = [(line, column) for line, _, column, _ in code.co_positions() if line and column]
-        yield from (code.co_qualname, *map(str, min(places, default=())))
-        yield from (*(written.__defaults__ or ()), *sorted(defaults.items()))
-        counters = {each.argval for each in dis.get_instructions(code) if each.opname == "STORE_DEREF"}
-        for name, cell in zip(code.co_freevars, written.__closure__ or (), strict=True):
-            with contextlib.suppress(ValueError):  # what the cell is for is not defined yet
-                if name not in counters:
-                    yield cell.cell_contents
-    elif isinstance(written, nn.Module):
-        yield written
+def _unwrapped(function: Any) -> Any:
+    """Without decorators such as torch.no_grad()."""
+    return inspect.unwrap(function)
 
 
 def _lines(value: object, seen: set[int]) -> Iterator[str]:
-    """A value as lines that are the same in every process; nothing of what has no such lines, or was seen before."""
+    """What a value is as lines that are the same in every process; nothing of what has no such lines."""
     if isinstance(value, nn.Module):
-        for name, tensor in value.state_dict().items():
-            yield f"{name} {_digest_of(tensor)}" if isinstance(tensor, Tensor) else name
+        yield from _lines_of_module(value)
     elif isinstance(value, Tensor):
         yield _digest_of(value)
-    elif inspect.isroutine(value) or isinstance(value, functools.partial):
-        if id(value) not in seen:  # a function may close over itself
-            seen.add(id(value))
-            for each in _held(value):
-                yield from _lines(each, seen)
+    elif isinstance(value, functools.partial):
+        for each in (value.func, *value.args, *value.keywords.items()):
+            yield from _lines(each, seen)
+    elif inspect.isroutine(value):
+        if id(value) in seen:  # a function may close over itself
+            yield "again"
+            return
+        seen.add(id(value))
+        yield from _lines_of_function(_unwrapped(value), seen)
     elif isinstance(value, tuple):
         for each in value:
             yield from _lines(each, seen)
     elif value is None or isinstance(value, str | int | float):
         yield json.dumps(value)
+    elif type(value).__module__ == "numpy":
+        with contextlib.suppress(TypeError):  # it may hold objects
+            yield _digest_of(torch.as_tensor(value))
+
+
+def _lines_of_function(function: Any, seen: set[int]) -> Iterator[str]:
+    """Which one of its file it is, its defaults, and what it has closed over."""
+    if inspect.ismethod(function):
+        yield from _lines(function.__func__, seen)
+        yield from _lines(function.__self__, seen)
+        return
+    yield str(_text(function))
+    if not inspect.isfunction(function):
+        return
+    code, in_file = function.__code__, Path(function.__code__.co_filename).is_file()
+    yield code.co_qualname
+    yield str(code.co_firstlineno) if in_file else ""
+    yield from _lines(function.__defaults__, seen)
+    yield from _lines(tuple(sorted((function.__kwdefaults__ or {}).items())), seen)
+    counted = {each.argval for each in dis.get_instructions(code) if each.opname == "STORE_DEREF"}
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # what the cell is for is not defined yet
+            if name not in counted:
+                yield from (name, *_lines(cell.cell_contents, seen))
+
+
+def _lines_of_module(module: nn.Module) -> Iterator[str]:
+    for name, part in module.named_modules():
+        yield f"{name} {type(part).__qualname__}"
+    for name, tensor in module.state_dict().items():
+        if isinstance(tensor, Tensor) and not (module.training and name.endswith(RUNNING)):
+            yield f"{name} {_digest_of(tensor)}"
 
 
 def _digest_of(tensor: Tensor) -> str:
-    if tensor.is_meta:
+    if tensor.is_meta or nn.parameter.is_lazy(tensor):
         return "no numbers"
     plain = tensor.detach().cpu().contiguous()
     head = f"{plain.dtype} {tuple(plain.shape)} ".encode()
