@@ -57,6 +57,7 @@ def test_others_have_many_steps(source: str) -> None:
     [
         (tiny.lcm, (4, 8.5)),
         (tiny.lcm_lora, (4, 1.0)),
+        (tiny.lcm_sdxl, (4, 8.0)),
         (tiny.sana_sprint, (2, 4.5)),
         (lambda: tiny.flux(distilled=False), (4, 1.0)),
         (tiny.flux_2, (4, 1.0)),

@@ -52,7 +52,8 @@ def by_parts(kind: str, scheduler: str, options: Mapping[str, Any]) -> FewSteps 
     """What a pipeline of the class `kind` with such a scheduler is, whatever it is called; None: no such model.
 
     Args:
-        options: `is_distilled` of the pipeline and `guidance_embeds` of its transformer, as far as they have them.
+        options: `is_distilled` of the pipeline, `guidance_embeds` of its transformer, and `time_cond_proj_dim` of its
+            UNet, which is there if the guidance scale is an input; as far as they have them.
     """
     if kind == "LatentConsistencyModelPipeline":
         return FewSteps(4, 8.5)
@@ -60,6 +61,8 @@ def by_parts(kind: str, scheduler: str, options: Mapping[str, Any]) -> FewSteps 
         return FewSteps(2, 4.5)
     schnell = kind == "FluxPipeline" and options.get("guidance_embeds") is False
     klein = kind == "Flux2KleinPipeline" and options.get("is_distilled") is True
+    if scheduler == "LCMScheduler" and options.get("time_cond_proj_dim") is not None:
+        return FewSteps(4, 8.0)
     return FewSteps(4) if schnell or klein or scheduler == "LCMScheduler" else None
 
 
@@ -76,12 +79,12 @@ def by_folder(folder: Path) -> FewSteps | None:
     index = read(folder / "model_index.json")
     stated = index.get("scheduler")
     scheduler = str(stated[-1]) if isinstance(stated, list) and stated else ""
-    options = index | read(folder / "transformer/config.json")
+    options = index | read(folder / "transformer/config.json") | read(folder / "unet/config.json")
     return by_parts(str(index.get("_class_name")), scheduler, options)
 
 
 def by_pipeline(pipe: Any) -> FewSteps | None:
     """`by_parts` of a pipeline object."""
-    transformer = getattr(pipe, "transformer", None)
-    options = {**pipe.config, **(transformer.config if transformer is not None else {})}
+    denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    options = {**pipe.config, **(denoiser.config if denoiser is not None else {})}
     return by_parts(type(pipe).__name__, type(pipe.scheduler).__name__, options)
