@@ -61,16 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of torchvision, which is not needed
     _log_to_stderr()
     try:
-        if name in ("-h", "--help"):
-            print(HELP)
-            sys.stdout.flush()
-            return 0
-        if name == "--version":
-            print(f"ipgo {__version__}")
-            return 0
-        if name not in COMMANDS:
-            raise unknown("command", name, COMMANDS)
-        code = COMMANDS[name](rest)
+        code = _run(name, rest)
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # whoever read the output has had enough, as in `ipgo list objects | head`
@@ -84,6 +75,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         place = f" {str(error.filename)!r}" if error.filename else ""
         return _fail(f"cannot read or write{place}: {error.strerror or error}; nothing finished is lost", 1)
+
+
+def _run(name: str, rest: list[str]) -> int:
+    if name in ("-h", "--help", "--version"):
+        print(f"ipgo {__version__}" if name == "--version" else HELP)
+        return 0
+    if name not in COMMANDS:
+        raise unknown("command", name, COMMANDS)
+    return COMMANDS[name](rest)
 
 
 def _log_to_stderr() -> None:
@@ -234,7 +234,9 @@ def generate(argv: list[str]) -> int:
     """`ipgo generate`: draw prompts with a stored adapter."""
     parser = command_parser("generate", "Draw prompts with embeddings that were learned.")
     parser.add_argument("adapter", type=Path, help="an adapter's folder, or a run's")
-    parser.add_argument("text", nargs="*", help="prompts, each in quotes (default: those that were fitted)")
+    parser.add_argument(
+        "text", nargs="*", default=[], help="prompts, each in quotes (default: those that were fitted)"
+    )
     parser.add_argument("--prompts", help="prompts from a file or a set, as in fit")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="noise seeds (default: 0)")
     parser.add_argument(

@@ -20,7 +20,9 @@ def explain(argv: list[str]) -> int:
         "explain", "Say what learned embeddings are close to, and what each of them does."
     )
     parser.add_argument("adapter", type=Path, help="an adapter's folder, or a run's")
-    parser.add_argument("text", nargs="*", help="prompts, each in quotes (default: those that were fitted)")
+    parser.add_argument(
+        "text", nargs="*", default=[], help="prompts, each in quotes (default: those that were fitted)"
+    )
     parser.add_argument("--prompts", help="prompts from a file or a set, as in fit")
     parser.add_argument(
         "--seeds", type=int, nargs="+", help="noise seeds (default: the run's fitted ones, or 0)"

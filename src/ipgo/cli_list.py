@@ -31,9 +31,8 @@ def list_(argv: list[str]) -> int:
 def _names(kind: str, name: str | None) -> list[str]:
     if name is not None and kind not in ("prompts", "objects"):
         lines = _names(kind, None)
-        at = [
-            place for place, line in enumerate(lines) if not line.startswith(" ")
-        ]  # further lines are indented
+        # Further lines of one thing are indented.
+        at = [place for place, line in enumerate(lines) if not line.startswith(" ")]
         named = {lines[a].split()[0]: lines[a:b] for a, b in zip(at, [*at[1:], len(lines)], strict=True)}
         if name not in named:
             raise unknown(kind.removesuffix("s"), name, named)

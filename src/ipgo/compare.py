@@ -64,7 +64,7 @@ def compare(folder: Comparison) -> None:
     plan, shelf = folder.plan, dict[tuple[Any, ...], Models]()
     first = plan.config(next(iter(plan.entries)))
     models = _models(first, shelf, folder)
-    if not folder.started or not folder.scored:
+    if not folder.scored:
         try_rewards(first, models)
     if folder.started:
         folder.start(plan, folder.going_on(facts(models)))  # with the entries that were added

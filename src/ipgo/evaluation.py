@@ -19,6 +19,7 @@ from ipgo.errors import InputError
 from ipgo.rewards import Reward, RewardFunction, as_reward
 from ipgo.rewards import score as checked
 from ipgo.sampling import Sampling
+from ipgo.seeding import plain
 
 BATCH = 8  # images made at once
 RESAMPLES = 2000  # of the bootstrap
@@ -146,7 +147,7 @@ def evaluate(
     """
     if isinstance(prompts, str):
         raise InputError(f"evaluate needs a list of prompts, not {prompts!r}")
-    seeds = [getattr(seed, "item", lambda seed=seed: seed)() for seed in seeds]  # numpy's are no JSON
+    seeds = plain(seeds)
     if not len(prompts) or not seeds:
         raise InputError("evaluate needs at least one prompt and one seed")
     judges = {name: as_reward(reward, name) for name, reward in rewards.items()}

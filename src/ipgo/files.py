@@ -51,11 +51,11 @@ def read_json(file: Path, *needed: str) -> dict[str, Any]:
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{str(file)!r} cannot be read: {error}") from None
-    lacking = [key for key in needed if not isinstance(content, dict) or key not in content]
-    if lacking or not isinstance(content, dict):
-        raise InputError(
-            f"{str(file)!r} is damaged: it has no {lacking[0]!r}" if lacking else f"{str(file)!r} is damaged"
-        )
+    if not isinstance(content, dict):
+        raise InputError(f"{str(file)!r} is damaged: it holds no JSON object")
+    for key in needed:
+        if key not in content:
+            raise InputError(f"{str(file)!r} is damaged: it has no {key!r}")
     return content
 
 

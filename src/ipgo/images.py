@@ -64,9 +64,8 @@ def from_pil(picture: Image.Image) -> Tensor:
     """(3, H, W) in [0, 1]; `InputError` as in `check_range`."""
     check_range(picture)
     if picture.mode.startswith("I;16"):
-        grey = (
-            torch.from_numpy(np.array(picture).astype(np.float32)) / 65535
-        )  # Pillow would cut it off at 255
+        # Pillow's own conversion cuts off at 255.
+        grey = torch.from_numpy(np.array(picture).astype(np.float32)) / 65535
         return grey.expand(3, -1, -1)
     pixels = torch.from_numpy(np.array(picture.convert("RGB")))
     return pixels.permute(2, 0, 1).float() / 255

@@ -6,7 +6,8 @@ So nothing has to be saved to continue a run, and no result depends on how work 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
@@ -22,6 +23,11 @@ def check_seeds(seeds: Sequence[int], *, distinct: bool = True) -> None:
     if twice or not whole or not all(0 <= seed < SEEDS for seed in seeds):
         kind = "different whole numbers" if distinct else "whole numbers"
         raise InputError(f"seeds is {list(seeds)}; they must be {kind} from 0 to 2**64 - 1")
+
+
+def plain(seeds: Iterable[Any]) -> list[Any]:
+    """numpy's and torch's numbers as Python's, which are JSON; anything else as it is."""
+    return [seed.item() if hasattr(seed, "item") else seed for seed in seeds]
 
 
 def derive(seed: int, *keys: str | int) -> int:

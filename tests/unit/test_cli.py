@@ -84,6 +84,8 @@ def test_the_list_of_backends_says_all_that_is_declared(capsys: pytest.CaptureFi
         (["ftt"], "unknown command 'ftt'; did you mean 'fit'"),
         (["list", "reward"], "unknown kind 'reward'; did you mean 'rewards'"),
         (["evaluate"], "the following arguments are required: run; see `ipgo evaluate --help`"),
+        (["generate"], "the following arguments are required: adapter; see `ipgo generate --help`"),
+        (["explain"], "the following arguments are required: adapter; see `ipgo explain --help`"),
         (["report", "/nowhere"], "'/nowhere' is not a run folder"),
         (["generate", "/nowhere"], "'/nowhere' is not an adapter folder"),
         (["generate", "x", "--seeds", "one"], "invalid int value: 'one'"),

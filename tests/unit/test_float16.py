@@ -52,7 +52,8 @@ def test_a_gradient_that_is_too_small_for_float16_is_saved_by_the_scale(make, ma
     scaled = states(build, "float16", reward)[0]
     assert scaled["memory.loss_scale"].tolist() == [1024, 1024]
     assert exact.norm() > 0
-    assert relative(gradient(scaled), exact) < 0.05  # how float16 is summed up depends on the processor
+    # How float16 is summed up depends on the processor: 0.018 for sdxl where it has instructions for that.
+    assert relative(gradient(scaled), exact) < {"sd": 0.01, "sdxl": 0.03}[make]
     monkeypatch.setattr(training, "FLOAT16_SCALE", 1.0)
     lost = gradient(*states(build, "float16", reward))
     assert relative(lost, exact) > 0.5

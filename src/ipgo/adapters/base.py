@@ -15,7 +15,7 @@ from ipgo.embeds import PromptEmbeds
 from ipgo.errors import InputError
 from ipgo.prompts import check_prompts
 from ipgo.sampling import Sampling, sample, unconditional
-from ipgo.seeding import check_seeds
+from ipgo.seeding import check_seeds, plain
 
 
 class Adapter(nn.Module):
@@ -147,7 +147,7 @@ def generate(
     for name, value, kind in (("adapter", adapter, Adapter), ("sampling", sampling, Sampling)):
         if not isinstance(value, kind):
             raise InputError(f"{name} is {value!r}; it must be of the type {kind.__name__}")
-    prompts, seeds = list(prompts), [getattr(seed, "item", lambda seed=seed: seed)() for seed in seeds]
+    prompts, seeds = list(prompts), plain(seeds)
     if len(prompts) != len(seeds) or not prompts:
         raise InputError(
             f"generate needs one seed for each prompt, not {len(prompts)} prompts, {len(seeds)} seeds"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from ipgo import files
+from ipgo.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,9 @@ def by_folder(folder: Path) -> FewSteps | None:
 
     def read(file: Path) -> dict[str, Any]:
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            return files.read_json(file)
+        except InputError:
             return {}
-        return content if isinstance(content, dict) else {}
 
     index = read(folder / "model_index.json")
     stated = index.get("scheduler")
