@@ -44,16 +44,20 @@ HEADER = (
 )
 
 
-def prompt_wise(name: str, prompts: Sequence[str], reward: str, seeds: Sequence[int]) -> str:
+def prompt_wise(
+    backend: Backend, name: str, prompts: Sequence[str], reward: str, seeds: Sequence[int]
+) -> str:
     """One line of the table for fits of one row a prompt."""
-    result = ipgo.fit(prompts, reward=reward, seeds=seeds, out=FOLDER / name)
+    result = ipgo.fit(prompts, backend=backend, reward=reward, seeds=seeds, out=FOLDER / name)
     results = [json.loads(path.read_text()) for path in sorted((FOLDER / name).glob("prompts/*/result.json"))]
     return line(reward, result.on_fitted_seeds, result.on_unseen_seeds, results[0]["cost"])
 
 
-def prompt_batch(name: str, kind: str, test: Sequence[str], reward: str, method: ipgo.IPGO) -> str:
+def prompt_batch(
+    backend: Backend, name: str, kind: str, test: Sequence[str], reward: str, method: ipgo.IPGO
+) -> str:
     """One line for a single row fitted to the train half and judged on `test`; cost is that of the whole fit."""
-    folder, backend = FOLDER / name, ipgo.load_backend("emoji")
+    folder = FOLDER / name
     if not (folder / "cost.json").is_file():
         train, sampling = tuple(read_prompts(f"{kind}:train")), ipgo.Sampling().fitting
         task = Task(backend, ipgo.load_reward(reward), train, sampling, seeds=(), shared=True)
@@ -62,7 +66,7 @@ def prompt_batch(name: str, kind: str, test: Sequence[str], reward: str, method:
         measured = {"seconds": time.monotonic() - started, "peak_memory_mib": peak_memory(backend.device)}
         save_adapter(last.adapter, folder, {})
         files.write_json(folder / "cost.json", {"calls": dict(backend.calls), "measured": measured})
-    raw = judged(backend, f"raw-{kind}", "raw", Adapter(), test)
+    raw = judged(backend, f"raw-{kind}-{backend.dtype}", "raw", Adapter(), test)
     scores = [*raw, *judged(backend, f"{name}/unseen-prompts", "ipgo", load_adapter(folder), test)]
     return line(reward, None, summarise(scores), files.read_json(folder / "cost.json"))
 
@@ -117,20 +121,24 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS)
     parser.add_argument("--count", type=int, default=30, help="prompts of the test half, 30 at most")
     parser.add_argument("--steps", type=int, default=100, help="optimiser steps of the prompt-batch modes")
+    parser.add_argument("--dtype", default="auto", help="as of `ipgo fit`")
     parser.add_argument("--out", type=Path, help="write the table there, under the command that made it")
     options = parser.parse_args()
     lines = [HEADER]
     for mode, kind, reward in itertools.product(options.modes, options.sets, options.rewards):
+        backend = ipgo.load_backend("emoji", dtype=options.dtype)
         test = read_prompts(f"{kind}:test")[: options.count]
-        name = f"{mode}-{kind}-{reward}"
+        name = f"{mode}-{kind}-{reward}-{backend.dtype}"
         if mode in ("one-seed", "seeds"):
             seeds = (0,) if mode == "one-seed" else (0, 1, 2, 3)
-            cells = prompt_wise(f"{name}-{options.count}", test, reward, seeds)
+            cells = prompt_wise(backend, f"{name}-{options.count}", test, reward, seeds)
         else:
             insertion = ipgo.Insertion() if mode == "plus" else replace(ipgo.Insertion(), **BARE)
             # Four prompts a step, in one batch: on a CPU that is faster than one by one.
             ascent = replace(ipgo.IPGO().ascent, steps=options.steps, batch_size=4, accumulate=1)
-            cells = prompt_batch(f"{name}-{options.steps}", kind, test, reward, ipgo.IPGO(insertion, ascent))
+            cells = prompt_batch(
+                backend, f"{name}-{options.steps}", kind, test, reward, ipgo.IPGO(insertion, ascent)
+            )
         lines.append(f"| {mode} | {kind} | {reward} | {cells} |")
         print(lines[-1], flush=True)
     if options.out:

@@ -21,6 +21,11 @@ def test_help_and_version_need_no_torch() -> None:
     assert done.stdout.endswith(f"ipgo {ipgo.__version__}\n")
 
 
+def test_the_package_runs_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "ipgo", "fitt"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "ipgo: unknown command 'fitt'; did you mean 'fit'?\n")
+
+
 def test_fit_help_names_every_setting_and_needs_no_diffusers() -> None:
     code = "import sys, ipgo.cli as c\ntry: c.main(['fit', '--help'])\nfinally: assert 'diffusers' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
