@@ -6,7 +6,7 @@ Each cell, a reward on the test half of a set, is an ordinary comparison (`ipgo 
 build/benchmarks/comparison, to which entry after entry is added: an interrupted benchmark goes on. The figures are
 kept in docs/comparison/ENTRY.json (or in the folder --kept), so that the whole may be made piece by piece, several
 cells beside each other, and `--table` makes the document from what is there. Entries are labels of
-`ipgo compare --config systems`; those that learn the noise of one seed are fitted on the first of --seeds.
+`ipgo compare --config systems`; those that learn the noise of one seed, or want one, are fitted on the first of --seeds.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from filelock import FileLock
 from ipgo import cli, files
 from ipgo.cli_compare import SYSTEMS, entries_of, read_comparison
 from ipgo.comparison import Comparison
+from ipgo.config import default_seeds
 from ipgo.evaluation import Gain, Interval
 from ipgo.methods import METHODS
 from ipgo.report.identity import comparable
@@ -52,7 +53,7 @@ Cell = tuple[str, str]  # reward, set
 def plan(label: str, seeds: Sequence[int]) -> str:
     """The file that `ipgo compare --config` reads."""
     own = entries_of(label, read_comparison(SYSTEMS)["entries"], {})
-    if getattr(METHODS[own[label]["method"]["name"]], "one_seed", False):
+    if len(default_seeds(METHODS[own[label]["method"]["name"]]())) == 1:
         own[label]["seeds"] = [seeds[0]]
     return yaml.safe_dump({"seeds": list(seeds), "entries": own}, sort_keys=False)
 

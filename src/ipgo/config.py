@@ -191,8 +191,8 @@ FLAGS: dict[str, dict[str, Any]] = {
 
 
 def default_seeds(method: Method) -> tuple[int, ...]:
-    """The seeds of a fit where none are asked for: several, but no more than it has steps; one to learn its noise."""
-    if getattr(method, "one_seed", False):
+    """The seeds of a fit where none are asked for: several, but no more than it has steps; or one (see `Method`)."""
+    if getattr(method, "one_seed", False) or getattr(method, "prefers_one_seed", False):
         return (0,)
     steps = getattr(getattr(method, "ascent", None), "steps", SEVERAL)
     return tuple(range(min(SEVERAL, steps)))

@@ -1,4 +1,7 @@
-"""Optimisers that need values alone: they ask for a point of the box [-1, 1]^D, and are told what it is worth."""
+"""Optimisers that need values alone: they ask for a point of the box [-1, 1]^D, and are told what it is worth.
+
+The first point that they ask for is the middle of the box.
+"""
 
 from __future__ import annotations
 
@@ -59,13 +62,17 @@ class CMA:
         }
         if population is not None:
             options["popsize"] = population
-        self.strategy = cma.CMAEvolutionStrategy([0.0] * size, spread, options)
+        self.middle = np.zeros(size)
+        self.strategy = cma.CMAEvolutionStrategy(self.middle, spread, options)
         self.generation: list[Any] = []
         self.values: list[float] = []
 
     def ask(self) -> Tensor:
         if len(self.values) == len(self.generation):
+            first = not self.generation
             self.generation, self.values = self.strategy.ask(), []
+            if first:
+                self.generation[0] = self.middle
         return torch.from_numpy(np.array(self.generation[len(self.values)], np.float64))
 
     def tell(self, point: Tensor, value: float) -> None:
@@ -117,6 +124,8 @@ class TuRBO:
 
     def ask(self) -> Tensor:
         if len(self.points) < self.initial or not any(map(math.isfinite, self.values)):
+            if not self.told:
+                return torch.zeros(self.size, dtype=torch.float64)
             own = derive(self.seed, "region", self.region) % 2**31
             return self._sobol(len(self.points) + 1, own)[-1] * 2 - 1
         with torch.random.fork_rng(devices=[]), torch.enable_grad(), warnings.catch_warnings():

@@ -89,8 +89,9 @@ class Method(Protocol):
     Attributes:
         stackable: can one fit hold the rows of many prompts?
 
-    A method that learns the noise of a single seed says so by a class attribute `one_seed`. One that sees from its
-    settings whether it can work has a method `check(prompts, reward, backend)`: it is called before a model is loaded.
+    A method that learns the noise of a single seed says so by a class attribute `one_seed`, and one that is best given a
+    single seed where it might have several by `prefers_one_seed`. One that sees from its settings whether it can work has
+    a method `check(prompts, reward, backend)`: it is called before a model is loaded.
     """
 
     stackable: ClassVar[bool]

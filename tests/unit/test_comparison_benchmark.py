@@ -120,7 +120,7 @@ def test_its_plan_fits_noise_on_one_seed() -> None:
         common = {**RunConfig(("a",)).to_json(), "seeds": made["seeds"]}
         common = {name: value for name, value in common.items() if name not in ("prompts", "method")}
         Plan(("a",), common, made["entries"], 3000).check()
-    assert tied == {"reno", "dno", "joint", "best-of-n"}
+    assert tied == {"reno", "dno", "joint", "best-of-n", "ipgo-black-box"}
 
 
 def test_what_is_kept_is_read_again(tmp_path: Path) -> None:

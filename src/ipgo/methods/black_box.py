@@ -21,11 +21,9 @@ from ipgo.typed import check_types
 
 Search = Literal["cma", "bayes"]
 
-# 2 x 2 x (8 coefficients + 2 angles) = 40 numbers. As long as the prompt's own embeddings: without a gradient
-# that would turn the basis, small ones could change little.
-FEW = Insertion(
-    num_prefix=2, num_suffix=2, rank=8, cross_attention="none", norm=None, start=1.0, negative=False
-)
+# 2 x 2 x (8 coefficients + 2 angles) = 40 numbers, and with a negative prompt as many again. As long as the prompt's own
+# embeddings: without a gradient that would turn the basis, small ones could change little (docs/settings.md).
+FEW = Insertion(num_prefix=2, num_suffix=2, rank=8, norm=None, start=1.0)
 
 
 @dataclass(frozen=True)
@@ -45,6 +43,7 @@ class BlackBoxIPGO:
     """
 
     stackable: ClassVar[bool] = True
+    prefers_one_seed: ClassVar[bool] = True  # each candidate is drawn on all of them: with one it has more candidates
 
     insertion: Insertion = FEW
     optimizer: Search = "cma"
