@@ -6,7 +6,8 @@ Each cell, a reward on the test half of a set, is an ordinary comparison (`ipgo 
 build/benchmarks/comparison, to which entry after entry is added: an interrupted benchmark goes on. The figures are
 kept in docs/comparison/ENTRY.json (or in the folder --kept), so that the whole may be made piece by piece, several
 cells beside each other, and `--table` makes the document from what is there. Entries are labels of
-`ipgo compare --config systems`; those that learn the noise of one seed, or want one, are fitted on the first of --seeds.
+`ipgo compare --config systems`; those that learn the noise of one seed, or want a single one, are fitted on the first
+of --seeds.
 """
 
 import argparse
@@ -264,8 +265,9 @@ def bar(found: Mapping[Cell, Sequence[Row]]) -> str:
     verdict = "is" if found and best >= ENOUGH * len(found) - 1e-9 else "is not"
     return "\n".join(
         [
-            f"On unseen noise {OURS} has the largest gain among methods that change the prompt in {best} of "
-            f"{len(found)} cells; the bar of {math.ceil(ENOUGH * len(found) - 1e-9)} {verdict} reached.",
+            f"On unseen noise {OURS} has the largest gain among methods that change the prompt (its own variants and "
+            f"`joint` do not count) in {best} of {len(found)} cells; "
+            f"the bar of {math.ceil(ENOUGH * len(found) - 1e-9)} {verdict} reached.",
             *([""] if lines else []),
             *lines,
             "",

@@ -19,13 +19,13 @@ MOMENTUM = 0.9  # Nesterov's, of optimizer="sgd"
 
 @dataclass(frozen=True)
 class Ascent:
-    """How the reward is climbed, with each row on its own.
+    """How the reward is climbed, with each row on its own. The defaults are IPGO's: other methods have others.
 
     Attributes:
         steps: optimiser steps.
         optimizer: adam, or sgd with Nesterov's momentum of 0.9.
         lr: learning rate.
-        lr_basis: learning rate of the orthonormal basis; None is `lr`.
+        lr_basis: learning rate of the orthonormal basis, where there is one; None is `lr`.
         lr_decay: factor on the learning rates after every `decay_every` steps.
         decay_every: steps between decays.
         max_grad_norm: each row's gradient is shortened to this norm; None never shortens.
@@ -38,17 +38,17 @@ class Ascent:
         recompute: save memory by computing the differentiated calls twice, the decoder block by block.
     """
 
-    steps: int = 50
+    steps: int = 40
     optimizer: Optimizer = "adam"
-    lr: float = 1e-3
-    lr_basis: float | None = None
+    lr: float = 5e-3
+    lr_basis: float | None = 1e-3
     lr_decay: float = 0.9
     decay_every: int = 10
     max_grad_norm: float | None = 1.0
     backprop_steps: int | None = 2
     random_backprop: bool = False
     renoised: int = 0
-    penalty_weight: float = 1e-3
+    penalty_weight: float = 0.1
     batch_size: int = 1
     accumulate: int = 4
     recompute: bool = False

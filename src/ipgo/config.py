@@ -49,7 +49,7 @@ class RunConfig:
         held_out: rewards that only judge the result; None is all those that come with the backend.
         sampling: how images are sampled.
         seeds: noise seeds, cycled over the steps; none at all, (), is fresh noise at every step. Left out: 0 to 3, or 0
-            for a method that learns the noise.
+            for a method that learns the noise or wants a single seed (`ipgo-black-box`).
         unseen_seeds: how many seeds that were not fitted the result is judged on (1000, 1001, ...).
         seed: where initial values and the order of prompts come from.
         shared: one set of embeddings for all prompts (prompt-batch) in place of one for each (prompt-wise).
@@ -174,8 +174,8 @@ FLAGS: dict[str, dict[str, Any]] = {
         "nargs": "*",
         "type": int,
         "default": None,
-        "help": "noise seeds, cycled over the steps; none at all is fresh noise at every step (default: 0 1 2 3; "
-        "0 for methods that learn the noise)",
+        "help": "noise seeds, cycled over the steps; none at all is fresh noise at every step. Left out: 0 1 2 3, or 0 "
+        "for a method that learns the noise or wants a single seed; in `ipgo compare` 0",
     },
     "held_out": {
         "nargs": "*",

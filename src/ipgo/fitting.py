@@ -91,7 +91,7 @@ def fit(
         sampling: None is 20 steps, or what a few-step model wants (see `defaults.for_backend`).
         held_out: rewards that only judge the result; None is all those that come with the backend.
         seeds: noise seeds, cycled over the steps; none at all, (), is fresh noise at every step. None is 0 to 3, or 0
-            for a method that learns the noise.
+            for a method that learns the noise or wants a single seed.
         unseen_seeds, seed, shared, chunk, device: see `RunConfig`.
 
     Raises:

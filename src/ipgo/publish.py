@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Sequence
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 from textwrap import indent
@@ -23,6 +24,9 @@ from ipgo.store import Run
 
 FILES = ("adapter.json", "adapter.safetensors")
 MOST = 8  # prompts with pictures on a card
+# What a picture depends on, in the code on a card.
+OPENING = ("padding", "scheduler", "image_size", "long_prompts", "dtype")
+SAMPLED = ("steps", "guidance_scale", "eta", "negative_prompt")
 
 
 def save_pretrained(run: Run, folder: str | Path) -> Path:
@@ -189,15 +193,18 @@ def _pictures(run: Run, done: Sequence[Prompt]) -> str:
 
 
 def _use(run: Run, adapter: Adapter, done: Sequence[Prompt]) -> str:
-    prompt = repr(done[0].text if adapter.prompts is not None else "a prompt").replace("`", r"\x60")
+    config = run.config
+    prompt = _literal(done[0].text if adapter.prompts is not None else "a prompt")
+    opened = ", ".join([_literal(config.backend), *_given(config, OPENING)])
+    drawn = ", ".join(_given(config.sampling, SAMPLED))
     code = f"""```python
 import ipgo
 
 adapter = ipgo.from_pretrained("this/repository")     # or its folder
-backend = ipgo.load_backend({run.config.backend!r})
-images = ipgo.generate(backend, [{prompt}], [{_seed(run)}], adapter, ipgo.Sampling())
+backend = ipgo.load_backend({opened})
+images = ipgo.generate(backend, [{prompt}], [{_seed(run)}], adapter, ipgo.Sampling({drawn}))
 ```"""
-    base = _base(run.config.backend)
+    base = _base(config.backend)
     if base is None:
         return code
     return f"""{code}
@@ -208,8 +215,20 @@ Or in a pipeline of diffusers:
 import diffusers
 
 pipe = diffusers.AutoPipelineForText2Image.from_pretrained({base!r})
-image = pipe(**adapter.prompt_kwargs(pipe, {prompt})).images[0]
+image = pipe(**adapter.prompt_kwargs(pipe, {prompt}), num_inference_steps={config.sampling.steps}).images[0]
 ```"""
+
+
+def _literal(value: Any) -> str:
+    """Python for a value, in a block of code that no backtick ends."""
+    return repr(value).replace("`", r"\x60")
+
+
+def _given(settings: Any, names: Sequence[str]) -> list[str]:
+    """Arguments for the fields of a dataclass that differ from their defaults."""
+    default = {each.name: each.default for each in fields(settings)}
+    own = {name: getattr(settings, name) for name in names}
+    return [f"{name}={_literal(value)}" for name, value in own.items() if value != default[name]]
 
 
 def _identities(run: Run) -> str:

@@ -25,7 +25,7 @@ class Task:
     Attributes:
         backend, reward: what draws, and what judges. The reward gets the user's prompts.
         prompts: P distinct prompts.
-        sampling: how images are sampled during the fit.
+        sampling: how images are sampled during the fit; `fit_steps` is the caller's affair: give `Sampling().fitting`.
         seeds: noise seeds, cycled over the steps of a fit; none at all means fresh noise at each step.
         seed: where initial values and every other choice derive from.
         shared: False is prompt-wise, one row for each prompt; True is prompt-batch, one row for all.
@@ -89,9 +89,9 @@ class Method(Protocol):
     Attributes:
         stackable: can one fit hold the rows of many prompts?
 
-    A method that learns the noise of a single seed says so by a class attribute `one_seed`, and one that is best given a
-    single seed where it might have several by `prefers_one_seed`. One that sees from its settings whether it can work has
-    a method `check(prompts, reward, backend)`: it is called before a model is loaded.
+    A method that learns the noise of a single seed says so by a class attribute `one_seed`, and one that does better on
+    a single seed, where several are allowed, by `prefers_one_seed`. One that sees from its settings whether it can work
+    has a method `check(prompts, reward, backend)`: it is called before a model is loaded.
     """
 
     stackable: ClassVar[bool]

@@ -10,9 +10,11 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 import ipgo
 from ipgo import cli
+from ipgo.images import to_pil
 from ipgo.publish import MOST, escape, model_card
 from ipgo.rewards.checkpoints import fingerprint
 
@@ -58,6 +60,22 @@ def test_what_is_published_draws_what_the_run_drew(
     (folder / "adapter.json").unlink()
     with pytest.raises(ipgo.InputError, match="holds something else"):
         ipgo.save_pretrained(run, folder)
+
+
+def test_the_code_on_the_card_draws_the_picture_on_the_card(
+    run: ipgo.Run, tmp_path: Path, pipeline_folder: str
+) -> None:
+    own = {"sampling": ipgo.Sampling(steps=3, guidance_scale=2.0, negative_prompt="a `dog`")}
+    ipgo.fit(PROMPTS[:1], out=tmp_path / "run", **(settings(pipeline_folder) | own))
+    other = ipgo.Run.open(tmp_path / "run")
+    ipgo.save_pretrained(other, tmp_path / "card")
+    code = (tmp_path / "card/README.md").read_text().split("```")[1].removeprefix("python\n")
+    assert "Sampling(steps=3, guidance_scale=2.0, negative_prompt=" in code
+    names: dict[str, Any] = {}
+    exec(code.replace("this/repository", str(tmp_path / "card")), names)
+    (drawn,) = to_pil(names["images"])
+    (picture,) = (tmp_path / "card/images").glob("*-after.png")
+    assert drawn.tobytes() == Image.open(picture).convert("RGB").tobytes()
 
 
 def test_the_card_says_what_it_is_and_holds_no_markup_of_a_prompt(run: ipgo.Run) -> None:

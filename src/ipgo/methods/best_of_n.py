@@ -20,6 +20,8 @@ from ipgo.typed import check_types
 class BestOfN:
     """Draw each prompt from N noises and keep the best one. Needs no gradient.
 
+    Candidates are drawn in `sampling.fit_steps` steps, and the one that is kept again in all of them.
+
     Attributes:
         n: candidates for each prompt; the first is the seed's own noise.
         budget: denoiser calls for each prompt, which set N in place of `n`.

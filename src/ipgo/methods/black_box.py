@@ -21,16 +21,17 @@ from ipgo.typed import check_types
 
 Search = Literal["cma", "bayes"]
 
-# 2 x 2 x (8 coefficients + 2 angles) = 40 numbers, and with a negative prompt as many again. As long as the prompt's own
-# embeddings: without a gradient that would turn the basis, small ones could change little (docs/settings.md).
-FEW = Insertion(num_prefix=2, num_suffix=2, rank=8, norm=None, start=1.0)
+# 2 x 2 x (8 coefficients + 2 angles) = 40 numbers. As long as the prompt's own embeddings: without a gradient that
+# would turn the basis, small ones could change little (docs/settings.md).
+FEW = Insertion(num_prefix=2, num_suffix=2, rank=8, norm=None, start=1.0, negative=False)
 
 
 @dataclass(frozen=True)
 class BlackBoxIPGO:
     """Search IPGO's coefficients and angles in a fixed random basis, for any reward (arXiv 2503.21812).
 
-    Every row has an optimiser of its own.
+    Every row has an optimiser of its own. Candidates are drawn on every seed of the task, in `sampling.fit_steps`
+    steps: one seed leaves the most of them, and is the default.
 
     Attributes:
         insertion: what is inserted; its basis, and a bias if it has one, stay as they are drawn.
@@ -43,7 +44,9 @@ class BlackBoxIPGO:
     """
 
     stackable: ClassVar[bool] = True
-    prefers_one_seed: ClassVar[bool] = True  # each candidate is drawn on all of them: with one it has more candidates
+    prefers_one_seed: ClassVar[bool] = (
+        True  # each candidate is drawn on all of them: with one it has more candidates
+    )
 
     insertion: Insertion = FEW
     optimizer: Search = "cma"

@@ -42,8 +42,9 @@ class DPODiffusion:
         target: what is reworded: the prompt by its synonyms (positive), the negative prompt by antonyms of the
             prompt's words and by general ones (negative), or both.
         solver: gradient, evolutionary or hybrid.
-        word_list: a bundled word list (emoji, general); a JSON file with "synonyms", "antonyms" and "negative"; for
-            prompts of any words wordnet, or wordnet:FOLDER with its database, or llm, which asks `chat`.
+        word_list: a bundled word list (emoji, for the bundled model; general); a JSON file with "synonyms", "antonyms"
+            and "negative"; for prompts of any words, so with any other model, wordnet, or wordnet:FOLDER with its
+            database, or llm, which asks `chat`.
         candidates: prompts to draw and score, those of the gradient steps not counted.
         gradient_steps: steps of the gradient; each one draws and scores a candidate as well.
         lr: learning rate of the words' logits.

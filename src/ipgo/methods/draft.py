@@ -18,8 +18,8 @@ from ipgo.training import maximize
 class DRaFT:
     """Learn a LoRA of the denoiser, for each prompt or for all (arXiv 2309.17400).
 
-    `ascent.backprop_steps` is the K of DRaFT-K. `ascent.renoised` makes DRaFT-LV of it, and
-    `ascent.random_backprop` AlignProp (arXiv 2310.03739).
+    `ascent.backprop_steps` is the K of DRaFT-K. `ascent.renoised` makes DRaFT-LV of it, which needs the ddim
+    scheduler, and `ascent.random_backprop` AlignProp (arXiv 2310.03739).
 
     Attributes:
         lora: what is learned.
@@ -29,7 +29,7 @@ class DRaFT:
     stackable: ClassVar[bool] = False
 
     lora: LoRA = LoRA()
-    ascent: Ascent = Ascent(lr=4e-4, lr_decay=1.0, backprop_steps=1, penalty_weight=0.0)
+    ascent: Ascent = Ascent(steps=50, lr=4e-4, lr_decay=1.0, backprop_steps=1, penalty_weight=0.0)
 
     def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
         adapter = WeightAdapter.start(

@@ -24,7 +24,7 @@ class Embedding:
 
     stackable: ClassVar[bool] = True
 
-    ascent: Ascent = Ascent(lr=0.01, lr_decay=1.0, penalty_weight=0.5)
+    ascent: Ascent = Ascent(steps=50, lr=0.01, lr_decay=1.0, penalty_weight=0.5)
 
     def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
         adapter = EmbeddingAdapter.start(task.backend, task.prompts, shared=task.shared)

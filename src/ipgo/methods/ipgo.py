@@ -14,13 +14,13 @@ from ipgo.insertion import Insertion
 from ipgo.task import Progress, Task
 from ipgo.training import maximize
 
-# Chosen by benchmarks/settings.py on the bundled model (docs/settings.md); `paper-code` has the notebook's.
-DEFAULT = Ascent(steps=40, lr=5e-3, lr_basis=1e-3, backprop_steps=2, penalty_weight=0.1)
-
 
 @dataclass(frozen=True)
 class IPGO:
     """Learn a few embeddings around each prompt's (arXiv 2503.21812).
+
+    Its defaults were chosen by benchmarks/settings.py on the bundled model (docs/settings.md); the preset `paper-code`
+    has the notebook's.
 
     Attributes:
         insertion: what is inserted.
@@ -30,7 +30,7 @@ class IPGO:
     stackable: ClassVar[bool] = True
 
     insertion: Insertion = Insertion()
-    ascent: Ascent = DEFAULT
+    ascent: Ascent = Ascent()
 
     def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
         adapter = InsertionAdapter.start(

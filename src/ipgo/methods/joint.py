@@ -19,7 +19,7 @@ from ipgo.typed import check_types
 # One learning rate for both: with Adam it is the size of a step in each number, and DNO's for noise is 1e-2. `start`
 # makes such a step of a coefficient as large as IPGO's own. Not measured yet. backprop_steps=None: the noise gets its
 # gradient through every step.
-DEFAULT = Ascent(steps=50, lr=1e-2, lr_basis=1e-3, lr_decay=1.0, backprop_steps=None)
+DEFAULT = Ascent(steps=50, lr=1e-2, lr_decay=1.0, backprop_steps=None, penalty_weight=1e-3)
 INSERTED = Insertion(start=0.2, negative=False)
 
 

@@ -35,7 +35,8 @@ class LLMSearch:
 
     After RATTPO (arXiv 2506.16853): the model is not told what the reward is; it gets the prompts tried so far
     with their rewards and a hint, which it drew up itself from these. The prompts in which it is asked are ours.
-    The first candidate is the user's own prompt, so the result is never worse on the seeds of the search.
+    The first candidate is the user's own prompt, so that what is kept is never worse on the seeds of the search, in the
+    `sampling.fit_steps` steps that candidates are drawn in.
 
     Attributes:
         rounds: how often the model proposes.

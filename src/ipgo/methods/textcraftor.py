@@ -18,7 +18,13 @@ from ipgo.typed import check_types
 # As published (5 of 25 steps carry gradient, no clipping), but for the rate: 1e-6 is meant for 10,000 steps of
 # 32 prompts. The published weight decay of 0.01 would take 1e-7 of each weight a step, and is left out.
 DEFAULT = Ascent(
-    lr=1e-5, lr_decay=1.0, max_grad_norm=None, backprop_steps=5, penalty_weight=0.0, recompute=True
+    steps=50,
+    lr=1e-5,
+    lr_decay=1.0,
+    max_grad_norm=None,
+    backprop_steps=5,
+    penalty_weight=0.0,
+    recompute=True,
 )
 
 
