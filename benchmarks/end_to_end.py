@@ -5,8 +5,8 @@
 Modes, all with the default preset but for what is named:
 - one-seed: prompt-wise, fitted on seed 0;
 - seeds: prompt-wise, cycling over four seeds;
-- plus, shared: prompt-batch, with embeddings that attend to the prompt (IPGO+) and with bare ones (IPGO), fitted on the
-  train half with noise that is always new, and judged on the test half.
+- plus, shared: prompt-batch, with embeddings that attend to the prompt (IPGO+, the preset ipgo-plus) and with bare ones
+  (IPGO), fitted once to the train halves of all sets with noise that is always new, and judged on each test half.
 Prompts are the first of the test halves. Runs are kept in build/benchmarks, so that an interrupted benchmark goes on.
 """
 
@@ -56,10 +56,11 @@ def prompt_wise(
 def prompt_batch(
     backend: Backend, name: str, kind: str, test: Sequence[str], reward: str, method: ipgo.IPGO
 ) -> str:
-    """One line for a single row fitted to the train half and judged on `test`; cost is that of the whole fit."""
+    """One line for a single row fitted to all train halves and judged on `test`; cost is that of the whole fit."""
     folder = FOLDER / name
     if not (folder / "cost.json").is_file():
-        train, sampling = tuple(read_prompts(f"{kind}:train")), ipgo.Sampling().fitting
+        train = tuple(prompt for each in SETS for prompt in read_prompts(f"{each}:train"))
+        sampling = ipgo.Sampling().fitting
         task = Task(backend, ipgo.load_reward(reward), train, sampling, seeds=(), shared=True)
         started = time.monotonic()
         *_, last = tqdm(method.fit(task), name, method.ascent.steps, disable=None)
@@ -67,7 +68,7 @@ def prompt_batch(
         save_adapter(last.adapter, folder, {})
         files.write_json(folder / "cost.json", {"calls": dict(backend.calls), "measured": measured})
     raw = judged(backend, f"raw-{kind}-{backend.dtype}", "raw", Adapter(), test)
-    scores = [*raw, *judged(backend, f"{name}/unseen-prompts", "ipgo", load_adapter(folder), test)]
+    scores = [*raw, *judged(backend, f"{name}/{kind}", "ipgo", load_adapter(folder), test)]
     return line(reward, None, summarise(scores), files.read_json(folder / "cost.json"))
 
 
@@ -120,7 +121,7 @@ def main() -> None:
     parser.add_argument("--rewards", nargs="+", default=list(REWARDS), choices=REWARDS)
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS)
     parser.add_argument("--count", type=int, default=30, help="prompts of the test half, 30 at most")
-    parser.add_argument("--steps", type=int, default=100, help="optimiser steps of the prompt-batch modes")
+    parser.add_argument("--steps", type=int, default=200, help="optimiser steps of the prompt-batch modes")
     parser.add_argument("--dtype", default="auto", help="as of `ipgo fit`")
     parser.add_argument("--out", type=Path, help="write the table there, under the command that made it")
     options = parser.parse_args()
@@ -128,16 +129,22 @@ def main() -> None:
     for mode, kind, reward in itertools.product(options.modes, options.sets, options.rewards):
         backend = ipgo.load_backend("emoji", dtype=options.dtype)
         test = read_prompts(f"{kind}:test")[: options.count]
-        name = f"{mode}-{kind}-{reward}-{backend.dtype}"
         if mode in ("one-seed", "seeds"):
             seeds = (0,) if mode == "one-seed" else (0, 1, 2, 3)
-            cells = prompt_wise(backend, f"{name}-{options.count}", test, reward, seeds)
+            cells = prompt_wise(
+                backend, f"{mode}-{kind}-{reward}-{backend.dtype}-{options.count}", test, reward, seeds
+            )
         else:
             insertion = ipgo.Insertion() if mode == "plus" else replace(ipgo.Insertion(), **BARE)
             # Four prompts a step, in one batch: on a CPU that is faster than one by one.
             ascent = replace(ipgo.IPGO().ascent, steps=options.steps, batch_size=4, accumulate=1)
             cells = prompt_batch(
-                backend, f"{name}-{options.steps}", kind, test, reward, ipgo.IPGO(insertion, ascent)
+                backend,
+                f"{mode}-{reward}-{backend.dtype}-{options.steps}",
+                kind,
+                test,
+                reward,
+                ipgo.IPGO(insertion, ascent),
             )
         lines.append(f"| {mode} | {kind} | {reward} | {cells} |")
         print(lines[-1], flush=True)

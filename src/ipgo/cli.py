@@ -47,7 +47,7 @@ commands:
   doctor     see whether a backend can follow a reward, and what is wrong if it cannot
   report     write the page that shows a run or a comparison
   publish    write a run's adapter with a model card, as a folder or on the hub
-  list       what there is: objects, prompts, rewards, backends, methods, presets
+  list       what there is: objects, prompts, rewards, backends, methods, presets, comparisons
 
 `ipgo COMMAND --help` lists the options.
 Exit codes: 0 well, 1 some prompt failed, 2 bad input, 130 interrupted."""
