@@ -2,7 +2,7 @@
 
     python benchmarks/end_to_end.py --modes seeds one-seed plus shared --count 10 --out docs/end-to-end.md
 
-Modes, all with the default preset but for what is named:
+Modes, all with IPGO's defaults but for what is named:
 - one-seed: prompt-wise, fitted on seed 0;
 - seeds: prompt-wise, cycling over four seeds;
 - plus, shared: prompt-batch, with embeddings that attend to the prompt (IPGO+, the preset ipgo-plus) and with bare ones
@@ -26,6 +26,7 @@ from ipgo import files
 from ipgo.adapters import Adapter
 from ipgo.artefacts import load_adapter, load_scores, save_adapter, save_scores
 from ipgo.backends import Backend
+from ipgo.config import RunConfig, build, parse, read_settings, run_parser
 from ipgo.evaluation import Gain, Score, evaluate, summarise
 from ipgo.prompts import read_prompts
 from ipgo.rewards.emoji import load_judge
@@ -113,7 +114,14 @@ def percent(gain: Gain) -> str:
     return f"{gain.wins.value:.0%} ({gain.wins.low:.0%} to {gain.wins.high:.0%})"
 
 
+def preset(name: str) -> RunConfig:
+    """The settings of a bundled preset of IPGO; its prompts are none that count."""
+    return build(parse(run_parser("ipgo"), read_settings(name, None), []), ("a prompt",))
+
+
 def main() -> None:
+    plus = preset("ipgo-plus").method
+    assert isinstance(plus, ipgo.IPGO)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument(
         "--modes", nargs="+", default=["one-seed"], choices=["one-seed", "seeds", "shared", "plus"]
@@ -121,7 +129,9 @@ def main() -> None:
     parser.add_argument("--rewards", nargs="+", default=list(REWARDS), choices=REWARDS)
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS)
     parser.add_argument("--count", type=int, default=30, help="prompts of the test half, 30 at most")
-    parser.add_argument("--steps", type=int, default=200, help="optimiser steps of the prompt-batch modes")
+    parser.add_argument(
+        "--steps", type=int, default=plus.ascent.steps, help="optimiser steps of the prompt-batch modes"
+    )
     parser.add_argument("--dtype", default="auto", help="as of `ipgo fit`")
     parser.add_argument("--out", type=Path, help="write the table there, under the command that made it")
     options = parser.parse_args()
@@ -135,16 +145,11 @@ def main() -> None:
                 backend, f"{mode}-{kind}-{reward}-{backend.dtype}-{options.count}", test, reward, seeds
             )
         else:
-            insertion = ipgo.Insertion() if mode == "plus" else replace(ipgo.Insertion(), **BARE)
-            # Four prompts a step, in one batch: on a CPU that is faster than one by one.
-            ascent = replace(ipgo.IPGO().ascent, steps=options.steps, batch_size=4, accumulate=1)
+            method = replace(plus, ascent=replace(plus.ascent, steps=options.steps))
+            if mode == "shared":
+                method = replace(method, insertion=replace(plus.insertion, **BARE))
             cells = prompt_batch(
-                backend,
-                f"{mode}-{reward}-{backend.dtype}-{options.steps}",
-                kind,
-                test,
-                reward,
-                ipgo.IPGO(insertion, ascent),
+                backend, f"{mode}-{reward}-{backend.dtype}-{options.steps}", kind, test, reward, method
             )
         lines.append(f"| {mode} | {kind} | {reward} | {cells} |")
         print(lines[-1], flush=True)
