@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ipgo.cli_compare import comparisons
 from ipgo.errors import InputError, unknown
-from ipgo.prompts import prompt_sets, read_prompts
+from ipgo.prompts import halves, prompt_sets, read_prompts
 from ipgo.terminal import command_parser
 
 if TYPE_CHECKING:
@@ -38,7 +38,9 @@ def _names(kind: str, name: str | None) -> list[str]:
             raise unknown(kind.removesuffix("s"), name, named)
         return named[name]
     if kind == "prompts":
-        return read_prompts(name) if name else [f"{each}:train  {each}:test" for each in prompt_sets()]
+        if name:
+            return read_prompts(name)
+        return ["  ".join(f"{each}:{half}" for half in halves(each)) for each in prompt_sets()]
     if kind == "objects":
         return _objects(name or "emoji")
     from ipgo.backends import BACKENDS, FAMILIES

@@ -17,7 +17,7 @@ from ipgo.errors import InputError, unknown
 from ipgo.prompt_sources import SOURCES
 
 PROMPT_SETS = Path(__file__).parent / "prompt_sets"  # {name}.{half}.txt, one prompt a line
-HALVES = ("train", "test")
+HALVES = ("train", "test")  # a set has one of them or both
 
 
 @dataclass(frozen=True)
@@ -149,16 +149,23 @@ def prompt_sets() -> list[str]:
     return sorted({path.name.split(".")[0] for path in PROMPT_SETS.glob("*.txt")})
 
 
+def halves(name: str) -> dict[str, Path]:
+    """The files of a bundled prompt set, by half."""
+    files = {half: PROMPT_SETS / f"{name}.{half}.txt" for half in HALVES}
+    return {half: file for half, file in files.items() if file.is_file()}
+
+
 def _read_set(spec: str) -> list[str]:
     name, _, half = spec.partition(":")
     if name not in prompt_sets():
         kinds = ", ".join(READERS)
         sets = [*prompt_sets(), *SOURCES]
         raise InputError(f"{unknown('prompt set', name, sets)}; a file must end in {kinds}")
-    if half and half not in HALVES:
-        raise unknown(f"half of prompt set {name!r}", half, HALVES)
-    files = [PROMPT_SETS / f"{name}.{each}.txt" for each in ([half] if half else HALVES)]
-    return [line for file in files for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    files = halves(name)
+    if half and half not in files:
+        raise unknown(f"half of prompt set {name!r}", half, files)
+    chosen = [files[half]] if half else files.values()
+    return [line for file in chosen for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def _read_lines(spec: str, text: str) -> list[str]:

@@ -78,12 +78,20 @@ def test_bad_files_are_named(tmp_path: Path, name: str, content: bytes | None, m
 
 
 def test_bundled_sets_have_halves_that_share_nothing() -> None:
-    assert prompt_sets() == ["one", "styled", "two"]
-    for name in prompt_sets():
+    assert prompt_sets() == ["mixed", "one", "styled", "two"]
+    for name in ("one", "styled", "two"):
         train, test = read_prompts(f"{name}:train"), read_prompts(f"{name}:test")
         check_prompts(train + test)
         assert len(train) == len(test) == 30
         assert read_prompts(name) == train + test
+
+
+def test_the_mixed_set_has_only_prompts_to_fit_to() -> None:
+    mixed = read_prompts("mixed")
+    check_prompts(mixed)
+    assert mixed == read_prompts("mixed:train")
+    assert len(mixed) == 300
+    assert not set(mixed) & {prompt for name in ("one", "styled", "two") for prompt in read_prompts(name)}
 
 
 @pytest.mark.parametrize(
@@ -91,6 +99,7 @@ def test_bundled_sets_have_halves_that_share_nothing() -> None:
     [
         ("onne", "did you mean 'one'.*a file must end in .txt"),
         ("one:tset", "unknown half of prompt set 'one' 'tset'; did you mean 'test'"),
+        ("mixed:test", "unknown half of prompt set 'mixed' 'test'; choose from train"),
         ("prompts.doc", "unknown prompt set"),
     ],
 )
