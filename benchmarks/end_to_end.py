@@ -6,7 +6,7 @@ Modes, all with IPGO's defaults but for what is named:
 - one-seed: prompt-wise, fitted on seed 0;
 - seeds: prompt-wise, cycling over four seeds;
 - plus, shared: prompt-batch, with embeddings that attend to the prompt (IPGO+, the preset ipgo-plus) and with bare ones
-  (IPGO), fitted once to the train halves of all sets with noise that is always new, and judged on each test half.
+  (IPGO), fitted once to the set `mixed` with noise that is always new, and judged on each test half.
 Prompts are the first of the test halves. Runs are kept in build/benchmarks, so that an interrupted benchmark goes on.
 """
 
@@ -57,10 +57,10 @@ def prompt_wise(
 def prompt_batch(
     backend: Backend, name: str, kind: str, test: Sequence[str], reward: str, method: ipgo.IPGO
 ) -> str:
-    """One line for a single row fitted to all train halves and judged on `test`; cost is that of the whole fit."""
+    """One line for a single row fitted to the set `mixed` and judged on `test`; cost is that of the whole fit."""
     folder = FOLDER / name
     if not (folder / "cost.json").is_file():
-        train = tuple(prompt for each in SETS for prompt in read_prompts(f"{each}:train"))
+        train = tuple(read_prompts("mixed:train"))
         sampling = ipgo.Sampling().fitting
         task = Task(backend, ipgo.load_reward(reward), train, sampling, seeds=(), shared=True)
         started = time.monotonic()

@@ -1,13 +1,13 @@
 """IPGO's settings side by side at one budget, on prompts of the train halves: docs/settings.md says what came out.
 
     python benchmarks/settings.py --prompts one:train two:train --rewards emoji-preference --entries ipgo embedding
-    python benchmarks/settings.py --prompts styled:train --rewards emoji-preference --shared --device cuda
+    python benchmarks/settings.py --prompts one:train two:train --rewards emoji-preference --shared mixed:train
 
 Entries are those of benchmarks/settings.yaml, as `ipgo compare --config` reads them. Prompt-wise an entry is fitted to
-all prompts over seeds 0 to 3, and judged on four others. With --shared it is fitted to two of three prompts, with noise
-that is always new, and judged on the third that it never saw. All prompts are rows of one batch, also when they are
-judged, which a GPU likes: `ipgo compare` does the same prompt by prompt, and keeps images and embeddings. "objects" is
-how many points more of the images have the objects that the judge looks for.
+all prompts over seeds 0 to 3, and judged on four others. With --shared it is fitted once, to the prompts that are named
+there, with noise that is always new, and judged on those of --prompts. All prompts are rows of one batch, even those
+judged, which a GPU likes: `ipgo compare` does the same prompt by prompt, and keeps images and embeddings. "objects"
+is how many points more of the images have the objects that the judge looks for.
 """
 
 import argparse
@@ -126,33 +126,39 @@ def summary(found: Mapping[str, Mapping[tuple[str, str], Outcome]]) -> str:
     return "\n".join(f"| {' | '.join(each)} |" for each in lines)
 
 
-def outcomes(reward: str, prompts: str, options: argparse.Namespace) -> Iterator[tuple[str, Outcome]]:
-    """Each entry on one cell, printed as it comes."""
-    every = tuple(read_prompts(prompts))
-    fit = tuple(each for number, each in enumerate(every) if number % 3 < 2) if options.shared else every
-    unseen = tuple(each for each in every if each not in fit) if options.shared else every
+def outcomes(
+    reward: str, prompts: str, options: argparse.Namespace, shared: dict[tuple[str, str], Adapter]
+) -> Iterator[tuple[str, Outcome]]:
+    """Each entry on one cell, printed as it comes; `shared` holds what serves all sets, by reward and entry."""
+    judged_on = tuple(read_prompts(prompts))
+    fit = tuple(read_prompts(options.shared)) if options.shared else judged_on
     common = RunConfig(
         fit,
         reward=reward,
         seeds=() if options.shared else SEEDS,
-        shared=options.shared,
+        shared=bool(options.shared),
         device=options.device,
         dtype=options.dtype,
     ).to_json()
     common = {key: value for key, value in common.items() if key not in ("prompts", "method")}
     entries = read_comparison(str(ENTRIES))["entries"]
-    chosen = options.entries or [label for label in entries if label.startswith("shared") == options.shared]
+    chosen = options.entries or [
+        label for label in entries if label.startswith("shared") == bool(options.shared)
+    ]
     budget = None if options.shared else options.budget
     plan = Plan(fit, common, entries_of(",".join(chosen), entries, {}), budget, PRICE)
     plan.check()
     models = load_models(plan.config(chosen[0]))
-    raw = judged(RAW, Adapter(), unseen, plan.config(chosen[0]), models)
+    raw = judged(RAW, Adapter(), judged_on, plan.config(chosen[0]), models)
     others = [name.removeprefix("emoji-") for name in held_out(reward)]
     head = [prompts, reward.removeprefix("emoji-"), "wins", *others, "objects"]
     print(f"\n| {' | '.join(head)} |\n{'|---' * len(head)}|", flush=True)
     for label in chosen:
         config = within_budget(plan, label, plan.config(label), models)
-        scores = [*raw, *judged(label, fitted(config, models), unseen, config, models)]
+        adapter = shared.get((reward, label)) or fitted(config, models)
+        if options.shared:
+            shared[reward, label] = adapter
+        scores = [*raw, *judged(label, adapter, judged_on, config, models)]
         outcome = Outcome.of(reward, summarise(scores))
         print(line(label, outcome), flush=True)
         yield label, outcome
@@ -165,14 +171,15 @@ def main() -> None:
     parser.add_argument(
         "--rewards", nargs="+", default=["emoji-preference"], choices=BUNDLED_REWARDS["emoji"]
     )
-    parser.add_argument("--shared", action="store_true")
+    parser.add_argument("--shared", metavar="PROMPTS", help="prompt-batch, fitted to these; mixed:train, ...")
     parser.add_argument("--budget", type=int, default=400, help="weighted calls for a prompt, prompt-wise")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     options = parser.parse_args()
     found: dict[str, dict[tuple[str, str], Outcome]] = {}
+    shared: dict[tuple[str, str], Adapter] = {}
     for reward, prompts in itertools.product(options.rewards, options.prompts):
-        for label, outcome in outcomes(reward, prompts, options):
+        for label, outcome in outcomes(reward, prompts, options, shared):
             found.setdefault(label, {})[reward, prompts] = outcome
     if len(options.rewards) * len(options.prompts) > 1:
         print(f"\n{summary(found)}")
