@@ -33,6 +33,9 @@ def doctor(argv: list[str]) -> int:
         device=args.device,
         dtype=args.dtype,
         image_size=args.image_size,
+        padding=args.padding,
+        scheduler=args.scheduler,
+        long_prompts=args.long_prompts,
         text_device=args.text_device,
     )
     reward = load_reward(args.reward, device=args.device)
@@ -64,6 +67,9 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--steps", type=int, help=f"denoising steps (default: 4, {drawn})")
     parser.add_argument("--guidance-scale", type=float, help="default: the model's own")
     parser.add_argument("--image-size", type=int, help="side of the image (default: the model's own)")
+    parser.add_argument("--scheduler", help="ddim, pndm, lms, euler or dpm++ (default: the model's own)")
+    parser.add_argument("--padding", default="max_length", help="max_length or none")
+    parser.add_argument("--long-prompts", default="refuse", help="refuse, truncate or chunk")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     add_device_flags(parser)
     return parser

@@ -18,7 +18,7 @@ from ipgo.memory import LiveMemory
 from ipgo.methods import WITHOUT_GRADIENT
 from ipgo.plan import Workload
 from ipgo.rewards import Reward, WeightedSum, score
-from ipgo.sampling import Sampling, sample, unconditional
+from ipgo.sampling import Sampling, sample
 from ipgo.training import FLOAT16_SCALE
 
 GIB = 2**30
@@ -95,13 +95,13 @@ def _draw(
     backend: Backend, prompt: str, sampling: Sampling, backprop_steps: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The prompt's embeddings (1, L, D) as a leaf, the images (1, 3, H, W), and which of the L are inserted."""
-    insertion = Insertion(negative=False)
-    adapter = InsertionAdapter.start(backend, [prompt], insertion, seed=0, shared=False)
+    insertion = Insertion()
+    adapter = InsertionAdapter.start(backend, [prompt], insertion, seed=0, shared=False, sampling=sampling)
     with torch.no_grad():
         cond = adapter.condition(backend, [prompt], backend.encode([prompt]))
     embeds = cond.embeds.detach().requires_grad_()
     noise = backend.noise([0], sampling.noise_steps(backend))
-    uncond = unconditional(backend, cond, sampling)
+    uncond = adapter.unconditional(backend, [prompt], cond, sampling)  # with gradient, as much as a fit's
     images = sample(
         backend, replace(cond, embeds=embeds), uncond, noise, sampling, backprop_steps=backprop_steps
     )

@@ -44,7 +44,7 @@ def coco(place: str, options: Options) -> list[str]:
             "as in coco:annotations/captions_val2017.json, or take those of the hub with coco:val2017"
         )
     captions: dict[int, tuple[int, str]] = {}
-    for each in _annotations(file, "image_id", "id", "caption"):
+    for each in _listed(file, "annotations", "image_id", "id", "caption"):
         own = (each["id"], each["caption"])
         captions[each["image_id"]] = min(own, captions.get(each["image_id"], own))
     if "category" in options:
@@ -66,10 +66,11 @@ def _coco_of_the_hub(split: str, options: Options) -> list[str]:
     return [own[image] for image in sorted(own)]
 
 
-def _annotations(file: Path, *keys: str) -> list[dict[str, Any]]:
-    found = _read(file).get("annotations", [])
+def _listed(file: Path, name: str, *keys: str) -> list[dict[str, Any]]:
+    """The list of objects that a COCO file has under a name."""
+    found = _read(file).get(name)
     if not isinstance(found, list) or any(key not in each for each in found for key in keys):
-        raise InputError(f"{str(file)!r} is no COCO file: its annotations need {', '.join(keys)}")
+        raise InputError(f"{str(file)!r} is no COCO file: its {name} need {', '.join(keys)}")
     return found
 
 
@@ -91,10 +92,11 @@ def _images_of(captions: Path, names: list[str]) -> set[int]:
     for file in files:
         if not file.is_file():
             continue
-        kinds = {each["id"]: {each["name"], each["supercategory"]} for each in _read(file)["categories"]}
+        categories = _listed(file, "categories", "id", "name", "supercategory")
+        kinds = {each["id"]: {each["name"], each["supercategory"]} for each in categories}
         known |= {name for kind in kinds.values() for name in kind}
         own = {number for number, kind in kinds.items() if kind & wanted}
-        annotations = _annotations(file, "image_id", "category_id")
+        annotations = _listed(file, "annotations", "image_id", "category_id")
         images |= {each["image_id"] for each in annotations if each["category_id"] in own}
     missing = sorted(wanted - known)
     if missing:
@@ -144,7 +146,7 @@ def pick_a_pic(place: str, options: Options) -> list[str]:
 def _hub_columns(
     repository: str, split: str, columns: tuple[str, ...], spec: str, local: str
 ) -> Iterator[tuple[Any, ...]]:
-    """The rows of a hub dataset, of these columns; `local` is how a copy is given."""
+    """The rows of a hub dataset that lack none of these columns; `local` is how a copy is given."""
     try:
         from datasets import load_dataset
     except ImportError:
@@ -158,7 +160,7 @@ def _hub_columns(
         raise InputError(
             f"{repository!r} on the hub has no column {missing[0]!r}; give a local copy as {local}"
         )
-    return zip(*(found[name] for name in columns), strict=True)
+    return (row for row in zip(*(found[name] for name in columns), strict=True) if None not in row)
 
 
 def _download(repository: str, file: str, local: str) -> str:
@@ -176,7 +178,7 @@ def _offline(what: str, local: str, error: Exception) -> InputError:
 
 
 def _rows(file: str, *columns: str) -> Iterator[dict[str, Any]]:
-    """Rows of a parquet file, read in batches: some have millions."""
+    """Rows of a parquet file that lack none of the columns, read in batches: some have millions."""
     try:
         from pyarrow import ArrowInvalid, parquet
     except ImportError:
@@ -187,7 +189,7 @@ def _rows(file: str, *columns: str) -> Iterator[dict[str, Any]]:
             if list(batch.schema.names) != list(columns):
                 missing = next(name for name in columns if name not in batch.schema.names)
                 raise InputError(f"{file!r} has no column {missing!r}")
-            yield from batch.to_pylist()
+            yield from (row for row in batch.to_pylist() if None not in row.values())
     except (OSError, ArrowInvalid) as error:
         raise InputError(f"parquet file {file!r} cannot be read: {error}") from None
 

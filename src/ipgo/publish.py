@@ -205,18 +205,36 @@ backend = ipgo.load_backend({opened})
 images = ipgo.generate(backend, [{prompt}], [{_seed(run)}], adapter, ipgo.Sampling({drawn}))
 ```"""
     base = _base(config.backend)
-    if base is None:
-        return code
-    return f"""{code}
+    return code if base is None else f"{code}\n\n{_in_diffusers(run, base, prompt)}"
 
-Or in a pipeline of diffusers:
 
-```python
-import diffusers
-
-pipe = diffusers.AutoPipelineForText2Image.from_pretrained({base!r})
-image = pipe(**adapter.prompt_kwargs(pipe, {prompt}), num_inference_steps={config.sampling.steps}).images[0]
-```"""
+def _in_diffusers(run: Run, base: str, prompt: str) -> str:
+    """The same picture from a stock pipeline of the model `base`, which gets what differs from its defaults."""
+    config, sampling = run.config, run.config.sampling
+    prepared, asked = [], [f"num_inference_steps={sampling.steps}"]
+    if config.scheduler is not None:
+        prepared += [
+            "from ipgo.backends.schedulers import new_scheduler",
+            f"pipe.scheduler = new_scheduler(pipe.scheduler, {config.scheduler!r})",
+        ]
+    if sampling.guidance_scale is not None:
+        prepared.append(f"scale = ipgo.load_backend(pipe).pipeline_guidance({sampling.guidance_scale})")
+        asked.append("**scale")
+    if sampling.eta:
+        asked.append(f"eta={sampling.eta}")
+    if config.image_size is not None:
+        asked.append(f"height={config.image_size}, width={config.image_size}")
+    texts = [prompt, *([_literal(sampling.negative_prompt)] if sampling.negative_prompt else [])]
+    opened = [repr(base), *([f"torch_dtype={config.dtype!r}"] if config.dtype != "auto" else [])]
+    lines = [
+        "import diffusers",
+        "",
+        f"pipe = diffusers.DiffusionPipeline.from_pretrained({', '.join(opened)})",
+        *prepared,
+        f"kwargs = adapter.prompt_kwargs(pipe, {', '.join(texts)})",
+        f"image = pipe(**kwargs, {', '.join(asked)}).images[0]",
+    ]
+    return "Or in a pipeline of diffusers:\n\n```python\n" + "\n".join(lines) + "\n```"
 
 
 def _literal(value: Any) -> str:

@@ -160,7 +160,7 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(monkeypatch):
 
     monkeypatch.setattr(folders, "hf_hub_download", fail)
     with pytest.raises(
-        InputError, match=r"cannot open backend 'owner/name': no such repository; a copy of it can be"
+        InputError, match=r"'owner/name' is not here.*\(no such repository\); a copy of it can be"
     ):
         load_backend("owner/name")
 

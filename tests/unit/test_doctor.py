@@ -19,7 +19,7 @@ from ipgo.adapters import InsertionAdapter
 from ipgo.backends import Backend, load_backend
 from ipgo.doctor import Finding, examine
 from ipgo.insertion import Insertion
-from ipgo.sampling import sample, unconditional
+from ipgo.sampling import sample
 from tests import tiny_families as tiny
 
 SAMPLING = ipgo.Sampling(steps=3, fit_steps=None)
@@ -71,10 +71,11 @@ def test_the_size_is_that_of_the_gradient(backend64: Backend) -> None:
     """Against a difference quotient along the gradient itself, with all steps differentiated."""
     found = findings(backend64, brightness, 3)
     size = float(found[3].text.split("norm ")[1].split(",")[0])
-    adapter = InsertionAdapter.start(backend64, [PROMPT], Insertion(), seed=0, shared=False)
+    start = {"seed": 0, "shared": False, "sampling": SAMPLING}
+    adapter = InsertionAdapter.start(backend64, [PROMPT], Insertion(), **start)
     with torch.no_grad():
         cond = adapter.condition(backend64, [PROMPT], backend64.encode([PROMPT]))
-    uncond = unconditional(backend64, cond, SAMPLING)
+        uncond = adapter.unconditional(backend64, [PROMPT], cond, SAMPLING)
 
     def value(embeds: Tensor) -> Tensor:
         given = replace(cond, embeds=embeds)
@@ -227,6 +228,25 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     out = capsys.readouterr().out
     assert "WRONG  reward 'cut' gives" in out
     assert "to do: look for .detach()" in out
+
+
+def test_the_command_reads_prompts_and_draws_as_a_fit_is_told_to(
+    pipeline_folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [
+        "doctor",
+        "--backend",
+        pipeline_folder,
+        "--reward",
+        "contrast",
+        "--steps",
+        "2",
+        "--prompt",
+        "a " * 100,
+    ]
+    assert cli.main(command) == 2
+    assert "long_prompts" in capsys.readouterr().err
+    assert cli.main([*command, "--long-prompts", "truncate", "--scheduler", "lms", "--padding", "none"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -301,6 +301,7 @@ def test_nothing_fits(
         ([], "required: --gpu"),
         (["--gpu", "big"], "gpu is 'big'; it must be a size such as 16GB"),
         (["--gpu", "8GB", "--backend", "sd1.5"], "unknown backend 'sd1.5'; did you mean 'sd15'"),
+        (["--gpu", "8GB", "--backend", __file__], "is no local folder of diffusers, and the sizes"),
         (["--gpu", "8GB", "--backend", "some/model"], "the sizes of its models are not known"),
         (["--gpu", "8GB", "--reward", "hpsv3"], "unknown reward 'hpsv3'"),
         (["--gpu", "8GB", "--reward", "cmd:true {image}"], "has no gradient"),

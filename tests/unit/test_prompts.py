@@ -90,7 +90,7 @@ def test_the_mixed_set_has_only_prompts_to_fit_to() -> None:
     mixed = read_prompts("mixed")
     check_prompts(mixed)
     assert mixed == read_prompts("mixed:train")
-    assert len(mixed) == 300
+    assert len(mixed) == 1200
     assert not set(mixed) & {prompt for name in ("one", "styled", "two") for prompt in read_prompts(name)}
 
 
@@ -205,6 +205,9 @@ def test_coco_captions_and_their_categories(annotations: Path) -> None:
     assert read("?category=person,natural_scenes&n=1&seed=1") in (["A man sits"], ["a peak"])
     with pytest.raises(InputError, match=r"unknown COCO category 'buss'; did you mean 'bus'"):
         read("?category=buss")
+    (annotations / "stuff_val2017.json").write_text('{"annotations": []}')
+    with pytest.raises(InputError, match=r"stuff_val2017.json' is no COCO file: its categories need id"):
+        read("?category=person")
     (annotations / "stuff_val2017.json").unlink()
     with pytest.raises(InputError, match=r"stuff_val2017.json is not beside the captions"):
         read("?category=buildings")
@@ -262,7 +265,7 @@ def test_captions_of_the_hub(
     hub["phiyodr/coco2017", "train"] = {"text": ["x"]}
     with pytest.raises(InputError, match="has no column 'image_id'; give a local copy"):
         read_prompts("coco:train2017")
-    hub["yuvalkirstain/pickapic_v1_no_images", "validation_unique"] = {"caption": ["x", "y ", "x"]}
+    hub["yuvalkirstain/pickapic_v1_no_images", "validation_unique"] = {"caption": ["x", None, "y ", "x"]}
     assert read_prompts("pickapic:validation_unique") == read_prompts("pickapic:") == ["x", "y"]
 
 
@@ -306,6 +309,12 @@ def test_parquet_tables(tmp_path: Path) -> None:
             read_prompts(f"diffusiondb:{file}?max_nsfw={limit}")
     with pytest.raises(InputError, match="has no column 'caption'"):
         read_prompts(f"pickapic:{file}")
+    gaps = {"prompt": ["a cat", None, "a dog"], "prompt_nsfw": [0.0, 0.0, None]}
+    parquet.write_table(pyarrow.table(gaps), file)
+    assert read_prompts(f"diffusiondb:{file}") == ["a cat", "a dog"]
+    assert read_prompts(f"diffusiondb:{file}?max_nsfw=0.5") == [
+        "a cat"
+    ]  # what has no score is not known to be safe
     parquet.write_table(pyarrow.table({"caption": ["x", "y", "x"]}), file)
     assert read_prompts(f"pickapic:{file}") == ["x", "y"]
     with pytest.raises(InputError, match=r"has no \.parquet file"):

@@ -113,9 +113,28 @@ def test_the_card_of_a_model_of_the_hub_names_it_and_says_how_a_plain_pipeline_d
     place = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     assert yaml.safe_load(header)["base_model"] == place
     assert f"from_pretrained({place!r})" in body
-    assert "pipe(**adapter.prompt_kwargs(pipe, 'a fox" in body
+    assert "kwargs = adapter.prompt_kwargs(pipe, 'a fox" in body
     for code in body.split("```")[1::2]:
         compile(code.removeprefix("python\n"), "card", "exec")
+
+
+@pytest.mark.parametrize("scheduler", [None, "lms"])
+def test_the_code_for_a_plain_pipeline_draws_the_picture_too(
+    run: ipgo.Run, tmp_path: Path, scheduler: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampling = ipgo.Sampling(steps=3, guidance_scale=2.0, negative_prompt="a `dog`")
+    other = ipgo.Run(run.path, replace(run.config, sampling=sampling, scheduler=scheduler))
+    monkeypatch.setattr("ipgo.publish._base", lambda backend: backend)  # as if the folder were the hub's
+    ipgo.save_pretrained(other, tmp_path / "card")
+    _, code, _, plain, *_ = (tmp_path / "card/README.md").read_text().split("```")
+    names: dict[str, Any] = {}
+    exec(code.removeprefix("python\n").replace("this/repository", str(tmp_path / "card")), names)
+    latents = names["backend"].noise([1000])[:, 0]
+    again = plain.removeprefix("python\n").replace(
+        "pipe(**kwargs", "pipe(latents=latents, output_type='pt', **kwargs"
+    )
+    exec(again, names | {"latents": latents}, names)
+    torch.testing.assert_close(names["image"], names["images"][0], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(

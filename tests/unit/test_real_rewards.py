@@ -9,10 +9,11 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from transformers import CLIPTokenizer
 
 import ipgo.rewards
 from ipgo.errors import InputError
-from ipgo.rewards import REWARDS, SOURCES, check_reward, identity_of, load_reward, score
+from ipgo.rewards import REWARDS, SOURCES, check_reward, checkpoints, identity_of, load_reward, score
 from tests.conftest import byte_tokenizer, put_into_cache
 from tests.reward_models import (
     PROMPTS,
@@ -137,6 +138,24 @@ def test_offline_a_second_model_is_asked_for_by_the_name_of_its_folder(tmp_path:
         InputError, match=rf"{needed}.* into a folder 'clip-vit-large-patch14' beside the weights"
     ):
         load_reward(f"aesthetic:{tmp_path / 'head.pth'}", device="cpu")
+
+
+def test_a_repository_without_safetensors_is_said_to_have_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pytorch_model.bin").touch()
+    monkeypatch.setattr(checkpoints, "snapshot_download", lambda repo, allow_patterns: str(tmp_path))
+    with pytest.raises(
+        InputError, match=r"cannot be fetched \(there is no model\*.safetensors\); give a copy"
+    ):
+        load_reward("clip:owner/name", device="cpu")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"model": {"type": "none"}}'])
+def test_a_damaged_tokenizer_is_one_sentence(tmp_path: Path, content: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(InputError, match=r"reward 'clip': the tokenizer in '.*' cannot be opened"):
+        checkpoints.open_tokenizer(CLIPTokenizer, tmp_path, "clip")
 
 
 class Harmful:

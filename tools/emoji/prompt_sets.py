@@ -1,7 +1,7 @@
 """Write the prompt sets of the bundled world: `python -m tools.emoji.prompt_sets`.
 
 Three of 60 prompts each: the test halves show combinations that no training scene has, the train halves only ones that
-training may have. And `mixed`, 300 more of all three kinds such as training may have, which prompt-batch is fitted to.
+training may have. And `mixed`, 1,200 more such of all three kinds, which prompt-batch is fitted to.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from tools.emoji import world
 
 FOLDER = Path("src/ipgo/prompt_sets")
 HALF = 30
-MIXED = 100  # of each kind
+MIXED = 400  # of each kind
 OPENINGS = (
     "a beautiful {}",
     "a masterpiece digital art {}",

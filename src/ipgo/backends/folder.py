@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import diffusers
@@ -100,9 +101,14 @@ def class_name(index: Path, source: str | Path) -> str:
 
 
 def _cannot_open(source: str | Path, error: Exception) -> InputError:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    hint = "" if is_local(source) else "; a copy of it can be given as a folder"
-    return InputError(f"cannot open backend {str(source)!r}: {lines[0].rstrip('.')}{hint}")
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    if is_local(source):
+        return InputError(f"cannot open backend {str(source)!r}: {reason}")
+    reason = shorten(reason, 100, placeholder=" ...")  # the hub's client has much to say
+    return InputError(
+        f"backend {str(source)!r} is not here, and cannot be fetched from huggingface.co ({reason}); "
+        "a copy of it can be given as a folder: --backend /path/folder"
+    )
 
 
 @contextmanager

@@ -28,11 +28,11 @@ def blueprint_of(source: str) -> Blueprint:
         return PUBLISHED[name]
     folder = Path(BACKENDS[name][1] if name in BACKENDS else source)
     if not folder.is_dir():
-        if "/" not in source and source not in BACKENDS:
+        if "/" not in source and source not in BACKENDS and not folder.is_file():
             raise unknown("backend", source, BACKENDS)
         raise InputError(
-            f"backend {source!r} is no local folder, and the sizes of its models are not known; known are those of "
-            f"diffusers folders and of emoji, {', '.join(PUBLISHED)}"
+            f"backend {source!r} is no local folder of diffusers, and the sizes of its models are not known; known are "
+            f"those of diffusers folders and of emoji, {', '.join(PUBLISHED)}"
         )
     found = read_blueprint(folder)
     if found.kind not in FAMILIES:

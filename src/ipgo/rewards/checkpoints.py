@@ -97,7 +97,7 @@ class Checkpoint:
             what = self.source.file or "config.json, tokenizer and model.safetensors"
             raise InputError(
                 f"reward {self.spec!r} needs {what} of huggingface.co/{repo}, which is not here and cannot be "
-                f"fetched ({type(error).__name__}); give a copy as {self._copy()}"
+                f"fetched ({_reason(error)}); give a copy as {self._copy()}"
             ) from error
 
     def beside(self, repo: str, found: Path, patterns: Sequence[str], needed: str) -> Path:
@@ -111,7 +111,7 @@ class Checkpoint:
         except FETCH_ERRORS as error:
             raise InputError(
                 f"reward {self.spec!r} needs {needed} of huggingface.co/{repo}, which is not here and cannot be "
-                f"fetched ({type(error).__name__}); put a copy into a folder {name!r} beside the weights"
+                f"fetched ({_reason(error)}); put a copy into a folder {name!r} beside the weights"
             ) from error
 
     def tokenizer(self, repo: str, found: Path) -> Path:
@@ -132,8 +132,16 @@ def _snapshot(repo: str, patterns: Sequence[str], needed: str) -> Path:
     """The folder of a hub repository's files; offline it may lack those that nobody has asked for yet."""
     folder = Path(snapshot_download(repo, allow_patterns=list(patterns)))
     if not any(folder.glob(needed)):
-        raise FileNotFoundError(needed)
+        raise _LackingError(f"there is no {needed}")
     return folder
+
+
+class _LackingError(OSError):
+    """A repository without a file that is needed."""
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, _LackingError) else type(error).__name__
 
 
 def read_state(file: Path, reward: str) -> dict[str, Tensor]:
@@ -176,6 +184,17 @@ def open_model(kind: Any, folder: Path | None, reward: str, what: str, **options
     if missing:
         raise InputError(f"reward {reward!r}: {what!r} is no whole {kind.__name__}: {missing[0]} is missing")
     return model
+
+
+def open_tokenizer(kind: Any, folder: Path, reward: str) -> Any:
+    """A tokenizer of transformers; `InputError` if its files are damaged."""
+    try:
+        return kind.from_pretrained(folder)
+    except Exception as error:  # its parser has errors of its own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"reward {reward!r}: the tokenizer in {str(folder)!r} cannot be opened: {reason}"
+        ) from error
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTokenizer
 
-from ipgo.rewards.checkpoints import CLIP_L, Checkpoint, identity, open_model, weight_files
+from ipgo.rewards.checkpoints import CLIP_L, Checkpoint, identity, open_model, open_tokenizer, weight_files
 from ipgo.rewards.preprocessing import Preprocessing, read_preprocessing
 
 
@@ -96,7 +96,7 @@ def load_pickscore(device: torch.device, checkpoint: Checkpoint) -> ClipReward:
 def _load(device: torch.device, checkpoint: Checkpoint, scaled: bool) -> ClipReward:
     folder = checkpoint.find()
     model = read_clip(folder, checkpoint.spec, device)
-    tokenizer = CLIPTokenizer.from_pretrained(checkpoint.tokenizer(CLIP_L, folder))
+    tokenizer = open_tokenizer(CLIPTokenizer, checkpoint.tokenizer(CLIP_L, folder), checkpoint.spec)
     size = model.config.vision_config.image_size
     preprocessing = read_preprocessing(folder, size, checkpoint.notebook)
     about = identity(checkpoint.name, weight_files(folder), preprocessing)

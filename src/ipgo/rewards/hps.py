@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from ipgo.errors import InputError
-from ipgo.rewards.checkpoints import CLIP_L, Checkpoint, identity, open_model, read_state
+from ipgo.rewards.checkpoints import CLIP_L, Checkpoint, identity, open_model, open_tokenizer, read_state
 from ipgo.rewards.clip import ClipReward, TextTower, attention
 from ipgo.rewards.preprocessing import Preprocessing
 
@@ -44,7 +44,7 @@ LAYER = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)")
 def load_hps(device: torch.device, checkpoint: Checkpoint) -> ClipReward:
     """HPS: cosine in a CLIP tuned on rankings by people, near 0.27; v2 and v2.1 do not compare."""
     file = checkpoint.find()
-    tokenizer = CLIPTokenizer.from_pretrained(checkpoint.tokenizer(CLIP_L, file))
+    tokenizer = open_tokenizer(CLIPTokenizer, checkpoint.tokenizer(CLIP_L, file), checkpoint.spec)
     state = read_state(file, checkpoint.spec)
     try:
         config = config_of(state, ACTIVATION)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
 from ipgo.errors import InputError
-from ipgo.rewards.checkpoints import Checkpoint, identity, open_model, read_state
+from ipgo.rewards.checkpoints import Checkpoint, identity, open_model, open_tokenizer, read_state
 from ipgo.rewards.linear import collapse
 from ipgo.rewards.preprocessing import Preprocessing
 
@@ -80,7 +80,7 @@ class ImageReward(nn.Module):
 def load_imagereward(device: torch.device, checkpoint: Checkpoint) -> ImageReward:
     """ImageReward v1.0: BLIP tuned on rankings by people, about -2 to 2."""
     file = checkpoint.find()
-    tokenizer = BertTokenizer.from_pretrained(checkpoint.tokenizer(BERT, file))
+    tokenizer = open_tokenizer(BertTokenizer, checkpoint.tokenizer(BERT, file), checkpoint.spec)
     state = read_state(file, checkpoint.spec)
     head = collapse(state, "mlp.layers.", checkpoint.spec)
     picture, prompt = (_part(state, f"blip.{name}_encoder.") for name in ("visual", "text"))
