@@ -1,15 +1,16 @@
-"""A ComfyUI node that puts IPGO's learned embeddings around a prompt's conditioning.
+"""A ComfyUI node that encodes a prompt with the embeddings that IPGO learned around it.
 
-Copy this file into ComfyUI/custom_nodes and `pip install ipgo` into ComfyUI's environment. Put the node between
-"CLIP Text Encode" and the sampler's positive input. It does to a conditioning what the stock "Conditioning (Concat)"
-does, on both sides: [prefix; conditioning; suffix] along the tokens.
+Copy this file into ComfyUI/custom_nodes and `pip install ipgo` into ComfyUI's environment. The node takes the place of
+both "CLIP Text Encode" nodes: it encodes the prompt and the negative prompt by the CLIP that it is given, as they do,
+and puts the learned embeddings around the states, as the stock "Conditioning (Concat)" would: [prefix; states; suffix].
 
-Limits: models with one text encoder, padded to 77 tokens, whose denoiser does not care about their order (Stable
-Diffusion 1.x and 2.x); adapters without cross-attention, learned with padding="max_length" and without
-insertion.pooled and insertion.negative. Adapters of other kinds or widths are refused; that the checkpoint is the one
-that the adapter was learned on, the node cannot see.
+Limits: models with one text encoder, whose denoiser does not care about the order of tokens (Stable Diffusion 1.x and
+2.x); prompts of one window of 77 tokens; adapters learned with padding="max_length" and without insertion.pooled. One
+that was fitted to prompts takes these, word for word; a shared one takes any. Adapters of other kinds or widths are
+refused; that the checkpoint is the one that the adapter was learned on, the node cannot see.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,55 +22,70 @@ from ipgo.embeds import PromptEmbeds
 
 Conditioning = list[list[Any]]  # of [states (B, L, D), {"pooled_output": ...}]
 
+END = 49407  # what CLIP's tokenizer puts behind a text; what follows is padding
 
-class IPGOEmbeddings:
-    """Inserts an adapter's embeddings; `prompt` chooses the row of an adapter that was fitted to several."""
+
+class IPGOTextEncode:
+    """Encodes a prompt and a negative one, each with what an adapter learned around it."""
 
     CATEGORY = "conditioning"
-    RETURN_TYPES = ("CONDITIONING",)
-    FUNCTION = "insert"
+    RETURN_TYPES = ("CONDITIONING", "CONDITIONING")
+    RETURN_NAMES = ("positive", "negative")
+    FUNCTION = "encode"
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 - ComfyUI's name
-        text = {"default": "", "multiline": False}
+        line, lines = ({"default": "", "multiline": multiline} for multiline in (False, True))
         return {
-            "required": {"conditioning": ("CONDITIONING",), "adapter": ("STRING", text)},
-            "optional": {"prompt": ("STRING", {**text, "multiline": True})},
+            "required": {"clip": ("CLIP",), "text": ("STRING", lines), "adapter": ("STRING", line)},
+            "optional": {"negative_text": ("STRING", lines)},
         }
 
-    def insert(self, conditioning: Conditioning, adapter: str, prompt: str = "") -> tuple[Conditioning]:
-        """[prefix; conditioning; suffix] for each entry; what else an entry holds stays.
+    def encode(
+        self, clip: Any, text: str, adapter: str, negative_text: str = ""
+    ) -> tuple[Conditioning, Conditioning]:
+        """The conditioning of both; `adapter` is a folder, or the hub's owner/name.
 
         Raises:
-            InputError: no adapter there, one of another kind or width, or a prompt that it was not fitted to.
+            InputError: no adapter there, one of another kind or width, a prompt that it was not fitted to or that is
+            too long, or a model with several text encoders.
         """
-        learned = ipgo.from_pretrained(Path(adapter).expanduser())
+        learned = ipgo.from_pretrained(Path(adapter).expanduser() if adapter.startswith("~") else adapter)
         if not isinstance(learned, InsertionAdapter):
             raise ipgo.InputError(f"adapter {adapter!r} holds no embeddings but {learned.kind}")
-        if learned.insertion.cross_attention != "none" or learned.padding != "max_length":
+        if learned.padding != "max_length" or learned.insertion.pooled:
             raise ipgo.InputError(
-                f"adapter {adapter!r} has cross_attention={learned.insertion.cross_attention!r} and "
-                f"padding={learned.padding!r}; this node takes 'none' and 'max_length'"
+                f"adapter {adapter!r} has padding={learned.padding!r} and insertion.pooled={learned.insertion.pooled}; "
+                "this node takes 'max_length' and False"
             )
-        if learned.insertion.pooled or learned.insertion.negative:
-            raise ipgo.InputError(
-                f"adapter {adapter!r} learned more than embeddings around the prompt (insertion.pooled or "
-                "insertion.negative), which this node does not put in"
-            )
-        only = learned.prompts[0] if learned.prompts is not None and len(learned.prompts) == 1 else prompt
-        row = learned.rows([prompt or only])
-        found: Conditioning = []
-        for states, about in conditioning:
-            if states.shape[-1] != learned.width:
-                raise ipgo.InputError(
-                    f"adapter {adapter!r} holds embeddings {learned.width} wide; "
-                    f"this conditioning is {states.shape[-1]} wide"
-                )
-            text = PromptEmbeds(states, torch.ones(states.shape[:2], dtype=torch.bool, device=states.device))
-            with torch.no_grad():
-                found.append([learned.insert(row.expand(len(states)), text).embeds, dict(about)])
-        return (found,)
+        rows = learned.rows([text])
+        return (
+            encoded(clip, text, learned.width, lambda states: learned.insert(rows, states)),
+            encoded(clip, negative_text, learned.width, lambda states: learned.insert_negative(rows, states)),
+        )
 
 
-NODE_CLASS_MAPPINGS = {"IPGOEmbeddings": IPGOEmbeddings}
-NODE_DISPLAY_NAME_MAPPINGS = {"IPGOEmbeddings": "IPGO embeddings"}
+def encoded(clip: Any, text: str, width: int, insert: Callable[[PromptEmbeds], PromptEmbeds]) -> Conditioning:
+    """What the stock node makes of `text`, with the states changed by `insert`."""
+    tokens = clip.tokenize(text)
+    if len(tokens) != 1:
+        raise ipgo.InputError(f"this model has {len(tokens)} text encoders; the node takes models with one")
+    (windows,) = tokens.values()
+    if len(windows) != 1:
+        raise ipgo.InputError(f"the prompt has more than {len(windows[0])} tokens: {text[:40]!r}...")
+    # A token may also be an embedding, a tensor, of textual inversion.
+    end = [isinstance(entry[0], int) and entry[0] == END for entry in windows[0]].index(True)
+    found: Conditioning = []
+    for states, about in clip.encode_from_tokens_scheduled(tokens):
+        if states.shape[-1] != width:
+            raise ipgo.InputError(
+                f"the adapter holds embeddings {width} wide; those of this CLIP are {states.shape[-1]} wide"
+            )
+        mask = torch.arange(states.shape[1], device=states.device) <= end
+        with torch.no_grad():
+            found.append([insert(PromptEmbeds(states, mask[None])).embeds, dict(about)])
+    return found
+
+
+NODE_CLASS_MAPPINGS = {"IPGOTextEncode": IPGOTextEncode}
+NODE_DISPLAY_NAME_MAPPINGS = {"IPGOTextEncode": "IPGO text encode"}

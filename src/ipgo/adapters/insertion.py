@@ -125,11 +125,7 @@ class InsertionAdapter(Adapter):
         if original is None:
             return None
         rows = self.rows(prompts)
-        whole = original.insert(
-            self._embeds(self.negative_prefix, rows, original),
-            self._embeds(self.negative_suffix, rows, original),
-        )
-        return self._changed(whole, rows, self.negative_pooled)
+        return self._changed(self.insert_negative(rows, original), rows, self.negative_pooled)
 
     def _changed(self, prompt: PromptEmbeds, rows: Tensor, change: nn.Parameter | None) -> PromptEmbeds:
         """With `change` (N, P) added to the vectors (B, P)."""
@@ -141,6 +137,13 @@ class InsertionAdapter(Adapter):
         """[prefix; original; suffix], by the adapter's rows (B,) for the B rows of `original`."""
         return original.insert(
             self._embeds(self.prefix, rows, original), self._embeds(self.suffix, rows, original)
+        )
+
+    def insert_negative(self, rows: Tensor, original: PromptEmbeds) -> PromptEmbeds:
+        """`insert` for the B rows of the negative prompt; without `insertion.negative` it stays as it is."""
+        return original.insert(
+            self._embeds(self.negative_prefix, rows, original),
+            self._embeds(self.negative_suffix, rows, original),
         )
 
     def _embeds(self, side: InsertedEmbeddings | None, rows: Tensor, original: PromptEmbeds) -> Tensor:
