@@ -15,7 +15,7 @@ from ipgo.ascent import Ascent, make_optimizer
 from ipgo.errors import InputError, RewardError
 from ipgo.resume import all_tensors, copied, fill
 from ipgo.rewards import score
-from ipgo.sampling import decode, denoise, last_latents, redo_last_step
+from ipgo.sampling import decode, denoise, last_latents, redo_last_step, unconditional
 from ipgo.seeding import derive, generator
 from ipgo.task import Progress, Task
 
@@ -92,8 +92,11 @@ class _Climb:
         self.kept = copy.deepcopy(self.adapter).requires_grad_(False)
         with torch.no_grad():
             self.original = task.backend.encode(task.prompts)
-            cond = self.adapter.condition(task.backend, task.prompts, self.original)
-            self.uncond = self.adapter.unconditional(task.backend, task.prompts, cond, task.sampling)
+            if self.adapter.learns_unconditional:  # what is learned goes around that of the prompts as they are
+                self.uncond = unconditional(task.backend, self.original, task.sampling)
+            else:
+                cond = self.adapter.condition(task.backend, task.prompts, self.original)
+                self.uncond = self.adapter.unconditional(task.backend, task.prompts, cond, task.sampling)
         count = 1 if task.shared else len(task.prompts)
         nan = torch.full((len(task.prompts),), math.nan)
         scale = FLOAT16_SCALE if task.backend.dtype == torch.float16 else 1.0
@@ -157,10 +160,9 @@ class _Climb:
         numbers = batch.to(backend.device)
         original = self.original.select(numbers)
         cond = self.adapter.condition(backend, prompts, original)
+        uncond = None if self.uncond is None else self.uncond.select(numbers)
         if self.adapter.learns_unconditional:
-            uncond = self.adapter.unconditional(backend, prompts, cond, task.sampling)
-        else:
-            uncond = None if self.uncond is None else self.uncond.select(numbers)
+            uncond = self.adapter.unconditional(backend, prompts, cond, task.sampling, uncond)
         noise = self.adapter.noise(
             backend, prompts, task.noise_seeds(prompts, step), task.sampling.noise_steps(backend)
         )

@@ -99,6 +99,17 @@ def test_accumulation_is_a_larger_batch(backend64):
         torch.testing.assert_close(value, rows[1][name], atol=1e-9, rtol=0)
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_prompts_are_encoded_once(make_pipe, shared):
+    """And the negative prompt, although embeddings are learned around it."""
+    backend = load_backend(make_pipe(), device="cpu")
+    calls = []
+    backend.pipe.text_encoder.register_forward_hook(lambda *_: calls.append(1))
+    assert INSERTION.decided(guided=True).negative
+    before = [len(calls) for _ in fit(task(backend, seeds=(), shared=shared))]
+    assert before == [2] * 6
+
+
 def test_recomputing_changes_nothing(backend):
     kept, recomputed = (list(fit(task(backend), recompute=recompute))[-1] for recompute in (False, True))
     torch.testing.assert_close(kept.rewards, recomputed.rewards)

@@ -62,10 +62,19 @@ class Adapter(nn.Module):
         return original
 
     def unconditional(
-        self, backend: Backend, prompts: Sequence[str], cond: PromptEmbeds, sampling: Sampling
+        self,
+        backend: Backend,
+        prompts: Sequence[str],
+        cond: PromptEmbeds,
+        sampling: Sampling,
+        raw: PromptEmbeds | None = None,
     ) -> PromptEmbeds | None:
-        """What guidance moves away from when `prompts` are drawn as `cond`: as `sampling.unconditional`."""
-        return unconditional(backend, cond, sampling)
+        """What guidance moves away from when `prompts` are drawn as `cond`: as `sampling.unconditional`.
+
+        Args:
+            raw: the same for the prompts as they are, where it is known already: a text encoder is called for it.
+        """
+        return unconditional(backend, cond, sampling) if raw is None else raw
 
     def noise(self, backend: Backend, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> Tensor:
         """(B, 1 + steps, C, h, w), as `Backend.noise`."""

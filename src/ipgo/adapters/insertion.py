@@ -115,13 +115,18 @@ class InsertionAdapter(Adapter):
         return self._changed(self.insert(rows, original), rows, self.pooled)
 
     def unconditional(
-        self, backend: Backend, prompts: Sequence[str], cond: PromptEmbeds, sampling: Sampling
+        self,
+        backend: Backend,
+        prompts: Sequence[str],
+        cond: PromptEmbeds,
+        sampling: Sampling,
+        raw: PromptEmbeds | None = None,
     ) -> PromptEmbeds | None:
         if not self.insertion.negative:
             return super().unconditional(backend, prompts, cond, sampling)
         # Its own length is that of the prompt without what is inserted; both then grow by as much.
         own = cond.keep(range(self.insertion.num_prefix, cond.length - self.insertion.num_suffix))
-        original = super().unconditional(backend, prompts, own, sampling)
+        original = super().unconditional(backend, prompts, own, sampling, raw)
         if original is None:
             return None
         rows = self.rows(prompts)

@@ -57,9 +57,14 @@ class JointAdapter(Adapter):
         return self.inserted.condition(backend, prompts, original)
 
     def unconditional(
-        self, backend: Backend, prompts: Sequence[str], cond: PromptEmbeds, sampling: Sampling
+        self,
+        backend: Backend,
+        prompts: Sequence[str],
+        cond: PromptEmbeds,
+        sampling: Sampling,
+        raw: PromptEmbeds | None = None,
     ) -> PromptEmbeds | None:
-        return self.inserted.unconditional(backend, prompts, cond, sampling)
+        return self.inserted.unconditional(backend, prompts, cond, sampling, raw)
 
     def noise(self, backend: Backend, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> Tensor:
         return self.initial.noise(backend, prompts, seeds, steps)

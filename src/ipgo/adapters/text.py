@@ -71,9 +71,14 @@ class TextAdapter(Adapter):
         return backend.encode([texts[row] or prompt for row, prompt in zip(rows, prompts, strict=True)])
 
     def unconditional(
-        self, backend: Backend, prompts: Sequence[str], cond: PromptEmbeds, sampling: Sampling
+        self,
+        backend: Backend,
+        prompts: Sequence[str],
+        cond: PromptEmbeds,
+        sampling: Sampling,
+        raw: PromptEmbeds | None = None,
     ) -> PromptEmbeds | None:
-        whole = super().unconditional(backend, prompts, cond, sampling)
+        whole = super().unconditional(backend, prompts, cond, sampling, raw)
         negatives, rows = self.negatives, self.rows(prompts).tolist()
         if whole is None or not any(negatives[row] for row in rows):
             return whole

@@ -54,9 +54,14 @@ class TextEncoderAdapter(Adapter):
         return self._tuned(backend, prompts, original, lambda: backend.encode(prompts))
 
     def unconditional(
-        self, backend: Backend, prompts: Sequence[str], cond: PromptEmbeds, sampling: Sampling
+        self,
+        backend: Backend,
+        prompts: Sequence[str],
+        cond: PromptEmbeds,
+        sampling: Sampling,
+        raw: PromptEmbeds | None = None,
     ) -> PromptEmbeds | None:
-        original = super().unconditional(backend, prompts, cond, sampling)
+        original = super().unconditional(backend, prompts, cond, sampling, raw)
         if original is None:
             return None
         return self._tuned(
