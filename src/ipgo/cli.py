@@ -159,7 +159,7 @@ def fit(argv: list[str]) -> int:
     place = Path(parsed.out or Path("runs") / (slug(parsed.prompts or texts[0]) or "run"))
     folder = Run.open(place, config)
     check_method(folder)
-    warn_of_unseen_words(config)
+    warn_of_unseen_words(config.backend, config.prompts)
     loading(config.backend)
     run(folder, load_models(config, begun_in=folder.dtype))
     return show_run(folder)
@@ -250,6 +250,7 @@ def generate(argv: list[str]) -> int:
     from ipgo.evaluation import draw
     from ipgo.images import to_pil
     from ipgo.prompts import check_prompts, number
+    from ipgo.runner import warn_of_unseen_words
     from ipgo.sampling import Sampling
     from ipgo.seeding import check_seeds
 
@@ -262,6 +263,7 @@ def generate(argv: list[str]) -> int:
     sampling = Sampling(**settings.pop("sampling"))
     source = args.backend or settings.pop("backend")
     settings.pop("backend", None)
+    warn_of_unseen_words(source, texts)
     loading(source)
     backend = load_backend(source, device=args.device, text_device=args.text_device, **settings)
     backend.check_prompts(texts)
@@ -296,7 +298,7 @@ def evaluate(argv: list[str]) -> int:
     from ipgo.prompts import check_prompts
     from ipgo.report import write_report
     from ipgo.rewards import check_reward
-    from ipgo.runner import load_models
+    from ipgo.runner import load_models, warn_of_unseen_words
     from ipgo.seeding import check_seeds
     from ipgo.store import EVALUATION, Run, other_weights
 
@@ -304,6 +306,7 @@ def evaluate(argv: list[str]) -> int:
     for name in args.rewards or ():
         check_reward(name)
     folder = Run.open(args.run)
+    files.check_out(folder.path, folder=True)
     adapter, _ = find_adapter(args.run)
     done = [prompt.text for prompt in folder.prompts if folder.done(prompt)]
     prompts = read_prompts(args.prompts) if args.prompts else done
@@ -312,6 +315,8 @@ def evaluate(argv: list[str]) -> int:
     config = dataclasses.replace(folder.config, device=args.device, text_device=args.text_device)
     if args.rewards:
         config = dataclasses.replace(config, held_out=tuple(args.rewards))
+    if args.prompts:
+        warn_of_unseen_words(config.backend, prompts)
     loading(config.backend)
     models = load_models(config, begun_in=folder.dtype)
     models.backend.check_prompts(prompts)

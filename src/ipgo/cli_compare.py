@@ -70,7 +70,7 @@ def compare(argv: list[str]) -> int:
     for name in (some.reward, *held_out(some)):
         check_reward(name)
     check(folder)
-    warn_of_unseen_words(some)
+    warn_of_unseen_words(some.backend, some.prompts)
     loading(some.backend)
     run_all(folder)
     return show_comparison(place)

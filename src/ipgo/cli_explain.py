@@ -6,6 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tqdm import tqdm
+
 from ipgo.errors import InputError
 from ipgo.terminal import add_device_flags, command_parser, find_adapter, loading, read_texts
 
@@ -68,7 +70,8 @@ def explain(argv: list[str]) -> int:
     reward = load_reward(spec, device=args.device)
     words = Vocabulary.of(backend)
     adapter.to(backend.device)
-    found = [explained(backend, adapter, text, seeds, sampling, reward, words, args.top) for text in texts]
+    bar = tqdm(texts, "prompts", disable=None, leave=False)
+    found = [explained(backend, adapter, text, seeds, sampling, reward, words, args.top) for text in bar]
     for each in found:
         print(show(each))
     if args.out is not None:

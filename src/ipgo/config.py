@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import hashlib
 import json
@@ -16,7 +15,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from ipgo.adapters.noise import check_one_seed
-from ipgo.errors import InputError, unknown
+from ipgo.errors import InputError, unknown, unknown_option
 from ipgo.methods import METHODS
 from ipgo.methods.ipgo import IPGO
 from ipgo.prompts import check_prompts
@@ -301,21 +300,16 @@ def _explain(error: ArgumentError, parser: ArgumentParser) -> InputError:
     if found := re.search(r"unrecognized arguments: (\S+)", text):
         if not found[1].startswith("-"):
             return InputError(f"unexpected {found[1]!r}; give prompts first, in quotes, and then the options")
-        return _unknown_option(found[1].split("=")[0], options)
+        return unknown_option(found[1].split("=")[0], options)
     if found := re.search(r"Group '(.+)' does not accept option '(.+)'", text):
-        return _unknown_option(f"{found[1]}.{found[2]}", [option.lstrip("-") for option in options])
+        return unknown_option(f"{found[1]}.{found[2]}", [option.lstrip("-") for option in options])
     if found := re.search(r"Option '(.+)' is not accepted", text):
-        return _unknown_option(found[1], [option.lstrip("-") for option in options])
+        return unknown_option(found[1], [option.lstrip("-") for option in options])
     if found := re.search(r'Parser key "(.+?)".*?: .* [Vv]alue: (.*)', text):
         types = re.findall(r"Expected an? (?:<class '(\w+)'>|typing\.Literal\[(.*?)\])", text)
         allowed = " or ".join(kind.replace("NoneType", "null") or choices for kind, choices in types)
         return InputError(f"{found[1]} is {found[2]!r}; it must be {allowed or 'of another type'}")
     return InputError(text)
-
-
-def _unknown_option(name: str, options: list[str]) -> InputError:
-    near = difflib.get_close_matches(name, options, n=1)
-    return InputError(f"unknown option {name!r}; " + (f"did you mean {near[0]!r}?" if near else "see --help"))
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -32,3 +32,9 @@ def unknown(kind: str, value: object, allowed: Iterable[str]) -> InputError:
     near = difflib.get_close_matches(str(value), names, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(names)}"
     return InputError(f"unknown {kind} {str(value)!r}; {hint}")
+
+
+def unknown_option(name: str, allowed: Iterable[str]) -> InputError:
+    """The error for a misspelt flag: `unknown option '--sedes'; did you mean '--seeds'?`."""
+    near = difflib.get_close_matches(name, sorted(allowed), n=1)
+    return InputError(f"unknown option {name!r}; " + (f"did you mean {near[0]!r}?" if near else "see --help"))

@@ -129,7 +129,7 @@ def fit(
     with tempfile.TemporaryDirectory() as temporary, torch.inference_mode(False):
         folder = Run.open(Path(out) if out is not None else Path(temporary) / "run", config)
         check_method(folder)
-        warn_of_unseen_words(config)
+        warn_of_unseen_words(config.backend, config.prompts)
         run(folder, load_models(config, given_backend, given_reward, folder.dtype))
         return result_of(folder, Path(out) if out is not None else None)
 

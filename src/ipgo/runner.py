@@ -29,6 +29,7 @@ from ipgo.devices import choose_device
 from ipgo.errors import InputError
 from ipgo.evaluation import Judge, Score, draw, score
 from ipgo.images import to_pil
+from ipgo.insertion import Insertion
 from ipgo.methods import WITHOUT_GRADIENT
 from ipgo.prompts import Prompt, unseen_words
 from ipgo.rewards import Reward, asks, has_gradient, identity_of, load_reward
@@ -87,6 +88,12 @@ def load_models(
         text_device=config.text_device,
     )
     backend.check_prompts(config.prompts)
+    for text in backend.truncated(config.prompts):
+        logger.warning(
+            "prompt %r is cut to the %d tokens that the encoder takes", text[:60], backend.max_tokens
+        )
+    if isinstance(insertion := getattr(config.method, "insertion", None), Insertion):
+        insertion.check(backend.embed_dim)
     reward = reward or load_reward(config.reward, device=config.device)
     rewards = {config.reward: reward}
     others = [name for name in held_out(config) if name != config.reward]
@@ -220,7 +227,8 @@ def finish_chunk(
                 scores += draw_and_score(folder, models, prompt, config.method_name, progress.adapter)
                 bar.update(len(seeds))
             paid = cost_of(cost, chunk, progress.adapter)
-            folder.finish(prompt, scores, paid, bool(progress.failed[row]), models.identities)
+            cut = bool(models.backend.truncated([prompt.text]))
+            folder.finish(prompt, scores, paid, bool(progress.failed[row]), models.identities, truncated=cut)
     folder.drop_checkpoint(chunk)
 
 
@@ -327,10 +335,10 @@ def vocabulary(backend: str) -> dict[str, Any] | None:
     return content
 
 
-def warn_of_unseen_words(config: RunConfig) -> None:
+def warn_of_unseen_words(backend: str, prompts: Sequence[str]) -> None:
     """Name the words that the backend was never trained on, each with the nearest one that it knows."""
-    known = vocabulary(config.backend)
-    unseen = unseen_words(config.prompts, known["words"]) if known is not None else {}
+    known = vocabulary(backend)
+    unseen = unseen_words(prompts, known["words"]) if known is not None else {}
     if unseen:
         words = ", ".join(
             f"{word!r} (nearest: {near!r})" if near else repr(word) for word, near in unseen.items()

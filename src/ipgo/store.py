@@ -237,12 +237,20 @@ class Run:
         cost: Mapping[str, Any],
         failed: bool,
         rewards: Mapping[str, Any] | None = None,
+        *,
+        truncated: bool = False,
     ) -> None:
-        """Write result.json: from here on the prompt is done. `rewards`: the identities behind the scores."""
+        """Write result.json: from here on the prompt is done.
+
+        Args:
+            rewards: the identities behind the scores.
+            truncated: did the encoder take only the beginning of the prompt?
+        """
         result = {
             "status": "failed" if failed else "finished",
             "id": prompt.id,
             "prompt": prompt.text,
+            "truncated": truncated,
             "reward": self.config.reward,
             "seeds": list(self.config.seeds),
             "unseen_seeds": list(self.config.new_seeds),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ipgo.errors import InputError
+from ipgo.errors import InputError, unknown_option
 from ipgo.prompts import READERS, read_prompts
 
 if TYPE_CHECKING:
@@ -36,6 +37,10 @@ class _Parser(argparse.ArgumentParser):
         return self.parse_intermixed_args(args, namespace)
 
     def error(self, message: str) -> None:  # type: ignore[override]
+        if found := re.search(r"unrecognized arguments: (-[^\s=]+)", message):
+            raise unknown_option(
+                found[1], [each for action in self._actions for each in action.option_strings]
+            )
         raise InputError(f"{message}; see `{self.prog} --help`")
 
 

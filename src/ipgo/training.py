@@ -92,7 +92,9 @@ class _Climb:
         self.kept = copy.deepcopy(self.adapter).requires_grad_(False)
         with torch.no_grad():
             self.original = task.backend.encode(task.prompts)
-            if self.adapter.learns_unconditional:  # what is learned goes around that of the prompts as they are
+            if (
+                self.adapter.learns_unconditional
+            ):  # what is learned goes around that of the prompts as they are
                 self.uncond = unconditional(task.backend, self.original, task.sampling)
             else:
                 cond = self.adapter.condition(task.backend, task.prompts, self.original)

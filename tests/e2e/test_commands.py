@@ -404,9 +404,38 @@ def test_words_that_the_model_never_saw_are_named(
         caplog.text.count("the model has never seen 'lemmon' (nearest: 'lemon'), 'xylophone'; `ipgo list")
         == 1
     )
+    caplog.clear()
+    assert cli.main(["generate", str(tmp_path / "run"), "--out", str(tmp_path / "images")]) == 0
+    assert "the model has never seen 'lemmon' (nearest: 'lemon')" in caplog.text
     capsys.readouterr()
     assert cli.main(["list", "objects", str(folder)]) == 0
     assert capsys.readouterr().out == "objects:\n  fox (vixen)\n  lemon\n  -- colours: blue\n"
+
+
+def test_a_prompt_that_is_cut_is_named_and_recorded(
+    pipeline_folder: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    long = "a fox and " * 12
+    assert fit(pipeline_folder, tmp_path / "run", ["a fox", long], "--long-prompts", "truncate") == 0
+    assert caplog.text.count("is cut to the 77 tokens") == 1
+    assert [result["truncated"] for result in Run.open(tmp_path / "run").results()] == [False, True]
+
+
+def test_what_cannot_be_written_is_refused_before_it_is_computed(
+    fitted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != fitted)  # the tests may run as root
+    monkeypatch.setattr(runner, "load_models", None)
+    assert cli.main(["evaluate", str(fitted)]) == 2
+    assert "which cannot be written: Permission denied" in capsys.readouterr().err
+
+
+def test_an_insertion_that_does_not_fit_is_refused_before_rewards_are_loaded(
+    pipeline_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(runner, "load_reward", None)
+    assert fit(pipeline_folder, tmp_path / "run", ["a fox"], "--method.insertion.rank", "999") == 2
+    assert "insertion.rank is 999" in capsys.readouterr().err
 
 
 def test_a_full_disk_loses_nothing_and_the_run_goes_on(

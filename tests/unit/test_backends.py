@@ -1,6 +1,7 @@
 """Opening a backend, and what is refused."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from ipgo.adapters import InsertionAdapter, generate
 from ipgo.artefacts import save_adapter
@@ -85,6 +87,14 @@ def test_the_identity_is_that_of_the_weights_wherever_they_came_from(pipeline_fo
     assert fingerprint({"denoiser": torch.nn.Linear(2, 2, device="meta")}) is None
 
 
+def change(part, edit):
+    """Edit the tensors of a part of a folder."""
+    file = part / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    edit(weights)
+    save_file(weights, file, {"format": "pt"})
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -95,7 +105,28 @@ def test_the_identity_is_that_of_the_weights_wherever_they_came_from(pipeline_fo
             "holds a KandinskyPipeline",
         ),
         (lambda f: shutil.rmtree(f / "vae"), "vae/config.json is missing"),
-        (lambda f: shutil.rmtree(f / "tokenizer"), "tokenizer is missing"),
+        (lambda f: shutil.rmtree(f / "tokenizer"), r"tokenizer/tokenizer\.json is missing"),
+        (
+            lambda f: [file.unlink() for file in (f / "tokenizer").iterdir()],
+            r"tokenizer/tokenizer\.json is missing",
+        ),
+        (lambda f: change(f / "unet", lambda weights: weights.popitem()), "weights of unet lack 'up_blocks"),
+        (
+            lambda f: change(
+                f / "vae", lambda weights: next(iter(weights.values())).view(-1)[3:4].fill_(math.nan)
+            ),
+            r"is damaged: 'decoder.* of vae is not finite",
+        ),
+        (
+            lambda f: (f / "unet/diffusion_pytorch_model.safetensors.index.json").write_text(
+                '{"weight_map": {'
+            ),
+            "is no index of shards",
+        ),
+        (
+            lambda f: (f / "unet/diffusion_pytorch_model.safetensors.index.json").write_text("{}"),
+            "is no index of shards",
+        ),
         (lambda f: (f / "unet/diffusion_pytorch_model.safetensors").unlink(), "weights are missing"),
         (
             lambda f: (f / "text_encoder/model.safetensors").rename(f / "text_encoder/pytorch_model.bin"),

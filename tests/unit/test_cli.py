@@ -93,6 +93,8 @@ def test_the_list_of_backends_says_all_that_is_declared(capsys: pytest.CaptureFi
         (["explain"], "the following arguments are required: adapter; see `ipgo explain --help`"),
         (["report", "/nowhere"], "'/nowhere' is not a run folder"),
         (["generate", "/nowhere"], "'/nowhere' is not an adapter folder"),
+        (["generate", "x", "--seedz", "3"], "unknown option '--seedz'; did you mean '--seeds'"),
+        (["list", "--objects=3"], "unknown option '--objects'; see --help"),
         (["generate", "x", "--seeds", "one"], "invalid int value: 'one'"),
         (["list", "rewards", "clipp"], "unknown reward 'clipp'; did you mean 'clip'"),
         (

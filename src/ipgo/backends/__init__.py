@@ -19,6 +19,7 @@ from ipgo.backends.sana import Sana, SanaSprint
 from ipgo.backends.stable_diffusion import StableDiffusion
 from ipgo.backends.stable_diffusion_3 import StableDiffusion3
 from ipgo.backends.stable_diffusion_xl import StableDiffusionXL
+from ipgo.backends.weights import check_numbers
 from ipgo.backends.z_image import ZImage
 from ipgo.devices import choose_device, choose_dtype
 from ipgo.errors import InputError, unknown
@@ -191,7 +192,11 @@ def _open(
     if Path(place).suffix == ".safetensors":
         from ipgo.backends.single_file import open_file
 
-        return put(open_file(Path(place), kind, choose_dtype(dtype, chosen)), chosen, text_device)
-    from ipgo.backends.folder import open_pipeline
+        pipe = open_file(Path(place), kind, choose_dtype(dtype, chosen))
+    else:
+        from ipgo.backends.folder import open_pipeline
 
-    return put(open_pipeline(place, kind, choose_dtype(dtype, chosen)), chosen, text_device)
+        pipe = open_pipeline(place, kind, choose_dtype(dtype, chosen))
+    parts = [(name, part) for name, part in pipe.components.items() if isinstance(part, nn.Module)]
+    check_numbers(parts, str(place))
+    return put(pipe, chosen, text_device)

@@ -157,12 +157,19 @@ class Backend(ABC):
         if self.long_prompts != "refuse":
             return
         allowed = '"truncate" or "chunk"' if self.facts.chunked else '"truncate"'
-        for prompt, length in zip(prompts, self._lengths(prompts), strict=True):
-            if length > self.max_tokens:
-                raise InputError(
-                    f"prompt {prompt[:60]!r} has {length} tokens and the encoder takes {self.max_tokens}; "
-                    f"shorten it, or allow long_prompts={allowed}"
-                )
+        for prompt, length in self._too_long(prompts):
+            raise InputError(
+                f"prompt {prompt[:60]!r} has {length} tokens and the encoder takes {self.max_tokens}; "
+                f"shorten it, or allow long_prompts={allowed}"
+            )
+
+    def truncated(self, prompts: Sequence[str]) -> list[str]:
+        """Those that lose their end, with long_prompts="truncate"."""
+        return [prompt for prompt, _ in self._too_long(prompts)] if self.long_prompts == "truncate" else []
+
+    def _too_long(self, prompts: Sequence[str]) -> list[tuple[str, int]]:
+        lengths = zip(prompts, self._lengths(prompts), strict=True)
+        return [(prompt, length) for prompt, length in lengths if length > self.max_tokens]
 
     def encode(self, prompts: Sequence[str]) -> PromptEmbeds:
         """The text encoder's states; `InputError` for a prompt that is too long."""

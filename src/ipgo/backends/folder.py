@@ -22,6 +22,7 @@ INDEX = "model_index.json"
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 # What a library calls the file of a model's weights.
 WEIGHTS = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
+TOKENIZERS = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model", "vocab.txt")  # one of them
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 
 
@@ -76,7 +77,8 @@ def check_folder(path: Path) -> None:
         if part == "scheduler":
             needed = "scheduler/scheduler_config.json"
         elif part.startswith("tokenizer"):
-            needed = part
+            there = [name for name in TOKENIZERS if (path / part / name).is_file()]
+            needed = f"{part}/{there[0] if there else TOKENIZERS[0]}"
         else:
             needed = f"{part}/config.json"
             weights += _weight_files(path / part, WEIGHTS.get(library, WEIGHTS["transformers"]))
@@ -129,7 +131,13 @@ def _weight_files(folder: Path, file_name: str) -> list[Path]:
     index = folder / f"{file_name}.index.json"
     if not index.is_file():
         return [folder / file_name]
-    return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    try:
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(
+            f"weights are damaged or half-written: {str(index)!r} is no index of shards"
+        ) from None
+    return [folder / name for name in sorted(shards)]
 
 
 def check_weights(file: Path) -> None:

@@ -1,12 +1,14 @@
-"""Which weights a backend has: results of two models of one name must not be taken for those of one."""
+"""Which weights a backend has, since results of two models of one name must not be taken for those of one."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
+
+from ipgo.errors import InputError
 
 SAMPLES = 8  # values read of each tensor: training changes nearly all of them
 
@@ -38,3 +40,16 @@ def _some(tensor: Tensor) -> Tensor:
     places = torch.linspace(0, count - 1, min(SAMPLES, count), dtype=torch.float64).long()
     at = torch.unravel_index(places.to(tensor.device), tensor.shape)
     return tensor[at].float().cpu()
+
+
+def check_numbers(modules: Iterable[tuple[str, nn.Module]], source: str) -> None:
+    """Raise `InputError` if a tensor was in no file, so that it has no numbers, or holds one that is none."""
+    for part, module in modules:
+        for name, tensor in module.state_dict().items():
+            if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+                continue
+            if tensor.is_meta:
+                raise InputError(f"backend {source!r} is incomplete: the weights of {part} lack {name!r}")
+            # A sum reads everything once, and one number that is not finite makes it so.
+            if not tensor.sum(dtype=torch.float32).isfinite():
+                raise InputError(f"backend {source!r} is damaged: {name!r} of {part} is not finite")
