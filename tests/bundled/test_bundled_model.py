@@ -66,9 +66,9 @@ def test_held_out_prompts_are_drawn_as_the_judge_understands_them(
 ) -> None:
     prompts, images = drawn
     right = {key: value.nanmean().item() for key, value in load_judge().accuracy(images, prompts).items()}
-    # Thirty prompts: bounds well below the figures of docs/emoji-model.md, well above chance (1.6%, 10%).
-    assert right["object"] >= 0.2
-    assert right["colour"] >= 0.7
+    # Thirty prompts: bounds a little below the figures of docs/emoji-figures.md (chance is 1.6% and 10%).
+    assert right["object"] >= 0.9
+    assert right["colour"] >= 0.95
 
 
 @pytest.mark.parametrize("name", BUNDLED_REWARDS["emoji"])
