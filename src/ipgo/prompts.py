@@ -17,6 +17,7 @@ from ipgo.errors import InputError, unknown
 from ipgo.prompt_sources import SOURCES
 
 PROMPT_SETS = Path(__file__).parent / "prompt_sets"  # {name}.{half}.txt, one prompt a line
+COMMON = ("n", "seed", "exclude")  # options that every source has
 HALVES = ("train", "test")  # a set has one of them or both
 
 
@@ -81,8 +82,9 @@ def read_prompts(spec: str) -> list[str]:
     - a .txt file has one prompt a line, a .csv file a column `prompt`, a .jsonl file strings or objects with a
       key `prompt`.
 
-    `?n=300&seed=0` after any of them draws that many, the same on every machine, in the order of the source. White
-    space around prompts is dropped, and so are empty lines; of a collection, repetitions too.
+    `?n=300&seed=0` after any of them draws that many, the same on every machine, in the order of the source, and
+    `?exclude=words.txt` first drops those that hold one of the words in that file. White space around prompts is
+    dropped, and so are empty lines; of a collection, repetitions too.
 
     Raises:
         InputError: no such set or file, another kind of file, no prompts in it, a damaged line, or an option that
@@ -92,13 +94,15 @@ def read_prompts(spec: str) -> list[str]:
     name, _, rest = place.partition(":")
     source, known = SOURCES.get(name, (None, ()))
     for option in options:
-        if option not in ("n", "seed", *known):
-            raise unknown(f"option of {place!r}", option, ("n", "seed", *known))
+        if option not in (*COMMON, *known):
+            raise unknown(f"option of {place!r}", option, (*COMMON, *known))
     if source is not None:
         prompts = [prompt for text in source(rest, options) if (prompt := " ".join(text.split()))]
         prompts = list(dict.fromkeys(prompts))
     else:
         prompts = _read_file(place) if Path(place).suffix.lower() in READERS else _read_set(place)
+    if "exclude" in options:
+        prompts = _without(prompts, options["exclude"])
     return _some(spec, prompts, options)
 
 
@@ -108,6 +112,15 @@ def _split(spec: str) -> tuple[str, dict[str, str]]:
     if not mark or "=" not in query:
         return spec, {}
     return place, dict(part.partition("=")[::2] for part in query.split("&"))
+
+
+def _without(prompts: list[str], words: str) -> list[str]:
+    """The prompts that hold none of the words or phrases in a .txt file, one a line; case does not matter."""
+    if Path(words).suffix.lower() != ".txt":
+        raise InputError(f"exclude is {words!r}; it must be a .txt file with one word a line")
+    phrases = "|".join(re.escape(phrase) for phrase in _read_file(words))
+    held = re.compile(rf"(?<!\w)({phrases})(?!\w)", re.IGNORECASE)
+    return [prompt for prompt in prompts if not held.search(prompt)]
 
 
 def _some(spec: str, prompts: list[str], options: Mapping[str, str]) -> list[str]:

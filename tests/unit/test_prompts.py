@@ -215,6 +215,22 @@ def test_coco_captions_and_their_categories(annotations: Path) -> None:
         read("?n=5")
 
 
+def test_prompts_with_unwanted_words_are_dropped_before_the_draw(annotations: Path, tmp_path: Path) -> None:
+    words = tmp_path / "words.txt"
+    words.write_text("MAN\n\npe.k\n")
+    assert read_prompts(f"coco:{annotations}?exclude={words}") == ["a bus", "a peak"]
+    mine = tmp_path / "mine.txt"
+    mine.write_text("a woman\nthe man's hat\na fox\n")
+    assert read_prompts(f"{mine}?exclude={words}") == ["a woman", "a fox"]
+    assert read_prompts(f"{mine}?exclude={words}&n=2&seed=1") == ["a woman", "a fox"]
+    with pytest.raises(InputError, match=r"n is 3 in .*, which has 2 prompts"):
+        read_prompts(f"{mine}?exclude={words}&n=3")
+    with pytest.raises(InputError, match=r"exclude is 'man'; it must be a \.txt file"):
+        read_prompts("one?exclude=man")
+    with pytest.raises(InputError, match=r"'nowhere\.txt' does not exist"):
+        read_prompts("one?exclude=nowhere.txt")
+
+
 class Table:
     """What `datasets.load_dataset` returns, as far as it is used."""
 
