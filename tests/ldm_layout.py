@@ -106,15 +106,15 @@ def clip_weights(encoder):
 
 
 def open_clip_weights(encoder):
-    weights, state = {}, encoder.state_dict()
+    weights = {}
+    state = {name.removeprefix("text_model."): value for name, value in encoder.state_dict().items()}
     for name, value in state.items():
-        name = name.removeprefix("text_model.")
         if name == "text_projection.weight":
             weights["text_projection"] = value.T.contiguous()
         elif name in OPEN_CLIP:
             weights[OPEN_CLIP[name]] = value
         elif found := re.fullmatch(r"encoder\.layers\.(\d+)\.self_attn\.q_proj\.(weight|bias)", name):
-            rows = [state[f"text_model.{name}".replace("q_proj", f"{each}_proj")] for each in "qkv"]
+            rows = [state[name.replace("q_proj", f"{each}_proj")] for each in "qkv"]
             weights[f"transformer.resblocks.{found[1]}.attn.in_proj_{found[2]}"] = torch.cat(rows)
         elif not re.search(r"[kv]_proj", name):
             layer, rest = name.removeprefix("encoder.layers.").split(".", 1)
@@ -123,12 +123,14 @@ def open_clip_weights(encoder):
     return weights
 
 
-def published(pipe):
-    """All weights of a Stable Diffusion 1.x or an SDXL, as one dict."""
+def published(pipe, *, open_clip=False):
+    """All weights of a Stable Diffusion 1.x (`open_clip`: 2.x) or an SDXL, as one dict."""
     parts = {"model.diffusion_model.": unet_weights(pipe.unet), "first_stage_model.": vae_weights(pipe.vae)}
     if hasattr(pipe, "text_encoder_2"):
         parts["conditioner.embedders.0.transformer."] = clip_weights(pipe.text_encoder)
         parts["conditioner.embedders.1.model."] = open_clip_weights(pipe.text_encoder_2)
+    elif open_clip:
+        parts["cond_stage_model.model."] = open_clip_weights(pipe.text_encoder)
     else:
         parts["cond_stage_model.transformer."] = clip_weights(pipe.text_encoder)
     return {

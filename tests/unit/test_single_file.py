@@ -15,19 +15,23 @@ from tests import tiny_families as tiny
 from tests.conftest import tiny_pipeline
 from tests.ldm_layout import published
 
-BUILDS = {"sd": tiny_pipeline, "sdxl": tiny.sdxl}
+BUILDS = {
+    "sd1": tiny_pipeline,
+    "sd2": lambda: tiny_pipeline(prediction_type="v_prediction"),
+    "sdxl": tiny.sdxl,
+}
 
 
 @pytest.fixture
 def write(tmp_path):
     """Write a pipeline's weights as model.safetensors, and its configuration, without weights, into model/."""
 
-    def written(pipe):
+    def written(pipe, **layout):
         folder = tmp_path / "model"
         pipe.save_pretrained(folder, safe_serialization=True)
         for weights in folder.rglob("*.safetensors"):
             weights.unlink()
-        save_file(published(pipe), tmp_path / "model.safetensors")
+        save_file(published(pipe, **layout), tmp_path / "model.safetensors")
         return tmp_path / "model.safetensors"
 
     return written
@@ -37,7 +41,8 @@ def write(tmp_path):
 @pytest.mark.parametrize("kind", [str, lambda path: path])
 def test_a_file_draws_what_its_pipeline_draws(write, name, kind):
     pipe = BUILDS[name]()
-    original, opened = load_backend(pipe, device="cpu"), load_backend(kind(write(pipe)), device="cpu")
+    file = write(pipe, open_clip=name == "sd2")
+    original, opened = load_backend(pipe, device="cpu"), load_backend(kind(file), device="cpu")
     assert type(opened) is type(original)
     images = [
         generate(each, ["a red cat", "sun"], [3, 4], Adapter(), Sampling(2, 5.0))
