@@ -187,14 +187,14 @@ def show_run(folder: Run) -> int:
     else:
         print(f"{'prompts:':<12}{folder.path / 'prompts'}")
     print(f"{'curve:':<12}{curve}\n{'report:':<12}{page}")
-    cost = total_cost(folder.results())
+    cost = total_cost(folder.results(), len(folder.prompts) if config.shared else None)
     print(
         f"{'cost:':<12}{cost['seconds']:.0f} s of fitting, {cost['calls'].get('denoiser', 0):,} denoiser calls"
     )
     failed = [result["prompt"] for result in folder.results() if result["status"] == "failed"]
     if failed:
         return _fail(
-            f"{len(failed)} of {len(folder.prompts)} prompts failed: {', '.join(map(repr, failed[:5]))}", 1
+            f"{len(failed)} of {len(folder.judged)} prompts failed: {', '.join(map(repr, failed[:5]))}", 1
         )
     return 0
 

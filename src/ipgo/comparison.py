@@ -60,6 +60,10 @@ class Plan:
                     "the first a letter or digit"
                 )
             config = self.config(label)
+            if config.judged_prompts is not None:
+                raise InputError(
+                    f"entry {label!r}: judged_prompts is for `ipgo fit`; entries are judged on all prompts"
+                )
             if config.method_name != "raw" and label == "raw":
                 raise InputError("label 'raw' is kept for the method raw")
             length = self.entries[label].get("length")

@@ -52,6 +52,8 @@ class RunConfig:
         unseen_seeds: how many seeds that were not fitted the result is judged on (1000, 1001, ...).
         seed: where initial values and the order of prompts come from.
         shared: one set of embeddings for all prompts (prompt-batch) in place of one for each (prompt-wise).
+        judged_prompts: with `shared`, how many of the prompts are drawn before and after and scored, evenly spaced;
+            None is all of them.
         padding: max_length as stock pipelines do, or none: the denoiser sees the text alone.
         scheduler: ddim, pndm, lms, euler or dpm++; None is the model's own.
         image_size: side of the images in pixels; None is the model's own.
@@ -72,6 +74,7 @@ class RunConfig:
     unseen_seeds: int = 4
     seed: int = 0
     shared: bool = False
+    judged_prompts: int | None = None
     padding: str = "max_length"
     scheduler: str | None = None
     image_size: int | None = None
@@ -94,6 +97,11 @@ class RunConfig:
         for name, least in (("chunk", 1), ("unseen_seeds", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if self.judged_prompts is not None and not (self.shared and self.judged_prompts >= 1):
+            raise InputError(
+                f"judged_prompts is {self.judged_prompts}; it must be at least 1, and goes with shared: "
+                "what is learned prompt by prompt is judged on each"
+            )
         check_seeds(self.seeds)
         clash = sorted(set(self.seeds) & set(self.new_seeds))
         if clash:

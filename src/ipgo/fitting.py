@@ -75,6 +75,7 @@ def fit(
     unseen_seeds: int = 4,
     seed: int = 0,
     shared: bool = False,
+    judged_prompts: int | None = None,
     chunk: int = 4,
     out: str | Path | None = None,
     device: str | torch.device = "auto",
@@ -92,7 +93,7 @@ def fit(
         held_out: rewards that only judge the result; None is all those that come with the backend.
         seeds: noise seeds, cycled over the steps; none at all, (), is fresh noise at every step. None is 0 to 3, or 0
             for a method that learns the noise or wants a single seed.
-        unseen_seeds, seed, shared, chunk, device: see `RunConfig`.
+        unseen_seeds, seed, shared, judged_prompts, chunk, device: see `RunConfig`.
 
     Raises:
         InputError: settings or prompts that cannot work. ResumeError: `out` holds a run with other settings.
@@ -117,6 +118,7 @@ def fit(
         unseen_seeds=unseen_seeds,
         seed=seed,
         shared=shared,
+        judged_prompts=judged_prompts,
         chunk=chunk,
         device=str(device),
         **({} if given_backend is None else asdict(given_backend.opening)),
@@ -147,7 +149,7 @@ def result_of(folder: Run, path: Path | None = None) -> Result:
     """Read a finished run back."""
     config, scores = folder.config, folder.scores()
     fitted = []
-    for prompt, stored in zip(folder.prompts, folder.results(), strict=True):
+    for prompt, stored in zip(folder.judged, folder.results(), strict=True):
         before, after = (_pictures(folder, prompt, when) for when in ("before", "after"))
         own = [each for each in scores if each.prompt == prompt.text]
         adapter, history = folder.load_adapter(prompt), folder.history(prompt)

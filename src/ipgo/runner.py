@@ -213,10 +213,11 @@ def finish_chunk(
         twins: runs that draw bare prompts as this one does: what they have drawn and scored is taken over.
     """
     config, seeds = folder.config, folder.config.judged_seeds
-    total = len(chunk.prompts) * len(seeds) * (1 if config.method_name == "raw" else 2)
+    judged = set(folder.judged)
+    total = len(judged & set(chunk.prompts)) * len(seeds) * (1 if config.method_name == "raw" else 2)
     with tqdm(total=total, desc="before and after", unit="image", disable=None, leave=False) as bar:
         for row, prompt in enumerate(chunk.prompts):
-            if folder.done(prompt):
+            if prompt not in judged or folder.done(prompt):
                 continue
             folder.save_adapter(prompt, progress.adapter if config.shared else progress.adapter.row(row))
             scores = taken_over(folder, models, prompt, twins)
@@ -275,12 +276,13 @@ def show(bar: tqdm[Any], progress: Progress) -> None:
 def cost_of(cost: Cost, chunk: Chunk, adapter: Adapter) -> dict[str, Any]:
     """One prompt's share of what its chunk took. Calls are exact; the rest differs from run to run."""
     share = len(chunk.prompts)
+    digits = 1 + len(str(share))  # so that their sum is right
     rows = 1 if adapter.prompts is None else share
     return {
-        "calls": {name: round(count / share, 2) for name, count in sorted(cost.calls.items())},
+        "calls": {name: round(count / share, digits) for name, count in sorted(cost.calls.items())},
         "parameters": sum(parameter.numel() for parameter in adapter.parameters()) // rows,
         "measured": {
-            "seconds": round(cost.seconds / share, 2),
+            "seconds": round(cost.seconds / share, digits),
             "peak_memory_mib": round(cost.peak_memory),
             "fitted_together": share,
             "sessions": cost.sessions,

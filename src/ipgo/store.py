@@ -41,6 +41,8 @@ class Run:
         self.path = path
         self.config = config
         self.prompts = number(config.prompts)
+        count = min(config.judged_prompts or len(self.prompts), len(self.prompts))
+        self.judged = tuple(self.prompts[place * len(self.prompts) // count] for place in range(count))
         self._lock = FileLock(path / LOCK)
 
     @classmethod
@@ -169,8 +171,9 @@ class Run:
         return (self.folder(prompt) / "result.json").is_file()
 
     def pending(self, stackable: bool) -> list[Chunk]:
-        """The chunks with a prompt that has no result."""
-        return [chunk for chunk in self.chunks(stackable) if not all(map(self.done, chunk.prompts))]
+        """The chunks with a prompt that has no result and is to have one."""
+        open_ = {prompt for prompt in self.judged if not self.done(prompt)}
+        return [chunk for chunk in self.chunks(stackable) if not open_.isdisjoint(chunk.prompts)]
 
     # -- while a chunk is fitted ------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from PIL import Image
 import ipgo
 from ipgo import cli, files, runner
 from ipgo.artefacts import load_identities, load_scores
+from ipgo.fitting import result_of
 from ipgo.prompts import read_prompts
 from ipgo.rewards.checkpoints import fingerprint
 from ipgo.store import Run
@@ -206,6 +207,28 @@ def test_a_shared_adapter_is_for_any_prompt(
     files.write_lines(shared / "evaluation.jsonl", [first, *lines])
     assert cli.main(["report", str(shared)]) == 0
     assert f"{raised}: not scored by what scored the run" in (shared / "report.html").read_text()
+
+
+def test_a_shared_fit_is_judged_on_as_many_prompts_as_are_asked_for(
+    pipeline_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = [f"a {name}" for name in ("fox", "lemon", "bus", "cup", "cat")]
+    flags = ("--shared", "--seeds", "--judged-prompts", "2")
+    for again in range(2):  # the second time there is nothing to do
+        assert fit(pipeline_folder, tmp_path / "run", texts, *flags) == 0
+        run = Run.open(tmp_path / "run")
+        assert [result["prompt"] for result in run.results()] == ["a fox", "a bus"], again
+        # 4 steps of 4 prompts, each in 2 calls
+        assert "32 denoiser calls" in capsys.readouterr().out
+    assert len(list(tmp_path.rglob("after-*.png"))) == 2 * 2
+    assert [fitted.prompt for fitted in result_of(run)] == ["a fox", "a bus"]
+    assert "not finished yet" not in (tmp_path / "run/report.html").read_text()
+    for wrong, message in (
+        (["--shared", "--judged-prompts", "0"], "judged_prompts is 0; it must be at least 1"),
+        (["--judged-prompts", "2"], "judged_prompts is 2; it must be at least 1, and goes with shared"),
+    ):
+        assert fit(pipeline_folder, tmp_path / "wrong", texts, *wrong) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_python_gives_the_same_numbers(fitted: Path, pipeline_folder: str) -> None:

@@ -76,11 +76,11 @@ def render(run: Run) -> str:
         curve_name=name,
         scatters=_scatters(scores, config.reward, config.new_seeds or config.seeds),
         cards=[_card(run, prompt, result) for prompt, result in zip(_done(run), results, strict=True)],
-        cost=total_cost(results),
+        cost=total_cost(results, len(run.prompts) if config.shared else None),
         settings=_settings(run),
         facts=run.facts,
         scorers={name: fingerprint(identity) for name, identity in run.identities.items()},
-        missing=len(run.prompts) - len(results),
+        missing=len(run.judged) - len(results),
     )
 
 
@@ -253,15 +253,20 @@ def _scatters(scores: Sequence[Score], reward: str, seeds: Collection[int]) -> l
     return [(name, charts.scatter(each), sum(a > 0 > b for a, b in each)) for name, each in points.items()]
 
 
-def total_cost(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Totals over all prompts; memory and parameters are not additive."""
+def total_cost(results: Sequence[dict[str, Any]], prompts: int | None = None) -> dict[str, Any]:
+    """Totals over all prompts; memory and parameters are not additive.
+
+    Args:
+        prompts: how many there are, if not all of them have a result.
+    """
     calls: Counter[str] = Counter()
+    times = 1 if prompts is None or not results else prompts / len(results)
     for result in results:
         calls.update(result["cost"]["calls"])
     measured = [result["cost"]["measured"] for result in results]
     return {
-        "calls": {name: round(count) for name, count in calls.items()},
-        "seconds": sum(each["seconds"] for each in measured),
+        "calls": {name: round(times * count) for name, count in calls.items()},
+        "seconds": times * sum(each["seconds"] for each in measured),
         "memory": max((each["peak_memory_mib"] for each in measured), default=0),
         "parameters": max((result["cost"]["parameters"] for result in results), default=0),
     }
