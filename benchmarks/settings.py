@@ -5,9 +5,9 @@
 
 Entries are those of benchmarks/settings.yaml, as `ipgo compare --config` reads them. Prompt-wise an entry is fitted to
 all prompts over seeds 0 to 3, and judged on four others. With --shared it is fitted once, to the prompts that are named
-there, with noise that is always new, and judged on those of --prompts. All prompts are rows of one batch, even those
-judged, which a GPU likes: `ipgo compare` does the same prompt by prompt, and keeps images and embeddings. "objects"
-is how many points more of the images have the objects that the judge looks for.
+there, with noise that is always new, and judged on those of --prompts. Prompts are drawn as one batch, which a GPU
+likes, in a prompt-wise fit and when they are judged: `ipgo compare` does the same prompt by prompt, and keeps images
+and embeddings. "objects" is how many points more of the images have the objects that the judge looks for.
 """
 
 import argparse

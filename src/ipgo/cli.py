@@ -168,7 +168,7 @@ def fit(argv: list[str]) -> int:
 def show_run(folder: Run) -> int:
     """Write the report, and print what came out and where it is."""
     from ipgo.evaluation import summarise
-    from ipgo.report import total_cost, write_report
+    from ipgo.report import run_cost, write_report
 
     page, curve = write_report(folder)
     config, scores = folder.config, folder.scores()
@@ -187,7 +187,7 @@ def show_run(folder: Run) -> int:
     else:
         print(f"{'prompts:':<12}{folder.path / 'prompts'}")
     print(f"{'curve:':<12}{curve}\n{'report:':<12}{page}")
-    cost = total_cost(folder.results(), len(folder.prompts) if config.shared else None)
+    cost = run_cost(folder)
     print(
         f"{'cost:':<12}{cost['seconds']:.0f} s of fitting, {cost['calls'].get('denoiser', 0):,} denoiser calls"
     )

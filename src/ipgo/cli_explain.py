@@ -12,8 +12,8 @@ from ipgo.errors import InputError
 from ipgo.terminal import add_device_flags, command_parser, find_adapter, loading, read_texts
 
 if TYPE_CHECKING:
-    from ipgo.config import RunConfig
     from ipgo.explain import Explanation
+    from ipgo.store import Run
 
 
 def explain(argv: list[str]) -> int:
@@ -50,12 +50,13 @@ def explain(argv: list[str]) -> int:
         files.check_out(args.out, folder=False)
     adapter, settings = find_adapter(args.adapter)
     check_adapter(adapter)
-    config = run_of(args.adapter)
+    run = run_of(args.adapter)
+    config = None if run is None else run.config
     spec = args.reward or (config.reward if config is not None else None)
     if spec is None:
         raise InputError(f"{str(args.adapter)!r} is in no run's folder; name a reward with --reward")
     check_reward(spec)
-    fitted = adapter.prompts or (config.prompts if config is not None else ())
+    fitted = adapter.prompts or (() if run is None else [prompt.text for prompt in run.judged])
     texts = read_texts(args.text, args.prompts) or list(fitted)
     if not texts:
         raise InputError("prompts is empty; give at least one prompt")
@@ -86,12 +87,12 @@ def explain(argv: list[str]) -> int:
     return 0
 
 
-def run_of(path: Path) -> RunConfig | None:
-    """The settings of the run that a folder is or belongs to."""
+def run_of(path: Path) -> Run | None:
+    """The run that a folder is or belongs to."""
     from ipgo.store import Run
 
     places = [place for place in (path, *path.resolve().parents[:2]) if (place / "run.json").is_file()]
-    return Run.open(places[0]).config if places else None
+    return Run.open(places[0]) if places else None
 
 
 def show(found: Explanation) -> str:

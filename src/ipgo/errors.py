@@ -26,6 +26,11 @@ class MissingExtraError(IpgoError, ImportError):
     """An optional dependency is not installed: the message gives the pip line."""
 
 
+def first_line(error: Exception) -> str:
+    """What a library's error says, as part of a sentence of ours; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def unknown(kind: str, value: object, allowed: Iterable[str]) -> InputError:
     """The error for a misspelt name: `unknown reward 'asthetic'; did you mean 'aesthetic'?`."""
     names = sorted(allowed)

@@ -225,9 +225,12 @@ def _in_diffusers(run: Run, base: str, prompt: str) -> str:
     if config.image_size is not None:
         asked.append(f"height={config.image_size}, width={config.image_size}")
     texts = [prompt, *([_literal(sampling.negative_prompt)] if sampling.negative_prompt else [])]
-    opened = [repr(base), *([f"torch_dtype={config.dtype!r}"] if config.dtype != "auto" else [])]
+    opened, imports = [repr(base)], ["import diffusers"]
+    if config.dtype != "auto":
+        opened.append(f"torch_dtype=torch.{config.dtype}")
+        imports.append("import torch")
     lines = [
-        "import diffusers",
+        *imports,
         "",
         f"pipe = diffusers.DiffusionPipeline.from_pretrained({', '.join(opened)})",
         *prepared,

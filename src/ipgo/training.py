@@ -92,9 +92,8 @@ class _Climb:
         self.kept = copy.deepcopy(self.adapter).requires_grad_(False)
         with torch.no_grad():
             self.original = task.backend.encode(task.prompts)
-            if (
-                self.adapter.learns_unconditional
-            ):  # what is learned goes around that of the prompts as they are
+            if self.adapter.learns_unconditional:
+                # That of the prompts as they are: what is learned starts from it, at each step.
                 self.uncond = unconditional(task.backend, self.original, task.sampling)
             else:
                 cond = self.adapter.condition(task.backend, task.prompts, self.original)

@@ -223,6 +223,10 @@ def test_a_shared_fit_is_judged_on_as_many_prompts_as_are_asked_for(
     assert len(list(tmp_path.rglob("after-*.png"))) == 2 * 2
     assert [fitted.prompt for fitted in result_of(run)] == ["a fox", "a bus"]
     assert "not finished yet" not in (tmp_path / "run/report.html").read_text()
+    assert cli.main(["explain", str(tmp_path / "run"), "--out", str(tmp_path / "words.json")]) == 0
+    explained = json.loads((tmp_path / "words.json").read_text())["prompts"]
+    assert [each["prompt"] for each in explained] == ["a fox", "a bus"]  # not all that were fitted
+    capsys.readouterr()
     for wrong, message in (
         (["--shared", "--judged-prompts", "0"], "judged_prompts is 0; it must be at least 1"),
         (["--judged-prompts", "2"], "judged_prompts is 2; it must be at least 1, and goes with shared"),

@@ -137,6 +137,17 @@ def test_the_code_for_a_plain_pipeline_draws_the_picture_too(
     torch.testing.assert_close(names["image"], names["images"][0], atol=1e-4, rtol=0)
 
 
+def test_the_code_for_a_plain_pipeline_opens_it_in_the_format_of_the_run(
+    run: ipgo.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ipgo.publish._base", lambda backend: backend)
+    other = ipgo.Run(run.path, replace(run.config, dtype="bfloat16"))
+    plain = model_card(other, run.load_adapter(run.prompts[0])).split("```")[3].removeprefix("python\n")
+    names: dict[str, Any] = {}
+    exec(plain[: plain.index("kwargs =")], names)
+    assert names["pipe"].unet.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

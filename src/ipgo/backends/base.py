@@ -156,8 +156,9 @@ class Backend(ABC):
         """Raise `InputError` for a prompt that the encoder cannot take. Needs the tokenizer only."""
         if self.long_prompts != "refuse":
             return
-        allowed = '"truncate" or "chunk"' if self.facts.chunked else '"truncate"'
-        for prompt, length in self._too_long(prompts):
+        if too_long := self._too_long(prompts):
+            prompt, length = too_long[0]
+            allowed = '"truncate" or "chunk"' if self.facts.chunked else '"truncate"'
             raise InputError(
                 f"prompt {prompt[:60]!r} has {length} tokens and the encoder takes {self.max_tokens}; "
                 f"shorten it, or allow long_prompts={allowed}"

@@ -16,7 +16,7 @@ from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
 from transformers.utils import logging as transformers_logging
 
-from ipgo.errors import InputError
+from ipgo.errors import InputError, first_line
 
 INDEX = "model_index.json"
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
@@ -103,7 +103,7 @@ def class_name(index: Path, source: str | Path) -> str:
 
 
 def _cannot_open(source: str | Path, error: Exception) -> InputError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    reason = first_line(error).rstrip(".")
     if is_local(source):
         return InputError(f"cannot open backend {str(source)!r}: {reason}")
     reason = shorten(reason, 100, placeholder=" ...")  # the hub's client has much to say

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 from ipgo.backends.folder import INDEX, check_weights, class_name, no_bars
-from ipgo.errors import InputError
+from ipgo.errors import InputError, first_line
 
 PARTS = ("model.diffusion_model.", "first_stage_model.")  # of every such file: the UNet and the VAE
 # What the keys of its text encoders begin with -> the class, and where the hub has its configuration.
@@ -52,7 +52,7 @@ def open_file(path: Path, kind: str, dtype: torch.dtype) -> Any:
             )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         if local or not isinstance(error, OSError):
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             place = str(folder) if local else "the configuration that diffusers chose for it"
             raise InputError(f"backend file {str(path)!r} does not fit {place!r}: {reason}") from error
         raise InputError(

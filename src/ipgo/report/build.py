@@ -76,7 +76,7 @@ def render(run: Run) -> str:
         curve_name=name,
         scatters=_scatters(scores, config.reward, config.new_seeds or config.seeds),
         cards=[_card(run, prompt, result) for prompt, result in zip(_done(run), results, strict=True)],
-        cost=total_cost(results, len(run.prompts) if config.shared else None),
+        cost=run_cost(run),
         settings=_settings(run),
         facts=run.facts,
         scorers={name: fingerprint(identity) for name, identity in run.identities.items()},
@@ -253,14 +253,16 @@ def _scatters(scores: Sequence[Score], reward: str, seeds: Collection[int]) -> l
     return [(name, charts.scatter(each), sum(a > 0 > b for a, b in each)) for name, each in points.items()]
 
 
-def total_cost(results: Sequence[dict[str, Any]], prompts: int | None = None) -> dict[str, Any]:
-    """Totals over all prompts; memory and parameters are not additive.
+def run_cost(run: Run) -> dict[str, Any]:
+    """`total_cost` of what is finished, and of a whole prompt-batch fit however many of its prompts are judged."""
+    results = run.results()
+    times = len(run.prompts) / len(results) if run.config.shared and results else 1
+    return total_cost(results, times)
 
-    Args:
-        prompts: how many there are, if not all of them have a result.
-    """
+
+def total_cost(results: Sequence[dict[str, Any]], times: float = 1) -> dict[str, Any]:
+    """Totals over prompts, each of which counts `times`; memory and parameters are not additive."""
     calls: Counter[str] = Counter()
-    times = 1 if prompts is None or not results else prompts / len(results)
     for result in results:
         calls.update(result["cost"]["calls"])
     measured = [result["cost"]["measured"] for result in results]

@@ -17,7 +17,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ipgo.errors import InputError
+from ipgo.errors import InputError, first_line
 
 CLIP_L = "openai/clip-vit-large-patch14"  # its tokenizer is that of open_clip, too
 MODEL = "model*.safetensors"
@@ -178,7 +178,7 @@ def open_model(kind: Any, folder: Path | None, reward: str, what: str, **options
     try:
         model, report = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise InputError(f"reward {reward!r}: {what!r} cannot be opened: {reason}") from error
     missing = sorted(report["missing_keys"])
     if missing:
@@ -191,7 +191,7 @@ def open_tokenizer(kind: Any, folder: Path, reward: str) -> Any:
     try:
         return kind.from_pretrained(folder)
     except Exception as error:  # its parser has errors of its own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise InputError(
             f"reward {reward!r}: the tokenizer in {str(folder)!r} cannot be opened: {reason}"
         ) from error
