@@ -128,9 +128,10 @@ def step_cost(config: RunConfig, image: int, price: Price, guided: bool = True) 
     # After the first differentiated call the latents carry gradient too, into both halves of the next.
     insertion = getattr(config.method, "insertion", None)
     negative = isinstance(insertion, Insertion) and insertion.decided(guided).negative
-    first = price.both if negative else price.gradient
+    first = price.both if negative or getattr(config.method, "both_halves", False) else price.gradient
     differentiated = first - 1 + (price.both - 1) * (depth - 1)
-    cost = image + differentiated + price.gradient * ascent.renoised
+    again = depth if ascent.recompute else 0
+    cost = image + differentiated + again + first * ascent.renoised
     return cost * ascent.batch_size * ascent.accumulate / len(config.prompts) if config.shared else cost
 
 
@@ -145,11 +146,14 @@ def fit_to(config: RunConfig, path: str, steps: int) -> RunConfig:
 
 
 def paid(config: RunConfig, budget: int, cost: float) -> int:
-    """How many steps `budget` pays for, at `cost` weighted calls each; `InputError` if it is none."""
+    """How many steps `budget` pays for, at `cost` weighted calls each; `InputError` if that is too few to keep one."""
     steps = int((budget + SLACK) // cost)
-    if steps < 1:
+    turns = isinstance(getattr(config.method, "ascent", None), Ascent) and not config.shared
+    seeds = max(1, len(config.seeds)) if turns else 1
+    if steps < seeds:
+        what = "one step" if seeds == 1 else f"a step on each of {seeds} seeds"
         raise InputError(
-            f"budget is {budget}; one step of {config.method_name!r} takes {cost:.1f} denoiser calls"
+            f"budget is {budget}; {what} of {config.method_name!r} takes {cost * seeds:.1f} denoiser calls"
         )
     return steps
 
@@ -184,21 +188,23 @@ def watch(
         earlier: the ledger of the search before it was interrupted.
 
     Raises:
-        BudgetSpent: not even one step was paid for.
+        BudgetSpent: what was paid for gives no adapter to keep.
     """
     begun, left = Counter(backend.calls), limit - price.of(earlier)
     backend.calls = ledger = Ledger(begun, price, left)
-    spent, steps = 0.0, 0
+    spent, steps, least = 0.0, 0, 1
     try:
         for progress in search:
-            steps += 1
+            steps, least = steps + 1, progress.over if progress.keeps_best else 1
             before, spent = spent, price.of(ledger) - price.of(begun)
             if spent + (spent - before) > left + SLACK and progress.step < progress.total:
+                if progress.keeps_best and progress.step < progress.over:
+                    raise BudgetSpent  # not every seed had its turn
                 yield _last(progress)
                 return
             yield progress
     except BudgetSpent:
-        if not steps:
+        if steps < least:
             raise
     finally:
         backend.calls = Counter(ledger)

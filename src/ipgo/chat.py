@@ -18,7 +18,7 @@ from ipgo.errors import InputError, MissingExtraError
 from ipgo.typed import check_types
 
 FIRST_WAIT = 1.0  # seconds before the first further try, doubled for each one after it ...
-LONGEST_WAIT = 60.0  # ... up to this many, or as many as the server asks for
+LONGEST_WAIT = 60.0  # ... up to this many, also if the server asks for more
 PASSING = (408, 409, 425, 429)  # statuses that may be others a little later, as may all from 500 on
 
 QUOTES = {'"': '"', "'": "'", "`": "`", "“": "”", "‘": "’", "«": "»"}
@@ -162,7 +162,12 @@ class Chat:
                 raise InputError(
                     f"chat.model {self.model!r} at {client.base_url} was refused: {reason}"
                 ) from error
-            return None, f"status {error.status_code}", _seconds(error.response.headers.get("retry-after"))
+            reason = " ".join(str(error.message).split())[:200]
+            return (
+                None,
+                f"status {error.status_code} ({reason})",
+                _seconds(error.response.headers.get("retry-after")),
+            )
         except (APIError, ValueError, TypeError, LookupError, AttributeError):
             return None, "an answer that is no chat completion", None
         if not isinstance(answer, str) or not answer.strip():

@@ -14,7 +14,7 @@ from ipgo.budget import BudgetSpent, calls_of_an_image, fit_to, length_of, measu
 from ipgo.chunks import Chunk, Cost
 from ipgo.comparison import UNSEEN_PROMPTS, Comparison, Plan
 from ipgo.config import RunConfig
-from ipgo.errors import InputError
+from ipgo.errors import InputError, InUseError
 from ipgo.evaluation import evaluate
 from ipgo.runner import (
     Models,
@@ -75,6 +75,8 @@ def compare(folder: Comparison) -> None:
         logger.info("%s (%d of %d)", label, number, len(plan.entries))
         try:
             _run_entry(folder, label, shelf)
+        except InUseError as error:
+            logger.warning("%s is left to the other process: %s", label, error)
         except Exception as error:
             if _full_disk(error):
                 raise
@@ -101,7 +103,8 @@ def _run_entry(folder: Comparison, label: str, shelf: dict[tuple[Any, ...], Mode
     models = _models(config, shelf, folder)
     run = Run.open(folder.folder(label), within_budget(folder.plan, label, config, models))
     check_method(run)
-    forget_peak_memory(models.backend.device)
+    if config.shared and folder.plan.unseen_prompts:
+        models.backend.check_prompts(folder.plan.unseen_prompts)  # not only when the fit is done
     twins = _twins(folder, label)
     try:
         for chunk in run.pending(config.method.stackable):
@@ -131,7 +134,7 @@ def within_budget(plan: Plan, label: str, config: RunConfig, models: Models) -> 
     if plan.budget is None or now is None:
         return config
     assert plan.price is not None
-    image = calls_of_an_image(models.backend, config.sampling.fitting)
+    image = calls_of_an_image(models.backend, config.sampling.for_fit(models.backend))
     cost = step_cost(config, image, plan.price, config.sampling.guided(models.backend))
     steps = paid(config, plan.budget, cost)
     return fit_to(config, path, min(steps, now) if plan.states_length(label) else steps)
@@ -141,11 +144,12 @@ def _run_chunk(
     folder: Comparison, label: str, run: Run, models: Models, chunk: Chunk, twins: Sequence[Run]
 ) -> None:
     """Fit some prompts together; if that fails, each by itself, so that one does not take the others along."""
+    forget_peak_memory(models.backend.device)  # of drawing and scoring the chunk before
     try:
-        progress, cost = _fit(folder.plan, run, models, chunk)
+        progress, cost = _fit(folder.plan, label, run, models, chunk)
         finish_chunk(run, models, chunk, progress, cost, twins)
     except Exception as error:
-        if _full_disk(error):
+        if _full_disk(error) or isinstance(error, InUseError):
             raise
         if len(chunk.prompts) > 1 and not run.config.shared:
             for prompt in chunk.prompts:
@@ -157,11 +161,17 @@ def _run_chunk(
         folder.forgive(label, chunk.texts)
 
 
-def _fit(plan: Plan, run: Run, models: Models, chunk: Chunk) -> tuple[Progress, Cost]:
-    """`fit_chunk` within the budget, which prompts that are fitted together share."""
-    budget, price = plan.budget, plan.price
+def _fit(plan: Plan, label: str, run: Run, models: Models, chunk: Chunk) -> tuple[Progress, Cost]:
+    """`fit_chunk` within the budget, which prompts that are fitted together share.
+
+    A method without a length, which the budget could set, may in any case draw once on each seed.
+    """
+    config, budget, price = run.config, plan.budget, plan.price
     if budget is None or price is None:
         return fit_chunk(run, models, chunk)
+    if length_of(config.method, plan.length(label)) is None:
+        image = calls_of_an_image(models.backend, config.sampling.for_fit(models.backend))
+        budget = max(budget, image * len(config.seeds))
 
     def limit(search: Iterator[Progress], earlier: Mapping[str, float]) -> Iterator[Progress]:
         return watch(search, models.backend, price, budget * len(chunk.prompts), earlier)
@@ -171,7 +181,7 @@ def _fit(plan: Plan, run: Run, models: Models, chunk: Chunk) -> tuple[Progress, 
     except BudgetSpent:
         if run.checkpoint(chunk) is None:
             raise InputError(
-                f"budget is {budget}; the first step of {run.config.method_name!r} costs more"
+                f"budget is {budget}; {run.config.method_name!r} takes more for a first result"
             ) from None
         # The step after the checkpoint is not paid for, and only a step gives an adapter: start again.
         run.drop_checkpoint(chunk)
@@ -188,7 +198,6 @@ def _judge_unseen_prompts(run: Run, models: Models, prompts: Sequence[str]) -> N
         return
     adapters = {"raw": Adapter(), config.method_name: adapter}
     seeds = config.new_seeds or config.seeds
-    models.backend.check_prompts(prompts)
     scores = evaluate(
         models.backend, adapters, models.rewards, prompts, seeds, config.sampling, config.reward, models.judge
     )

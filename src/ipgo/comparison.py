@@ -113,10 +113,13 @@ class Plan:
     def identity(self) -> dict[str, Any]:
         """What decides the results, flat."""
         settings = self.to_json()
-        settings["common"] = {
-            key: value for key, value in settings["common"].items() if key not in NOT_RESULTS
-        }
+        settings["common"] = _results(settings["common"])
+        settings["entries"] = {label: _results(flatten(own)) for label, own in settings["entries"].items()}
         return flatten(settings)
+
+
+def _results(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in NOT_RESULTS}
 
 
 class Comparison:

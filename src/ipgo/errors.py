@@ -22,6 +22,10 @@ class ResumeError(InputError):
     """A run folder cannot be continued with the settings at hand."""
 
 
+class InUseError(ResumeError):
+    """Another process works on this run."""
+
+
 class MissingExtraError(IpgoError, ImportError):
     """An optional dependency is not installed: the message gives the pip line."""
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ipgo.adapters import Adapter, InsertionAdapter
+from ipgo.adapters import Adapter, InsertionAdapter, JointAdapter
 from ipgo.backends import Backend
 from ipgo.embeds import PromptEmbeds
 from ipgo.errors import InputError
@@ -169,10 +169,13 @@ def explain(
 
 
 def check_adapter(adapter: Adapter) -> InsertionAdapter:
-    """The adapter, if it holds inserted embeddings; else `InputError`."""
+    """The inserted embeddings of an adapter, which may hold noise beside them; `InputError` if it has none."""
+    if isinstance(adapter, JointAdapter):
+        adapter = adapter.inserted
     if not isinstance(adapter, InsertionAdapter):
         raise InputError(
-            f"this adapter is of kind {adapter.kind!r}; only inserted embeddings (kind 'insertion') are explained"
+            f"this adapter is of kind {adapter.kind!r}; only inserted embeddings are explained "
+            "(kinds 'insertion' and 'joint')"
         )
     return adapter
 

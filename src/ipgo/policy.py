@@ -19,7 +19,7 @@ from ipgo.resume import all_tensors, copied, fill
 from ipgo.rewards import score
 from ipgo.sampling import ddim_step, decode, denoise, need_ddim
 from ipgo.seeding import derive, generator
-from ipgo.task import Progress, Task
+from ipgo.task import FRESH, Progress, Task
 from ipgo.training import FLOAT16_SCALE, PATIENCE
 
 
@@ -91,6 +91,9 @@ class _Training:
             )
         self.adapter = adapter.to(self.backend.device)
         self.kept = copy.deepcopy(self.adapter).requires_grad_(False)
+        self.ready = copy.deepcopy(
+            self.kept
+        )  # after the last whole epoch: a budget may break the next one off
         with torch.no_grad():
             self.original = self.backend.encode(task.prompts)
         nan = torch.full((len(task.prompts),), math.nan)
@@ -120,6 +123,7 @@ class _Training:
             else:
                 self._go_back(overflow=drawn and bool(self.memory["loss_scale"] > 1))
             self.memory["epoch"] += 1
+            self.ready.load_state_dict(self.adapter.state_dict())
             yield self._progress(sum(norms) / len(norms), batches[0].images[:1])
             if self.memory["misses"] >= PATIENCE:
                 return
@@ -245,8 +249,10 @@ class _Training:
             grad_norm=torch.full((count,), norm),
             failed=(memory["misses"] >= PATIENCE).expand(count),
             images=None if self.task.shared else images,
-            adapter=self.adapter,
+            adapter=self.ready,
             state=self.state,
+            over=FRESH,
+            keeps_best=False,
         )
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -163,7 +163,8 @@ def try_rewards(config: RunConfig, models: Models) -> None:
     }
     if judges:
         text, seeds = config.prompts[0], config.judged_seeds[:1]
-        drawings = list(draw(models.backend, {"raw": Adapter()}, text, seeds, config.sampling.fitting))
+        sampling = config.sampling.for_fit(models.backend)
+        drawings = list(draw(models.backend, {"raw": Adapter()}, text, seeds, sampling))
         score(drawings, judges, config.reward)
 
 
@@ -176,7 +177,7 @@ def fit_chunk(folder: Run, models: Models, chunk: Chunk, limit: Limit | None = N
         limit: may end the search early; it gets the search, and the calls that were made before a stop.
     """
     config, backend = folder.config, models.backend
-    sampling = config.sampling.fitting
+    sampling = config.sampling.for_fit(backend)
     task = Task(backend, models.reward, chunk.texts, sampling, config.seeds, config.seed, config.shared)
     found = folder.checkpoint(chunk)
     earlier = found.cost if found is not None else Cost()

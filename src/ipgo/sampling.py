@@ -29,8 +29,8 @@ class Sampling:
         eta: 0 is deterministic; above 0, up to 1, DDIM adds noise at each step.
         negative_prompt: what guidance moves away from.
         fit_steps: denoising steps of the images that a fit draws to learn from, where they are fewer than `steps`;
-            None is `steps`. Chosen by benchmarks/truncation.py. With eta above 0 a fit takes all steps, since each has
-            noise of its own.
+            None is `steps`. Chosen by benchmarks/truncation.py. With eta above 0, or a scheduler that draws noise, a
+            fit takes all steps, since each has noise of its own.
     """
 
     steps: int = 20
@@ -55,6 +55,10 @@ class Sampling:
         """How the images that a fit learns from are sampled."""
         most = self.steps if self.fit_steps is None or self.eta > 0 else self.fit_steps
         return replace(self, steps=min(self.steps, most), fit_steps=None)
+
+    def for_fit(self, backend: Backend) -> Sampling:
+        """The same on this backend: all steps where its scheduler draws noise of its own for each, as with eta."""
+        return replace(self, fit_steps=None) if backend.stochastic else self.fitting
 
     def scale(self, backend: Backend) -> float:
         """The guidance scale that this backend is sampled with."""

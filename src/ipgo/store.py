@@ -19,7 +19,7 @@ from ipgo.adapters import Adapter
 from ipgo.artefacts import load_adapter, load_identities, load_scores, save_adapter, save_scores
 from ipgo.chunks import Checkpoint, Chunk, Cost, read_checkpoint, write_checkpoint
 from ipgo.config import RunConfig, flatten
-from ipgo.errors import InputError, ResumeError
+from ipgo.errors import InputError, InUseError, ResumeError
 from ipgo.evaluation import Score
 from ipgo.prompts import Prompt, number
 from ipgo.task import Progress
@@ -44,6 +44,7 @@ class Run:
         count = min(config.judged_prompts or len(self.prompts), len(self.prompts))
         self.judged = tuple(self.prompts[place * len(self.prompts) // count] for place in range(count))
         self._lock = FileLock(path / LOCK)
+        self._begun = False
 
     @classmethod
     def open(cls, path: str | Path, config: RunConfig | None = None) -> Run:
@@ -89,25 +90,33 @@ class Run:
             facts: the versions, the device and the models that the run begins with.
 
         Raises:
-            ResumeError: another process is at work in it, or its models were others.
+            InUseError: another process is at work in it. ResumeError: its models were others.
             InputError: it cannot be written.
         """
-        if self._lock.is_locked:
+        if self._begun:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=0)
+            self._take()
             if (self.path / "run.json").exists():
                 self._continue(facts)
             else:
                 about = {"schema": SCHEMA, "digest": self.config.digest(), **facts}
                 files.write_json(self.path / "run.json", {**about, "config": self.config.to_json()})
-        except Timeout:
-            raise ResumeError(f"{str(self.path)!r} is in use: another process works on this run") from None
         except OSError as error:
             raise InputError(
                 f"out is {str(self.path)!r}, which cannot be written: {error.strerror}"
             ) from None
+        self._begun = True
+
+    def _take(self) -> None:
+        """Keep other processes out; `InUseError` if one is there already."""
+        if self._lock.is_locked:
+            return
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise InUseError(f"{str(self.path)!r} is in use: another process works on this run") from None
 
     def _continue(self, facts: Mapping[str, Any]) -> None:
         """Refuse other models; but a reward that only judges may be repaired as long as it has scored nothing."""
@@ -127,6 +136,7 @@ class Run:
     def release(self) -> None:
         """Leave the folder to other processes; the end of this one does so too, however it comes."""
         self._lock.release()
+        self._begun = False
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -180,17 +190,22 @@ class Run:
     def record(self, chunk: Chunk, progress: Progress, cost: Cost) -> None:
         """Append a line to the history of each prompt (shared: one line, the mean over prompts).
 
-        Its calls are one prompt's share of those so far, its seconds are the chunk's.
+        `over` and `best` are as in `Progress`, `best` null if it is not kept. Its calls are one prompt's share of those
+        so far, its seconds are the chunk's.
         """
-        columns = torch.stack([progress.rewards, progress.penalty, progress.grad_norm]).double().cpu()
+        best = progress.best if progress.keeps_best else torch.full_like(progress.best, torch.nan)
+        columns = torch.stack([progress.rewards, progress.penalty, progress.grad_norm, best]).double().cpu()
         if self.config.shared:
-            columns = columns.nanmean(1, keepdim=True)  # (3, P) to (3, 1)
+            columns = columns.nanmean(1, keepdim=True)  # (4, P) to (4, 1)
         share = len(chunk.prompts)
         calls = {name: round(count / share, 2) for name, count in sorted(cost.calls.items())}
         for row, file in self._histories(chunk).items():
             values = columns[:, row].tolist()
-            reward, penalty, grad_norm = (value if value == value else None for value in values)
-            line = {"step": progress.step, "reward": reward, "penalty": penalty, "grad_norm": grad_norm}
+            names = ("reward", "penalty", "grad_norm", "best")
+            numbers = {
+                name: value if value == value else None for name, value in zip(names, values, strict=True)
+            }
+            line = {"step": progress.step, **numbers, "over": progress.over}
             files.append_line(file, {**line, "seconds": round(cost.seconds, 3), "calls": calls})
 
     def save_checkpoint(self, chunk: Chunk, progress: Progress, cost: Cost) -> None:
@@ -203,7 +218,12 @@ class Run:
         """The newest state of a chunk, with its histories cut back to that step; None if there is none.
 
         A damaged file is set aside under another name and said to be: the chunk then starts again.
+
+        Raises:
+            InUseError: another process is writing them.
         """
+        if self.path.is_dir():
+            self._take()
         file = self._checkpoint_file(chunk)
         found = read_checkpoint(file, chunk, self.config.digest()) if file.is_file() else None
         for history in self._histories(chunk).values():

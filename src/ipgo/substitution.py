@@ -148,4 +148,11 @@ def _split(prompt: str, words: Words) -> list[str]:
     if not words:
         return [prompt]
     longest_first = sorted(words, key=len, reverse=True)
-    return re.split(rf"(?<!\w)({'|'.join(map(re.escape, longest_first))})(?!\w)", prompt, flags=re.IGNORECASE)
+    pattern = rf"(?<!\w)({'|'.join(map(re.escape, longest_first))})(?!\w)"
+    parts = [""]
+    for number, part in enumerate(re.split(pattern, prompt, flags=re.IGNORECASE)):
+        if number % 2 and part.lower() in words:
+            parts += [part, ""]
+        else:  # text, or a word with such a letter as the dotless i, which `re` takes for an i and `lower` does not
+            parts[-1] += part
+    return parts

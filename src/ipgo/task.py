@@ -53,6 +53,9 @@ class Task:
         return [derive(self.seed, "noise", prompt, step) for prompt in prompts]
 
 
+FRESH = 10  # steps, of which the mean reward says something although noise or prompts change
+
+
 @dataclass(frozen=True)
 class Progress:
     """Where a fit stands after a step. Tensors have one entry for each of P prompts and are on the CPU.
@@ -61,7 +64,7 @@ class Progress:
         step, total: steps done, and to do in all.
         rewards: (P,) of this step; shared: of each prompt's last visit, NaN before the first.
         best: (P,) of the rows in `adapter`: the highest so far (NaN before there is a candidate), or the
-            latest where rewards of different steps cannot be compared (shared, or fresh noise).
+            latest where rewards of different steps cannot be compared (`keeps_best`).
         penalty, grad_norm: (P,) of this step, before weighting and clipping.
         failed: (P,) bool, rows that were given up.
         images: (P, 3, H, W) of this step, detached, on the backend's device; None where a step draws some
@@ -69,6 +72,9 @@ class Progress:
         adapter: each row's best so far (or the latest, as in `best`), ready for `generate`. The same object
             at each step: copy it to keep it.
         state: all that resume needs, read before the next step begins.
+        over: the mean of the rewards of so many steps compares with that of others: 1 where each step draws the same
+            noise, S where S seeds take turns, `FRESH` where noise or prompts are other ones at each step.
+        keeps_best: whether `adapter` and `best` are the best so far. If not, they are the latest.
     """
 
     step: int
@@ -81,6 +87,8 @@ class Progress:
     images: Tensor | None
     adapter: Adapter
     state: Callable[[], dict[str, Tensor]]
+    over: int = 1
+    keeps_best: bool = True
 
 
 class Method(Protocol):
@@ -90,8 +98,9 @@ class Method(Protocol):
         stackable: can one fit hold the rows of many prompts?
 
     A method that learns the noise of a single seed says so by a class attribute `one_seed`, and one that does better on
-    a single seed, where several are allowed, by `prefers_one_seed`. One that sees from its settings whether it can work
-    has a method `check(prompts, reward, backend)`: it is called before a model is loaded.
+    a single seed, where several are allowed, by `prefers_one_seed`. One whose gradient goes through both halves of
+    guidance from its first call on says so by `both_halves`. One that sees from its settings whether it can work has a
+    method `check(prompts, reward, backend)`: it is called before a model is loaded.
     """
 
     stackable: ClassVar[bool]

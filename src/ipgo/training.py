@@ -17,7 +17,7 @@ from ipgo.resume import all_tensors, copied, fill
 from ipgo.rewards import score
 from ipgo.sampling import decode, denoise, last_latents, redo_last_step, unconditional
 from ipgo.seeding import derive, generator
-from ipgo.task import Progress, Task
+from ipgo.task import FRESH, Progress, Task
 
 PATIENCE = 3  # steps in a row without a finite gradient before a row is given up
 FLOAT16_SCALE = 2.0**10  # a float16 backend loses small gradients; a row that overflows halves its own
@@ -237,8 +237,7 @@ class _Climb:
         memory["misses"] = torch.where(good, 0, memory["misses"] + ~overflow)
         memory["loss_scale"] = torch.where(overflow, memory["loss_scale"] / 2, memory["loss_scale"])
         self._report()
-        if self.task.shared or not self.task.seeds:
-            # Rewards of different steps come from different prompts or noise: keep the latest.
+        if not self._compares:
             memory["best"] = torch.where(good, memory["rewards"], memory["best"])
             self._copy(self.adapter, self.kept, good)
             return good
@@ -283,6 +282,11 @@ class _Climb:
     def _failed(self) -> Tensor:
         return self.memory["misses"] >= PATIENCE
 
+    @property
+    def _compares(self) -> bool:
+        """Whether rewards of different steps do. If they come from different prompts or noise, the latest is kept."""
+        return bool(self.task.seeds) and not self.task.shared
+
     def _progress(self, norms: Tensor, images: Tensor | None) -> Progress:
         memory, count = self.memory, len(self.task.prompts)
         return Progress(
@@ -296,6 +300,8 @@ class _Climb:
             images=images,
             adapter=self.kept,
             state=self.state,
+            over=len(self.task.seeds) if self._compares else FRESH,
+            keeps_best=self._compares,
         )
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from ipgo import (
     IPGO,
     Adapter,
     Ascent,
+    DRaFT,
     InputError,
     Progress,
     Run,
@@ -41,7 +42,7 @@ from ipgo.insertion import Insertion
 from ipgo.methods import METHODS, BestOfN, BlackBoxIPGO, Raw
 from ipgo.report import comparison as page
 from ipgo.report.identity import fingerprint, fingerprints, strangers
-from ipgo.report.rows import matrices, rows
+from ipgo.report.rows import matrices, own_scores, rows
 from ipgo.rewards import identity_of, score
 from ipgo.sampling import Sampling
 
@@ -151,6 +152,7 @@ def test_a_search_ends_before_the_step_that_is_not_paid_for() -> None:
         (Ascent(backprop_steps=5, random_backprop=True), False, 20 + 1 + 2 * 2),
         (Ascent(backprop_steps=1, renoised=2), False, 20 + 1 + 2 * 2),
         (Ascent(backprop_steps=1, batch_size=2, accumulate=3), True, (20 + 1) * 6 / 2),
+        (Ascent(backprop_steps=4, recompute=True), False, 20 + 1 + 3 * 2 + 4),
     ],
 )
 def test_what_a_step_costs_by_hand(ascent: Ascent, shared: bool, cost: float) -> None:
@@ -169,6 +171,10 @@ def test_the_length_that_a_budget_pays_for() -> None:
     assert fit_to(ipgo, "ascent.steps", 7).method == IPGO(ascent=dataclasses.replace(IPGO().ascent, steps=7))
     with pytest.raises(InputError, match=r"budget is 39; one step of 'best-of-n' takes 40.0 denoiser calls"):
         paid(config, 39, 40.0)
+    with pytest.raises(InputError, match=r"budget is 29; a step on each of 3 seeds of 'ipgo' takes 30.0"):
+        paid(RunConfig(("a",), IPGO(), seeds=(0, 1, 2)), 29, 10.0)
+    # The weights' gradient goes through both halves of guidance from the first call on.
+    assert step_cost(RunConfig(("a",), DRaFT(ascent=Ascent(backprop_steps=1))), 20, PRICE) == 20 + 2
 
 
 def test_a_measured_price_leaves_the_ledger(pipeline_folder: str) -> None:
@@ -418,6 +424,46 @@ def test_rows_say_what_the_runs_stored(compared: Path) -> None:
     assert found["best-of-n"].unseen == {}
     assert found["best-of-n"].means[1] is None
     assert found["raw"].fitted == {}
+
+
+def test_candidates_on_several_seeds_compare_with_each_other(pipeline_folder: str, tmp_path: Path) -> None:
+    """And what is learned from fresh noise does not, so that its last step counts."""
+    words = ["compare", "a red cat", "--methods", "raw,dpo-diffusion,ddpo", "--backend", pipeline_folder]
+    words += [
+        "--seeds",
+        "0",
+        "1",
+        "1500",
+        "--reward",
+        "colorfulness",
+        "--held-out",
+        "contrast",
+        "--budget",
+        "24",
+    ]
+    file = tmp_path / "entries.yaml"
+    small = "{samples: 2, batch_size: 2, accumulate: 1}"
+    file.write_text(f"entries: {{raw: {{}}, dpo-diffusion: {{}}, ddpo: {{method: {{ppo: {small}}}}}}}")
+    words += ["--config", str(file), "--price", "2", "3", "--sampling.steps", "2", "--unseen-seeds", "1"]
+    assert cli.main([*words, "--out", str(tmp_path / "table")]) == 0
+    folder = Comparison.open(tmp_path / "table")
+    found = {row.label: row for row in rows(folder)}
+    run = folder.run("dpo-diffusion")
+    assert run is not None
+    rewards = [line["reward"] for line in run.history(run.prompts[0])]
+    assert len(rewards) == 4
+    row = found["dpo-diffusion"]
+    assert row.best == pytest.approx(max(rewards))
+    assert row.final == pytest.approx(rewards[-1])
+    assert row.means[0] is not None
+    assert row.best == pytest.approx(row.means[0].value, abs=1e-5)
+    assert row.curve[0][1] == pytest.approx(rewards[0])
+    assert found["ddpo"].best == found["ddpo"].final
+    fitted, unseen = matrices(rows(folder), "colorfulness")
+    assert fitted.wins["raw", "dpo-diffusion"].n == 3  # seeds of the one prompt
+    assert {each.seed for each in own_scores(row, "colorfulness", unseen=False)} == {0, 1, 1500}
+    assert {each.seed for each in own_scores(row, "colorfulness", unseen=True)} == {1000}
+    assert unseen.labels == ("raw", "dpo-diffusion", "ddpo")
 
 
 @pytest.mark.usefixtures("fakes")

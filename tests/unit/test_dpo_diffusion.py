@@ -1,5 +1,6 @@
 """Discrete prompts: the space of words, its relaxation, and the three solvers."""
 
+import copy
 import itertools
 import json
 import re
@@ -72,6 +73,9 @@ def test_a_prompt_has_a_slot_at_every_word_that_has_others():
     assert template.text([2, 1, 1, 1]) == "a mandarin left of a bunch of grapes, flat style"
     assert template.pieces([2, 1, 1, 1])[2:5] == [" ", "left of", " "]
     assert synonym_slots("a catalogue", words).slots == ()  # whole words only
+    dotless = synonym_slots("a lıon and a fish", words)  # for `re`, not for `lower`, this is a lion
+    assert [slot[0] for slot in dotless.slots] == ["a fish"]
+    assert dotless.text([0]) == "a lıon and a fish"
 
 
 def test_a_negative_prompt_lists_what_is_chosen():
@@ -346,6 +350,11 @@ def test_what_cannot_be_searched_is_refused(backend, tmp_path, words):
         DPODiffusion(solver="hybrid").fit(blind)
     with pytest.raises(InputError, match=r"guidance_scale is 1.0; target='negative' needs one above 1"):
         DPODiffusion().fit(replace(task, sampling=replace(SAMPLING, guidance_scale=1.0)))
+    distilled = copy.copy(backend)
+    distilled.guidance = "distilled"
+    for target in ("negative", "both"):
+        with pytest.raises(InputError, match="has distilled guidance, which knows no negative prompt"):
+            DPODiffusion(target).fit(replace(task, backend=distilled))
     with pytest.raises(InputError, match="has no words for prompt 'a moon' with target='positive'"):
         DPODiffusion("positive", word_list=words).fit(replace(task, prompts=("a moon",)))
     few = tmp_path / "few.json"

@@ -178,7 +178,7 @@ def test_the_command_prints_a_table_and_writes_json(
 
 def test_other_adapters_are_refused_in_a_sentence(own: Backend) -> None:
     noise = NoiseAdapter((PROMPT,), (1, 4, 8, 8), 0)
-    with pytest.raises(InputError, match=r"kind 'noise'; only inserted embeddings \(kind 'insertion'\)"):
+    with pytest.raises(InputError, match=r"kind 'noise'; only inserted embeddings are explained"):
         explain(own, noise, PROMPT, (0,), SAMPLING, REWARD, Vocabulary(own, ["a"]))
 
 

@@ -6,8 +6,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from diffusers import EulerAncestralDiscreteScheduler
 from scipy import stats
 
+import ipgo
 from ipgo import cli
 from ipgo.adapters import Adapter, EmbeddingAdapter, LoRA, NoiseAdapter, WeightAdapter, generate, stack
 from ipgo.adapters.noise import PATCH, norm_penalty, tail_bound, whiteness_penalty
@@ -229,6 +231,24 @@ def test_best_of_n_is_the_best_of_n(backend):
         BestOfN(n=0)
     with pytest.raises(ResumeError, match="other settings"):
         BestOfN().fit(task, resume={"step": torch.tensor(1)})
+
+
+def test_best_of_n_draws_all_steps_where_the_scheduler_draws_noise(make_pipe, tmp_path):
+    """Though a fit has fewer steps by default: what is kept is the noise of every step."""
+    pipe = make_pipe()
+    pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)
+    result = ipgo.fit(
+        "sun",
+        backend=pipe,
+        method=BestOfN(n=2),
+        reward="colorfulness",
+        held_out=(),
+        sampling=Sampling(steps=3, fit_steps=2),
+        out=tmp_path / "run",
+    )
+    (fitted,) = result
+    assert fitted.adapter.latents.shape[1] == 1 + 3
+    assert not fitted.failed
 
 
 # -- weights -----------------------------------------------------------------------------------------------

@@ -27,10 +27,18 @@ def test_what_fell_while_the_reward_rose_is_said_and_how_surely() -> None:
     assert [mood(value) for value in (0.1, 1e-5, -0.1)] == ["good", "", "bad"]
 
 
-def test_smooth_is_the_best_so_far_or_a_mean_over_the_seeds() -> None:
-    assert charts.smooth([1.0, 3.0, None, 2.0], 1) == ("best so far", [1.0, 3.0, 3.0, 3.0])
-    name, means = charts.smooth([1.0, 3.0, 5.0, None], 2)
-    assert (name, means) == ("mean of 2 steps", [None, 2.0, 4.0, 5.0])
+def history(rewards: list[float | None], bests: list[float | None], over: int) -> list[dict[str, Any]]:
+    pairs = zip(rewards, bests, strict=True)
+    return [{"reward": reward, "best": best, "over": over} for reward, best in pairs]
+
+
+def test_what_counts_is_the_best_that_was_kept_or_a_mean_of_what_compares() -> None:
+    turns = history([1.0, 3.0, None, 2.0], [None, 2.0, 2.0, 2.5], 2)
+    assert charts.so_far(turns) == ("best so far", [None, 2.0, 2.0, 2.5])
+    assert charts.means(turns) == [None, 2.0, 3.0, 2.0]
+    fresh = history([1.0, 3.0, 5.0, None], [None] * 4, 2)
+    assert charts.so_far(fresh) == ("mean of 2 steps", [None, 2.0, 4.0, 5.0])
+    assert charts.means(history([1.0, 2.0], [None] * 2, 10)) == [None, 1.5]  # of all, if there are fewer
 
 
 @pytest.mark.parametrize("rewards", [[], [1.0], [None, None, 2.0], [2.0, 2.0, 2.0], [1e-9, 2e-9], [1e6, 3e6]])

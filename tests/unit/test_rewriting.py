@@ -207,6 +207,10 @@ def test_each_reward_has_its_instruction():
     assert "faithfully" in both
     assert "beautiful" in both
     assert "Answer with 4 different rewritten prompts" in both
+    for spec in ("hpsv2.1", "pickscore:a/folder", "imagereward"):
+        assert ChatGPT().instruction(spec) == ChatGPT().instruction("emoji-preference"), spec
+    assert ChatGPT().instruction("clip@notebook") == said["clip"]
+    assert "as a fault, how vivid" in ChatGPT().instruction("emoji-clip+-0.5*colorfulness")
 
 
 def test_llm_search_learns_from_its_history(backend, endpoint):
@@ -342,6 +346,11 @@ def test_promptist_says_what_it_lacks(rewriter, backend, tmp_path, monkeypatch, 
         list(Promptist(model=str(tmp_path)).fit(Task(backend, COLOUR, ("sun",), SAMPLING)))
     with pytest.raises(InputError, match="beams is 0"):
         Promptist(beams=0)
+    room = rewriter[1].config.n_positions
+    with pytest.raises(
+        InputError, match=f"reads and writes {room} in all; shorten it, or lower max_new_tokens"
+    ):
+        list(Promptist(model=str(rewriter[0])).fit(Task(backend, COLOUR, ("sun " * room,), SAMPLING)))
     monkeypatch.setattr(Promptist, "rewrite", lambda self, model, tokenizer, prompt: "")
     (step,) = Promptist(model=str(rewriter[0])).fit(Task(backend, COLOUR, ("sun",), SAMPLING))
     assert step.adapter.texts == ("",)

@@ -151,6 +151,7 @@ def test_a_checkpoint_of_other_prompts_or_settings_is_not_taken(run: Run) -> Non
     chunk = run.chunks(stackable=True)[0]
     run.record(chunk, progress(1), Cost(seconds=1.0))
     run.save_checkpoint(chunk, progress(1), Cost())
+    run.release()
     assert Run(run.path, replace(CONFIG, seed=7)).checkpoint(chunk) is None
     renamed = Chunk((replace(chunk.prompts[0], text="another"), chunk.prompts[1]))
     assert run.checkpoint(renamed) is None
@@ -196,9 +197,25 @@ def test_one_process_at_a_time(run: Run) -> None:
     command = [sys.executable, "-c", code, str(run.path)]
     refused = subprocess.run(command, capture_output=True, text=True, check=False)
     assert refused.returncode == 1
-    assert f"ResumeError: {str(run.path)!r} is in use" in refused.stderr
+    assert f"InUseError: {str(run.path)!r} is in use" in refused.stderr
     run.release()
     assert subprocess.run(command, check=False).returncode == 0
+
+
+def test_whoever_is_refused_leaves_the_history_alone(run: Run) -> None:
+    chunk = Chunk(run.prompts[:2])
+    run.record(chunk, progress(1), Cost())
+    files_before = {file: file.read_bytes() for file in run.path.rglob("history.jsonl")}
+    assert len(files_before) == 2
+    code = (
+        "import sys; from pathlib import Path; from ipgo.store import Run; "
+        "run = Run.open(Path(sys.argv[1])); run.checkpoint(run.chunks(True)[0])"
+    )
+    refused = subprocess.run(
+        [sys.executable, "-c", code, str(run.path)], capture_output=True, text=True, check=False
+    )
+    assert "InUseError" in refused.stderr
+    assert {file: file.read_bytes() for file in files_before} == files_before
 
 
 def test_what_is_finished_is_left_alone(run: Run) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ipgo.adapters import TextAdapter
 from ipgo.chat import Chat
 from ipgo.errors import InputError
+from ipgo.rewards import terms
 from ipgo.rewriting import Rewrites, ask_texts
 from ipgo.search import search
 from ipgo.task import Progress, Task
@@ -28,6 +29,7 @@ VALUES = {
     "aesthetic": BEAUTY,
     "preference": PREFERENCE,
     "hpsv2": PREFERENCE,
+    "hpsv2.1": PREFERENCE,
     "pickscore": PREFERENCE,
     "imagereward": PREFERENCE,
     "colorfulness": "how vivid and how varied the colours of the picture are",
@@ -91,6 +93,8 @@ class ChatGPT:
 
 def _value(reward: str) -> str:
     """The values of a reward, or of the terms of a sum; a function in a file goes by its own name."""
-    names = [term.rpartition("*")[2].rpartition(":")[2].strip() for term in reward.split("+")]
-    terms = [name.removeprefix("emoji-") for name in names]
-    return "; and ".join(dict.fromkeys(VALUES.get(term, GENERAL) for term in terms))
+    found = []
+    for weight, name in terms(reward):
+        value = VALUES.get(name.rpartition(":")[2].strip().removeprefix("emoji-"), GENERAL)
+        found.append(value if weight > 0 else f"and, as a fault, {value}")
+    return "; and ".join(dict.fromkeys(found))

@@ -27,6 +27,7 @@ class DNO:
 
     stackable: ClassVar[bool] = True
     one_seed: ClassVar[bool] = True
+    both_halves: ClassVar[bool] = True
 
     ascent: Ascent = Ascent(
         steps=100, lr=0.01, lr_decay=1.0, backprop_steps=None, penalty_weight=1.0, recompute=True

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from ipgo.adapters import Adapter, TextAdapter
+from ipgo.adapters.text import BYTES
+from ipgo.backends import Backend
 from ipgo.chat import Chat
 from ipgo.errors import InputError, ResumeError, RewardError, unknown
+from ipgo.sampling import Sampling
 from ipgo.search import search
 from ipgo.seeding import derive, generator
 from ipgo.substitution import PLAIN, Choice, Space, negative_slots, synonym_slots
@@ -107,15 +110,24 @@ class DPODiffusion:
                 f"reward {task.reward.name!r} has no gradient, which solver={self.solver!r} needs; "
                 "use solver='evolutionary'"
             )
-        scale = task.sampling.scale(task.backend)
-        if self.target != "positive" and scale <= 1:
-            raise InputError(
-                f"sampling.guidance_scale is {scale}; "
-                f"target={self.target!r} needs one above 1, since there is no negative prompt without guidance"
-            )
+        if self.target != "positive":
+            self._check_guidance(task.backend, task.sampling)
         spaces = self.spaces(task)
         adapter = TextAdapter(None) if task.shared else TextAdapter(task.prompts)
         return search(task, adapter, _Words(self, task, spaces), self.climbing + self.candidates, resume)
+
+    def _check_guidance(self, backend: Backend, sampling: Sampling) -> None:
+        """`InputError` where no negative prompt takes part, so that its words would change nothing."""
+        if backend.guidance != "classifier-free":
+            raise InputError(
+                f"target is {self.target!r}; backend {backend.name!r} has {backend.guidance} guidance, which knows no "
+                "negative prompt, so target must be 'positive'"
+            )
+        if not sampling.guided(backend):
+            raise InputError(
+                f"sampling.guidance_scale is {sampling.scale(backend)}; "
+                f"target={self.target!r} needs one above 1, since there is no negative prompt without guidance"
+            )
 
     def spaces(self, task: Task) -> list[Space]:
         """What each row may choose between.
@@ -194,7 +206,7 @@ class _Words:
             choices = [[0] * len(choice) for choice in choices]  # the text as it is
         for row, choice in enumerate(choices):
             self.memory["choices"][row, step, : len(choice)] = torch.tensor(choice)
-        texts = [space.texts(choice) for space, choice in zip(self.spaces, choices, strict=True)]
+        texts = [self._texts(row, choice) for row, choice in enumerate(choices)]
         adapter.set_texts([positive for positive, _ in texts])
         adapter.set_negatives([negative for _, negative in texts])
 
@@ -242,11 +254,21 @@ class _Words:
         return generator(derive(self.task.seed, name, whose, *keys))
 
     def _fits(self, row: int, choice: Choice) -> bool:
+        texts = self._texts(row, choice)
         try:
-            self.task.backend.check_prompts(self.spaces[row].texts(choice))
+            self.task.backend.check_prompts(texts)
         except InputError:
             return False
-        return True
+        return all(len(text.encode()) <= BYTES for text in texts)
+
+    def _texts(self, row: int, choice: Choice) -> tuple[str, str]:
+        """The prompt and the negative prompt; "" for one that stays as it is and is too long to be written down."""
+        space = self.spaces[row]
+        texts = zip(space.texts(choice), space.split(choice), strict=True)
+        positive, negative = (
+            text if any(chosen) or len(text.encode()) <= BYTES else "" for text, chosen in texts
+        )
+        return positive, negative
 
     # -- the gradient -----------------------------------------------------------------------------------
 

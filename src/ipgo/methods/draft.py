@@ -27,6 +27,7 @@ class DRaFT:
     """
 
     stackable: ClassVar[bool] = False
+    both_halves: ClassVar[bool] = True
 
     lora: LoRA = LoRA()
     ascent: Ascent = Ascent(steps=50, lr=4e-4, lr_decay=1.0, backprop_steps=1, penalty_weight=0.0)

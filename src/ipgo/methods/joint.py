@@ -38,6 +38,7 @@ class Joint:
 
     stackable: ClassVar[bool] = True
     one_seed: ClassVar[bool] = True
+    both_halves: ClassVar[bool] = True
 
     insertion: Insertion = INSERTED
     noise_weight: float = 10.0  # times Ascent.penalty_weight of 1e-3 it is ReNO's 1e-2

@@ -72,6 +72,12 @@ class Promptist:
     def rewrite(self, model: Any, tokenizer: Any, prompt: str) -> str:
         """The best beam for one prompt, on one line."""
         ids = tokenizer(prompt.strip() + ASK, add_special_tokens=False, return_tensors="pt").input_ids
+        room = getattr(model.config, "n_positions", None)
+        if room is not None and ids.shape[1] + self.max_new_tokens > room:
+            raise InputError(
+                f"prompt {prompt[:60]!r} has {ids.shape[1]} tokens for the rewriter, which reads and writes {room} in "
+                f"all; shorten it, or lower max_new_tokens, which is {self.max_new_tokens}"
+            )
         ids = ids.to(model.device)
         with torch.no_grad():
             best = model.generate(

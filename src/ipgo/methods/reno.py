@@ -35,6 +35,7 @@ class ReNO:
 
     stackable: ClassVar[bool] = True
     one_seed: ClassVar[bool] = True
+    both_halves: ClassVar[bool] = True
 
     ascent: Ascent = PUBLISHED
 

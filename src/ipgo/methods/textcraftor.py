@@ -41,6 +41,7 @@ class TextCraftor:
     """
 
     stackable: ClassVar[bool] = False
+    both_halves: ClassVar[bool] = True
 
     late_share: float = 0.6  # 15 of 25 steps
     ascent: Ascent = DEFAULT

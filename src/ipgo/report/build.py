@@ -213,24 +213,31 @@ def _card(run: Run, prompt: Prompt, result: dict[str, Any]) -> Card:
 def _curve(
     run: Run, prompt: Prompt, values: dict[tuple[bool, int], float]
 ) -> tuple[charts.Values, charts.Values, float | None]:
-    rewards = [line["reward"] for line in run.history(prompt)]
+    history = run.history(prompt)
     raw = [values[True, seed] for seed in run.config.seeds if (True, seed) in values]
-    return rewards, charts.smooth(rewards, len(run.config.seeds))[1], _mean(raw)
+    return [line["reward"] for line in history], charts.so_far(history)[1], _before(run, raw)
+
+
+def _before(run: Run, raw: Sequence[float]) -> float | None:
+    """The mean of raw prompts as a mark for a fit's curve: none if the fit draws in fewer steps than they are drawn."""
+    sampling = run.config.sampling
+    return _mean(raw) if sampling.fitting.steps == sampling.steps else None
 
 
 def _mean_curve(run: Run) -> tuple[str, list[float | None], list[float | None], float | None]:
     """The reward of each step, averaged over the prompts that got that far."""
     prompts = run.prompts[:1] if run.config.shared else run.prompts
-    histories = [[line["reward"] for line in run.history(prompt)] for prompt in prompts]
-    columns = [[h[step] for h in histories if len(h) > step] for step in range(max(map(len, histories)))]
+    histories = [run.history(prompt) for prompt in prompts]
+    steps = range(max(map(len, histories)))
+    columns = [[each[step]["reward"] for each in histories if len(each) > step] for step in steps]
     rewards = [_mean([value for value in column if value is not None]) for column in columns]
-    smoothed = [charts.smooth(history, len(run.config.seeds)) for history in histories]
+    smoothed = [charts.so_far(history) for history in histories]
     bold = [
         _mean([values[step] for _, values in smoothed if len(values) > step and values[step] is not None])
-        for step in range(len(columns))
+        for step in steps
     ]
     fitted = [each for each in run.scores() if each.method == "raw" and each.seed in run.config.seeds]
-    before = _mean([each.value for each in fitted if each.reward == run.config.reward])
+    before = _before(run, [each.value for each in fitted if each.reward == run.config.reward])
     return smoothed[0][0], rewards, bold, before
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from markupsafe import Markup
 
@@ -12,26 +13,30 @@ WIDTH, HEIGHT = 360, 190
 LEFT, RIGHT, TOP, BOTTOM = 50, 10, 12, 30  # margins around the plot, room for the labels
 
 Values = Sequence[float | None]
+History = Sequence[Mapping[str, Any]]  # the lines of a history.jsonl
 
 
-def smooth(rewards: Values, seeds: int) -> tuple[str, list[float | None]]:
+def so_far(history: History) -> tuple[str, list[float | None]]:
     """What a reader should look at beside the reward of each step, and its name.
 
-    With one noise seed it is the best so far. Rewards from different noise compare only on average: over the
-    last S steps for S seeds, over ten for fresh noise.
+    The best so far; where a fit does not keep it, since rewards of different steps do not compare, their `means`.
     """
-    if seeds == 1:
-        best: list[float | None] = []
-        for value in rewards:
-            known = [each for each in (value, best[-1] if best else None) if each is not None]
-            best.append(max(known, default=None))
-        return "best so far", best
-    window = seeds or 10
-    means: list[float | None] = []
-    for step in range(1, len(rewards) + 1):
-        last = [value for value in rewards[max(0, step - window) : step] if value is not None]
-        means.append(sum(last) / len(last) if last and step >= min(window, len(rewards)) else None)
-    return f"mean of {window} steps", means
+    if any(line.get("best") is not None for line in history):
+        return "best so far", [line.get("best") for line in history]
+    window = history[-1].get("over", 1) if history else 1
+    return f"mean of {window} steps", means(history)
+
+
+def means(history: History) -> list[float | None]:
+    """At each step the mean reward of the latest ones, of as many as compare (all, if there are fewer)."""
+    found: list[float | None] = []
+    for step, line in enumerate(history, 1):
+        window = min(line.get("over", 1), len(history))
+        last = [
+            each["reward"] for each in history[max(0, step - window) : step] if each["reward"] is not None
+        ]
+        found.append(sum(last) / len(last) if last and step >= window else None)
+    return found
 
 
 def curve(rewards: Values, bold: Values, before: float | None) -> Markup:

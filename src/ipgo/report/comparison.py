@@ -45,7 +45,7 @@ def write_comparison(folder: Comparison, entries: Sequence[Row]) -> dict[str, Pa
 def render(folder: Comparison, entries: Sequence[Row]) -> str:
     """The page as text."""
     plan, reward = folder.plan, raised(folder)
-    raw = next((row.means[0] for row in entries if row.method == "raw" and row.means[0] is not None), None)
+    raw = next((row.final for row in entries if row.method == "raw"), None)  # drawn as the fits draw
     hues = {row.label: charts.hue(number) for number, row in enumerate(entries)}  # the same in every chart
     shown = [row for row in entries if row.curve and row.method != "raw"]
     own = {label: flatten(dict(settings)) for label, settings in plan.entries.items()}
@@ -57,12 +57,10 @@ def render(folder: Comparison, entries: Sequence[Row]) -> str:
         failures={row.label: row.errors for row in entries if row.errors},
         strange=incomparable(entries),
         tables=tables(folder, entries),
-        curve=charts.lines(
-            {row.label: row.curve for row in shown}, hues, "calls", raw.value if raw else None
-        ),
+        curve=charts.lines({row.label: row.curve for row in shown}, hues, "calls", raw),
         curve_legend=[(row.label, hues[row.label]) for row in shown],
         scatters=_scatters(entries, reward, hues),
-        scatter_legend=[(row.label, hues[row.label]) for row in entries if row.fitted],
+        scatter_legend=[(_on_its_noise(row), hues[row.label]) for row in entries if row.fitted],
         sheets=_sheets(folder),
         common=flatten(dict(plan.common)),
         own=own,
@@ -165,6 +163,11 @@ def _scatters(entries: Sequence[Row], reward: str, hues: Mapping[str, int]) -> l
         points = [(each[reward].gain.value, each[name].gain.value) for each in found.values()]
         charted.append((name, charts.scatter(points, {label: hues[label] for label in found})))
     return charted
+
+
+def _on_its_noise(row: Row) -> str:
+    """The label, and what its gains are of where that is not unseen noise."""
+    return row.label if row.unseen else f"{row.label} (on fitted noise)"
 
 
 def _sheets(folder: Comparison) -> list[Sheet]:

@@ -9,7 +9,6 @@ from typing import Any
 
 from ipgo.budget import Price
 from ipgo.comparison import Comparison
-from ipgo.config import FIRST_UNSEEN
 from ipgo.evaluation import Gain, Interval, Score, average, summarise, win_rate
 from ipgo.report import charts
 from ipgo.report.build import total_cost
@@ -32,12 +31,13 @@ class Row:
         errors: in words, each once.
         rewards: what its scores were given by, as `identity.fingerprints`.
         weights: of the backend that drew it, as `Backend.identity` has them; None before its first step.
+        seeds: those that it was fitted to.
         scores: those of its own images, under its label; of its own raw images under "raw".
         fitted, unseen, unseen_prompts: what it did to each reward, by reward: on noise it was fitted to, on
             noise it was not (empty if it transfers to nothing), and on prompts it was not (shared entries).
         means: the reward that was raised, on fitted and on unseen noise; None where there is none.
-        final, best: that reward in the fit itself, mean over prompts: of the last step and of the best one
-            (over as many steps as there are seeds, if there are several).
+        final, best: that reward in the fit itself, mean over prompts: of the last step and of the best one, each over
+            as many steps as compare; the same where a fit keeps its last step.
         curve: (weighted calls for each prompt, the reward so far), mean over prompts.
         calls, weighted: for each prompt, by kind, and their weighted sum.
         seconds, memory, parameters: for each prompt; the peak in MiB; numbers learned.
@@ -66,6 +66,7 @@ class Row:
     seconds: float
     memory: int
     parameters: int
+    seeds: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def _row(folder: Comparison, label: str, failures: Mapping[str, Mapping[str, str
     transfers, wide = _transfers(run, bool(results), planned.shared)
     unseen = _of_seeds(scores, planned.new_seeds) if wide else []
     fitted = _of_seeds(scores, planned.seeds)
-    final, best = _selection(run, len(planned.seeds))
+    final, best = _selection(run)
     return Row(
         label=label,
         method=planned.method_name,
@@ -114,7 +115,8 @@ def _row(folder: Comparison, label: str, failures: Mapping[str, Mapping[str, str
         means=(_mean(fitted, label, planned.reward), _mean(unseen, label, planned.reward)),
         final=final,
         best=best,
-        curve=_curve(run, price, len(planned.seeds)),
+        curve=_curve(run, price),
+        seeds=tuple(planned.seeds),
         **_costs(results, price),
     )
 
@@ -155,29 +157,25 @@ def _histories(run: Run | None) -> list[list[dict[str, Any]]]:
     return [history for history in histories if history]
 
 
-def _so_far(history: Sequence[Mapping[str, Any]], seeds: int) -> list[float | None]:
-    return charts.smooth([line["reward"] for line in history], seeds)[1]
-
-
-def _selection(run: Run | None, seeds: int) -> tuple[float | None, float | None]:
-    """The reward of the last step and of the best step, each the mean over prompts."""
+def _selection(run: Run | None) -> tuple[float | None, float | None]:
+    """The reward of the last step and of the best one, if that was kept, each the mean over prompts."""
     ends = []
     for history in _histories(run):
-        values = [line["reward"] for line in history] if seeds == 1 else _so_far(history, seeds)
-        known = [value for value in values if value is not None]
-        if known:
-            ends.append((known[-1], max(known)))
+        last = [value for value in charts.means(history) if value is not None]
+        kept = [value for value in charts.so_far(history)[1] if value is not None]
+        if last and kept:
+            ends.append((last[-1], kept[-1]))
     if not ends:
         return None, None
     final, best = (sum(column) / len(ends) for column in zip(*ends, strict=True))
     return final, best
 
 
-def _curve(run: Run | None, price: Price, seeds: int) -> Points:
+def _curve(run: Run | None, price: Price) -> Points:
     """Mean over prompts of the reward so far, at equal distances; a prompt keeps its last value to the end."""
     traces: list[tuple[list[float], list[float]]] = []
     for history in _histories(run):
-        pairs = zip(history, _so_far(history, seeds), strict=True)
+        pairs = zip(history, charts.so_far(history)[1], strict=True)
         known = [(price.of(line.get("calls", {})), value) for line, value in pairs if value is not None]
         if known:
             spent, values = (list(column) for column in zip(*known, strict=True))
@@ -236,6 +234,6 @@ def strange_to(entries: Sequence[Row], reward: str) -> tuple[str, ...]:
 
 def own_scores(row: Row, reward: str, unseen: bool) -> list[Score]:
     """The scores of the entry's own images, under its label; the method raw has them as "raw"."""
-    chosen = [each for each in row.scores if each.reward == reward and (each.seed >= FIRST_UNSEEN) == unseen]
+    chosen = [each for each in row.scores if each.reward == reward and (each.seed not in row.seeds) == unseen]
     kept = [each for each in chosen if each.method == row.label]
     return kept or [replace(each, method=row.label) for each in chosen]

@@ -168,6 +168,12 @@ def asks(spec: str) -> bool:
     return any(_term(term)[1].startswith("ask:") for term in _terms(spec))
 
 
+def terms(spec: str) -> list[tuple[float, str]]:
+    """What a spec adds up: weights and names, those in `REWARDS` without a path or variant."""
+    weighted = [_term(term) for term in _terms(spec)]
+    return [(weight, _bare(name) if _bare(name) in REWARDS else name) for weight, name in weighted]
+
+
 def _outline(spec: str) -> Reward:
     """A reward that says of itself what the real one says, and has no model."""
 
