@@ -54,7 +54,9 @@ def load_adapter(folder: Path | str) -> Adapter:
 def adapter_facts(folder: Path) -> dict[str, Any]:
     """adapter.json; `InputError` if it is missing or damaged."""
     if not (folder / "adapter.json").is_file():
-        raise InputError(f"{str(folder)!r} is not an adapter folder: it has no adapter.json")
+        run = (folder / "run.json").is_file()
+        hint = "; it is a run's folder, and adapters are in its folders prompts/ID or shared" if run else ""
+        raise InputError(f"{str(folder)!r} is not an adapter folder: it has no adapter.json{hint}")
     return files.read_json(folder / "adapter.json", "kind", "options", "prompts", "settings")
 
 

@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,15 @@ from ipgo.cli_publish import publish
 from ipgo.cli_score import score
 from ipgo.errors import InputError, IpgoError, unknown
 from ipgo.prompts import read_prompts, slug
-from ipgo.terminal import add_device_flags, command_parser, find_adapter, loading, read_texts, underscores
+from ipgo.terminal import (
+    add_device_flags,
+    backend_of,
+    command_parser,
+    find_adapter,
+    loading,
+    read_texts,
+    underscores,
+)
 
 if TYPE_CHECKING:
     from ipgo.evaluation import Gain
@@ -194,7 +203,9 @@ def show_run(folder: Run) -> int:
     failed = [result["prompt"] for result in folder.results() if result["status"] == "failed"]
     if failed:
         return _fail(
-            f"{len(failed)} of {len(folder.judged)} prompts failed: {', '.join(map(repr, failed[:5]))}", 1
+            f"{len(failed)} of {len(folder.judged)} prompts failed, their reward or gradient was never finite: "
+            f"{', '.join(map(repr, failed[:5]))}; `ipgo doctor` says more, and a new --out tries again",
+            1,
         )
     return 0
 
@@ -220,7 +231,8 @@ def table(gains: Sequence[Gain]) -> str:
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     ]
-    return "\n".join([*lines, "* the reward that was raised; all others are held out", ""])
+    note = "* the reward that was raised; all others are held out. An image that is as good as raw is half a win."
+    return "\n".join([*lines, note, ""])
 
 
 def _span(seeds: Sequence[int]) -> str:
@@ -243,6 +255,8 @@ def generate(argv: list[str]) -> int:
         "--out", type=Path, default=Path("images"), help="where to put the images (default: images)"
     )
     parser.add_argument("--backend", help="another backend than the adapter was fitted on")
+    parser.add_argument("--steps", type=int, help="denoising steps (default: as many as it was judged with)")
+    parser.add_argument("--guidance-scale", type=float, help="likewise; 1 draws without guidance")
     add_device_flags(parser)
     args = parser.parse_args(argv)
 
@@ -260,9 +274,12 @@ def generate(argv: list[str]) -> int:
     texts = read_texts(args.text, args.prompts) or list(adapter.prompts or ())
     check_prompts(texts)
     adapter.rows(texts)
-    sampling = Sampling(**settings.pop("sampling"))
-    source = args.backend or settings.pop("backend")
-    settings.pop("backend", None)
+    own = {"steps": args.steps, "guidance_scale": args.guidance_scale}
+    sampling = replace(
+        Sampling(**settings.pop("sampling", {})),
+        **{key: value for key, value in own.items() if value is not None},
+    )
+    source = backend_of(settings, args.backend)
     warn_of_unseen_words(source, texts)
     loading(source)
     backend = load_backend(source, device=args.device, text_device=args.text_device, **settings)
@@ -288,10 +305,9 @@ def evaluate(argv: list[str]) -> int:
     )
     parser.add_argument("--rewards", nargs="+", help="default: those that the run was scored with")
     parser.add_argument("--prompts", help="other prompts from a file or a set, for a run with --shared")
+    parser.add_argument("--backend", help="where the backend is now, if the run does not say or it has moved")
     add_device_flags(parser)
     args = parser.parse_args(argv)
-
-    import dataclasses
 
     from ipgo.adapters import Adapter
     from ipgo.evaluation import evaluate, summarise
@@ -307,14 +323,16 @@ def evaluate(argv: list[str]) -> int:
         check_reward(name)
     folder = Run.open(args.run)
     files.check_out(folder.path, folder=True)
-    adapter, _ = find_adapter(args.run)
+    adapter, settings = find_adapter(args.run)
     done = [prompt.text for prompt in folder.prompts if folder.done(prompt)]
     prompts = read_prompts(args.prompts) if args.prompts else done
     check_prompts(prompts)
     adapter.rows(prompts)
-    config = dataclasses.replace(folder.config, device=args.device, text_device=args.text_device)
+    source = backend_of(settings, args.backend)
+    place = {"device": args.device, "text_device": args.text_device}
+    config = replace(folder.config, backend=source, **place)
     if args.rewards:
-        config = dataclasses.replace(config, held_out=tuple(args.rewards))
+        config = replace(config, held_out=tuple(args.rewards))
     if args.prompts:
         warn_of_unseen_words(config.backend, prompts)
     loading(config.backend)

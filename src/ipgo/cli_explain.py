@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from ipgo.errors import InputError
-from ipgo.terminal import add_device_flags, command_parser, find_adapter, loading, read_texts
+from ipgo.terminal import add_device_flags, backend_of, command_parser, find_adapter, loading, read_texts
 
 if TYPE_CHECKING:
     from ipgo.explain import Explanation
@@ -63,11 +63,11 @@ def explain(argv: list[str]) -> int:
     seeds = tuple(args.seeds or (config.seeds if config is not None else ()) or (0,))
     check_seeds(seeds)
     adapter.rows(texts)
-    sampling = Sampling(**settings.pop("sampling"))
-    source = settings.pop("backend")
-    loading(args.backend or source)
+    sampling = Sampling(**settings.pop("sampling", {}))
+    source = backend_of(settings, args.backend)
+    loading(source)
     place = {"device": args.device, "text_device": args.text_device}
-    backend = load_backend(args.backend or source, **place, **settings)
+    backend = load_backend(source, **place, **settings)
     reward = load_reward(spec, device=args.device)
     words = Vocabulary.of(backend)
     adapter.to(backend.device)

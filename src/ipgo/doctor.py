@@ -17,7 +17,7 @@ from ipgo.insertion import Insertion
 from ipgo.memory import LiveMemory
 from ipgo.methods import WITHOUT_GRADIENT
 from ipgo.plan import Workload
-from ipgo.rewards import Reward, WeightedSum, score
+from ipgo.rewards import Reward, WeightedSum, is_unsettled, score
 from ipgo.sampling import Sampling, sample
 from ipgo.training import FLOAT16_SCALE
 
@@ -133,12 +133,17 @@ def _judge(reward: Reward, images: Tensor, prompt: str) -> tuple[Tensor | None, 
     """The gradient with respect to the images, or None if there is none to go on with."""
     name = f"reward {reward.name!r}"
     if not reward.differentiable:
-        return None, Finding(f"{name} says itself that it has no gradient", _other_method())
+        return None, Finding(
+            f"{name} says itself that it has no gradient", _other_method().removeprefix("or ")
+        )
+    if is_unsettled(reward):
+        text = f"{name} has batch norm or dropout in training mode: its number does not depend on the picture alone"
+        return None, Finding(text, "call .eval() on the module")
     try:
         values = score(reward, images, [prompt])
     except RewardError as error:
         if error.__cause__ is None:
-            advice = "look for log, sqrt or division at 0, and at the shape: one number a row"
+            advice = "give one number a row, so .squeeze(-1) makes (B,) of (B, 1); look for log, sqrt or division at 0"
         else:  # it raised something, for a picture that carries a gradient
             advice = f"compute it in torch alone, without numpy and PIL; {_other_method()}"
         return None, Finding(str(error), advice)

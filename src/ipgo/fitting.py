@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,11 @@ from ipgo.errors import InputError
 from ipgo.evaluation import Gain, Score, summarise
 from ipgo.prompts import Prompt
 from ipgo.rewards import Reward, as_reward, check_reward
+from ipgo.rewards.checkpoints import HUB_ID
 from ipgo.runner import check_gradient, check_method, load_models, run, warn_of_unseen_words
 from ipgo.runner import held_out as judges_of
 from ipgo.sampling import Sampling
+from ipgo.seeding import plain
 from ipgo.store import Run
 from ipgo.task import Method
 
@@ -31,11 +33,11 @@ class Fitted:
     """What became of one prompt. `before` and `after` are pictures by seed, fitted and unseen alike."""
 
     prompt: str
-    adapter: Adapter
-    before: dict[int, Image.Image]
-    after: dict[int, Image.Image]
-    history: list[dict[str, Any]]
-    scores: list[Score]
+    adapter: Adapter = field(repr=False)
+    before: dict[int, Image.Image] = field(repr=False)
+    after: dict[int, Image.Image] = field(repr=False)
+    history: list[dict[str, Any]] = field(repr=False)
+    scores: list[Score] = field(repr=False)
     failed: bool
 
 
@@ -53,7 +55,7 @@ class Result(Sequence[Fitted]):
     fitted: tuple[Fitted, ...]
     on_fitted_seeds: list[Gain]
     on_unseen_seeds: list[Gain]
-    rewards: dict[str, Any]
+    rewards: dict[str, Any] = field(repr=False)
     path: Path | None
 
     def __len__(self) -> int:
@@ -85,8 +87,8 @@ def fit(
     Args:
         prompts: one prompt or several.
         reward: a spec as in `load_reward`, or any function (images (B, 3, H, W) in [0, 1], prompts) -> (B,).
-        backend: a name, folder, file or hub id, a pipeline object of diffusers, or what `load_backend` made of one, for
-            its other options.
+        backend: a name, folder, file or hub id, a pipeline object of diffusers (which is frozen), or what
+            `load_backend` made of one, for its other options.
         out: where to keep the run; an unfinished one there is continued. None keeps nothing.
         method: a name of `ipgo list methods`, which has its defaults, or one such as IPGO(ascent=Ascent(steps=20)).
         sampling: None is 20 steps, or what a few-step model wants (see `defaults.for_backend`).
@@ -98,11 +100,15 @@ def fit(
     Raises:
         InputError: settings or prompts that cannot work. ResumeError: `out` holds a run with other settings.
     """
+    if held_out is not None and not all(isinstance(each, str) for each in held_out):
+        raise InputError(
+            "held_out takes names of rewards; write one of your own into a file, and name it as in mine.py:warmth"
+        )
     given_reward = None if isinstance(reward, str) else as_reward(reward)
     given_backend = backend if isinstance(backend, Backend) else None
     if not isinstance(backend, str | Path | Backend):
         given_backend = load_backend(backend, device=device)
-    name = str(backend) if given_backend is None else given_backend.name
+    name = str(backend) if given_backend is None else place_of(given_backend)
     own_method, own_sampling = defaults(
         few_steps(name) if given_backend is None else given_backend.few_steps,
         method if isinstance(method, str) else "ipgo",
@@ -114,7 +120,7 @@ def fit(
         reward=reward if isinstance(reward, str) else as_reward(reward).name,
         held_out=None if held_out is None else _several("held_out", held_out),
         sampling=sampling or own_sampling,
-        seeds=None if seeds is None else _several("seeds", seeds),  # type: ignore[arg-type]
+        seeds=None if seeds is None else tuple(plain(_several("seeds", seeds))),  # type: ignore[arg-type]
         unseen_seeds=unseen_seeds,
         seed=seed,
         shared=shared,
@@ -134,6 +140,12 @@ def fit(
         warn_of_unseen_words(config.backend, config.prompts)
         run(folder, load_models(config, given_backend, given_reward, folder.dtype))
         return result_of(folder, Path(out) if out is not None else None)
+
+
+def place_of(backend: Backend) -> str:
+    """Where a backend can be opened again, if its pipeline says so; else what it is."""
+    known = Path(backend.origin).exists() or HUB_ID.fullmatch(backend.origin)
+    return backend.origin if known else backend.name
 
 
 def _several(name: str, values: Any) -> tuple[Any, ...]:

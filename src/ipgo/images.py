@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional
 
@@ -67,7 +67,8 @@ def from_pil(picture: Image.Image) -> Tensor:
         # Pillow's own conversion cuts off at 255.
         grey = torch.from_numpy(np.array(picture).astype(np.float32)) / 65535
         return grey.expand(3, -1, -1)
-    pixels = torch.from_numpy(np.array(picture.convert("RGB")))
+    upright = ImageOps.exif_transpose(picture)  # as a camera says that it was held
+    pixels = torch.from_numpy(np.array(upright.convert("RGB")))
     return pixels.permute(2, 0, 1).float() / 255
 
 

@@ -29,13 +29,16 @@ OPENING = ("padding", "scheduler", "image_size", "long_prompts", "dtype")
 SAMPLED = ("steps", "guidance_scale", "eta", "negative_prompt")
 
 
-def save_pretrained(run: Run, folder: str | Path) -> Path:
+def save_pretrained(run: Run | str | Path, folder: str | Path) -> Path:
     """Write a finished run's adapter (of many prompts: one with a row for each) and its card README.md.
+
+    Args:
+        run: the run, or its folder.
 
     Raises:
         InputError: no prompt of the run is finished, or `folder` holds something else.
     """
-    folder = Path(folder)
+    run, folder = run if isinstance(run, Run) else Run.open(run), Path(folder)
     done = [prompt for prompt in run.prompts if run.done(prompt)]
     if not done:
         raise InputError(f"run {str(run.path)!r} has no finished prompt yet")
@@ -119,7 +122,7 @@ def model_card(run: Run, adapter: Adapter) -> str:
         _limits(run, adapter),
         "## Results",
         _results("On the noise that it was fitted to", summarise(scores, seeds=config.seeds)),
-        _results("On unseen noise", summarise(scores, seeds=config.new_seeds)),
+        "" if _tied(run) else _results("On unseen noise", summarise(scores, seeds=config.new_seeds)),
         "## Pictures" if any(run.image(prompt, "after", _seed(run)).is_file() for prompt in done) else "",
         _pictures(run, done),
         "## Use",
@@ -148,7 +151,7 @@ def _base(backend: str) -> str | None:
 
 
 def _limits(run: Run, adapter: Adapter) -> str:
-    words = "It was fitted to no prompt of its own and can be tried on others."
+    words = f"It was fitted to {len(run.prompts)} prompts together and can be tried on others."
     if adapter.prompts is not None:
         words = "It works for the prompts that it was fitted to, word for word."
     if adapter.transfers == "nothing":
@@ -163,16 +166,26 @@ def _results(title: str, gains: Sequence[Gain]) -> str:
     lines = ["| reward | raw | adapted | gain, 95% | wins over raw |", "|---|---|---|---|---|"]
     for each in gains:
         name = escape(each.reward) + (" (held out)" if each.held_out else " (raised)")
+        interval = f" ({each.gain.low:+.3f} to {each.gain.high:+.3f})" if each.gain.n > 1 else ""
         lines.append(
-            f"| {name} | {each.before:.3f} | {each.after:.3f} | {each.gain.value:+.3f} "
-            f"({each.gain.low:+.3f} to {each.gain.high:+.3f}) | {each.wins.value:.0%} |"
+            f"| {name} | {each.before:.3f} | {each.after:.3f} | {each.gain.value:+.3f}{interval} "
+            f"| {each.wins.value:.0%} |"
         )
-    return f"{title}, intervals over {gains[0].gain.n} {gains[0].gain.over}:\n\n" + "\n".join(lines)
+    several = gains[0].gain.n > 1
+    over = f"intervals over {gains[0].gain.n} {gains[0].gain.over}" if several else "one image"
+    return f"{title}, {over}; an image as good as raw is half a win:\n\n" + "\n".join(lines)
 
 
 def _seed(run: Run) -> int:
-    """The seed whose pictures are shown: unseen, where there is one."""
-    return (*run.config.new_seeds, *run.config.seeds)[0]
+    """The seed whose pictures are shown: unseen, where there is one and it shows anything."""
+    config = run.config
+    return (*config.seeds, *config.new_seeds)[0] if _tied(run) else (*config.new_seeds, *config.seeds)[0]
+
+
+def _tied(run: Run) -> bool:
+    """Does what was learned serve the fitted noise alone?"""
+    done = next(prompt for prompt in run.prompts if run.done(prompt))
+    return run.load_adapter(done).transfers == "nothing"
 
 
 def _picture(prompt: Prompt, when: str) -> str:
@@ -227,7 +240,7 @@ def _in_diffusers(run: Run, base: str, prompt: str) -> str:
     texts = [prompt, *([_literal(sampling.negative_prompt)] if sampling.negative_prompt else [])]
     opened, imports = [repr(base)], ["import diffusers"]
     if config.dtype != "auto":
-        opened.append(f"torch_dtype=torch.{config.dtype}")
+        opened.append(f"dtype=torch.{config.dtype}")
         imports.append("import torch")
     lines = [
         *imports,

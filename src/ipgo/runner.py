@@ -32,7 +32,7 @@ from ipgo.images import to_pil
 from ipgo.insertion import Insertion
 from ipgo.methods import WITHOUT_GRADIENT
 from ipgo.prompts import Prompt, unseen_words
-from ipgo.rewards import Reward, asks, has_gradient, identity_of, load_reward
+from ipgo.rewards import Reward, asks, has_gradient, identity_of, is_unsettled, load_reward
 from ipgo.store import Run
 from ipgo.task import Progress, Task
 
@@ -100,6 +100,12 @@ def load_models(
     rewards |= {name: load_reward(name, device=config.device) for name in others}
     models = Models(backend, reward, rewards, judge)
     _ = models.identities  # before a call can change anything
+    for name in (name for name, each in rewards.items() if is_unsettled(each)):
+        logger.warning(
+            "reward %r has batch norm or dropout in training mode, so its numbers do not depend on the picture alone; "
+            "call .eval() on the module",
+            name,
+        )
     return models
 
 

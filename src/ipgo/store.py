@@ -345,15 +345,27 @@ def check_models(path: Path, there: Mapping[str, Any], now: Mapping[str, Any]) -
     before, after = there.get("rewards", {}), now.get("rewards", {})
     other = [name for name in after if name in before and before[name] != after[name]]
     if other:
+        own = after[other[0]].get("preprocessing") == "its own"
+        what = (
+            "the file it is written in, or what it computes by,"
+            if own
+            else "its weights, preprocessing or version"
+        )
         raise ResumeError(
-            f"{str(path)!r} was scored by another {other[0]!r} (its weights, preprocessing or version "
-            "differ), and the scores do not compare; give the same weights, or another folder"
+            f"{str(path)!r} was scored by another {other[0]!r} ({what} differ{'s' * own}), and the scores do not "
+            f"compare; give the same {'one' if own else 'weights'}, or another folder"
         )
     formats = there.get("dtype"), now.get("dtype")
     if all(formats) and formats[0] != formats[1]:
         raise ResumeError(
             f"{str(path)!r} was drawn in {formats[0]}, not {formats[1]}, and the images do not compare; "
             "give a backend in that format, or another folder"
+        )
+    schedules = there.get("schedule"), now.get("schedule")
+    if all(schedules) and schedules[0] != schedules[1]:
+        raise ResumeError(
+            f"{str(path)!r} was drawn by the scheduler {schedules[0]}, not {schedules[1]}, and the images do not "
+            "compare; give the same one, or another folder"
         )
     if other_weights(there, now):
         raise ResumeError(

@@ -90,6 +90,25 @@ def underscores(word: str) -> str:
     return f"--{name[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") else word
 
 
+def backend_of(settings: dict[str, Any], given: str | None) -> str:
+    """The backend that is asked for, or that an adapter was made under; it is taken out of those settings.
+
+    Raises:
+        InputError: none of them, or a pipeline object of another process.
+    """
+    from ipgo.backends import FAMILIES
+
+    made = settings.pop("backend", None)
+    if given is None and made in (None, *FAMILIES):
+        what = (
+            "does not say what it was fitted on"
+            if made is None
+            else f"was fitted on a pipeline object ({made})"
+        )
+        raise InputError(f"this adapter {what}; name a backend, folder or hub id with --backend")
+    return str(given or made)
+
+
 def find_adapter(path: Path) -> tuple[Adapter, dict[str, Any]]:
     """The adapter in a folder, or all of a run's as one, and the backend settings that it was made under.
 

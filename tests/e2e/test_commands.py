@@ -195,7 +195,7 @@ def test_a_shared_adapter_is_for_any_prompt(
     assert first == {
         "rewards": {"contrast": ipgo.rewards.identity_of(ipgo.load_reward("contrast"))}
         | {run.config.reward: run.identities[run.config.reward]},
-        "drawn_by": {name: run.facts[name] for name in ("dtype", "weights")},
+        "drawn_by": {name: run.facts[name] for name in ("dtype", "weights", "schedule")},
     }
     assert len(lines) == 2 * 2 * 2 * 2
     assert {line["prompt"] for line in lines} == {"a bus", "a cup"}
@@ -510,7 +510,9 @@ def test_a_failed_prompt_does_not_stop_its_neighbour(
 
     monkeypatch.setattr(runner, "load_reward", lambda spec, device: ipgo.as_reward(reward, spec))
     assert fit(pipeline_folder, tmp_path / "run", ["a fox", "a lemon"]) == 1
-    assert "1 of 2 prompts failed: 'a fox'" in capsys.readouterr().err
+    assert (
+        "1 of 2 prompts failed, their reward or gradient was never finite: 'a fox'" in capsys.readouterr().err
+    )
     assert [result["status"] for result in Run.open(tmp_path / "run").results()] == ["failed", "finished"]
 
 

@@ -116,6 +116,14 @@ def numeric(images: Tensor, prompts: Sequence[str]) -> Tensor:
     return torch.tensor(images.numpy().mean((1, 2, 3)))
 
 
+NOISY = torch.nn.Dropout(0.5)
+
+
+def noisy(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    numbers: Tensor = NOISY(images).mean((1, 2, 3))
+    return numbers
+
+
 def one_number(images: Tensor, prompts: Sequence[str]) -> Tensor:
     return images.mean()
 
@@ -133,6 +141,7 @@ def one_number(images: Tensor, prompts: Sequence[str]) -> Tensor:
             "reward 'numeric' fails: RuntimeError: Can't call numpy()",
             "without numpy",
         ),
+        (noisy, "has batch norm or dropout in training mode", ".eval()"),
         (one_number, "must return a tensor of shape (1,), not ()", "one number a row"),
         (
             ipgo.as_reward(brightness, differentiable=False),

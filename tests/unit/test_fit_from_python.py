@@ -6,13 +6,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
+from PIL import Image
 
 import ipgo
+from ipgo import cli
 from ipgo.ascent import Ascent
 from ipgo.backends import BACKENDS, GUIDANCE
+from ipgo.images import from_pil
 from ipgo.rewards import identity_of
 from ipgo.rewards.checkpoints import sha256
+from tests.conftest import tiny_pipeline
 
 SHORT: dict[str, Any] = {"sampling": ipgo.Sampling(steps=2), "seeds": (0,), "unseen_seeds": 1}
 ONE_STEP = ipgo.IPGO(ascent=Ascent(steps=1))
@@ -22,14 +26,29 @@ def brightness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
     return images.mean((1, 2, 3))
 
 
-def test_a_pipeline_object_is_fitted_where_it_is(pipeline_folder: str, tmp_path: Path) -> None:
+def test_a_pipeline_object_is_fitted_where_it_is(
+    pipeline_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pipe = StableDiffusionPipeline.from_pretrained(Path(pipeline_folder))
     fit = ipgo.fit("a fox", backend=pipe, reward=brightness, method=ONE_STEP, out=tmp_path, **SHORT)
     same = ipgo.fit(
         "a fox", backend=Path(pipeline_folder), reward=brightness, method=ONE_STEP, device="cpu", **SHORT
     )
     assert [each.value for each in fit[0].scores] == [each.value for each in same[0].scores]
-    assert ipgo.Run.open(tmp_path).config.backend == "StableDiffusionPipeline"
+    assert ipgo.Run.open(tmp_path).config.backend == pipeline_folder  # where it can be opened again
+    own = tiny_pipeline()
+    own.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    ipgo.fit("a fox", backend=own, reward=brightness, method="raw", out=tmp_path / "own", **SHORT)
+    assert ipgo.Run.open(tmp_path / "own").config.backend == "StableDiffusionPipeline"
+    for words in (["generate", "a fox"], ["evaluate"]):
+        command = [words[0], str(tmp_path / "own"), *words[1:]]
+        assert cli.main(command) == 2
+        assert "was fitted on a pipeline object (StableDiffusionPipeline); name" in capsys.readouterr().err
+    out = ["--out", str(tmp_path / "images")]
+    assert cli.main(["generate", str(tmp_path / "own"), "a fox", "--backend", pipeline_folder, *out]) == 0
+    own.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(ipgo.ResumeError, match=r"by the scheduler EulerDiscreteScheduler-\w{8}, not DDIM"):
+        ipgo.fit("a fox", backend=own, reward=brightness, method="raw", out=tmp_path / "own", **SHORT)
 
 
 def test_held_out_rewards_are_named(pipeline_folder: str) -> None:
@@ -91,6 +110,9 @@ def test_numbers_of_numpy_are_numbers(pipeline_folder: str, tmp_path: Path) -> N
         (lambda: ipgo.fit("a", method=ipgo.IPGO(ascent=3)), r"method.ascent is 3; it must be Ascent"),  # type: ignore[arg-type]
         (lambda: ipgo.fit("a", method=ipgo.BestOfN(n="4")), r"n is '4'; it must be int"),  # type: ignore[arg-type]
         (lambda: ipgo.fit(None), r"prompts is None; it must be a sequence"),  # type: ignore[arg-type]
+        (lambda: ipgo.fit("a", held_out=[brightness]), r"held_out takes names of rewards"),  # type: ignore[list-item]
+        (lambda: ipgo.Adapter().prompt_kwargs(None, ["a"]), r"prompt is \['a'\]; it must be one text"),  # type: ignore[arg-type]
+        (lambda: ipgo.save_pretrained("tests", "x"), r"'tests' is not a run folder"),
         (lambda: ipgo.fit([3]), r"prompt 1 is 3; a prompt is a text"),  # type: ignore[list-item]
         (
             lambda: ipgo.fit("a", reward=lambda images: images),
@@ -190,6 +212,45 @@ def test_a_finished_run_is_that_of_its_models(pipeline_folder: str, tmp_path: Pa
     mine.write_text("def red(images, prompts):\n    return -images[:, 0].mean((1, 2))\n")
     with pytest.raises(ipgo.ResumeError, match="was scored by another"):
         ipgo.fit("a fox", reward=f"{mine}:red", out=tmp_path / "run", **settings)
+
+
+def test_an_adapter_alone_is_drawn_with_any_backend(pipeline_folder: str, tmp_path: Path) -> None:
+    (fitted,) = ipgo.fit("a fox", backend=pipeline_folder, reward=brightness, method=ONE_STEP, **SHORT)
+    ipgo.save_adapter(fitted.adapter, tmp_path / "adapter")
+    out = ["--out", str(tmp_path / "images")]
+    assert cli.main(["generate", str(tmp_path / "adapter"), *out]) == 2
+    assert cli.main(["generate", str(tmp_path / "adapter"), "--backend", pipeline_folder, *out]) == 0
+    ours = ipgo.generate(pipeline_folder, ["a fox"], [0], fitted.adapter)
+    (picture,) = (tmp_path / "images").iterdir()
+    assert (
+        cli.main(["generate", str(tmp_path / "adapter"), "--backend", pipeline_folder, "--steps", "2", *out])
+        == 0
+    )
+    fewer = ipgo.generate(pipeline_folder, ["a fox"], [0], fitted.adapter, ipgo.Sampling(steps=2))
+    assert (from_pil(Image.open(picture)) - fewer[0].cpu()).abs().max() <= 0.5 / 255 + 1e-6
+    out = ["--out", str(tmp_path / "again")]
+    assert cli.main(["generate", str(tmp_path / "adapter"), "--backend", pipeline_folder, *out]) == 0
+    (picture,) = (tmp_path / "again").iterdir()
+    assert (from_pil(Image.open(picture)) - ours[0].cpu()).abs().max() <= 0.5 / 255 + 1e-6
+    ipgo.fit("a fox", backend=pipeline_folder, reward=brightness, method="raw", out=tmp_path / "run", **SHORT)
+    with pytest.raises(ipgo.InputError, match="it is a run's folder"):
+        ipgo.load_adapter(tmp_path / "run")
+
+
+def test_what_is_given_up_is_no_gain(
+    pipeline_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "bad.py"
+    file.write_text(
+        "def bad(images, prompts):\n    return (images - images.detach()).square().mean((1, 2, 3)).sqrt()\n"
+    )
+    words = ["fit", "a fox", "--backend", pipeline_folder, "--reward", f"{file}:bad", "--sampling.steps", "2"]
+    words += ["--seeds", "0", "--unseen-seeds", "1", "--out", str(tmp_path / "run")]
+    assert cli.main([*words, "--method.ascent.backprop-steps", "1"]) == 1
+    assert "`ipgo doctor` says more, and a new --out tries again" in capsys.readouterr().err
+    page = (tmp_path / "run/report.html").read_text()
+    assert "Nothing was learned" in page
+    assert " raised " not in page.split("Nothing was learned")[1][:300]
 
 
 def test_a_reward_may_change_what_it_is_given(pipeline_folder: str) -> None:

@@ -62,6 +62,17 @@ def test_what_is_published_draws_what_the_run_drew(
         ipgo.save_pretrained(run, folder)
 
 
+def test_what_is_tied_to_its_noise_is_shown_on_it(pipeline_folder: str, tmp_path: Path) -> None:
+    own = settings(pipeline_folder) | {"method": ipgo.BestOfN(n=3)}
+    ipgo.fit(PROMPTS[:1], out=tmp_path / "run", **own)
+    card = (ipgo.save_pretrained(tmp_path / "run", tmp_path / "card") / "README.md").read_text()
+    assert "| prompt | raw, seed 0 (fitted) | adapted |" in card
+    assert ", [0], adapter" in card
+    assert "On unseen noise" not in card
+    assert "fitted to, one image" in card
+    assert "nan" not in card
+
+
 def test_the_code_on_the_card_draws_the_picture_on_the_card(
     run: ipgo.Run, tmp_path: Path, pipeline_folder: str
 ) -> None:

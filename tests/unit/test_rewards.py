@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ipgo.errors import InputError, RewardError
-from ipgo.rewards import REWARDS, as_reward, check_reward, identity_of, load_reward, score
+from ipgo.rewards import REWARDS, as_reward, check_reward, identity_of, is_unsettled, load_reward, score
 
 IMAGES = torch.rand((3, 3, 8, 8), generator=torch.Generator().manual_seed(0))
 PROMPTS = ["a", "b", "c"]
@@ -211,6 +211,43 @@ def test_rewards_of_ones_own_are_told_apart_by_what_they_compute():
     assert all(found.values())
     alike = [(a, b) for a, b in itertools.combinations(found, 2) if found[a] == found[b]]
     assert alike == [("number", "without gradient")]  # what is learned from it is not its number
+
+
+LEVEL, NETWORK, LOADED = 1.0, filled(0.1), None
+
+
+def seen_from_here(images, prompts):
+    return NETWORK(images.mean((2, 3)))[:, 0] * LEVEL
+
+
+def loaded_once():
+    global LOADED
+    LOADED = LOADED or filled(0.3)
+    return LOADED
+
+
+def loads(images, prompts):
+    return loaded_once()(images.mean((2, 3)))[:, 0]
+
+
+def test_what_a_function_takes_from_its_module_counts(monkeypatch):
+    before, loading = weights_of(seen_from_here), weights_of(loads)
+    monkeypatch.setattr(sys.modules[__name__], "LEVEL", 2.0)
+    level = weights_of(seen_from_here)
+    monkeypatch.setattr(sys.modules[__name__], "NETWORK", filled(0.2))
+    assert len({tuple(each) for each in (before, level, weights_of(seen_from_here))}) == 3
+    loads(torch.rand(1, 3, 4, 4), [""])
+    assert weights_of(loads) == loading  # what a call makes once and keeps is no change
+
+
+def test_dropout_and_batch_norm_in_training_mode_are_noticed():
+    moody = torch.nn.Sequential(torch.nn.Linear(3, 1), torch.nn.Dropout(0.5))
+    for reward in (Rating(3, 1), seen_through(filled(0.1)), seen_from_here):
+        assert not is_unsettled(as_reward(reward, "mine"))
+    for reward in (seen_through(moody), functools.partial(seen_through(torch.nn.BatchNorm1d(3)))):
+        assert is_unsettled(as_reward(reward, "mine"))
+    moody.eval()
+    assert not is_unsettled(as_reward(seen_through(moody), "mine"))
 
 
 def test_an_identity_is_the_same_in_every_process():

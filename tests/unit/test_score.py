@@ -79,6 +79,14 @@ def test_sixteen_bits_of_grey_are_not_cut_off(tmp_path: Path) -> None:
     assert (deep - flat).abs().max() <= 0.5 / 255 + 1 / 65535
 
 
+def test_a_photograph_is_scored_as_it_was_held(tmp_path: Path) -> None:
+    upright = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 48, 3), dtype=np.uint8))
+    turned, exif = upright.transpose(Image.Transpose.ROTATE_90), Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise by a quarter
+    turned.save(tmp_path / "turned.png", exif=exif)
+    assert torch.equal(from_pil(Image.open(tmp_path / "turned.png")), from_pil(upright))
+
+
 def test_a_table_names_the_pictures(folder: Path, tmp_path: Path) -> None:
     table, out = tmp_path / "prompts.csv", tmp_path / "scores.csv"
     table.write_text("file,prompt\nx/01.png,one\n00.png,zero\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -106,6 +107,8 @@ class Adapter(nn.Module):
         Raises:
             InputError: the adapter was not fitted to `prompt`, or does not fit the pipeline.
         """
+        if not isinstance(prompt, str):
+            raise InputError(f"prompt is {prompt!r}; it must be one text: call this for each prompt")
         backend = load_backend(pipe, padding=self.padding, long_prompts=self.long_prompts)
         with torch.no_grad():
             cond = self.condition(backend, [prompt], backend.encode([prompt]))
@@ -132,7 +135,7 @@ def stack(adapters: Sequence[Adapter]) -> Adapter:
 
 
 def generate(
-    backend: Backend,
+    backend: Backend | str | Path | object,
     prompts: Sequence[str],
     seeds: Iterable[int],
     adapter: Adapter | None = None,
@@ -143,6 +146,7 @@ def generate(
     """Draw prompts[i] from the noise of seeds[i], as one batch: (B, 3, H, W) images in [0, 1].
 
     Args:
+        backend: what `load_backend` made, or takes.
         adapter: what was learned; None draws the prompts as they are.
         sampling: None is 20 steps at the backend's own guidance.
         backprop_steps: the last denoising steps that carry gradient back to the adapter.
@@ -152,6 +156,8 @@ def generate(
     """
     if isinstance(prompts, str) or not isinstance(seeds, Iterable):
         raise InputError(f"generate needs a list of prompts and one of seeds, not {prompts!r} and {seeds!r}")
+    if not isinstance(backend, Backend):
+        backend = load_backend(backend)
     adapter, sampling = adapter or Adapter(), sampling or Sampling()
     for name, value, kind in (("adapter", adapter, Adapter), ("sampling", sampling, Sampling)):
         if not isinstance(value, kind):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ipgo.backends.facts import Facts, Guidance, Opening
 from ipgo.backends.few_steps import FewSteps
-from ipgo.backends.schedulers import STOCHASTIC, new_scheduler
+from ipgo.backends.schedulers import STOCHASTIC, described, new_scheduler
 from ipgo.backends.weights import fingerprint
 from ipgo.devices import name_of
 from ipgo.embeds import PromptEmbeds, concatenate
@@ -99,8 +99,13 @@ class Backend(ABC):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides an image beside the settings: "dtype", and "weights" as `weights.fingerprint` has it."""
-        return {"dtype": name_of(self.dtype), "weights": fingerprint(self.modules)}
+        """What decides an image beside the settings.
+
+        "dtype", "weights" as `weights.fingerprint` has it, and "schedule": the model's own scheduler with a digest of
+        its settings; None if the run's settings name another one.
+        """
+        schedule = described(self.pipe.scheduler) if self.opening.scheduler is None else None
+        return {"dtype": name_of(self.dtype), "weights": fingerprint(self.modules), "schedule": schedule}
 
     @abstractmethod
     def _encode(self, prompts: Sequence[str], padding: str) -> PromptEmbeds:

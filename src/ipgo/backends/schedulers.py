@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -98,3 +100,10 @@ class TrigFlow:
         """Clean latents at an angle, for `noise` of N(0, 1)."""
         noisy: Tensor = angle.cos() * clean + angle.sin() * self.init_noise_sigma * noise
         return noisy
+
+
+def described(scheduler: Any) -> str:
+    """Its class, and a digest of its settings: "DDIMScheduler-1a2b3c4d"."""
+    settings = {key: value for key, value in sorted(scheduler.config.items()) if key[0] != "_"}
+    digest = hashlib.sha256(json.dumps(settings, default=str).encode()).hexdigest()
+    return f"{type(scheduler).__name__}-{digest[:8]}"

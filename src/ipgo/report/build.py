@@ -18,7 +18,7 @@ from PIL import Image
 from ipgo.adapters import ADAPTERS
 from ipgo.artefacts import adapter_facts, load_identities, load_scores
 from ipgo.config import flatten
-from ipgo.evaluation import Gain, Score, summarise
+from ipgo.evaluation import Gain, Score, average, summarise
 from ipgo.prompts import Prompt
 from ipgo.report import charts
 from ipgo.rewards.checkpoints import fingerprint
@@ -85,21 +85,22 @@ def render(run: Run) -> str:
 
 
 def _later(run: Run, scores: Sequence[Score]) -> list[dict[str, Any]]:
-    """What was judged again: the prompts of the run, and those that it was never fitted to."""
-    fitted = set(run.config.prompts)
-    parts = {
-        "fitted": [each for each in scores if each.prompt in fitted],
-        "never fitted": [each for each in scores if each.prompt not in fitted],
-    }
+    """What was judged again: the prompts of the run on further noise and on its own, and those that are new to it."""
+    prompts, seeds = set(run.config.prompts), set(run.config.seeds)
+    parts: dict[tuple[str, str], list[Score]] = {}
+    for each in scores:
+        kind = "fitted" if each.prompt in prompts else "never fitted"
+        noise = "fitted" if each.prompt in prompts and each.seed in seeds else "further"
+        parts.setdefault((kind, noise), []).append(each)
     return [
         {
-            "title": title,
+            "title": kind,
+            "noise": noise,
             "prompts": len({each.prompt for each in part}),
             "seeds": len({each.seed for each in part}),
             "gains": summarise(part),
         }
-        for title, part in parts.items()
-        if part
+        for (kind, noise), part in sorted(parts.items(), reverse=True)
     ]
 
 
@@ -130,8 +131,17 @@ def summary(run: Run, fitted: Sequence[Gain], unseen: Sequence[Gain]) -> str:
     reward = run.config.reward
     titled = (("the fitted noise", fitted), ("unseen noise", unseen))
     found = [(title, gain) for title, gains in titled if (gain := _of(gains, reward)) is not None]
+    done = run.results()
+    failed = sum(result["status"] == "failed" for result in done)
+    if not done:
+        return "No prompt is finished yet."
     if not found:
-        return "No prompt is finished yet, or there is nothing to compare: the method changes nothing."
+        return _as_they_are(run)
+    if failed == len(done):
+        return (
+            f"Nothing was learned: {reward} or its gradient was never finite. What is shown after the fit is what it "
+            "began with."
+        )
     text, last = run.config.method_name.upper(), ""
     for title, gain in found:
         verb = "raised" if gain.gain.value > 0 else "lowered" if gain.gain.value < 0 else "left"
@@ -143,9 +153,22 @@ def summary(run: Run, fitted: Sequence[Gain], unseen: Sequence[Gain]) -> str:
     if judged is not None:
         text += f" An independent judge finds the object in {judged.before:.0%} of the images before and in"
         text += f" {judged.after:.0%} after."
+    if failed:
+        text += (
+            f" In {failed} of {len(done)} prompts nothing was learned, and they are counted as they began."
+        )
     if _tied(run):
         text += " What was learned belongs to the noise of its seed: on other noise it changes nothing."
     return text
+
+
+def _as_they_are(run: Run) -> str:
+    """The mean rewards of a run whose method changes nothing."""
+    scores = run.scores()
+    means = (average(scores, "raw", name) for name in dict.fromkeys(each.reward for each in scores))
+    found = zip(dict.fromkeys(each.reward for each in scores), means, strict=True)
+    words = ", ".join(f"{name} {mean.value:.3f}" for name, mean in found)
+    return f"The prompts as they are, since the method changes nothing: {words}."
 
 
 def _tied(run: Run) -> bool:

@@ -120,7 +120,7 @@ def cost_table(folder: Comparison, entries: Sequence[Row]) -> Table:
     limit = f", and the budget is {folder.plan.budget:,} of them" if folder.plan.budget else ""
     note = (
         "For each prompt, the fit alone. A denoiser call with gradient, backward pass included, weighs "
-        f"{weights} calls, as measured when the comparison began{limit}."
+        f"{weights} calls, as given or else measured when the comparison began{limit}."
     )
     return Table("Cost", note, [*head, "prompts done"], lines)
 

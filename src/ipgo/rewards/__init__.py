@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ipgo.devices import choose_device
 from ipgo.errors import InputError, IpgoError, RewardError, unknown
 from ipgo.rewards.checkpoints import Checkpoint, Source
-from ipgo.rewards.own import parts_of, read_function, said
+from ipgo.rewards.own import parts_of, read_function, said, unsettled
 
 RewardFunction = Callable[[Tensor, Sequence[str]], Tensor]
 
@@ -46,6 +46,7 @@ SOURCES: dict[str, Source] = {
     "imagereward": Source("THUDM/ImageReward", "ImageReward.pt"),
 }
 BLIND = ("emoji-aesthetic", "colorfulness", "contrast", "aesthetic")  # they do not look at the prompt
+JUDGES = ("emoji-judge",)  # they have no gradient
 VARIANT = "notebook"  # `clip@notebook`
 # What begins so goes on to the end of a spec, whatever + and * are in it.
 EXTERNAL = {"cmd:": "ipgo.rewards.external:Command", "ask:": "ipgo.rewards.external:Question"}
@@ -142,6 +143,11 @@ def identity_of(reward: Reward) -> dict[str, Any]:
     return {"id": reward.name, "version": 1, "weights": parts_of(written), "preprocessing": "its own"}
 
 
+def is_unsettled(reward: Reward) -> bool:
+    """Does it compute with batch norm or dropout in training mode, so that its numbers are not only the picture's?"""
+    return unsettled(reward.function if isinstance(reward, FunctionReward) else reward)
+
+
 def describe(name: str) -> str:
     """One line on a reward in `REWARDS`: what it is, and the weights that it needs."""
     what = (pkgutil.resolve_name(REWARDS[name]).__doc__ or "").splitlines()[0]
@@ -180,7 +186,8 @@ def _outline(spec: str) -> Reward:
     def stand_in(name: str) -> Reward:
         if _bare(name) not in REWARDS:
             return _load(name, torch.device("cpu"))  # a function, a command, a person: no model
-        return FunctionReward(lambda images, _: images, name, uses_prompts=_bare(name) not in BLIND)
+        bare = _bare(name)
+        return FunctionReward(lambda images, _: images, name, bare not in JUDGES, bare not in BLIND)
 
     return combine(spec, stand_in)
 

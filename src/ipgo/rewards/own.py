@@ -74,9 +74,9 @@ def said(error: BaseException) -> str:
 def parts_of(written: object) -> list[str] | None:
     """Digests of what a function or an object computes by, as far as it shows; None if nothing does.
 
-    The text that it is written in, where in it a function stands, what a function has closed over (numbers, texts,
-    tensors and arrays, other functions), and the weights of modules. What a call may change is left out: lists,
-    dictionaries, a variable that the function itself counts up, other attributes of an object.
+    The text that it is written in, where in it a function stands, what a function has closed over or takes from its
+    module (numbers, texts, tensors and arrays, other functions), and the weights of modules. What a call may change is
+    left out: lists, dictionaries, a variable that the function itself counts up, other attributes of an object.
     """
     text, seen = _text(written), set[int]()
     state = list(_lines(written, seen)) if text is not None or isinstance(written, nn.Module) else []
@@ -86,6 +86,34 @@ def parts_of(written: object) -> list[str] | None:
 
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+def unsettled(written: object) -> bool:
+    """Does a function or an object compute with batch norm or dropout in training mode?
+
+    Its answers then change, or depend on the other rows. A module is in this mode until its `eval()` is called.
+    """
+    moody = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
+    return any(
+        part.training and isinstance(part, moody)
+        for module in _modules(written, set())
+        for part in module.modules()
+    )
+
+
+def _modules(value: object, seen: set[int]) -> Iterator[nn.Module]:
+    """Those that a function or an object reaches, as far as `_lines` looks."""
+    if isinstance(value, nn.Module):
+        yield value
+    elif isinstance(value, functools.partial):
+        for each in (value.func, *value.args, *value.keywords.values()):
+            yield from _modules(each, seen)
+    elif inspect.ismethod(value):
+        yield from _modules(value.__self__, seen)
+    elif inspect.isfunction(value) and id(value) not in seen:
+        seen.add(id(value))
+        for _, each in _reached(_unwrapped(value)):
+            yield from _modules(each, seen)
 
 
 def _text(written: object) -> str | None:
@@ -131,7 +159,7 @@ def _lines(value: object, seen: set[int]) -> Iterator[str]:
 
 
 def _lines_of_function(function: Any, seen: set[int]) -> Iterator[str]:
-    """Which one of its file it is, its defaults, and what it has closed over."""
+    """Which one of its file it is, its defaults, what it has closed over, and what it takes from its module."""
     if inspect.ismethod(function):
         yield from _lines(function.__func__, seen)
         yield from _lines(function.__self__, seen)
@@ -144,11 +172,40 @@ def _lines_of_function(function: Any, seen: set[int]) -> Iterator[str]:
     yield str(code.co_firstlineno) if in_file else ""
     yield from _lines(function.__defaults__, seen)
     yield from _lines(tuple(sorted((function.__kwdefaults__ or {}).items())), seen)
+    for name, value in _reached(function):
+        yield from (name, *_lines(value, seen))
+
+
+def _reached(function: Any) -> Iterator[tuple[str, object]]:
+    """What a function has closed over and what it takes from its module, but for what it writes there itself."""
+    code = function.__code__
     counted = {each.argval for each in dis.get_instructions(code) if each.opname == "STORE_DEREF"}
     for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
         with contextlib.suppress(ValueError):  # what the cell is for is not defined yet
             if name not in counted:
-                yield from (name, *_lines(cell.cell_contents, seen))
+                yield name, cell.cell_contents
+    if _own(function):
+        there = function.__globals__
+        yield from ((name, there[name]) for name in _globals(code) if name in there)
+
+
+def _own(function: Any) -> bool:
+    """Is a function no library's? What those take from their modules is theirs."""
+    place = function.__code__.co_filename
+    return "site-packages" not in place and not place.startswith(sysconfig.get_paths()["stdlib"])
+
+
+def _globals(code: Any) -> list[str]:
+    """The names that a function, with those inside it, reads from its module and does not write there."""
+    inner = [each for each in code.co_consts if inspect.iscode(each)]
+    found = {name for each in inner for name in _globals(each)}
+    written = set()
+    for each in dis.get_instructions(code):
+        if each.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            found.add(each.argval)
+        elif each.opname == "STORE_GLOBAL":
+            written.add(each.argval)
+    return sorted(found - written)
 
 
 def _lines_of_module(module: nn.Module) -> Iterator[str]:
