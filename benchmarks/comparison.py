@@ -45,8 +45,10 @@ ENOUGH = 8 / 9  # of the cells in which ours should be the best of these
 ABOUT = (
     "Gains over raw prompts and the share of images that win, means over the sets, on noise that was not fitted; "
     "held out: the\nmean change of the two rewards that were not raised; objects: points more of the images have "
-    "what the judge looks for."
+    "what the judge looks for;\nlikeness, where it was measured: how much more they look like the artwork (1: the same)."
 )
+
+MARKS = {"object": (100, 1), "likeness": (1, 3)}  # of the judge: what they are shown in units of, and digits
 
 Cell = tuple[str, str]  # reward, set
 
@@ -108,7 +110,8 @@ def read(plain: Mapping[str, Any]) -> Row:
     own = {name: gains(plain[name]) for name in ("fitted", "unseen", "unseen_prompts")}
     fingerprints = {reward: tuple(each) for reward, each in plain["rewards"].items()}
     means = tuple(interval(each) for each in plain["means"])
-    known = {"weights": None, **plain, **own, "rewards": fingerprints, "means": means}
+    seeds = tuple(plain.get("seeds", ()))
+    known = {"weights": None, **plain, **own, "seeds": seeds, "rewards": fingerprints, "means": means}
     return Row(**{**known, "errors": tuple(plain["errors"]), "scores": [], "curve": []})
 
 
@@ -143,11 +146,17 @@ def summary(found: Mapping[Cell, Sequence[Row]]) -> str:
     """One line an entry: means over the sets on unseen noise, or on its own where noise is what was learned.
 
     "held out" is the mean change of the rewards that were not raised, over all cells; "objects" how many points
-    more of the images have the objects that the judge looks for.
+    more of the images have the objects that the judge looks for; "likeness" how much more they look like the artwork.
     """
     rewards = list(dict.fromkeys(reward for reward, _ in found))
     columns = (f"{reward.removeprefix('emoji-')} | wins" for reward in rewards)
-    head = ["entry", *columns, "held out", "objects"]
+    everything = [row for entries in found.values() for row in entries]
+    marks = {
+        name: scale
+        for name, scale in MARKS.items()
+        if any(f"judge-{name}" in {**row.fitted, **row.unseen} for row in everything)
+    }
+    head = ["entry", *columns, "held out", *(f"{name}s" if name == "object" else name for name in marks)]
     lines = [f"| {' | '.join(head)} |", "|---" * (len(head) + len(rewards)) + "|"]
     for label in dict.fromkeys(row.label for entries in found.values() for row in entries):
         of = {cell: row for cell, entries in found.items() for row in entries if row.label == label}
@@ -157,7 +166,9 @@ def summary(found: Mapping[Cell, Sequence[Row]]) -> str:
             levels = [
                 mean([row.means[1].value for (name, _), row in of.items() if name == r]) for r in rewards
             ]
-            lines.append(f"| {label} | {''.join(f'{level:.3f} | | ' for level in levels)}| |")
+            lines.append(
+                f"| {label} | {''.join(f'{level:.3f} | | ' for level in levels)}|{' |' * len(marks)}"
+            )
             continue
         own_noise = not any(row.unseen for row in of.values())
         gains = {cell: row.fitted if own_noise else row.unseen for cell, row in of.items()}
@@ -176,10 +187,11 @@ def summary(found: Mapping[Cell, Sequence[Row]]) -> str:
             for name, gain in each.items()
             if name in rewards and name != reward
         ]
-        judged = [each["judge-object"].gain.value for each in gains.values() if "judge-object" in each]
         complete = len(gains) == len(found)
         words.append(f"{mean(others):+.3f}" if others and complete else "–")
-        words.append(f"{100 * mean(judged):+.1f}" if judged and complete else "–")
+        for name, (scale, digits) in marks.items():
+            own = [each[f"judge-{name}"].gain.value for each in gains.values() if f"judge-{name}" in each]
+            words.append(f"{scale * mean(own):+.{digits}f}" if own and complete else "–")
         lines.append(f"| {' | '.join(words)} |")
     return "\n".join(lines)
 

@@ -4,8 +4,9 @@
 
 IPGO is fitted ever harder (more and larger steps). For each strength: how much the followed
 reward rose, in standard deviations of that reward over raw images; what the rewards that were not followed did, in
-theirs; and whether the judge still finds the object. A reward that resists parts from the judge late, or not at all.
-Everything is measured on unseen noise. Writes a table (.md), a plot (.png), and the pictures themselves (-images.png).
+theirs; and whether the judge still finds the object, and how much it looks like the artwork. A reward that resists
+parts from the judge late, or not at all. Everything is measured on unseen noise. Writes a table (.md), a plot (.png),
+and the pictures themselves (-images.png).
 """
 
 import argparse
@@ -33,12 +34,12 @@ STRENGTHS = {  # steps, learning rate of the coefficients
 
 @dataclass(frozen=True)
 class Point:
-    """What one strength did: rises in standard deviations of raw images, and the judge's object accuracy."""
+    """What one strength did: rises in standard deviations of raw images, and the judge's marks before and after."""
 
     rises: dict[str, float]
     gain: float
-    before: float
-    after: float
+    objects: tuple[float, float]
+    likeness: tuple[float, float]
 
 
 def measure(reward: str, strength: str, prompts: list[str]) -> tuple[Point, Image.Image]:
@@ -51,9 +52,12 @@ def measure(reward: str, strength: str, prompts: list[str]) -> tuple[Point, Imag
         values[each.method, each.reward].append(each.value)
     gains = {name: np.mean(values["ipgo", name]) - np.mean(values["raw", name]) for name in REWARDS}
     rises = {name: float(gains[name] / np.std(values["raw", name])) for name in REWARDS}
-    before, after = (float(np.mean(values[each, "judge-object"])) for each in ("raw", "ipgo"))
+    objects, likeness = (
+        tuple(float(np.mean(values[each, f"judge-{mark}"])) for each in ("raw", "ipgo"))
+        for mark in ("object", "likeness")
+    )
     strip = np.concatenate([np.asarray(fitted.after[max(fitted.after)]) for fitted in result], axis=1)
-    return Point(rises, float(gains[reward]), before, after), Image.fromarray(strip)
+    return Point(rises, float(gains[reward]), objects, likeness), Image.fromarray(strip)
 
 
 def plot(found: dict[str, list[Point]], path: Path) -> None:
@@ -67,13 +71,15 @@ def plot(found: dict[str, list[Point]], path: Path) -> None:
             if name != reward:
                 panel.plot(x, [0.0, *(point.rises[name] for point in points)], "o-", label=name)
         judge = panel.twinx()
-        judge.plot(x, [points[0].before, *(point.after for point in points)], "ks--", label="judge: object")
+        for mark, style in (("objects", "ks--"), ("likeness", "k^:")):
+            marks = [getattr(point, mark) for point in points]
+            judge.plot(x, [marks[0][0], *(after for _, after in marks)], style, label=f"judge: {mark}")
         judge.set_ylim(0, 1.05)
         panel.axvline(1, color="0.8")
         panel.set(title=reward, xlabel="rise of the followed reward, in standard deviations")
         panel.legend(loc="lower left", fontsize=8)
     np.atleast_1d(panels)[0].set_ylabel("held-out rewards, likewise")
-    judge.set_ylabel("judge: object (dashed)")
+    judge.set_ylabel("judge: object (dashed), likeness (dotted)")
     figure.savefig(path, dpi=110)
 
 
@@ -86,8 +92,8 @@ def main() -> None:
     options = parser.parse_args()
     prompts = read_prompts(options.prompts)
     lines = [
-        "| reward | strength | gain | in sd | held-out, in their sd | judge: object |",
-        "|---|---|---|---|---|---|",
+        "| reward | strength | gain | in sd | held-out, in their sd | judge: object | judge: likeness |",
+        "|---|---|---|---|---|---|---|",
     ]
     print("\n".join(lines))
     found: dict[str, list[Point]] = {}
@@ -104,7 +110,8 @@ def main() -> None:
             )
             lines.append(
                 f"| {reward} | {strength} | {point.gain:+.3f} | {point.rises[reward]:+.1f} | {held} "
-                f"| {point.before:.0%} to {point.after:.0%} |"
+                f"| {point.objects[0]:.0%} to {point.objects[1]:.0%} "
+                f"| {point.likeness[0]:.2f} to {point.likeness[1]:.2f} |"
             )
             print(lines[-1], flush=True)
     plot(found, options.out.with_suffix(".png"))

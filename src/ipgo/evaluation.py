@@ -85,8 +85,8 @@ class Drawing:
 class Judge(Protocol):
     """Looks whether what a prompt states is in its image. It takes no part in any training."""
 
-    def accuracy(self, images: Tensor, prompts: Sequence[str]) -> Mapping[str, Tensor]:
-        """(B,) of 0 or 1 for "object", "colour", "style" and so on; NaN where the prompt states none."""
+    def marks(self, images: Tensor, prompts: Sequence[str]) -> Mapping[str, Tensor]:
+        """(B,) in [0, 1] for "object", "colour", "likeness" and so on; NaN where the prompt states none."""
         ...
 
 
@@ -118,7 +118,7 @@ def score(
         with torch.no_grad():
             # Each gets its own: one that normalises in place shall not change what the next one sees.
             columns = {name: checked(reward, images.clone(), prompts) for name, reward in rewards.items()}
-            verdicts = judge.accuracy(images, prompts) if judge is not None else {}
+            verdicts = judge.marks(images, prompts) if judge is not None else {}
         columns.update({f"judge-{name}": column for name, column in verdicts.items()})
         for name, column in columns.items():
             for each, value in zip(part, column.tolist(), strict=True):

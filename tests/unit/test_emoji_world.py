@@ -5,8 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
-from ipgo.rewards.emoji.judge import Judge, Network, _compare
+from ipgo.images import from_pil
+from ipgo.rewards import emoji
+from ipgo.rewards.emoji.artwork import SPRITE
+from ipgo.rewards.emoji.judge import Judge, Network, _compare, load_judge
 from tools.emoji import world
 
 
@@ -18,7 +23,7 @@ def judge() -> Judge:
         "styles": {name: list(words) for name, words in world.STYLES.items()},
         "relations": {name: list(words) for name, words in world.RELATION_WORDS.items()},
     }
-    return Judge(Network([3, 64, 65, 10, 2, 1]), labels)
+    return Judge(Network([3, 64, 65, 10, 2, 1]), labels, load_judge().artwork)
 
 
 def scenes(count: int = 400, **options: object) -> list[world.Scene]:
@@ -54,6 +59,54 @@ def test_a_relation_may_be_said_from_either_side(judge: Judge) -> None:
     assert _compare(mirrored, said) == pytest.approx(
         {"object": 1, "relation": 0, "colour": float("nan"), "style": float("nan")}, nan_ok=True
     )
+
+
+def scene_of(judge: Judge, boxes: dict[tuple[str, str], tuple[int, int, int]]) -> torch.Tensor:
+    """Sprites of the package's sheet on a teal background that grows lighter, put there by PIL: (1, 3, 64, 64)."""
+    with Image.open(emoji.FOLDER / "artwork.png") as picture:
+        sheet = picture.copy()
+    ramp = np.linspace(-8, 8, 64)[:, None, None] + np.array([38.0, 152.0, 156.0])
+    canvas = Image.fromarray(np.tile(ramp, (1, 64, 1)).round().astype(np.uint8)).convert("RGBA")
+    for (name, style), (left, top, side) in boxes.items():
+        x, y = judge.objects.index(name) * SPRITE, judge.styles.index(style) * SPRITE
+        sprite = sheet.crop((x, y, x + SPRITE, y + SPRITE)).resize((side, side), Image.Resampling.LANCZOS)
+        canvas.alpha_composite(sprite, (left, top))
+    return from_pil(canvas)[None]
+
+
+def test_likeness_is_one_for_the_artwork_wherever_it_stands(judge: Judge) -> None:
+    for left, top, side in ((8, 8, 48), (10, 9, 44), (7, 7, 50)):
+        picture = scene_of(judge, {("owl", "flat"): (left, top, side)})
+        for prompt in ("an owl on a teal background, flat style", "an owl"):
+            assert judge.likeness(picture, [prompt]).item() > 0.95
+    pair = scene_of(judge, {("fox", "3d"): (2, 18, 28), ("pear", "3d"): (33, 19, 28)})
+    assert judge.likeness(pair, ["a fox to the left of a pear, 3d"]).item() > 0.93
+    assert judge.likeness(pair, ["a pear to the left of a fox, 3d"]).item() < 0.5
+    large = torch.nn.functional.interpolate(pair, scale_factor=4)
+    assert judge.likeness(large, ["a fox to the left of a pear, 3d"]).item() > 0.9
+
+
+def test_likeness_falls_with_all_that_the_artwork_is_not(judge: Judge) -> None:
+    picture = scene_of(judge, {("rabbit", "3d"): (8, 8, 48)})
+    prompt = "a rabbit on a teal background, 3d style"
+
+    def like(image: torch.Tensor, text: str = prompt) -> float:
+        return judge.likeness(image.clamp(0, 1), [text]).item()
+
+    noise = torch.randn(picture.shape, generator=torch.Generator().manual_seed(0))
+    spoilt = [like(picture + amount * noise) for amount in (0.0, 0.02, 0.05, 0.2)]
+    assert spoilt == sorted(spoilt, reverse=True)
+    assert spoilt[0] - spoilt[-1] > 0.3
+    soft = torch.nn.functional.avg_pool2d(picture, 5, 1, 2, count_include_pad=False)
+    assert like(soft) < 0.8
+    no_ears = picture.clone()
+    no_ears[..., 8:24, :] = picture[..., 2:3, :]
+    assert like(no_ears) < like(picture) - 0.15
+    assert like(picture, prompt.replace("rabbit", "cactus")) < 0.5
+    assert like(scene_of(judge, {})) < 0.05
+    assert judge.likeness(picture, ["something else"]).isnan().all()
+    assert judge.likeness(picture, ["a fox and a pear"]).isnan().all()  # who stands where?
+    assert list(judge.marks(picture, [prompt])) == ["object", "colour", "style", "relation", "likeness"]
 
 
 def test_held_out_combinations_are_a_fifth_and_never_in_training() -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import CLIPModel, CLIPVisionModelWithProjection
 
 from ipgo.rewards.emoji.judge import Network
-from tools.emoji import parts, world
+from tools.emoji import parts, sprites, world
 from tools.emoji.loop import keep, save, trained
 from tools.emoji.networks import SCALING, load_clip, pipeline
 from tools.emoji.scorers import JUDGE_SIZES
@@ -63,7 +63,7 @@ def _half(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def export_rewards() -> None:
-    """The two CLIPs, the aesthetic tower and the judge."""
+    """The two CLIPs, the aesthetic tower, and the judge with the artwork that it compares with."""
     for folder, name in (("clip", "clip"), ("preference", "preference")):
         model, tokens = load_clip(name)
         shutil.rmtree(REWARDS / folder, ignore_errors=True)
@@ -74,6 +74,7 @@ def export_rewards() -> None:
     trained("aesthetic", parts.aesthetic()).half().save_pretrained(REWARDS / "aesthetic")
     judge = trained("judge", Network(JUDGE_SIZES))
     save_file(_half(judge), REWARDS / "judge.safetensors")
+    shutil.copy(sprites.sheet(), REWARDS / "artwork.png")
     labels = {
         "sizes": JUDGE_SIZES,
         **{k: vocabulary()[k] for k in ("objects", "colours", "styles", "relations")},

@@ -1,29 +1,30 @@
-"""What IPGO makes of training captions when it follows `emoji-preference`, for that reward to learn from.
+"""What IPGO makes of training captions when it follows a bundled reward, for the rewards to learn from.
 
     python -m tools.emoji.train follow && python -m tools.emoji.train resist
 
-is a round: prompts are fitted against the reward as it is, and `resist` trains it further on what came of them; the
-next round fits against that. What was followed is drawn upon the noised latents of the artwork, so that the picture
-keeps its place, and pixels tell what the embeddings did to it.
+is a round: prompts are fitted against each reward as it is, and `resist` trains them further on what came of it; the
+next round fits against that. The artwork, laid upon a picture, says how good it is (`Artwork.likeness`).
 """
 
 import argparse
 import copy
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+import functools
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from ipgo import IPGO, Adapter, Backend, Reward, Sampling, Task, as_reward, load_backend
-from tools.emoji import data, world
-from tools.emoji.loop import DEVICE
-from tools.emoji.networks import as_bytes, embed_images, embed_texts, load_clip, pipeline, pixels
+from ipgo.rewards.emoji.artwork import Artwork
+from tools.emoji import data, parts, sprites, world
+from tools.emoji.loop import DEVICE, HALF, mixed, trained
+from tools.emoji.networks import as_bytes, embed_images, embed_texts, graded, load_clip, pipeline, pixels
 from tools.emoji.redraw import GUIDANCE, redrawn
 
-COUNT = 96 if DEVICE.type == "cpu" else 1_024  # prompts of a round
+REWARDS = ("preference", "aesthetic")  # that can be followed too far
+COUNT = 96 if DEVICE.type == "cpu" else 1_024  # prompts of a round, for each of them
 BATCH = 16 if DEVICE.type == "cpu" else 128
 NOISES = 4  # for each prompt
 STRENGTHS = (0.5, 0.7, 0.9)  # share of the noise that the artwork's latents get
@@ -33,20 +34,38 @@ SAMPLING = Sampling(8, GUIDANCE)
 ASCENT = replace(IPGO().ascent, steps=AT[-1], lr=1e-2, lr_basis=2e-3)
 
 
-def rounds() -> list[Path]:
-    """The pictures of all rounds, uint8 (N, 5, 64, 64, 3): the artwork, the raw prompt's, those of the steps `AT`."""
-    return sorted(data.FOLDER.glob("followed-*.npy"))
+@dataclass(frozen=True)
+class Round:
+    """What came of some captions: pictures, uint8 (N, 5, 64, 64, 3), and their likeness, (N, 5).
+
+    Of the artwork through the VAE, of the raw prompt, and of the steps `AT`.
+    """
+
+    captions: list[str]
+    pictures: np.ndarray
+    likeness: np.ndarray
 
 
-def texts(pictures: Path) -> list[str]:
-    """The N captions beside them."""
-    captions: list[str] = json.loads(pictures.with_suffix(".json").read_text())
-    return captions
+def paths(name: str = "*") -> list[Path]:
+    """The files of all rounds against a reward, or against any."""
+    return sorted(data.FOLDER.glob(f"followed-{name}-*.npz"))
 
 
-def preference() -> Reward:
-    """The reward as it is trained so far."""
-    model, tokens = load_clip("preference")
+def load(name: str = "*") -> Round:
+    """All rounds against a reward, or against any, as one."""
+    found = [np.load(path) for path in paths(name)]
+    captions, pictures, likeness = (
+        np.concatenate([each[key] for each in found]) for key in ("captions", "pictures", "likeness")
+    )
+    return Round(captions.tolist(), pictures, likeness)
+
+
+def reward_of(name: str) -> Reward:
+    """One of `REWARDS` as it is trained so far."""
+    if name == "aesthetic":
+        tower = trained(name, parts.aesthetic())
+        return as_reward(lambda images, prompts: graded(tower, 2 * images - 1).sigmoid())
+    model, tokens = load_clip(name)
 
     def of(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         return (embed_images(model, 2 * images - 1) * embed_texts(model, tokens, prompts)).sum(-1)
@@ -72,58 +91,72 @@ def drawn(
     assert uncond is not None
     torch.manual_seed(seed)
     x = redrawn(backend.pipe, latents, cond.embeds, uncond.embeds, strength)
-    return as_bytes(backend.pipe.vae.decode(x / backend.pipe.vae.config.scaling_factor).sample)
+    with mixed():
+        return as_bytes(backend.pipe.vae.decode(x / backend.pipe.vae.config.scaling_factor).sample.float())
 
 
-def followed(count: int, number: int) -> Iterator[tuple[np.ndarray, list[str]]]:
-    """A round, batch by batch: pictures as in `rounds`, and their captions. Half of the prompts are of two objects."""
+def followed(name: str, count: int, number: int) -> Round:
+    """A round against a reward as it is. Half of the prompts are of two objects."""
     images, scenes = data.load("train")
-    rng = np.random.default_rng((9, number))
+    rng = np.random.default_rng((9, number, REWARDS.index(name)))
     chosen = [rng.choice(kind, count, replace=False) for kind in data.clean_kinds(scenes)]
     rows = rng.permutation(np.concatenate(chosen))
     wording = {world.caption(rng, scenes[row])[0]: row for row in rows}  # each once
     prompts = list(wording)[:count]
-    backend, reward = load_backend(pipeline().to(DEVICE)), preference()
+    # The sampler's arithmetic in bfloat16 where that is fast.
+    backend = load_backend(pipeline().to(DEVICE), dtype=torch.bfloat16 if HALF else "auto")
+    reward = reward_of(name)
     vae = backend.pipe.vae
+    captions, blocks = [], []
     for start in range(0, count, BATCH):
         batch = prompts[start : start + BATCH]
         art = pixels(images[[wording[prompt] for prompt in batch]])
-        with torch.no_grad():
-            latents = vae.encode(art).latent_dist.mode() * vae.config.scaling_factor
-            copied = as_bytes(vae.decode(latents / vae.config.scaling_factor).sample)
+        with torch.no_grad(), mixed():
+            latents = vae.encode(art).latent_dist.mode().float() * vae.config.scaling_factor
+            copied = as_bytes(vae.decode(latents / vae.config.scaling_factor).sample.float())
         adapters = [Adapter(), *fits(backend, reward, batch, number)]
         for noise in range(NOISES):
             strength = float(rng.choice(STRENGTHS))
             made = [drawn(backend, adapter, batch, latents, strength, noise) for adapter in adapters]
-            yield np.stack([copied, *made], axis=1), batch
+            captions += batch
+            blocks.append(np.stack([copied, *made], axis=1))
+    pictures = np.concatenate(blocks)
+    shown = [scenes[wording[caption]] for caption in captions]
+    return Round(
+        captions, pictures, np.stack([likeness(*each) for each in zip(pictures, shown, strict=True)])
+    )
 
 
-def build(count: int = COUNT) -> None:
-    """One more round, kept."""
-    number = len(rounds())
-    blocks, told = zip(*followed(count, number), strict=True)
-    path = data.FOLDER / f"followed-{number}.npy"
-    np.save(path, np.concatenate(blocks))
-    path.with_suffix(".json").write_text(json.dumps([caption for batch in told for caption in batch]))
+def likeness(pictures: np.ndarray, scene: world.Scene) -> np.ndarray:
+    """Of bytes (N, 64, 64, 3) that should show a scene: (N,)."""
+    what = scene.objects, scene.relation, scene.style
+    return np.array([artwork().likeness(each, *what) for each in pixels(pictures).add(1).div(2)], np.float32)
 
 
-def distance(pictures: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Mean absolute difference of bytes (B,) and of their edges."""
-    gap = pictures.astype(np.float32) - others
-    edges = (abs(np.diff(gap, axis=axis)).mean((1, 2, 3)) for axis in (1, 2))
-    found: np.ndarray = abs(gap).mean((1, 2, 3)) + sum(edges)
-    return found
+@functools.cache
+def artwork() -> Artwork:
+    """The sprites, to be laid upon pictures."""
+    return Artwork(sprites.sheet(), tuple(world.OBJECTS), tuple(world.STYLES))
+
+
+def build(count: int = COUNT, names: Sequence[str] = REWARDS) -> None:
+    """One more round against each of these rewards, kept."""
+    for name in names:
+        number = len(paths(name))
+        found = followed(name, count, number)
+        np.savez(data.FOLDER / f"followed-{name}-{number}.npz", **asdict(found))
 
 
 def main() -> None:
-    """How far from the artwork a fit leads, on prompts that no round had."""
+    """How like the artwork pictures are after a fit, on prompts that no round had."""
     parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--reward", choices=REWARDS, default=REWARDS[0])
     parser.add_argument("--count", type=int, default=16)
     parser.add_argument("--number", type=int, default=1_000, help="of the round, which is its seed")
     options = parser.parse_args()
-    pictures = np.concatenate([block for block, _ in followed(options.count, options.number)])
-    for place, name in enumerate(("raw", *(f"{steps} steps" for steps in AT)), 1):
-        print(f"{name}: {distance(pictures[:, place], pictures[:, 0]).mean():.1f}")
+    found = followed(options.reward, options.count, options.number).likeness
+    for place, name in enumerate(("artwork", "raw", *(f"{steps} steps" for steps in AT))):
+        print(f"{name}: {found[:, place].mean():.3f}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
-from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from tools.emoji import parts, tokenizer
 from tools.emoji.loop import DEVICE, mixed, trained
@@ -66,6 +66,13 @@ def embed_images(model: CLIPModel, images: Tensor) -> Tensor:
     with mixed():
         image = model.get_image_features(pixel_values=images).pooler_output
     return F.normalize(image.float(), dim=-1)
+
+
+def graded(tower: CLIPVisionModelWithProjection, images: Tensor) -> Tensor:
+    """The logits (B,) of `emoji-aesthetic` for images in [-1, 1]."""
+    with mixed():
+        logits = tower(pixel_values=images).image_embeds
+    return logits.float()[:, 0]
 
 
 def embed_texts(model: CLIPModel, tokens: CLIPTokenizer, texts: Sequence[str]) -> Tensor:

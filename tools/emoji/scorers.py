@@ -1,21 +1,24 @@
 """The bundled rewards and the judge: trained on drawn scenes only."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from transformers import CLIPModel, CLIPTokenizer
+from torch import Tensor, nn
+from transformers import CLIPModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from ipgo.rewards.emoji.judge import Network
 from tools.emoji import data, follow, parts, redraw, sprites, world
 from tools.emoji.clip import RADIUS
-from tools.emoji.loop import DEVICE, Figures, Schedule, mixed, save, train
-from tools.emoji.networks import attacked, embed_images, embed_texts, load_clip, pixels, shifted
+from tools.emoji.loop import DEVICE, Figures, Schedule, mixed, save, train, trained
+from tools.emoji.networks import attacked, embed_images, embed_texts, graded, load_clip, pixels, shifted
+
+CLEARLY = 0.1  # of two pictures one is clearly better that is so much more like the artwork
+Loss = Callable[[np.random.Generator, int], tuple[Tensor, Figures]]
 
 SCHEDULES = {
     "judge": Schedule(steps=2_500, batch=64, lr=2e-3, warmup=50),
@@ -66,42 +69,61 @@ def train_judge() -> None:
 
 
 def train_aesthetic() -> None:
-    """How clean a picture is, 0 to 1, by a tower of its own that starts as CLIP's.
+    """How good a picture is whatever it shows, 0 to 1, by a tower of its own that starts as CLIP's.
 
-    Half of the pictures are spoilt, and many have gone through the VAE. A quarter are disturbed to fool it, less than
-    in `clip.harden`: against all of that, noise and JPEG could not be told from a disturbance, and were not graded.
+    Of drawn scenes it learns how clean they are; of the denoiser's pictures, that the artwork is better (`redraw`): a
+    grade of cleanness alone is nearly full for all of them, and did not mind what became of the object.
+    """
+    source, _ = load_clip()
+    model = parts.aesthetic()
+    model.vision_model.load_state_dict(source.vision_model.state_dict())
+    train("aesthetic", model, _grading(model, _redrawn()), SCHEDULES["aesthetic"])
+
+
+def _grading(model: CLIPVisionModelWithProjection, made: "Made") -> Loss:
+    """Half of the pictures are drawn, half of those spoilt, and many have gone through the VAE; half are `made` pairs.
+
+    A quarter of the drawn ones are disturbed to fool it, less than in `clip.harden`: against all of that, noise and
+    JPEG could not be told from a disturbance, and were not graded.
     """
     images, scenes = data.load("train")
     decoded = np.load(data.DECODED, mmap_mode="r")
     quality = np.array([scene.quality for scene in scenes], np.float32)
     clean, spoilt = (np.flatnonzero((quality == 1) == wanted) for wanted in (True, False))
-    source, _ = load_clip()
-    model = parts.aesthetic()
-    model.vision_model.load_state_dict(source.vision_model.state_dict())
 
     def loss(rng: np.random.Generator, batch: int) -> tuple[Tensor, Figures]:
         half, quarter = batch // 2, batch // 4
         rows = rng.permutation(np.concatenate([rng.choice(clean, batch - half), rng.choice(spoilt, half)]))
-        x = shifted(rng, pixels(data.pictures(rng, images, decoded, rows)))
-        wanted = torch.from_numpy(quality[rows]).to(DEVICE)
-
-        def logits(pictures: Tensor) -> Tensor:
-            with mixed():
-                return model(pixel_values=pictures).image_embeds.float()[:, 0]
+        pairs, _, weights = made(rng, half)
+        drawn = data.pictures(rng, images, decoded, rows)
+        x = shifted(rng, pixels(np.concatenate([drawn, pairs[:, 0], pairs[:, 1]])))
+        wanted, weight = (torch.from_numpy(each).to(DEVICE) for each in (quality[rows], weights))
 
         def harm(pictures: Tensor) -> Tensor:
-            return F.binary_cross_entropy_with_logits(logits(pictures), wanted[:quarter])
+            found = graded(model, pictures)
+            alone = F.binary_cross_entropy_with_logits(found[:quarter], wanted[:quarter])
+            return alone + _beaten(found[quarter:], weight)
 
-        fooling = attacked(rng, x[:quarter], harm, RADIUS / 4, steps=1)
-        found = logits(torch.cat([fooling, x[quarter:]]))
-        error = (found.sigmoid() - wanted).square()
+        fooled = torch.cat([x[:quarter], x[batch:]])
+        fooling = attacked(rng, fooled, harm, RADIUS / 4, steps=1)
+        found = graded(model, torch.cat([fooling[:quarter], x[quarter:batch], fooling[quarter:]]))
+        error = (found[:batch].sigmoid() - wanted).square()
         figures = {
             "fooled": error[:quarter].mean().sqrt(),
             "error": error[quarter:].mean().sqrt(),
+            "made": ((found[batch:-half] > found[-half:]) * weight).sum() / weight.sum(),
         }
-        return F.binary_cross_entropy_with_logits(found, wanted), figures
+        return F.binary_cross_entropy_with_logits(found[:batch], wanted) + _beaten(
+            found[batch:], weight
+        ), figures
 
-    train("aesthetic", model, loss, SCHEDULES["aesthetic"])
+    return loss
+
+
+def _beaten(logits: Tensor, weight: Tensor) -> Tensor:
+    """The loss of pairs, the better pictures (B,) first, then the others."""
+    better, other = logits.chunk(2)
+    return (weight * F.softplus(other - better)).mean()
 
 
 # ------------------------------------------------------------------------------------------------- preference
@@ -150,52 +172,67 @@ def train_preference(blocks: int = 24) -> None:
     details that they lack are smaller than such a disturbance.
     """
     model, tokens = load_clip()
-    redrawn, retold = np.load(redraw.PAIRS, mmap_mode="r"), json.loads(redraw.TEXTS.read_text())
-
-    def made(rng: np.random.Generator, count: int) -> Made:
-        rows = rng.integers(len(retold), size=count)
-        return redrawn[rows], [retold[i] for i in rows], np.ones(count, np.float32)
-
-    train("preference", model, _preferring(model, tokens, blocks, made), SCHEDULES["preference"])
+    train("preference", model, _preferring(model, tokens, blocks, _redrawn()), SCHEDULES["preference"])
 
 
-def resist(blocks: int = 12) -> None:
-    """Train the preference further, on what IPGO makes of prompts when it follows it (see `follow`).
+def resist(names: Sequence[str] = follow.REWARDS, blocks: int = 12) -> None:
+    """Train rewards further, on what IPGO makes of prompts when it follows them (see `follow`)."""
+    made = _either(_followed(), _redrawn())
+    for name in names:
+        if name == "aesthetic":
+            model: nn.Module = trained(name, parts.aesthetic())
+            loss = _grading(model.requires_grad_(True), made)
+        else:
+            model, tokens = load_clip(name)
+            loss = _preferring(model, tokens, blocks, made)
+        train(f"{name}-{len(follow.paths())}", model, loss, SCHEDULES["resist"])
+        save(name, model)
 
-    The artwork is better than what was followed, and of the latter and the raw prompt's picture that one is which is
-    nearer to the artwork, by as much as it is nearer: a fit that mends a picture shall still be rewarded.
+
+# Given a number: so many pairs of pictures (B, 2, 64, 64, 3), the better first, their captions, the weights (B,).
+Made = Callable[[np.random.Generator, int], tuple[np.ndarray, list[str], np.ndarray]]
+
+
+def _redrawn() -> Made:
+    """The artwork through the VAE, and what the denoiser made of it."""
+    pictures, told = np.load(redraw.PAIRS, mmap_mode="r"), json.loads(redraw.TEXTS.read_text())
+
+    def made(rng: np.random.Generator, count: int) -> tuple[np.ndarray, list[str], np.ndarray]:
+        rows = rng.integers(len(told), size=count)
+        return pictures[rows], [told[i] for i in rows], np.ones(count, np.float32)
+
+    return made
+
+
+def _followed() -> Made:
+    """Any two pictures of a caption: that one is better which looks more like the artwork, by as much as it does.
+
+    So a fit that mends the raw prompt's picture is rewarded, and one that spoils it is not.
     """
-    model, tokens = load_clip("preference")
-    rounds = follow.rounds()
-    pictures = np.concatenate([np.load(path) for path in rounds])
-    told = [text for path in rounds for text in follow.texts(path)]
+    known = follow.load()
 
-    def made(rng: np.random.Generator, count: int) -> Made:
-        rows, which = rng.integers(len(told), size=count), rng.integers(2, pictures.shape[1], size=count)
-        art, raw, followed = pictures[rows, 0], pictures[rows, 1], pictures[rows, which]
-        far, near = follow.distance(followed, art), follow.distance(raw, art)
-        with_art = rng.random(count) < 0.5
-        better = np.where(_wide(near <= far), raw, followed)
-        other = np.where(_wide(near <= far), followed, raw)
-        first = np.where(_wide(with_art), art, better)
-        second = np.where(_wide(with_art), followed, other)
-        weight = np.where(with_art, 1, np.minimum(1, abs(far - near) / near))
-        return np.stack([first, second], axis=1), [told[i] for i in rows], weight.astype(np.float32)
+    def made(rng: np.random.Generator, count: int) -> tuple[np.ndarray, list[str], np.ndarray]:
+        row = rng.integers(len(known.captions), size=count)[:, None]
+        two = rng.permuted(np.tile(np.arange(known.likeness.shape[1]), (count, 1)), axis=1)[:, :2]
+        two = np.take_along_axis(two, np.argsort(-known.likeness[row, two], axis=1), axis=1)
+        better, other = known.likeness[row, two].T
+        weights = np.minimum(1, (better - other) / CLEARLY).astype(np.float32)
+        return known.pictures[row, two], [known.captions[i] for i in row[:, 0]], weights
 
-    loss = _preferring(model, tokens, blocks, made)
-    train(f"preference-{len(rounds)}", model, loss, SCHEDULES["resist"])
-    save("preference", model)
+    return made
 
 
-Made = tuple[np.ndarray, list[str], np.ndarray]  # pairs (B, 2, 64, 64, 3), their captions, the weights (B,)
+def _either(one: Made, other: Made) -> Made:
+    """Half of the pairs of each kind."""
+
+    def made(rng: np.random.Generator, count: int) -> tuple[np.ndarray, list[str], np.ndarray]:
+        (a, texts, weights), (b, more, others) = one(rng, count - count // 2), other(rng, count // 2)
+        return np.concatenate([a, b]), texts + more, np.concatenate([weights, others])
+
+    return made
 
 
-def _preferring(
-    model: CLIPModel,
-    tokens: CLIPTokenizer,
-    blocks: int,
-    made: Callable[[np.random.Generator, int], Made],
-) -> Callable[[np.random.Generator, int], tuple[Tensor, Figures]]:
+def _preferring(model: CLIPModel, tokens: CLIPTokenizer, blocks: int, made: Made) -> Loss:
     """The loss of pairs, half of them drawn, half `made` by the denoiser."""
     with ProcessPoolExecutor() as pool:
         drawn = list(pool.map(_draw_pairs, range(blocks)))
@@ -227,8 +264,3 @@ def _preferring(
         return value, {"pairs": right[:half].mean(), "made": right[half:].sum() / weight[half:].sum()}
 
     return loss
-
-
-def _wide(choice: np.ndarray) -> np.ndarray:
-    """(B,) as (B, 1, 1, 1), to choose pictures by."""
-    return choice[:, None, None, None]

@@ -4,12 +4,14 @@ python -m tools.emoji.sprites        (needs npm, and `pip install resvg-py`)
 """
 
 import io
+import itertools
 import subprocess
 import tarfile
 from pathlib import Path
 
 from PIL import Image
 
+from ipgo.rewards.emoji import artwork
 from tools.emoji.world import OBJECTS
 
 BUILD = Path("build/emoji")
@@ -69,6 +71,19 @@ def load() -> dict[tuple[str, str], Image.Image]:
     for image in found.values():
         image.load()
     return found  # type: ignore[return-value]
+
+
+def sheet() -> Path:
+    """All of them as one picture, as `Artwork` reads it: a column for each object, a row for each style."""
+    path = BUILD / "artwork.png"
+    if not path.exists():
+        art, size = load(), artwork.SPRITE
+        whole = Image.new("RGBA", (size * len(OBJECTS), size * len(PACKAGES)))
+        for (column, name), (row, style) in itertools.product(enumerate(OBJECTS), enumerate(PACKAGES)):
+            small = art[name, style].resize((size, size), Image.Resampling.LANCZOS, reducing_gap=3.0)
+            whole.paste(small, (column * size, row * size))
+        whole.save(path, optimize=True)
+    return path
 
 
 if __name__ == "__main__":

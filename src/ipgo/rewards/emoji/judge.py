@@ -1,5 +1,8 @@
-"""The judge: a small convolutional network that says what a picture shows. It is held out: no reward and no generator
-was trained with it, so it can tell an image that got better from one that merely fools the reward."""
+"""The judge: a small convolutional network that says what a picture shows, and the artwork that it should look like.
+
+The network is held out: no reward and no generator was trained with it, so it can tell an image that got better from
+one that merely fools the reward. The artwork was learned from nothing and cannot be fooled.
+"""
 
 import json
 import re
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 
 from ipgo.images import center_crop, resize
 from ipgo.rewards.checkpoints import identity
+from ipgo.rewards.emoji.artwork import Artwork
 
 FOLDER = Path(__file__).parent
 SIZE = 64
@@ -75,8 +79,9 @@ class Judge:
     differentiable = False  # on purpose: nothing may be optimised against it
     identity: dict[str, Any] | None = None  # what `load_judge` loaded
 
-    def __init__(self, network: Network, labels: Mapping[str, Any]) -> None:
+    def __init__(self, network: Network, labels: Mapping[str, Any], artwork: Artwork) -> None:
         self.network = network.eval().requires_grad_(False)
+        self.artwork = artwork
         self.objects: list[str] = list(labels["objects"])
         self.colours: list[str] = list(labels["colours"])
         self.styles: list[str] = list(labels["styles"])
@@ -102,7 +107,7 @@ class Judge:
     def verdict(self, images: Tensor) -> list[Claims]:
         """What each picture (B, 3, H, W in [0, 1]) shows, in the terms of a prompt's claims."""
         device = next(self.network.parameters()).device
-        logits = self.network(center_crop(resize(images.to(device).float(), SIZE), SIZE) * 2 - 1)
+        logits = self.network(_prepared(images.to(device)) * 2 - 1)
         layout, first, second, colour, style = (part.argmax(-1).tolist() for part in logits[:5])
         found = []
         for row in range(len(images)):
@@ -119,10 +124,34 @@ class Judge:
             key: torch.tensor([row[key] for row in rows]) for key in ("object", "colour", "style", "relation")
         }
 
+    def likeness(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """How much each picture looks like the artwork of what its prompt names, (B,) in [0, 1]: `Artwork.likeness`.
+
+        NaN for a prompt that names no object, or two without their places.
+        """
+        claims = [self.read(prompt) for prompt in prompts]
+        return torch.tensor(
+            [
+                self.artwork.likeness(image, each.objects, each.relation, each.style)
+                if each.objects and (len(each.objects) == 1) == (each.relation is None)
+                else float("nan")
+                for image, each in zip(_prepared(images), claims, strict=True)
+            ]
+        )
+
+    def marks(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """`accuracy`, and "likeness"."""
+        return {**self.accuracy(images, prompts), "likeness": self.likeness(images, prompts)}
+
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """The share of a prompt's claims that the picture bears out, in [0, 1]; 0 for a prompt that claims nothing."""
         marks = torch.stack(list(self.accuracy(images, prompts).values()))
         return marks.nanmean(dim=0).nan_to_num(0.0)
+
+
+def _prepared(images: Tensor) -> Tensor:
+    """In the judge's size."""
+    return center_crop(resize(images.float(), SIZE), SIZE)
 
 
 def _mentions(text: str, words: Mapping[str, str]) -> list[str]:
@@ -153,6 +182,9 @@ def load_judge(device: str | torch.device = "cpu") -> Judge:
     network.load_state_dict(
         {key: value.float() for key, value in load_file(FOLDER / "judge.safetensors").items()}
     )
-    judge = Judge(network.to(device), labels)
-    judge.identity = identity(judge.name, [FOLDER / "judge.safetensors"], "shorter side bicubic, [-1, 1]")
+    artwork = Artwork(FOLDER / "artwork.png", list(labels["objects"]), list(labels["styles"]))
+    judge = Judge(network.to(device), labels, artwork)
+    judge.identity = identity(
+        judge.name, [FOLDER / "judge.safetensors", FOLDER / "artwork.png"], "shorter side bicubic, [-1, 1]"
+    )
     return judge
