@@ -45,7 +45,7 @@ ENOUGH = 8 / 9  # of the cells in which ours should be the best of these
 ABOUT = (
     "Gains over raw prompts and the share of images that win, means over the sets, on noise that was not fitted; "
     "held out: the\nmean change of the two rewards that were not raised; objects: points more of the images have "
-    "what the judge looks for;\nlikeness, where it was measured: how much more they look like the artwork (1: the same)."
+    "what the judge looks for;\nlikeness, where it was measured: how much more they look like the artwork (1 is that)."
 )
 
 MARKS = {"object": (100, 1), "likeness": (1, 3)}  # of the judge: what they are shown in units of, and digits

@@ -55,7 +55,7 @@ def generate(
 
 def judged(judge: Judge, images: Tensor, prompts: Sequence[str]) -> dict[str, float]:
     """Share of right objects, colours, styles, relations, where the prompts name them."""
-    return {key: value.nanmean().item() for key, value in judge.accuracy(images, prompts).items()}
+    return {key: value.nanmean().item() for key, value in judge.marks(images, prompts).items()}
 
 
 def test_scenes(count: int, objects: int, seed: int) -> list[world.Scene]:
