@@ -32,6 +32,8 @@ class Ascent:
         backprop_steps: last denoising steps that carry gradient (DRaFT's K); None is all of them.
         random_backprop: draw their number from 1 to backprop_steps, anew for each trajectory (AlignProp).
         renoised: further gradients of the last step alone, each from fresh noise (DRaFT-LV; 0 is none).
+        keep_best: return the step with the highest reward (with S seeds in turn, mean reward of S steps), not the last
+            one. Fresh noise and prompt-batch have the last one in any case: their steps do not compare.
         penalty_weight: weight of the adapter's penalty, for IPGO the conformity penalty.
         batch_size: prompt-batch: prompts in one forward pass.
         accumulate: prompt-batch: forward passes in one optimiser step.
@@ -48,6 +50,7 @@ class Ascent:
     backprop_steps: int | None = 2
     random_backprop: bool = False
     renoised: int = 0
+    keep_best: bool = True
     penalty_weight: float = 0.1
     batch_size: int = 1
     accumulate: int = 4

@@ -237,7 +237,7 @@ class _Climb:
         memory["misses"] = torch.where(good, 0, memory["misses"] + ~overflow)
         memory["loss_scale"] = torch.where(overflow, memory["loss_scale"] / 2, memory["loss_scale"])
         self._report()
-        if not self._compares:
+        if not self._keeps_best:
             memory["best"] = torch.where(good, memory["rewards"], memory["best"])
             self._copy(self.adapter, self.kept, good)
             return good
@@ -283,9 +283,9 @@ class _Climb:
         return self.memory["misses"] >= PATIENCE
 
     @property
-    def _compares(self) -> bool:
-        """Whether rewards of different steps do. If they come from different prompts or noise, the latest is kept."""
-        return bool(self.task.seeds) and not self.task.shared
+    def _keeps_best(self) -> bool:
+        """Rewards that come from different prompts or noise do not compare: the latest is kept."""
+        return self.ascent.keep_best and bool(self.task.seeds) and not self.task.shared
 
     def _progress(self, norms: Tensor, images: Tensor | None) -> Progress:
         memory, count = self.memory, len(self.task.prompts)
@@ -300,8 +300,8 @@ class _Climb:
             images=images,
             adapter=self.kept,
             state=self.state,
-            over=len(self.task.seeds) if self._compares else FRESH,
-            keeps_best=self._compares,
+            over=FRESH if self.task.shared else len(self.task.seeds) or FRESH,
+            keeps_best=self._keeps_best,
         )
 
     def _tensors(self) -> dict[str, Tensor]:

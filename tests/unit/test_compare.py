@@ -258,6 +258,7 @@ def test_bundled_comparisons_are_plans_that_work(name: str) -> None:
         ("lr-coefficients-2x", {"ascent.lr": 0.01}),
         ("lr-coefficients-5x", {"ascent.lr": 0.025}),
         ("unpadded", {"padding": "none"}),
+        ("last-step", {"ascent.keep_best": False}),
         ("seeds-4", {"seeds": [0, 1, 2, 3]}),
     ],
 )

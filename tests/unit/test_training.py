@@ -72,6 +72,18 @@ def test_fresh_noise_keeps_the_latest(backend):
     torch.testing.assert_close(steps[-1].best, rewards[-1])
 
 
+def test_the_last_step_is_kept_if_asked_for(backend):
+    """Too large steps fall again: the best one is not the last."""
+    kept, last = (list(fit(task(backend), lr=3.0, lr_basis=3.0, keep_best=best)) for best in (True, False))
+    rewards = torch.stack([step.rewards for step in last])
+    assert (rewards.max(0).values > rewards[-1]).any()
+    torch.testing.assert_close(kept[-1].best, rewards.max(0).values)
+    torch.testing.assert_close(last[-1].best, rewards[-1])
+    images = generate(backend, PROMPTS, [0, 0, 0], last[-1].adapter, SAMPLING)
+    torch.testing.assert_close(score(REWARD, images, PROMPTS), rewards[-1], atol=1e-5, rtol=0)
+    assert (kept[-1].keeps_best, last[-1].keeps_best, last[-1].over) == (True, False, 1)
+
+
 def test_the_penalty_pulls_the_mean_back(backend):
     free, bound = (list(fit(task(backend), penalty_weight=weight, steps=10))[-1] for weight in (0.0, 1e3))
     assert (bound.penalty < free.penalty - 0.005).all()
