@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import re
 import sys
@@ -75,6 +76,9 @@ def read_texts(texts: Sequence[str], spec: str | None) -> list[str]:
     for text in texts:
         if Path(text).suffix.lower() in READERS and Path(text).is_file():
             raise InputError(f"{text!r} is a file; read its prompts with --prompts {text}")
+    if len(texts) > 1 and not any(" " in text.strip() for text in texts):
+        words = " ".join(texts)
+        logging.getLogger("ipgo").warning("these are %d prompts; one prompt is quoted: %r", len(texts), words)
     return [*texts, *(read_prompts(spec) if spec else [])]
 
 

@@ -137,6 +137,15 @@ def test_a_file_in_place_of_a_prompt(tmp_path: Path) -> None:
     assert cli.read_texts(["a fox.txt"], str(file)) == ["a fox.txt", "a fox"]
 
 
+def test_a_prompt_without_quotes_is_noticed(caplog: pytest.LogCaptureFixture) -> None:
+    assert cli.read_texts(["a", "lemon"], None) == ["a", "lemon"]
+    assert caplog.messages == ["these are 2 prompts; one prompt is quoted: 'a lemon'"]
+    caplog.clear()
+    cli.read_texts(["a lemon", "fox"], None)
+    cli.read_texts(["lemon"], None)
+    assert caplog.messages == []
+
+
 def test_a_full_disk_is_one_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
