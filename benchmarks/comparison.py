@@ -185,7 +185,7 @@ def summary(found: Mapping[Cell, Sequence[Row]]) -> str:
             gain.gain.value
             for (reward, _), each in gains.items()
             for name, gain in each.items()
-            if name in rewards and name != reward
+            if name in REWARDS and name != reward
         ]
         complete = len(gains) == len(found)
         words.append(f"{mean(others):+.3f}" if others and complete else "–")
@@ -223,13 +223,14 @@ def tables(found: Mapping[Cell, Sequence[Row]]) -> str:
 
 def against_raw(found: Mapping[Cell, Sequence[Row]]) -> str:
     """Ours and its variants, cell by cell: win rates, and every reward and the judge on unseen noise."""
-    head = ["entry", "raised", "prompts", "wins, fitted", "wins, unseen", *REWARDS, "judge: object"]
+    names = tuple(dict.fromkeys((*REWARDS, *(reward for reward, _ in found))))
+    head = ["entry", "raised", "prompts", "wins, fitted", "wins, unseen", *names, "judge: object"]
     lines = [head, ["---"] * len(head)]
     for (reward, kind), entries in found.items():
         for row in (each for each in entries if each.method == OURS and reward in each.unseen):
             judge = row.unseen.get("judge-object")
             wins = (f"{getattr(row, noise)[reward].wins.value:.0%}" for noise in ("fitted", "unseen"))
-            gains = (said(row.unseen[each]) if each in row.unseen else "–" for each in REWARDS)
+            gains = (said(row.unseen[each]) if each in row.unseen else "–" for each in names)
             seen = f"{judge.before:.1%} to {judge.after:.1%}" if judge else "–"
             lines.append([row.label, reward, kind, *wins, *gains, seen])
     return f"## {OURS} against raw\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -163,7 +163,7 @@ def fit(argv: list[str]) -> int:
     texts = read_texts(parsed.text, parsed.prompts)
     config = build(parsed, tuple(texts))
     for name in (config.reward, *held_out(config)):
-        check_reward(name)
+        check_reward(name, config.prompts)
     check_gradient(config)
     place = Path(parsed.out or Path("runs") / (slug(parsed.prompts or texts[0]) or "run"))
     folder = Run.open(place, config)
@@ -328,6 +328,8 @@ def evaluate(argv: list[str]) -> int:
     prompts = read_prompts(args.prompts) if args.prompts else done
     check_prompts(prompts)
     adapter.rows(prompts)
+    for name in args.rewards or ():
+        check_reward(name, prompts)
     source = backend_of(settings, args.backend)
     place = {"device": args.device, "text_device": args.text_device}
     config = replace(folder.config, backend=source, **place)

@@ -68,7 +68,7 @@ def compare(argv: list[str]) -> int:
 
     some = plan.config(next(iter(plan.entries)))
     for name in (some.reward, *held_out(some)):
-        check_reward(name)
+        check_reward(name, (*plan.prompts, *plan.unseen_prompts))
     check(folder)
     warn_of_unseen_words(some.backend, some.prompts)
     loading(some.backend)

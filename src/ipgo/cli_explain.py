@@ -60,6 +60,7 @@ def explain(argv: list[str]) -> int:
     texts = read_texts(args.text, args.prompts) or list(fitted)
     if not texts:
         raise InputError("prompts is empty; give at least one prompt")
+    check_reward(spec, texts)
     seeds = tuple(args.seeds or (config.seeds if config is not None else ()) or (0,))
     check_seeds(seeds)
     adapter.rows(texts)

@@ -48,6 +48,8 @@ def score(argv: list[str]) -> int:
     blind = [spec for spec in args.reward if prompts is None and needs_prompts(spec)]
     if blind:
         raise InputError(f"reward {blind[0]!r} looks at prompts; give --prompts or --prompt")
+    for spec in args.reward:
+        check_reward(spec, prompts or ())
     choose_device(args.device)
     for file in pictures:
         _check_picture(file)

@@ -119,7 +119,9 @@ def score(
             # Each gets its own: one that normalises in place shall not change what the next one sees.
             columns = {name: checked(reward, images.clone(), prompts) for name, reward in rewards.items()}
             verdicts = judge.marks(images, prompts) if judge is not None else {}
-        columns.update({f"judge-{name}": column for name, column in verdicts.items()})
+        # What was raised judges nothing.
+        marks = {name: column for name, column in verdicts.items() if f"emoji-{name}" not in trained_on}
+        columns.update({f"judge-{name}": column for name, column in marks.items()})
         for name, column in columns.items():
             for each, value in zip(part, column.tolist(), strict=True):
                 if not math.isnan(value):

@@ -131,7 +131,7 @@ def fit(
     )
     for spec in {config.reward, *judges_of(config)}:
         if given_reward is None or spec != config.reward:
-            check_reward(spec)
+            check_reward(spec, config.prompts)
     if given_reward is None:
         check_gradient(config)
     with tempfile.TemporaryDirectory() as temporary, torch.inference_mode(False):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ipgo import InputError, cli, load_reward
 from ipgo.images import from_pil
 from ipgo.rewards import emoji
 from ipgo.rewards.emoji.artwork import SPRITE
@@ -68,7 +69,7 @@ def scene_of(judge: Judge, boxes: dict[tuple[str, str], tuple[int, int, int]]) -
     ramp = np.linspace(-8, 8, 64)[:, None, None] + np.array([38.0, 152.0, 156.0])
     canvas = Image.fromarray(np.tile(ramp, (1, 64, 1)).round().astype(np.uint8)).convert("RGBA")
     for (name, style), (left, top, side) in boxes.items():
-        x, y = judge.objects.index(name) * SPRITE, judge.styles.index(style) * SPRITE
+        x, y = judge.reader.objects.index(name) * SPRITE, judge.reader.styles.index(style) * SPRITE
         sprite = sheet.crop((x, y, x + SPRITE, y + SPRITE)).resize((side, side), Image.Resampling.LANCZOS)
         canvas.alpha_composite(sprite, (left, top))
     return from_pil(canvas)[None]
@@ -107,6 +108,44 @@ def test_likeness_falls_with_all_that_the_artwork_is_not(judge: Judge) -> None:
     assert judge.likeness(picture, ["something else"]).isnan().all()
     assert judge.likeness(picture, ["a fox and a pear"]).isnan().all()  # who stands where?
     assert list(judge.marks(picture, [prompt])) == ["object", "colour", "style", "relation", "likeness"]
+
+
+def test_likeness_can_be_followed(judge: Judge) -> None:
+    """Its gradient is that of finite differences, where the artwork stays in its place, and points to the artwork."""
+    reward = load_reward("emoji-likeness", device="cpu")
+    prompts = ["a rabbit on a teal background, 3d style", "a fox left of a pear"]
+    whole = scene_of(judge, {("rabbit", "3d"): (8, 8, 48)})
+    pair = scene_of(judge, {("fox", "3d"): (2, 18, 28), ("pear", "3d"): (33, 19, 28)})
+    noise = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    images = (torch.cat([whole, pair]) * 0.8 + 0.1 + 0.05 * noise).requires_grad_()
+    values = reward(images, prompts)
+    torch.testing.assert_close(values.detach(), judge.likeness(images.detach(), prompts))
+    (slope,) = torch.autograd.grad(values.sum(), images)
+    direction = slope * (slope.abs() > 0)
+    step = 1e-2 * direction / direction.norm()
+    up, down = (reward(images.detach() + sign * step, prompts).sum() for sign in (1, -1))
+    assert (up - down).item() == pytest.approx(2e-2 * direction.norm().item(), rel=0.1)
+    target = torch.cat([whole, pair])
+    assert (
+        torch.nn.functional.cosine_similarity(
+            slope[0].flatten(), (target - images.detach())[0].flatten(), dim=0
+        )
+        > 0.1
+    )
+    alone = torch.stack([reward(images[row : row + 1], prompts[row : row + 1])[0] for row in (0, 1)])
+    torch.testing.assert_close(alone, values)
+
+
+def test_likeness_says_which_prompts_it_cannot_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for prompt in ("a dragon on a hill", "a fox and a pear"):
+        with pytest.raises(InputError, match=f"prompt '{prompt}' names none that there is"):
+            load_reward("emoji-likeness")(torch.rand(1, 3, 64, 64), [prompt])
+        words = ["fit", prompt, "--reward", "emoji-clip+0.5*emoji-likeness", "--out", str(tmp_path / "run")]
+        assert cli.main(words) == 2
+        assert "compares with artwork" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_held_out_combinations_are_a_fifth_and_never_in_training() -> None:

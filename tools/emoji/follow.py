@@ -18,6 +18,7 @@ import torch
 
 from ipgo import IPGO, Adapter, Backend, Reward, Sampling, Task, as_reward, load_backend
 from ipgo.rewards.emoji.artwork import Artwork
+from ipgo.rewards.emoji.claims import Claims
 from tools.emoji import data, parts, sprites, world
 from tools.emoji.loop import DEVICE, HALF, mixed, trained
 from tools.emoji.networks import as_bytes, embed_images, embed_texts, graded, load_clip, pipeline, pixels
@@ -129,8 +130,10 @@ def followed(name: str, count: int, number: int) -> Round:
 
 def likeness(pictures: np.ndarray, scene: world.Scene) -> np.ndarray:
     """Of bytes (N, 64, 64, 3) that should show a scene: (N,)."""
-    what = scene.objects, scene.relation, scene.style
-    return np.array([artwork().likeness(each, *what) for each in pixels(pictures).add(1).div(2)], np.float32)
+    claims = Claims(scene.objects, scene.relation, scene.colour, scene.style)
+    with torch.no_grad():
+        found = [artwork().likeness(each, claims).item() for each in pixels(pictures).add(1).div(2)]
+    return np.array(found, np.float32)
 
 
 @functools.cache

@@ -25,6 +25,7 @@ PREFERENCE = (
 )
 VALUES = {
     "clip": ALIGNMENT,
+    "likeness": ALIGNMENT,
     "judge": ALIGNMENT,
     "aesthetic": BEAUTY,
     "preference": PREFERENCE,

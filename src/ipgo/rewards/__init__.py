@@ -27,6 +27,7 @@ REWARDS: dict[str, str] = {
     "emoji-clip": "ipgo.rewards.emoji:load_clip",
     "emoji-aesthetic": "ipgo.rewards.emoji:load_aesthetic",
     "emoji-preference": "ipgo.rewards.emoji:load_preference",
+    "emoji-likeness": "ipgo.rewards.emoji:load_likeness",
     "emoji-judge": "ipgo.rewards.emoji:load_judge",
     "colorfulness": "ipgo.rewards.pixels:load_colorfulness",
     "contrast": "ipgo.rewards.pixels:load_contrast",
@@ -46,6 +47,7 @@ SOURCES: dict[str, Source] = {
     "imagereward": Source("THUDM/ImageReward", "ImageReward.pt"),
 }
 BLIND = ("emoji-aesthetic", "colorfulness", "contrast", "aesthetic")  # they do not look at the prompt
+PARTICULAR = ("emoji-likeness",)  # they have no answer for some prompts, and say for which: without a model
 JUDGES = ("emoji-judge",)  # they have no gradient
 VARIANT = "notebook"  # `clip@notebook`
 # What begins so goes on to the end of a spec, whatever + and * are in it.
@@ -223,8 +225,11 @@ def combine(spec: str, load: Callable[[str], Reward]) -> Reward:
     return WeightedSum(rewards, weights, spec)
 
 
-def check_reward(spec: str) -> None:
-    """Raise `InputError` for a spec that cannot be loaded, as far as that shows without loading a model."""
+def check_reward(spec: str, prompts: Sequence[str] = ()) -> None:
+    """Raise `InputError` for a spec that cannot be loaded, as far as that shows without loading a model.
+
+    Also for one that has no answer for one of the prompts.
+    """
     for term in _terms(spec):
         _, name = _term(term)
         if name[:4] in EXTERNAL:
@@ -233,6 +238,8 @@ def check_reward(spec: str) -> None:
             checkpoint = _checkpoint(name)
             if checkpoint is not None:
                 checkpoint.check()
+            if name in PARTICULAR and prompts:
+                load_reward(name, device="cpu").check(prompts)  # type: ignore[attr-defined]
         else:
             _load(name, torch.device("cpu"))  # a function; or an unknown name
 

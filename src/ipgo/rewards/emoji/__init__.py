@@ -1,6 +1,6 @@
-"""The bundled world's rewards (`emoji-clip`, `emoji-aesthetic`, `emoji-preference`) and its held-out judge.
+"""The bundled world's rewards (`emoji-likeness`, `emoji-clip`, `emoji-aesthetic`, `emoji-preference`) and its judge.
 
-All are trained by tools/emoji on drawn scenes; docs/emoji-model.md says how well they do.
+All but the first are trained by tools/emoji on drawn scenes; docs/emoji-model.md says how well they do.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,10 +14,11 @@ from transformers.utils import logging
 
 from ipgo.rewards.checkpoints import identity
 from ipgo.rewards.clip import ClipReward, TextTower
+from ipgo.rewards.emoji.artwork import load_likeness
 from ipgo.rewards.emoji.judge import Judge, load_judge
 from ipgo.rewards.preprocessing import Preprocessing
 
-__all__ = ["Judge", "load_aesthetic", "load_clip", "load_judge", "load_preference"]
+__all__ = ["Judge", "load_aesthetic", "load_clip", "load_judge", "load_likeness", "load_preference"]
 
 FOLDER = Path(__file__).parent
 PREPROCESSING = Preprocessing(64, mean=(0.5,) * 3, std=(0.5,) * 3)

@@ -4,8 +4,9 @@ nothing, so that no optimiser can fool it."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from ipgo.errors import InputError
+from ipgo.images import center_crop, resize
+from ipgo.rewards.checkpoints import identity
+from ipgo.rewards.emoji.claims import Claims, Reader, load_labels
+
+SHEET = Path(__file__).parent / "artwork.png"
 SIZE = 64  # of the pictures
 SPRITE = 96  # pixels of a sprite's side in the sheet: one row of sprites for each style
 FINE = 3  # renderings are made so much larger and box-reduced, as scenes are drawn
@@ -50,53 +57,97 @@ class Artwork:
             for (column, name), (row, style) in itertools.product(enumerate(objects), enumerate(styles))
         }
 
-    @torch.no_grad()
-    def likeness(
-        self, image: Tensor, objects: Sequence[str], relation: str | None, style: str | None
-    ) -> float:
-        """How well the artwork, where it fits best, explains a picture (3, 64, 64) in [0, 1]; of two objects, the mean.
+    def likeness(self, image: Tensor, claims: Claims) -> Tensor:
+        """How well the artwork, where it fits best, explains a picture (3, H, W) in [0, 1]; of two objects, the mean.
 
-        1 is the artwork itself, 0 what explains it no better than the bare background. Half of it is of the pixels,
-        half of their differences to their neighbours, where lines and details are. Without a style, the better one.
+        A number () with a gradient, on the CPU. 1 is the artwork itself, 0 what explains it no better than the bare
+        background. Half of it is of the pixels, half of their differences to their neighbours, where lines and details
+        are. Without a style, the better one. The claims must be `placed`.
         """
-        image = image.cpu().float()
-        ground = background(image)
-        places = PLACES[relation] if relation else ALONE
+        picture = in_size(image.cpu()[None])[0]
+        places = PLACES[claims.relation] if claims.relation else ALONE
         found = [
-            sum(
-                self._explained(image, ground, self._sprites[name, each], place, SIDES[len(places)])
-                for name, place in zip(objects, places, strict=True)
-            )
-            / len(places)
-            for each in ([style] if style else self.styles)
+            torch.stack(
+                [
+                    self._explained(picture, self._sprites[name, each], place, SIDES[len(places)])
+                    for name, place in zip(claims.objects, places, strict=True)
+                ]
+            ).mean()
+            for each in ([claims.style] if claims.style else self.styles)
         ]
-        return max(found)
+        return torch.stack(found).max()
 
     def _explained(
-        self,
-        image: Tensor,
-        ground: Tensor,
-        sprite: Tensor,
-        place: tuple[float, float],
-        sides: tuple[float, ...],
-    ) -> float:
-        """The likeness of one object: a coarse search at half the size, then ever smaller steps around the best."""
-        half, low = (F.avg_pool2d(each, 2) for each in (image, ground))
-        x, y = (torch.tensor([middle + shift for shift in SHIFTS]) for middle in place)
-        boxes = torch.cartesian_prod(x, y, torch.tensor(sides))
-        small = F.interpolate(sprite[None], size=(round(sides[1] / 2),) * 2, mode="bilinear", antialias=True)[
-            0
-        ]
-        box = boxes[_error(half, low, rendered(small, boxes, SIZE // 2)).argmin()]
-        small = F.interpolate(sprite[None], size=(round(sides[1]),) * 2, mode="bilinear", antialias=True)[0]
-        step = torch.tensor([0.75, 0.75, 1.0])
-        moves = torch.cat([torch.zeros(1, 3), torch.eye(3), -torch.eye(3)])
-        for _ in range(7):
-            near = box + moves * step
-            best = int(_error(image, ground, rendered(small, near, SIZE)).argmin())
-            box, step = near[best], step if best else step / 2
-        exact = F.avg_pool2d(rendered(sprite, box[None], SIZE * FINE), FINE)
-        return float(1 - _error(image, ground, exact).clamp(max=2)[0] / 2)
+        self, image: Tensor, sprite: Tensor, place: tuple[float, float], sides: tuple[float, ...]
+    ) -> Tensor:
+        """The likeness of one object."""
+        with torch.no_grad():
+            ground = background(image)
+            box = _fitted(image, ground, sprite, place, sides)
+            drawn = F.avg_pool2d(rendered(sprite, box[None], SIZE * FINE), FINE)
+        return 1 - _error(image, ground, drawn)[0] / 2
+
+
+class Likeness:
+    """How much pictures look like the artwork they should show, 0 to 1. Nothing in it is learned, nothing fools it."""
+
+    name = "emoji-likeness"
+    differentiable = True
+
+    def __init__(self, artwork: Artwork, reader: Reader) -> None:
+        self.artwork, self.reader = artwork, reader
+        self.identity = identity(self.name, [SHEET], "shorter side bicubic")
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """(B,); `InputError` for a prompt of which it is not known what should be seen where."""
+        self.check(prompts)
+        pairs = zip(images, map(self.reader.read, prompts), strict=True)
+        return torch.stack([self.artwork.likeness(*pair) for pair in pairs]).to(images.device)
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """Raise `InputError` for such a prompt."""
+        for prompt in prompts:
+            if not self.reader.read(prompt).placed:
+                raise InputError(
+                    f"reward {self.name!r} compares with artwork, and prompt {prompt[:60]!r} names none that there is "
+                    "(see `ipgo list objects`), or two and not how they stand; take another reward, such as "
+                    "emoji-preference"
+                )
+
+
+def load_likeness(device: str | torch.device = "cpu") -> Likeness:
+    """How much the picture looks like the artwork it should show. Nothing in it is learned, so nothing fools it."""
+    labels = load_labels()
+    return Likeness(load_artwork(labels), Reader(labels))
+
+
+def load_artwork(labels: Mapping[str, Any]) -> Artwork:
+    """The package's."""
+    return Artwork(SHEET, list(labels["objects"]), list(labels["styles"]))
+
+
+def in_size(images: Tensor) -> Tensor:
+    """(B, 3, H, W) in the size of the bundled model's pictures."""
+    return center_crop(resize(images.float(), SIZE), SIZE)
+
+
+def _fitted(
+    image: Tensor, ground: Tensor, sprite: Tensor, place: tuple[float, float], sides: tuple[float, ...]
+) -> Tensor:
+    """The box (3,) where a sprite fits best: a coarse search at half the size, then ever smaller steps around it."""
+    half, low = (F.avg_pool2d(each, 2) for each in (image, ground))
+    x, y = (torch.tensor([middle + shift for shift in SHIFTS]) for middle in place)
+    boxes = torch.cartesian_prod(x, y, torch.tensor(sides))
+    small = F.interpolate(sprite[None], size=(round(sides[1] / 2),) * 2, mode="bilinear", antialias=True)[0]
+    box = boxes[_error(half, low, rendered(small, boxes, SIZE // 2)).argmin()]
+    small = F.interpolate(sprite[None], size=(round(sides[1]),) * 2, mode="bilinear", antialias=True)[0]
+    step = torch.tensor([0.75, 0.75, 1.0])
+    moves = torch.cat([torch.zeros(1, 3), torch.eye(3), -torch.eye(3)])
+    for _ in range(7):
+        near = box + moves * step
+        best = int(_error(image, ground, rendered(small, near, SIZE)).argmin())
+        box, step = near[best], step if best else step / 2
+    return box
 
 
 def rendered(sprite: Tensor, boxes: Tensor, size: int) -> Tensor:

@@ -4,10 +4,8 @@ The network is held out: no reward and no generator was trained with it, so it c
 one that merely fools the reward. The artwork was learned from nothing and cannot be fooled.
 """
 
-import json
-import re
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +13,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ipgo.images import center_crop, resize
 from ipgo.rewards.checkpoints import identity
-from ipgo.rewards.emoji.artwork import Artwork
+from ipgo.rewards.emoji.artwork import Artwork, in_size, load_artwork
+from ipgo.rewards.emoji.claims import Claims, Reader, load_labels
 
 FOLDER = Path(__file__).parent
-SIZE = 64
 
 
 class Block(nn.Module):
@@ -62,16 +59,6 @@ class Network(nn.Module):
         return self.heads(torch.relu(self.hidden(features))).split(self.sizes, dim=-1)  # type: ignore[no-any-return]
 
 
-@dataclass(frozen=True)
-class Claims:
-    """What a prompt says; None or empty where it is silent."""
-
-    objects: tuple[str, ...]
-    relation: str | None
-    colour: str | None
-    style: str | None
-
-
 class Judge:
     """Names what pictures show and compares it with what prompts claim."""
 
@@ -82,39 +69,24 @@ class Judge:
     def __init__(self, network: Network, labels: Mapping[str, Any], artwork: Artwork) -> None:
         self.network = network.eval().requires_grad_(False)
         self.artwork = artwork
-        self.objects: list[str] = list(labels["objects"])
-        self.colours: list[str] = list(labels["colours"])
-        self.styles: list[str] = list(labels["styles"])
-        self._nouns = {word: name for name, words in labels["objects"].items() for word in (name, *words)}
-        self._styles = {word: name for name, words in labels["styles"].items() for word in (name, *words)}
-        self._relations = {word: name for name, words in labels["relations"].items() for word in words}
+        self.reader = Reader(labels)
 
     def read(self, prompt: str) -> Claims:
-        """Find the objects, their relation, the background colour and the style that a prompt names."""
-        text = prompt.lower()
-        objects = tuple(self._nouns[word] for word in _mentions(text, self._nouns))[:2]
-        relations = [self._relations[word] for word in _mentions(text, self._relations)]
-        colours = re.findall(rf"\b({'|'.join(self.colours)})\s+background\b", text)
-        styles = [self._styles[word] for word in _mentions(text, self._styles)]
-        return Claims(
-            objects=objects,
-            relation=relations[0] if relations and len(objects) == 2 else None,
-            colour=colours[0] if colours else None,
-            style=styles[0] if styles else None,
-        )
+        """What a prompt says: `Reader.read`."""
+        return self.reader.read(prompt)
 
     @torch.no_grad()
     def verdict(self, images: Tensor) -> list[Claims]:
         """What each picture (B, 3, H, W in [0, 1]) shows, in the terms of a prompt's claims."""
         device = next(self.network.parameters()).device
-        logits = self.network(_prepared(images.to(device)) * 2 - 1)
+        logits = self.network(in_size(images.to(device)) * 2 - 1)
         layout, first, second, colour, style = (part.argmax(-1).tolist() for part in logits[:5])
-        found = []
+        found, words = [], self.reader
         for row in range(len(images)):
             pair = layout[row] != 0 and second[row] != 0
-            names = (self.objects[first[row]], *([self.objects[second[row] - 1]] if pair else []))
+            names = (words.objects[first[row]], *([words.objects[second[row] - 1]] if pair else []))
             relation = {1: "left", 2: "above"}[layout[row]] if pair else None
-            found.append(Claims(names, relation, self.colours[colour[row]], self.styles[style[row]]))
+            found.append(Claims(names, relation, words.colours[colour[row]], words.styles[style[row]]))
         return found
 
     def accuracy(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -124,20 +96,16 @@ class Judge:
             key: torch.tensor([row[key] for row in rows]) for key in ("object", "colour", "style", "relation")
         }
 
+    @torch.no_grad()
     def likeness(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """How much each picture looks like the artwork of what its prompt names, (B,) in [0, 1]: `Artwork.likeness`.
 
         NaN for a prompt that names no object, or two without their places.
         """
+        nothing = torch.tensor(math.nan)
         claims = [self.read(prompt) for prompt in prompts]
-        return torch.tensor(
-            [
-                self.artwork.likeness(image, each.objects, each.relation, each.style)
-                if each.objects and (len(each.objects) == 1) == (each.relation is None)
-                else float("nan")
-                for image, each in zip(_prepared(images), claims, strict=True)
-            ]
-        )
+        pairs = zip(images, claims, strict=True)
+        return torch.stack([self.artwork.likeness(*pair) if pair[1].placed else nothing for pair in pairs])
 
     def marks(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """`accuracy`, and "likeness"."""
@@ -147,17 +115,6 @@ class Judge:
         """The share of a prompt's claims that the picture bears out, in [0, 1]; 0 for a prompt that claims nothing."""
         marks = torch.stack(list(self.accuracy(images, prompts).values()))
         return marks.nanmean(dim=0).nan_to_num(0.0)
-
-
-def _prepared(images: Tensor) -> Tensor:
-    """In the judge's size."""
-    return center_crop(resize(images.float(), SIZE), SIZE)
-
-
-def _mentions(text: str, words: Mapping[str, str]) -> list[str]:
-    """The known words in the order of the text, the longest first where several fit."""
-    longest = sorted(words, key=len, reverse=True)
-    return re.findall(rf"\b({'|'.join(map(re.escape, longest))})\b", text)
 
 
 def _compare(claimed: Claims, seen: Claims) -> dict[str, float]:
@@ -177,14 +134,12 @@ def _compare(claimed: Claims, seen: Claims) -> dict[str, float]:
 
 def load_judge(device: str | torch.device = "cpu") -> Judge:
     """The judge with its weights and the words it understands."""
-    labels = json.loads((FOLDER / "judge.json").read_text())
+    labels = load_labels()
     network = Network(labels["sizes"])
     network.load_state_dict(
         {key: value.float() for key, value in load_file(FOLDER / "judge.safetensors").items()}
     )
-    artwork = Artwork(FOLDER / "artwork.png", list(labels["objects"]), list(labels["styles"]))
-    judge = Judge(network.to(device), labels, artwork)
-    judge.identity = identity(
-        judge.name, [FOLDER / "judge.safetensors", FOLDER / "artwork.png"], "shorter side bicubic, [-1, 1]"
-    )
+    judge = Judge(network.to(device), labels, load_artwork(labels))
+    files = [FOLDER / "judge.safetensors", FOLDER / "artwork.png"]
+    judge.identity = identity(judge.name, files, "shorter side bicubic, [-1, 1]")
     return judge

@@ -1,0 +1,65 @@
+"""What a prompt of the bundled world says of a picture."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+LABELS = Path(__file__).parent / "judge.json"
+
+
+@dataclass(frozen=True)
+class Claims:
+    """What a prompt says; None or empty where it is silent."""
+
+    objects: tuple[str, ...]
+    relation: str | None
+    colour: str | None
+    style: str | None
+
+    @property
+    def placed(self) -> bool:
+        """Is it known what should be seen where: one object, or two and how they stand?"""
+        return len(self.objects) == (1 if self.relation is None else 2)
+
+
+class Reader:
+    """Finds the words of the bundled world in prompts. `labels` are those of judge.json."""
+
+    def __init__(self, labels: Mapping[str, Any]) -> None:
+        self.objects: list[str] = list(labels["objects"])
+        self.colours: list[str] = list(labels["colours"])
+        self.styles: list[str] = list(labels["styles"])
+        self._nouns = {word: name for name, words in labels["objects"].items() for word in (name, *words)}
+        self._styles = {word: name for name, words in labels["styles"].items() for word in (name, *words)}
+        self._relations = {word: name for name, words in labels["relations"].items() for word in words}
+
+    def read(self, prompt: str) -> Claims:
+        """Find the objects, their relation, the background colour and the style that a prompt names."""
+        text = prompt.lower()
+        objects = tuple(self._nouns[word] for word in _mentions(text, self._nouns))[:2]
+        relations = [self._relations[word] for word in _mentions(text, self._relations)]
+        colours = re.findall(rf"\b({'|'.join(self.colours)})\s+background\b", text)
+        styles = [self._styles[word] for word in _mentions(text, self._styles)]
+        return Claims(
+            objects=objects,
+            relation=relations[0] if relations and len(objects) == 2 else None,
+            colour=colours[0] if colours else None,
+            style=styles[0] if styles else None,
+        )
+
+
+def _mentions(text: str, words: Mapping[str, str]) -> list[str]:
+    """The known words in the order of the text, the longest first where several fit."""
+    longest = sorted(words, key=len, reverse=True)
+    return re.findall(rf"\b({'|'.join(map(re.escape, longest))})\b", text)
+
+
+def load_labels() -> dict[str, Any]:
+    """The words of the bundled world, and the sizes of the judge's heads."""
+    labels: dict[str, Any] = json.loads(LABELS.read_text())
+    return labels
