@@ -185,7 +185,7 @@ def summary(found: Mapping[Cell, Sequence[Row]]) -> str:
             gain.gain.value
             for (reward, _), each in gains.items()
             for name, gain in each.items()
-            if name in REWARDS and name != reward
+            if name in (*REWARDS, *rewards) and name != reward
         ]
         complete = len(gains) == len(found)
         words.append(f"{mean(others):+.3f}" if others and complete else "–")

@@ -23,6 +23,7 @@ from ipgo.prompts import read_prompts
 from ipgo.runner import BUNDLED_REWARDS
 
 REWARDS = BUNDLED_REWARDS["emoji"]
+TRUTH = "emoji-likeness"
 FITTED = (0, 1, 2, 3)
 STRENGTHS = {  # steps, learning rate of the coefficients
     "40 steps, lr 0.006": (40, 0.006),
@@ -50,11 +51,12 @@ def measure(reward: str, strength: str, prompts: list[str]) -> tuple[Point, Imag
     values: dict[tuple[str, str], list[float]] = defaultdict(list)
     for each in (each for fitted in result for each in fitted.scores if each.seed not in FITTED):
         values[each.method, each.reward].append(each.value)
-    gains = {name: np.mean(values["ipgo", name]) - np.mean(values["raw", name]) for name in REWARDS}
-    rises = {name: float(gains[name] / np.std(values["raw", name])) for name in REWARDS}
+    names = dict.fromkeys((*REWARDS, reward))
+    gains = {name: np.mean(values["ipgo", name]) - np.mean(values["raw", name]) for name in names}
+    rises = {name: float(gains[name] / np.std(values["raw", name])) for name in names}
+    marks = "judge-object", reward if reward == TRUTH else "judge-likeness"
     objects, likeness = (
-        tuple(float(np.mean(values[each, f"judge-{mark}"])) for each in ("raw", "ipgo"))
-        for mark in ("object", "likeness")
+        tuple(float(np.mean(values[each, mark])) for each in ("raw", "ipgo")) for mark in marks
     )
     strip = np.concatenate([np.asarray(fitted.after[max(fitted.after)]) for fitted in result], axis=1)
     return Point(rises, float(gains[reward]), objects, likeness), Image.fromarray(strip)
@@ -85,7 +87,7 @@ def plot(found: dict[str, list[Point]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--rewards", nargs="+", default=list(REWARDS), choices=REWARDS)
+    parser.add_argument("--rewards", nargs="+", default=[*REWARDS, TRUTH], choices=(*REWARDS, TRUTH))
     parser.add_argument("--prompts", default="one:test?n=4")
     parser.add_argument("--strengths", nargs="+", default=list(STRENGTHS), choices=STRENGTHS)
     parser.add_argument("--out", type=Path, default=Path("docs/over-optimisation"), help="without suffix")

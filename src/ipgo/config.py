@@ -67,7 +67,7 @@ class RunConfig:
     prompts: tuple[str, ...]
     method: Method = IPGO()
     backend: str = "emoji"
-    reward: str = "emoji-preference"
+    reward: str = "emoji-likeness"
     held_out: tuple[str, ...] | None = None
     sampling: Sampling = Sampling()
     seeds: tuple[int, ...] = None  # type: ignore[assignment]  # then it is `default_seeds(method)`, never None

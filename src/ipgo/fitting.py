@@ -68,7 +68,7 @@ class Result(Sequence[Fitted]):
 def fit(
     prompts: str | Sequence[str],
     *,
-    reward: str | Reward = "emoji-preference",
+    reward: str | Reward = "emoji-likeness",
     backend: str | Path | Backend | object = "emoji",
     method: str | Method = "ipgo",
     held_out: Sequence[str] | None = None,

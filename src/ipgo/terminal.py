@@ -76,7 +76,7 @@ def read_texts(texts: Sequence[str], spec: str | None) -> list[str]:
     for text in texts:
         if Path(text).suffix.lower() in READERS and Path(text).is_file():
             raise InputError(f"{text!r} is a file; read its prompts with --prompts {text}")
-    if len(texts) > 1 and not any(" " in text.strip() for text in texts):
+    if 1 < len(texts) == len(set(texts)) and not any(" " in text.strip() for text in texts):
         words = " ".join(texts)
         logging.getLogger("ipgo").warning("these are %d prompts; one prompt is quoted: %r", len(texts), words)
     return [*texts, *(read_prompts(spec) if spec else [])]
