@@ -58,18 +58,18 @@ class Artwork:
         }
 
     def likeness(self, image: Tensor, claims: Claims) -> Tensor:
-        """How well the artwork, where it fits best, explains a picture (3, H, W) in [0, 1]; of two objects, the mean.
+        """How well a picture (3, H, W) in [0, 1] agrees with the artwork, where it fits best; of two objects, the mean.
 
-        A number () with a gradient, on the CPU. 1 is the artwork itself, 0 what explains it no better than the bare
-        background. Half of it is of the pixels, half of their differences to their neighbours, where lines and details
-        are. Without a style, the better one. The claims must be `placed`.
+        A number () with a gradient, on the CPU. 1 is the artwork itself, 0 what has nothing in common with it. The mean
+        of pixels and of their differences to their neighbours, where lines and details are. Without a style, the better
+        one. The claims must be `placed`.
         """
         picture = in_size(image.cpu()[None])[0]
         places = PLACES[claims.relation] if claims.relation else ALONE
         found = [
             torch.stack(
                 [
-                    self._explained(picture, self._sprites[name, each], place, SIDES[len(places)])
+                    self._of_one(picture, self._sprites[name, each], place, SIDES[len(places)])
                     for name, place in zip(claims.objects, places, strict=True)
                 ]
             ).mean()
@@ -77,7 +77,7 @@ class Artwork:
         ]
         return torch.stack(found).max()
 
-    def _explained(
+    def _of_one(
         self, image: Tensor, sprite: Tensor, place: tuple[float, float], sides: tuple[float, ...]
     ) -> Tensor:
         """The likeness of one object."""
@@ -85,7 +85,7 @@ class Artwork:
             ground = background(image)
             box = _fitted(image, ground, sprite, place, sides)
             drawn = F.avg_pool2d(rendered(sprite, box[None], SIZE * FINE), FINE)
-        return 1 - _error(image, ground, drawn)[0] / 2
+        return _agreement(image, ground, drawn)[0].clamp(min=0)
 
 
 class Likeness:
@@ -139,13 +139,13 @@ def _fitted(
     x, y = (torch.tensor([middle + shift for shift in SHIFTS]) for middle in place)
     boxes = torch.cartesian_prod(x, y, torch.tensor(sides))
     small = F.interpolate(sprite[None], size=(round(sides[1] / 2),) * 2, mode="bilinear", antialias=True)[0]
-    box = boxes[_error(half, low, rendered(small, boxes, SIZE // 2)).argmin()]
+    box = boxes[_agreement(half, low, rendered(small, boxes, SIZE // 2)).argmax()]
     small = F.interpolate(sprite[None], size=(round(sides[1]),) * 2, mode="bilinear", antialias=True)[0]
     step = torch.tensor([0.75, 0.75, 1.0])
     moves = torch.cat([torch.zeros(1, 3), torch.eye(3), -torch.eye(3)])
     for _ in range(7):
         near = box + moves * step
-        best = int(_error(image, ground, rendered(small, near, SIZE)).argmin())
+        best = int(_agreement(image, ground, rendered(small, near, SIZE)).argmax())
         box, step = near[best], step if best else step / 2
     return box
 
@@ -179,24 +179,28 @@ def background(image: Tensor) -> Tensor:
     return fitted
 
 
-def _error(image: Tensor, ground: Tensor, sprites: Tensor) -> Tensor:
-    """What drawn sprites (N, 4, S, S) leave unexplained around them: (N,), of pixels plus of their differences.
+def _agreement(image: Tensor, ground: Tensor, sprites: Tensor) -> Tensor:
+    """How well drawn sprites (N, 4, S, S) and the picture agree in what they change of the background there: (N,).
 
-    In units of what they change of the background.
+    The mean of pixels and of their differences, where lines and details are.
     """
-    change = sprites[:, :3] - ground * sprites[:, 3:]
-    rest = image - ground - change
+    drawn = sprites[:, :3] - ground * sprites[:, 3:]
+    seen = image - ground
     near = (F.max_pool2d(sprites[:, 3:], 5, 1, 2) > 0.02).float()
-    return _share(rest, change, near) + _share(_edges(rest), _edges(change), near[..., :-1, :-1])
+    return (_alike(seen, drawn, near) + _alike(_edges(seen), _edges(drawn), near[..., :-1, :-1])) / 2
 
 
-def _share(rest: Tensor, change: Tensor, near: Tensor) -> Tensor:
-    """The energy of the rest in units of that of the change, at most 1: (N,)."""
-    left, whole = ((each * near).square().sum((1, 2, 3)) for each in (rest, change))
-    share: Tensor = left / whole.clamp_min(1e-6)
-    return share.clamp(max=1)
+def _alike(a: Tensor, b: Tensor, near: Tensor) -> Tensor:
+    """2 ab / (aa + bb), as SSIM compares contrast and structure: (N,), 1 for the same, 0 for nothing in common.
+
+    Blurring or fading what is wrong gains nothing, as it would with an error.
+    """
+    a, b = a * near, b * near
+    both, each = ((x * y).sum((1, 2, 3)) for x, y in ((a, b), (a, a)))
+    alike: Tensor = 2 * both / (each + b.square().sum((1, 2, 3))).clamp_min(1e-6)
+    return alike
 
 
 def _edges(images: Tensor) -> Tensor:
     """Differences to the neighbours on the right and below."""
-    return torch.cat([images.diff(dim=-1)[..., :-1, :], images.diff(dim=-2)[..., :-1]], dim=1)
+    return torch.cat([images.diff(dim=-1)[..., :-1, :], images.diff(dim=-2)[..., :-1]], dim=-3)
