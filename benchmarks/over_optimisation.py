@@ -43,11 +43,13 @@ class Point:
     likeness: tuple[float, float]
 
 
-def measure(reward: str, strength: str, prompts: list[str]) -> tuple[Point, Image.Image]:
+def measure(
+    backend: ipgo.Backend, reward: str, strength: str, prompts: list[str]
+) -> tuple[Point, Image.Image]:
     """One fit of all prompts, scored on unseen noise; and a strip of one unseen image of each."""
     steps, lr = STRENGTHS[strength]
     method = ipgo.IPGO(ascent=replace(ipgo.IPGO().ascent, steps=steps, lr=lr, lr_decay=1.0))
-    result = ipgo.fit(prompts, reward=reward, method=method, seeds=FITTED)
+    result = ipgo.fit(prompts, reward=reward, method=method, seeds=FITTED, backend=backend)
     values: dict[tuple[str, str], list[float]] = defaultdict(list)
     for each in (each for fitted in result for each in fitted.scores if each.seed not in FITTED):
         values[each.method, each.reward].append(each.value)
@@ -90,9 +92,10 @@ def main() -> None:
     parser.add_argument("--rewards", nargs="+", default=[*REWARDS, TRUTH], choices=(*REWARDS, TRUTH))
     parser.add_argument("--prompts", default="one:test?n=4")
     parser.add_argument("--strengths", nargs="+", default=list(STRENGTHS), choices=STRENGTHS)
+    parser.add_argument("--dtype", default="auto", help="of the backend, as in fit")
     parser.add_argument("--out", type=Path, default=Path("docs/over-optimisation"), help="without suffix")
     options = parser.parse_args()
-    prompts = read_prompts(options.prompts)
+    prompts, backend = read_prompts(options.prompts), ipgo.load_backend("emoji", dtype=options.dtype)
     lines = [
         "| reward | strength | gain | in sd | held-out, in their sd | judge: object | judge: likeness |",
         "|---|---|---|---|---|---|---|",
@@ -102,7 +105,7 @@ def main() -> None:
     sheet = []
     for reward in options.rewards:
         for strength in options.strengths:
-            point, strip = measure(reward, strength, prompts)
+            point, strip = measure(backend, reward, strength, prompts)
             found.setdefault(reward, []).append(point)
             sheet.append(np.asarray(strip))
             held = "; ".join(
@@ -119,6 +122,8 @@ def main() -> None:
     plot(found, options.out.with_suffix(".png"))
     Image.fromarray(np.concatenate(sheet)).save(options.out.with_name(options.out.name + "-images.png"))
     command = f"python benchmarks/over_optimisation.py --prompts '{options.prompts}'"
+    if options.dtype != "auto":
+        command += f" --dtype {options.dtype}"
     if options.strengths != list(STRENGTHS):
         command += " --strengths " + " ".join(f"'{name}'" for name in options.strengths)
     options.out.with_suffix(".md").write_text(f"`{command}`\n\n" + "\n".join(lines) + "\n")
