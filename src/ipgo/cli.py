@@ -344,6 +344,9 @@ def evaluate(argv: list[str]) -> int:
         logging.getLogger("ipgo").warning(
             "%s was fitted on a backend of other weights; what it learned may do nothing here", args.run
         )
+    schedules = folder.facts.get("schedule"), models.backend.identity["schedule"]
+    if all(schedules) and schedules[0] != schedules[1]:
+        logging.getLogger("ipgo").warning("%s was drawn by the scheduler %s, not %s", args.run, *schedules)
     adapters = {"raw": Adapter(), config.method_name: adapter.to(models.backend.device)}
     scores = evaluate(
         models.backend,

@@ -112,7 +112,8 @@ def _modules(value: object, seen: set[int]) -> Iterator[nn.Module]:
         yield from _modules(value.__self__, seen)
     elif inspect.isfunction(value) and id(value) not in seen:
         seen.add(id(value))
-        for _, each in _reached(_unwrapped(value)):
+        inner = _unwrapped(value)
+        for _, each in _reached(inner) if inspect.isfunction(inner) else ():
             yield from _modules(each, seen)
 
 
