@@ -246,11 +246,10 @@ def test_dropout_and_batch_norm_in_training_mode_are_noticed():
         assert not is_unsettled(as_reward(reward, "mine"))
     for reward in (seen_through(moody), functools.partial(seen_through(torch.nn.BatchNorm1d(3)))):
         assert is_unsettled(as_reward(reward, "mine"))
-    wrapped = functools.wraps(len)(
+    wrapped = functools.wraps(divmod)(
         lambda images, prompts: images.mean((1, 2, 3))
     )  # what is wrapped has no code
     assert not is_unsettled(as_reward(wrapped, "mine"))
-    assert weights_of(wrapped)
     moody.eval()
     assert not is_unsettled(as_reward(seen_through(moody), "mine"))
 
