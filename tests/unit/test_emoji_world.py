@@ -106,6 +106,9 @@ def test_likeness_falls_with_all_that_the_artwork_is_not(judge: Judge) -> None:
     assert like(picture, prompt.replace("rabbit", "cactus")) < 0.5
     assert like(scene_of(judge, {})) < 0.05
     assert judge.likeness(picture, ["something else"]).isnan().all()
+    broken = picture.clone()
+    broken[0, 0, 5, 5] = float("nan")
+    assert judge.marks(broken, [prompt])["likeness"].isnan().all()
     assert judge.likeness(picture, ["a fox and a pear"]).isnan().all()  # who stands where?
     assert list(judge.marks(picture, [prompt])) == ["object", "colour", "style", "relation", "likeness"]
 

@@ -250,6 +250,10 @@ def test_dropout_and_batch_norm_in_training_mode_are_noticed():
         lambda images, prompts: images.mean((1, 2, 3))
     )  # what is wrapped has no code
     assert not is_unsettled(as_reward(wrapped, "mine"))
+    backwards = brighter(np.arange(3.0)[::-1])
+    assert weights_of(backwards) != weights_of(brighter(np.arange(3.0)))
+    assert weights_of(brighter(np.maximum))  # has no numbers
+    assert is_unsettled(as_reward(seen_through(torch.no_grad()(moody)), "mine"))
     moody.eval()
     assert not is_unsettled(as_reward(seen_through(moody), "mine"))
 

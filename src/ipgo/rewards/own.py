@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -113,7 +114,10 @@ def _modules(value: object, seen: set[int]) -> Iterator[nn.Module]:
     elif inspect.isfunction(value) and id(value) not in seen:
         seen.add(id(value))
         inner = _unwrapped(value)
-        for _, each in _reached(inner) if inspect.isfunction(inner) else ():
+        if not inspect.isfunction(inner):  # what a decorator has wrapped may be a module
+            yield from _modules(inner, seen)
+            return
+        for _, each in _reached(inner):
             yield from _modules(each, seen)
 
 
@@ -154,9 +158,9 @@ def _lines(value: object, seen: set[int]) -> Iterator[str]:
             yield from _lines(each, seen)
     elif value is None or isinstance(value, str | int | float):
         yield json.dumps(value)
-    elif type(value).__module__ == "numpy":
+    elif isinstance(value, np.ndarray | np.generic):
         with contextlib.suppress(TypeError):  # it may hold objects
-            yield _digest_of(torch.as_tensor(value))
+            yield _digest_of(torch.as_tensor(np.ascontiguousarray(value)))
 
 
 def _lines_of_function(function: Any, seen: set[int]) -> Iterator[str]:

@@ -100,12 +100,16 @@ class Judge:
     def likeness(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """How much each picture looks like the artwork of what its prompt names, (B,) in [0, 1]: `Artwork.likeness`.
 
-        NaN for a prompt that names no object, or two without their places.
+        NaN for a prompt that names no object, or two without their places, and for a picture that is not finite.
         """
         nothing = torch.tensor(math.nan)
         claims = [self.read(prompt) for prompt in prompts]
-        pairs = zip(images, claims, strict=True)
-        return torch.stack([self.artwork.likeness(*pair) if pair[1].placed else nothing for pair in pairs])
+        return torch.stack(
+            [
+                self.artwork.likeness(image, each) if each.placed and image.isfinite().all() else nothing
+                for image, each in zip(images, claims, strict=True)
+            ]
+        )
 
     def marks(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """`accuracy`, and "likeness"."""
