@@ -192,19 +192,19 @@ def watch(
     """
     begun, left = Counter(backend.calls), limit - price.of(earlier)
     backend.calls = ledger = Ledger(begun, price, left)
-    spent, steps, least = 0.0, 0, 1
+    spent, enough = 0.0, False
     try:
         for progress in search:
-            steps, least = steps + 1, progress.over if progress.keeps_best else 1
+            enough = not progress.keeps_best or progress.step >= progress.over  # every seed had its turn
             before, spent = spent, price.of(ledger) - price.of(begun)
             if spent + (spent - before) > left + SLACK and progress.step < progress.total:
-                if progress.keeps_best and progress.step < progress.over:
-                    raise BudgetSpent  # not every seed had its turn
+                if not enough:
+                    raise BudgetSpent
                 yield _last(progress)
                 return
             yield progress
     except BudgetSpent:
-        if steps < least:
+        if not enough:
             raise
     finally:
         backend.calls = Counter(ledger)

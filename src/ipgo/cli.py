@@ -32,7 +32,9 @@ from ipgo.terminal import (
     find_adapter,
     loading,
     read_texts,
+    run_of,
     underscores,
+    warn_of_other_backend,
 )
 
 if TYPE_CHECKING:
@@ -203,7 +205,7 @@ def show_run(folder: Run) -> int:
     failed = [result["prompt"] for result in folder.results() if result["status"] == "failed"]
     if failed:
         return _fail(
-            f"{len(failed)} of {len(folder.judged)} prompts failed, their reward or gradient was never finite: "
+            f"{len(failed)} of {len(folder.judged)} prompts failed, their reward or gradient was not finite: "
             f"{', '.join(map(repr, failed[:5]))}; `ipgo doctor` says more, and a new --out tries again",
             1,
         )
@@ -284,6 +286,7 @@ def generate(argv: list[str]) -> int:
     loading(source)
     backend = load_backend(source, device=args.device, text_device=args.text_device, **settings)
     backend.check_prompts(texts)
+    warn_of_other_backend(run_of(args.adapter), backend)
     adapter.to(backend.device)
     args.out.mkdir(parents=True, exist_ok=True)
     for prompt in number(texts):
@@ -316,7 +319,7 @@ def evaluate(argv: list[str]) -> int:
     from ipgo.rewards import check_reward
     from ipgo.runner import load_models, warn_of_unseen_words
     from ipgo.seeding import check_seeds
-    from ipgo.store import EVALUATION, Run, other_weights
+    from ipgo.store import EVALUATION, Run
 
     check_seeds(tuple(args.seeds))
     for name in args.rewards or ():
@@ -332,21 +335,15 @@ def evaluate(argv: list[str]) -> int:
         check_reward(name, prompts)
     source = backend_of(settings, args.backend)
     place = {"device": args.device, "text_device": args.text_device}
-    config = replace(folder.config, backend=source, **place)
-    if args.rewards:
-        config = replace(config, held_out=tuple(args.rewards))
+    scored_with = [name for name in folder.identities if name != folder.config.reward]
+    judges = tuple(args.rewards or scored_with)
+    config = replace(folder.config, backend=source, held_out=judges, **place)
     if args.prompts:
         warn_of_unseen_words(config.backend, prompts)
     loading(config.backend)
     models = load_models(config, begun_in=folder.dtype)
     models.backend.check_prompts(prompts)
-    if other_weights(folder.facts, models.backend.identity):
-        logging.getLogger("ipgo").warning(
-            "%s was fitted on a backend of other weights; what it learned may do nothing here", args.run
-        )
-    schedules = folder.facts.get("schedule"), models.backend.identity["schedule"]
-    if all(schedules) and schedules[0] != schedules[1]:
-        logging.getLogger("ipgo").warning("%s was drawn by the scheduler %s, not %s", args.run, *schedules)
+    warn_of_other_backend(folder, models.backend)
     adapters = {"raw": Adapter(), config.method_name: adapter.to(models.backend.device)}
     scores = evaluate(
         models.backend,

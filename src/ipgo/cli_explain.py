@@ -9,11 +9,19 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from ipgo.errors import InputError
-from ipgo.terminal import add_device_flags, backend_of, command_parser, find_adapter, loading, read_texts
+from ipgo.terminal import (
+    add_device_flags,
+    backend_of,
+    command_parser,
+    find_adapter,
+    loading,
+    read_texts,
+    run_of,
+    warn_of_other_backend,
+)
 
 if TYPE_CHECKING:
     from ipgo.explain import Explanation
-    from ipgo.store import Run
 
 
 def explain(argv: list[str]) -> int:
@@ -55,7 +63,6 @@ def explain(argv: list[str]) -> int:
     spec = args.reward or (config.reward if config is not None else None)
     if spec is None:
         raise InputError(f"{str(args.adapter)!r} is in no run's folder; name a reward with --reward")
-    check_reward(spec)
     fitted = adapter.prompts or (() if run is None else [prompt.text for prompt in run.judged])
     texts = read_texts(args.text, args.prompts) or list(fitted)
     if not texts:
@@ -69,6 +76,7 @@ def explain(argv: list[str]) -> int:
     loading(source)
     place = {"device": args.device, "text_device": args.text_device}
     backend = load_backend(source, **place, **settings)
+    warn_of_other_backend(run, backend)
     reward = load_reward(spec, device=args.device)
     words = Vocabulary.of(backend)
     adapter.to(backend.device)
@@ -86,14 +94,6 @@ def explain(argv: list[str]) -> int:
         files.write_json(args.out, content)
         print(f"numbers: {args.out}")
     return 0
-
-
-def run_of(path: Path) -> Run | None:
-    """The run that a folder is or belongs to."""
-    from ipgo.store import Run
-
-    places = [place for place in (path, *path.resolve().parents[:2]) if (place / "run.json").is_file()]
-    return Run.open(places[0]) if places else None
 
 
 def show(found: Explanation) -> str:

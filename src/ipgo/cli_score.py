@@ -42,8 +42,6 @@ def score(argv: list[str]) -> int:
 
     _check_out(args.out)
     pictures = find_pictures(args.images)
-    for spec in args.reward:
-        check_reward(spec)
     prompts = match_prompts(pictures, args.prompts, args.prompt)
     blind = [spec for spec in args.reward if prompts is None and needs_prompts(spec)]
     if blind:

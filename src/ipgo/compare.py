@@ -134,8 +134,9 @@ def within_budget(plan: Plan, label: str, config: RunConfig, models: Models) -> 
     if plan.budget is None or now is None:
         return config
     assert plan.price is not None
-    image = calls_of_an_image(models.backend, config.sampling.for_fit(models.backend))
-    cost = step_cost(config, image, plan.price, config.sampling.guided(models.backend))
+    fitted = replace(config, sampling=config.sampling.for_fit(models.backend))
+    image = calls_of_an_image(models.backend, fitted.sampling)
+    cost = step_cost(fitted, image, plan.price, config.sampling.guided(models.backend))
     steps = paid(config, plan.budget, cost)
     return fit_to(config, path, min(steps, now) if plan.states_length(label) else steps)
 
@@ -166,26 +167,26 @@ def _fit(plan: Plan, label: str, run: Run, models: Models, chunk: Chunk) -> tupl
 
     A method without a length, which the budget could set, may in any case draw once on each seed.
     """
-    config, budget, price = run.config, plan.budget, plan.price
-    if budget is None or price is None:
+    config, price = run.config, plan.price
+    if plan.budget is None or price is None:
         return fit_chunk(run, models, chunk)
+    calls = plan.budget
     if length_of(config.method, plan.length(label)) is None:
         image = calls_of_an_image(models.backend, config.sampling.for_fit(models.backend))
-        budget = max(budget, image * len(config.seeds))
+        calls = max(calls, image * max(1, len(config.seeds)))
 
     def limit(search: Iterator[Progress], earlier: Mapping[str, float]) -> Iterator[Progress]:
-        return watch(search, models.backend, price, budget * len(chunk.prompts), earlier)
+        return watch(search, models.backend, price, calls * len(chunk.prompts), earlier)
 
-    try:
-        return fit_chunk(run, models, chunk, limit)
-    except BudgetSpent:
-        if run.checkpoint(chunk) is None:
-            raise InputError(
-                f"budget is {budget}; {run.config.method_name!r} takes more for a first result"
-            ) from None
-        # The step after the checkpoint is not paid for, and only a step gives an adapter: start again.
-        run.drop_checkpoint(chunk)
-        return fit_chunk(run, models, chunk, limit)
+    for again in (True, False):
+        try:
+            return fit_chunk(run, models, chunk, limit)
+        except BudgetSpent:
+            if not again or run.checkpoint(chunk) is None:
+                break
+            # The step after the checkpoint is not paid for, and only a step gives an adapter: start again.
+            run.drop_checkpoint(chunk)
+    raise InputError(f"budget is {plan.budget}; {config.method_name!r} takes more for a first result")
 
 
 def _judge_unseen_prompts(run: Run, models: Models, prompts: Sequence[str]) -> None:

@@ -133,9 +133,7 @@ def _judge(reward: Reward, images: Tensor, prompt: str) -> tuple[Tensor | None, 
     """The gradient with respect to the images, or None if there is none to go on with."""
     name = f"reward {reward.name!r}"
     if not reward.differentiable:
-        return None, Finding(
-            f"{name} says itself that it has no gradient", _other_method().removeprefix("or ")
-        )
+        return None, Finding(f"{name} says itself that it has no gradient", _other_method())
     if is_unsettled(reward):
         text = f"{name} has batch norm or dropout in training mode: its number does not depend on the picture alone"
         return None, Finding(text, "call .eval() on the module")
@@ -145,12 +143,12 @@ def _judge(reward: Reward, images: Tensor, prompt: str) -> tuple[Tensor | None, 
         if error.__cause__ is None:
             advice = "give one number a row, so .squeeze(-1) makes (B,) of (B, 1); look for log, sqrt or division at 0"
         else:  # it raised something, for a picture that carries a gradient
-            advice = f"compute it in torch alone, without numpy and PIL; {_other_method()}"
+            advice = f"compute it in torch alone, without numpy and PIL; or {_other_method()}"
         return None, Finding(str(error), advice)
     if not values.requires_grad:
         text = f"{name} gives {values.item():.4f}, but the number has no gradient: it was cut off inside"
         advice = "look for .detach(), .item(), .numpy(), torch.no_grad() and new torch.tensor(...) in it"
-        return None, Finding(text, f"{advice}; {_other_method()}")
+        return None, Finding(text, f"{advice}; or {_other_method()}")
     (gradient,) = torch.autograd.grad(values.sum(), images, retain_graph=True, allow_unused=True)
     return _checked(gradient, f"{name} gives {values.item():.4f}")
 
@@ -163,7 +161,7 @@ def _checked(gradient: Tensor | None, says: str) -> tuple[Tensor | None, Finding
         advice = "look for sqrt, norm or a power at 0: add a small number inside; or compute it in float32"
         return None, Finding(f"{says}, but its gradient with respect to the picture is not finite", advice)
     if not gradient.any():
-        advice = f"look for rounding, thresholds, clamp and argmax in it; {_other_method()}"
+        advice = f"look for rounding, thresholds, clamp and argmax in it; or {_other_method()}"
         return None, Finding(f"{says}, but its gradient with respect to the picture is 0 everywhere", advice)
     size = gradient.norm().item()
     return gradient, Finding(f"{says}; gradient with respect to the picture: norm {size:.3g}, finite")
@@ -205,4 +203,4 @@ def _wider(backend: Backend) -> str:
 
 
 def _other_method() -> str:
-    return f"or take a method that needs no gradient ({WITHOUT_GRADIENT})"
+    return f"take a method that needs no gradient ({WITHOUT_GRADIENT})"

@@ -83,7 +83,7 @@ class Drawing:
 
 
 class Judge(Protocol):
-    """Looks whether what a prompt states is in its image. It takes no part in any training."""
+    """Looks whether what a prompt states is in its image. It takes no part in a fit."""
 
     def marks(self, images: Tensor, prompts: Sequence[str]) -> Mapping[str, Tensor]:
         """(B,) in [0, 1] for "object", "colour", "likeness" and so on; NaN where the prompt states none."""

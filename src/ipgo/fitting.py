@@ -144,8 +144,9 @@ def fit(
 
 def place_of(backend: Backend) -> str:
     """Where a backend can be opened again, if its pipeline says so; else what it is."""
-    known = Path(backend.origin).exists() or HUB_ID.fullmatch(backend.origin)
-    return backend.origin if known else backend.name
+    if Path(backend.origin).exists():
+        return str(Path(backend.origin).resolve())
+    return backend.origin if HUB_ID.fullmatch(backend.origin) else backend.name
 
 
 def _several(name: str, values: Any) -> tuple[Any, ...]:

@@ -91,9 +91,8 @@ class _Training:
             )
         self.adapter = adapter.to(self.backend.device)
         self.kept = copy.deepcopy(self.adapter).requires_grad_(False)
-        self.ready = copy.deepcopy(
-            self.kept
-        )  # after the last whole epoch: a budget may break the next one off
+        # After the last whole epoch: a budget may break the next one off.
+        self.ready = copy.deepcopy(self.kept)
         with torch.no_grad():
             self.original = self.backend.encode(task.prompts)
         nan = torch.full((len(task.prompts),), math.nan)

@@ -122,7 +122,9 @@ def model_card(run: Run, adapter: Adapter) -> str:
         _limits(run, adapter),
         "## Results",
         _results("On the noise that it was fitted to", summarise(scores, seeds=config.seeds)),
-        "" if _tied(run) else _results("On unseen noise", summarise(scores, seeds=config.new_seeds)),
+        ""
+        if run.transfers == "nothing"
+        else _results("On unseen noise", summarise(scores, seeds=config.new_seeds)),
         "## Pictures" if any(run.image(prompt, "after", _seed(run)).is_file() for prompt in done) else "",
         _pictures(run, done),
         "## Use",
@@ -146,7 +148,7 @@ def _base(backend: str) -> str | None:
     from ipgo.backends import BACKENDS
 
     place = BACKENDS[backend][1] if backend in BACKENDS else backend
-    local = place.startswith((".", "~", "/")) or place.endswith(".safetensors")
+    local = place.startswith((".", "~", "/")) or place.endswith(".safetensors") or Path(place).exists()
     return place if place.count("/") == 1 and not local else None
 
 
@@ -178,14 +180,8 @@ def _results(title: str, gains: Sequence[Gain]) -> str:
 
 def _seed(run: Run) -> int:
     """The seed whose pictures are shown: unseen, where there is one and it shows anything."""
-    config = run.config
-    return (*config.seeds, *config.new_seeds)[0] if _tied(run) else (*config.new_seeds, *config.seeds)[0]
-
-
-def _tied(run: Run) -> bool:
-    """Does what was learned serve the fitted noise alone?"""
-    done = next(prompt for prompt in run.prompts if run.done(prompt))
-    return run.load_adapter(done).transfers == "nothing"
+    fitted, unseen = run.config.seeds, run.config.new_seeds
+    return (*fitted, *unseen)[0] if run.transfers == "nothing" else (*unseen, *fitted)[0]
 
 
 def _picture(prompt: Prompt, when: str) -> str:

@@ -15,10 +15,17 @@ from filelock import FileLock, Timeout
 from PIL import Image
 
 from ipgo import files
-from ipgo.adapters import Adapter
-from ipgo.artefacts import load_adapter, load_identities, load_scores, save_adapter, save_scores
+from ipgo.adapters import ADAPTERS, Adapter
+from ipgo.artefacts import (
+    adapter_facts,
+    load_adapter,
+    load_identities,
+    load_scores,
+    save_adapter,
+    save_scores,
+)
 from ipgo.chunks import Checkpoint, Chunk, Cost, read_checkpoint, write_checkpoint
-from ipgo.config import RunConfig, flatten
+from ipgo.config import RunConfig
 from ipgo.errors import InputError, InUseError, ResumeError
 from ipgo.evaluation import Score
 from ipgo.prompts import Prompt, number
@@ -73,9 +80,12 @@ class Run:
             raise ResumeError(
                 f"{str(found)!r} has schema {stored.get('schema')}; this version reads {SCHEMA}"
             )
+        there = RunConfig.from_json(
+            stored["config"]
+        )  # settings that it did not have yet are at their defaults
         if config is None:
-            return cls(path, RunConfig.from_json(stored["config"]))
-        differing = differences(flatten(stored["config"]), config.identity())
+            return cls(path, there)
+        differing = differences(there.identity(), config.identity())
         if differing:
             raise ResumeError(
                 f"{str(path)!r} was made with other settings ({differing}); "
@@ -104,9 +114,7 @@ class Run:
                 about = {"schema": SCHEMA, "digest": self.config.digest(), **facts}
                 files.write_json(self.path / "run.json", {**about, "config": self.config.to_json()})
         except OSError as error:
-            raise InputError(
-                f"out is {str(self.path)!r}, which cannot be written: {error.strerror}"
-            ) from None
+            raise self._unwritable(error) from None
         self._begun = True
 
     def _take(self) -> None:
@@ -117,6 +125,11 @@ class Run:
             self._lock.acquire(timeout=0)
         except Timeout:
             raise InUseError(f"{str(self.path)!r} is in use: another process works on this run") from None
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def _unwritable(self, error: OSError) -> InputError:
+        return InputError(f"out is {str(self.path)!r}, which cannot be written: {error.strerror}")
 
     def _continue(self, facts: Mapping[str, Any]) -> None:
         """Refuse other models; but a reward that only judges may be repaired as long as it has scored nothing."""
@@ -241,6 +254,12 @@ class Run:
         keys = ("backend", "sampling", "padding", "scheduler", "image_size", "long_prompts", "dtype")
         save_adapter(adapter, self.adapter_folder(prompt), {key: settings[key] for key in keys})
 
+    @property
+    def transfers(self) -> str | None:
+        """What is learned here serves, as `Adapter.transfers`; None before a prompt is finished."""
+        done = next(filter(self.done, self.prompts), None)
+        return None if done is None else ADAPTERS[adapter_facts(self.adapter_folder(done))["kind"]].transfers
+
     def load_adapter(self, prompt: Prompt) -> Adapter:
         return load_adapter(self.adapter_folder(prompt))
 
@@ -307,8 +326,10 @@ class Run:
         file, found = self.path / EVALUATION, {(s.method, s.prompt, s.seed, s.reward): s for s in scores}
         head = next(iter(files.read_lines(file)), {})
         before = head.get("drawn_by", drawn_by)
-        if before != drawn_by:
-            name = "-".join(str(before.get(key)) for key in ("weights", "dtype"))
+        differing = differing_in(before, drawn_by)
+        if differing is not None:
+            keys = ("weights", "dtype", *(["schedule"] if differing == "schedule" else []))
+            name = "-".join(str(before.get(key)) for key in keys)
             file.replace(file.with_stem(f"{file.stem}-{name}"))
         known = load_identities(file)
         for each in load_scores(file):
@@ -355,29 +376,26 @@ def check_models(path: Path, there: Mapping[str, Any], now: Mapping[str, Any]) -
             f"{str(path)!r} was scored by another {other[0]!r} ({what} differ{'s' * own}), and the scores do not "
             f"compare; give the same {'one' if own else 'weights'}, or another folder"
         )
-    formats = there.get("dtype"), now.get("dtype")
-    if all(formats) and formats[0] != formats[1]:
-        raise ResumeError(
-            f"{str(path)!r} was drawn in {formats[0]}, not {formats[1]}, and the images do not compare; "
-            "give a backend in that format, or another folder"
-        )
-    schedules = there.get("schedule"), now.get("schedule")
-    if all(schedules) and schedules[0] != schedules[1]:
-        raise ResumeError(
-            f"{str(path)!r} was drawn by the scheduler {schedules[0]}, not {schedules[1]}, and the images do not "
-            "compare; give the same one, or another folder"
-        )
-    if other_weights(there, now):
-        raise ResumeError(
-            f"{str(path)!r} was drawn by a backend of other weights ({there['weights']} there, {now['weights']} now), "
-            "and the images do not compare; give the same weights, or another folder"
-        )
+    differing = differing_in(there, now)
+    if differing is None:
+        return
+    words = {
+        "dtype": "was drawn in {0}, not {1}, and the images do not compare; give a backend in that format",
+        "schedule": "was drawn by the scheduler {0}, not {1}, and the images do not compare; give the same one",
+        "weights": "was drawn by a backend of other weights ({0} there, {1} now), and the images do not compare; "
+        "give the same weights",
+    }
+    told = words[differing].format(there[differing], now[differing])
+    raise ResumeError(f"{str(path)!r} {told}, or another folder")
 
 
-def other_weights(there: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Do both say what their backend's weights are, in one format, and differ?"""
-    known = there.get("weights") is not None and now.get("weights") is not None
-    return known and there.get("dtype") == now.get("dtype") and there["weights"] != now["weights"]
+def differing_in(there: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """The first part of a backend's identity that both state and in which they differ.
+
+    Fingerprints of weights compare in one format only, so that comes first.
+    """
+    known = (key for key in ("dtype", "schedule", "weights") if there.get(key) and now.get(key))
+    return next((key for key in known if there[key] != now[key]), None)
 
 
 def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -16,6 +16,8 @@ from ipgo.prompts import READERS, read_prompts
 
 if TYPE_CHECKING:
     from ipgo.adapters import Adapter
+    from ipgo.backends import Backend
+    from ipgo.store import Run
 
 
 def command_parser(command: str, description: str) -> argparse.ArgumentParser:
@@ -111,6 +113,29 @@ def backend_of(settings: dict[str, Any], given: str | None) -> str:
         )
         raise InputError(f"this adapter {what}; name a backend, folder or hub id with --backend")
     return str(given or made)
+
+
+def run_of(path: Path) -> Run | None:
+    """The run that a folder is or belongs to."""
+    from ipgo.store import Run
+
+    places = [place for place in (path, *path.resolve().parents[:2]) if (place / "run.json").is_file()]
+    return Run.open(places[0]) if places else None
+
+
+def warn_of_other_backend(run: Run | None, backend: Backend) -> None:
+    """Say so if a run was drawn by other weights, or by another scheduler."""
+    from ipgo.store import differing_in
+
+    if run is None:
+        return
+    differing = differing_in(run.facts, backend.identity)
+    if differing == "weights":
+        text = "%s was fitted on a backend of other weights; what it learned may do nothing here"
+        logging.getLogger("ipgo").warning(text, run.path)
+    elif differing == "schedule":
+        schedules = run.facts["schedule"], backend.identity["schedule"]
+        logging.getLogger("ipgo").warning("%s was drawn by the scheduler %s, not %s", run.path, *schedules)
 
 
 def find_adapter(path: Path) -> tuple[Adapter, dict[str, Any]]:

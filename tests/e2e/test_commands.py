@@ -511,7 +511,7 @@ def test_a_failed_prompt_does_not_stop_its_neighbour(
     monkeypatch.setattr(runner, "load_reward", lambda spec, device: ipgo.as_reward(reward, spec))
     assert fit(pipeline_folder, tmp_path / "run", ["a fox", "a lemon"]) == 1
     assert (
-        "1 of 2 prompts failed, their reward or gradient was never finite: 'a fox'" in capsys.readouterr().err
+        "1 of 2 prompts failed, their reward or gradient was not finite: 'a fox'" in capsys.readouterr().err
     )
     assert [result["status"] for result in Run.open(tmp_path / "run").results()] == ["failed", "finished"]
 

@@ -143,6 +143,19 @@ def test_a_search_ends_before_the_step_that_is_not_paid_for() -> None:
         steps_of([[11]], 10)
 
 
+def test_a_search_that_goes_on_need_not_begin_again() -> None:
+    """Steps are counted from its beginning, not from where it goes on."""
+    backend: Any = Counted()
+
+    def search() -> Iterator[Progress]:
+        for step, calls in ((7, 4), (8, 4), (9, 40)):
+            for _ in range(calls):  # the last step is dearer, and broken off
+                backend.calls["denoiser"] += 1
+            yield dataclasses.replace(progress(step, 20, torch.ones(1)), over=4)
+
+    assert [each.step for each in watch(search(), backend, PRICE, 40, Counter(denoiser=28))] == [7, 8]
+
+
 @pytest.mark.parametrize(
     ("ascent", "shared", "cost"),
     [

@@ -51,6 +51,20 @@ def test_a_pipeline_object_is_fitted_where_it_is(
         ipgo.fit("a fox", backend=own, reward=brightness, method="raw", out=tmp_path / "own", **SHORT)
 
 
+def test_a_pipeline_that_was_changed_is_noticed(
+    pipeline_folder: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(pipeline_folder).parent)
+    pipe = StableDiffusionPipeline.from_pretrained(Path(pipeline_folder).name)  # as people do
+    for weights in pipe.unet.parameters():
+        weights.data.mul_(1.1)
+    ipgo.fit("a fox", backend=pipe, reward=brightness, method="raw", out=tmp_path / "run", **SHORT)
+    assert ipgo.Run.open(tmp_path / "run").config.backend == str(Path(pipeline_folder).resolve())
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["generate", str(tmp_path / "run"), "a fox"]) == 0
+    assert "fitted on a backend of other weights" in caplog.text
+
+
 def test_held_out_rewards_are_named(pipeline_folder: str) -> None:
     result = ipgo.fit(
         "a fox",

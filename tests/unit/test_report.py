@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import ipgo
 from ipgo import Gain, Interval
 from ipgo.report import charts
-from ipgo.report.build import fallen, mood
+from ipgo.report.build import fallen, mood, render
 from ipgo.report.tables import _gain, _rate
 
 
@@ -39,6 +41,27 @@ def test_what_counts_is_the_best_that_was_kept_or_a_mean_of_what_compares() -> N
     fresh = history([1.0, 3.0, 5.0, None], [None] * 4, 2)
     assert charts.so_far(fresh) == ("mean of 2 steps", [None, 2.0, 4.0, 5.0])
     assert charts.means(history([1.0, 2.0], [None] * 2, 10)) == [None, 1.5]  # of all, if there are fewer
+    assert charts.so_far(history([1.0, 2.0], [None] * 2, 1)) == ("last step", [1.0, 2.0])
+
+
+def test_what_learned_before_it_was_given_up_is_no_nothing(pipeline_folder: str, tmp_path: Path) -> None:
+    def steep(images: Any, prompts: list[str]) -> Any:
+        """Its gradient is not finite from its ninth call with one on."""
+        calls.append(images.requires_grad)
+        more = (images - images.detach()).square().mean((1, 2, 3)).sqrt() if sum(calls) > 8 else 0
+        return images.mean((1, 2, 3)) + more
+
+    calls: list[bool] = []
+    method = ipgo.IPGO(ascent=ipgo.Ascent(steps=12, backprop_steps=1))
+    settings: dict[str, Any] = {"seeds": (0,), "unseen_seeds": 1, "sampling": ipgo.Sampling(steps=2)}
+    result = ipgo.fit(
+        "a fox", backend=pipeline_folder, reward=steep, method=method, out=tmp_path / "run", **settings
+    )
+    assert result[0].failed
+    text = render(ipgo.Run.open(tmp_path / "run"))
+    assert "Nothing was learned" not in text
+    assert "1 of 1 prompts were given up" in text
+    assert "steep from" in text
 
 
 @pytest.mark.parametrize("rewards", [[], [1.0], [None, None, 2.0], [2.0, 2.0, 2.0], [1e-9, 2e-9], [1e6, 3e6]])

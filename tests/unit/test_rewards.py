@@ -14,7 +14,16 @@ import pytest
 import torch
 
 from ipgo.errors import InputError, RewardError
-from ipgo.rewards import REWARDS, as_reward, check_reward, identity_of, is_unsettled, load_reward, score
+from ipgo.rewards import (
+    REWARDS,
+    WeightedSum,
+    as_reward,
+    check_reward,
+    identity_of,
+    is_unsettled,
+    load_reward,
+    score,
+)
 
 IMAGES = torch.rand((3, 3, 8, 8), generator=torch.Generator().manual_seed(0))
 PROMPTS = ["a", "b", "c"]
@@ -240,6 +249,31 @@ def test_what_a_function_takes_from_its_module_counts(monkeypatch):
     assert weights_of(loads) == loading  # what a call makes once and keeps is no change
 
 
+MODEL, DEVICE = None, "cpu"
+
+
+def fill_model():
+    global MODEL
+    MODEL = filled(0.4)
+
+
+def loads_elsewhere(images, prompts):
+    if MODEL is None:
+        fill_model()
+    return MODEL(images.mean((2, 3)).to(DEVICE))[:, 0] + 0 * len(__file__)
+
+
+def test_where_a_function_runs_is_not_what_it_computes(monkeypatch):
+    before = weights_of(loads_elsewhere)
+    loads_elsewhere(torch.rand(1, 3, 4, 4), [""])
+    assert weights_of(loads_elsewhere) == before  # another function has filled the global
+    here = sys.modules[__name__]
+    monkeypatch.setattr(here, "DEVICE", "cuda:1")
+    assert weights_of(loads_elsewhere) == before
+    monkeypatch.setattr(here, "DEVICE", "elsewhere")  # no device: a text as any other
+    assert weights_of(loads_elsewhere) != before
+
+
 def test_dropout_and_batch_norm_in_training_mode_are_noticed():
     moody = torch.nn.Sequential(torch.nn.Linear(3, 1), torch.nn.Dropout(0.5))
     for reward in (Rating(3, 1), seen_through(filled(0.1)), seen_from_here):
@@ -253,6 +287,12 @@ def test_dropout_and_batch_norm_in_training_mode_are_noticed():
     backwards = brighter(np.arange(3.0)[::-1])
     assert weights_of(backwards) != weights_of(brighter(np.arange(3.0)))
     assert weights_of(brighter(np.maximum))  # has no numbers
+    sparse, turned = torch.eye(2).to_sparse(), torch.ones(2, dtype=torch.complex64).conj()
+    assert weights_of(brighter(sparse)) == weights_of(brighter(torch.eye(2)))
+    assert weights_of(brighter(turned))
+    assert not is_unsettled(as_reward(seen_through(torch.nn.Dropout(0.0)), "mine"))
+    one, other = as_reward(seen_through(moody), "one"), as_reward(seen_from_here, "other")
+    assert is_unsettled(WeightedSum((other, one), (1.0, 0.5), "both"))
     assert is_unsettled(as_reward(seen_through(torch.no_grad()(moody)), "mine"))
     moody.eval()
     assert not is_unsettled(as_reward(seen_through(moody), "mine"))

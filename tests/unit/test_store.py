@@ -178,6 +178,16 @@ def test_opening_checks_the_settings(run: Run, tmp_path: Path) -> None:
         Run.open(run.path, CONFIG)
 
 
+def test_a_setting_that_is_newer_than_a_run_is_at_its_default_there(run: Run) -> None:
+    stored = files.read_json(run.path / "run.json")
+    del stored["config"]["method"]["ascent"]["keep_best"]
+    files.write_json(run.path / "run.json", stored)
+    assert Run.open(run.path, CONFIG).config == CONFIG
+    other = replace(CONFIG, method=IPGO(ascent=Ascent(steps=4, keep_best=False)))
+    with pytest.raises(ResumeError, match=r"method\.ascent\.keep_best true there, false now"):
+        Run.open(run.path, other)
+
+
 def test_opening_writes_nothing(tmp_path: Path) -> None:
     Run.open(tmp_path / "new", CONFIG)
     assert list(tmp_path.iterdir()) == []
@@ -200,6 +210,28 @@ def test_one_process_at_a_time(run: Run) -> None:
     assert f"InUseError: {str(run.path)!r} is in use" in refused.stderr
     run.release()
     assert subprocess.run(command, check=False).returncode == 0
+
+
+def test_a_folder_that_cannot_be_locked_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.release()
+
+    def denied(**options: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(run._lock, "acquire", denied)
+    with pytest.raises(InputError, match="cannot be written: Permission denied"):
+        run.checkpoint(run.chunks(stackable=True)[0])
+
+
+def test_evaluations_by_other_schedulers_are_kept_apart(run: Run) -> None:
+    score, drawn = Score("ipgo", "a fox", 1, "r", 0.5, False), {"weights": "aa", "dtype": "float32"}
+    for schedule in ("A", "B", "C"):
+        run.judge_again([score], {}, {**drawn, "schedule": schedule})
+    names = {file.name for file in run.path.glob("evaluation*")}
+    assert names == {"evaluation.jsonl", "evaluation-aa-float32-A.jsonl", "evaluation-aa-float32-B.jsonl"}
+    save_scores(run.path / "evaluation.jsonl", [score], {}, drawn)  # an older one says nothing of it
+    run.judge_again([replace(score, seed=2)], {}, {**drawn, "schedule": "C"})
+    assert {each.seed for each in load_scores(run.path / "evaluation.jsonl")} == {1, 2}
 
 
 def test_whoever_is_refused_leaves_the_history_alone(run: Run) -> None:

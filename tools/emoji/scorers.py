@@ -1,4 +1,4 @@
-"""The bundled rewards and the judge: trained on drawn scenes only."""
+"""The bundled rewards and the judge: trained on drawn scenes, the rewards also on what the denoiser makes of them."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -19,6 +19,8 @@ from tools.emoji.networks import attacked, embed_images, embed_texts, graded, lo
 
 CLEARLY = 0.1  # of two pictures one is clearly better that is so much more like the artwork
 Loss = Callable[[np.random.Generator, int], tuple[Tensor, Figures]]
+# Given a number: so many pairs of pictures (B, 2, 64, 64, 3), the better first, their captions, the weights (B,).
+Made = Callable[[np.random.Generator, int], tuple[np.ndarray, list[str], np.ndarray]]
 
 SCHEDULES = {
     "judge": Schedule(steps=2_500, batch=64, lr=2e-3, warmup=50),
@@ -80,7 +82,7 @@ def train_aesthetic() -> None:
     train("aesthetic", model, _grading(model, _redrawn()), SCHEDULES["aesthetic"])
 
 
-def _grading(model: CLIPVisionModelWithProjection, made: "Made") -> Loss:
+def _grading(model: CLIPVisionModelWithProjection, made: Made) -> Loss:
     """Half of the pictures are drawn, half of those spoilt, and many have gone through the VAE; half are `made` pairs.
 
     A quarter of the drawn ones are disturbed to fool it, less than in `clip.harden`: against all of that, noise and
@@ -187,10 +189,6 @@ def resist(names: Sequence[str] = follow.REWARDS, blocks: int = 12) -> None:
             loss = _preferring(model, tokens, blocks, made)
         train(f"{name}-{len(follow.paths())}", model, loss, SCHEDULES["resist"])
         save(name, model)
-
-
-# Given a number: so many pairs of pictures (B, 2, 64, 64, 3), the better first, their captions, the weights (B,).
-Made = Callable[[np.random.Generator, int], tuple[np.ndarray, list[str], np.ndarray]]
 
 
 def _redrawn() -> Made:

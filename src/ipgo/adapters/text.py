@@ -115,20 +115,21 @@ def from_bytes(rows: Tensor) -> tuple[str, ...]:
 
 def shorten(backend: Backend, text: str) -> str:
     """As many words of `text`, from the first on, as the encoder and `BYTES` take; "" if not even one does."""
-    if _fits(backend, text):
+    if fits(backend, text):
         return text
     words = text.split()
     least, most = 0, len(words)  # so many words fit, so many do not
     while most - least > 1:
         middle = (least + most) // 2
-        if _fits(backend, " ".join(words[:middle])):
+        if fits(backend, " ".join(words[:middle])):
             least = middle
         else:
             most = middle
     return " ".join(words[:least]).rstrip(",;: ")
 
 
-def _fits(backend: Backend, text: str) -> bool:
+def fits(backend: Backend, text: str) -> bool:
+    """Do the encoder and `BYTES` take it?"""
     try:
         backend.check_prompts([text])
     except InputError:

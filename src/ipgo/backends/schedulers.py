@@ -105,5 +105,8 @@ class TrigFlow:
 def described(scheduler: Any) -> str:
     """Its class, and a digest of its settings: "DDIMScheduler-1a2b3c4d"."""
     settings = {key: value for key, value in sorted(scheduler.config.items()) if key[0] != "_"}
-    digest = hashlib.sha256(json.dumps(settings, default=str).encode()).hexdigest()
+    text = json.dumps(
+        settings, default=lambda value: value.tolist() if hasattr(value, "tolist") else str(value)
+    )
+    digest = hashlib.sha256(text.encode()).hexdigest()
     return f"{type(scheduler).__name__}-{digest[:8]}"

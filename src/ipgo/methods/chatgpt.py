@@ -97,5 +97,5 @@ def _value(reward: str) -> str:
     found = []
     for weight, name in terms(reward):
         value = VALUES.get(name.rpartition(":")[2].strip().removeprefix("emoji-"), GENERAL)
-        found.append(value if weight > 0 else f"and, as a fault, {value}")
+        found.append(value if weight > 0 else f"as a fault, {value}")
     return "; and ".join(dict.fromkeys(found))

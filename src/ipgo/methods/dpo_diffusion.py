@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ipgo.adapters import Adapter, TextAdapter
-from ipgo.adapters.text import BYTES
+from ipgo.adapters.text import BYTES, fits
 from ipgo.backends import Backend
 from ipgo.chat import Chat
 from ipgo.errors import InputError, ResumeError, RewardError, unknown
@@ -254,12 +254,7 @@ class _Words:
         return generator(derive(self.task.seed, name, whose, *keys))
 
     def _fits(self, row: int, choice: Choice) -> bool:
-        texts = self._texts(row, choice)
-        try:
-            self.task.backend.check_prompts(texts)
-        except InputError:
-            return False
-        return all(len(text.encode()) <= BYTES for text in texts)
+        return all(fits(self.task.backend, text) for text in self._texts(row, choice))
 
     def _texts(self, row: int, choice: Choice) -> tuple[str, str]:
         """The prompt and the negative prompt; "" for one that stays as it is and is too long to be written down."""

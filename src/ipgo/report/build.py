@@ -15,8 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from ipgo.adapters import ADAPTERS
-from ipgo.artefacts import adapter_facts, load_identities, load_scores
+from ipgo.artefacts import load_identities, load_scores
 from ipgo.config import flatten
 from ipgo.evaluation import Gain, Score, average, summarise
 from ipgo.prompts import Prompt
@@ -137,7 +136,7 @@ def summary(run: Run, fitted: Sequence[Gain], unseen: Sequence[Gain]) -> str:
         return "No prompt is finished yet."
     if not found:
         return _as_they_are(run)
-    if failed == len(done):
+    if failed == len(done) and not _learned(run):
         return (
             f"Nothing was learned: {reward} or its gradient was never finite. What is shown after the fit is what it "
             "began with."
@@ -155,26 +154,27 @@ def summary(run: Run, fitted: Sequence[Gain], unseen: Sequence[Gain]) -> str:
         text += f" {judged.after:.0%} after."
     if failed:
         text += (
-            f" In {failed} of {len(done)} prompts nothing was learned, and they are counted as they began."
+            f" {failed} of {len(done)} prompts were given up, since {reward} or its gradient was not finite, and are "
+            "counted as far as they came."
         )
-    if _tied(run):
+    if run.transfers == "nothing":
         text += " What was learned belongs to the noise of its seed: on other noise it changes nothing."
     return text
+
+
+def _learned(run: Run) -> bool:
+    """Was there a step with a reward and a gradient that are finite?"""
+    prompts = run.prompts[:1] if run.config.shared else _done(run)
+    steps = [(line["reward"], line["grad_norm"]) for prompt in prompts for line in run.history(prompt)]
+    return any(None not in step and math.isfinite(step[1]) for step in steps)
 
 
 def _as_they_are(run: Run) -> str:
     """The mean rewards of a run whose method changes nothing."""
     scores = run.scores()
-    means = (average(scores, "raw", name) for name in dict.fromkeys(each.reward for each in scores))
-    found = zip(dict.fromkeys(each.reward for each in scores), means, strict=True)
-    words = ", ".join(f"{name} {mean.value:.3f}" for name, mean in found)
+    names = dict.fromkeys(each.reward for each in scores)
+    words = ", ".join(f"{name} {average(scores, 'raw', name).value:.3f}" for name in names)
     return f"The prompts as they are, since the method changes nothing: {words}."
-
-
-def _tied(run: Run) -> bool:
-    """Does the method learn something that serves its own seed alone?"""
-    folders = [run.adapter_folder(prompt) for prompt in _done(run)]
-    return bool(folders) and ADAPTERS[adapter_facts(folders[0])["kind"]].transfers == "nothing"
 
 
 @dataclass(frozen=True)
@@ -261,7 +261,8 @@ def _mean_curve(run: Run) -> tuple[str, list[float | None], list[float | None], 
     ]
     fitted = [each for each in run.scores() if each.method == "raw" and each.seed in run.config.seeds]
     before = _before(run, [each.value for each in fitted if each.reward == run.config.reward])
-    return smoothed[0][0], rewards, bold, before
+    names = [name for name, _ in smoothed]
+    return charts.BEST if charts.BEST in names else names[0], rewards, bold, before
 
 
 def _scatters(scores: Sequence[Score], reward: str, seeds: Collection[int]) -> list[tuple[str, Markup, int]]:

@@ -13,6 +13,7 @@ WIDTH, HEIGHT = 360, 190
 LEFT, RIGHT, TOP, BOTTOM = 50, 10, 12, 30  # margins around the plot, room for the labels
 
 Values = Sequence[float | None]
+BEST = "best so far"
 History = Sequence[Mapping[str, Any]]  # the lines of a history.jsonl
 
 
@@ -22,9 +23,9 @@ def so_far(history: History) -> tuple[str, list[float | None]]:
     The best so far; where a fit does not keep it, since rewards of different steps do not compare, their `means`.
     """
     if any(line.get("best") is not None for line in history):
-        return "best so far", [line.get("best") for line in history]
+        return BEST, [line.get("best") for line in history]
     window = history[-1].get("over", 1) if history else 1
-    return f"mean of {window} steps", means(history)
+    return f"mean of {window} steps" if window > 1 else "last step", means(history)
 
 
 def means(history: History) -> list[float | None]:

@@ -93,7 +93,7 @@ def _row(folder: Comparison, label: str, failures: Mapping[str, Mapping[str, str
     wrong = len(folder.plan.prompts) if "" in failures and run is None else len(set(failures) - {""})
     wrong += sum(result["status"] == "failed" for result in results)
     scores = [_renamed(each, label) for each in run.scores()] if run is not None else []
-    transfers, wide = _transfers(run, bool(results), planned.shared)
+    transfers, wide = _transfers(run, planned.shared)
     unseen = _of_seeds(scores, planned.new_seeds) if wide else []
     fitted = _of_seeds(scores, planned.seeds)
     final, best = _selection(run)
@@ -140,12 +140,12 @@ def _mean(scores: Sequence[Score], label: str, reward: str) -> Interval | None:
     return average(own, name, reward) if own else None
 
 
-def _transfers(run: Run | None, some: bool, shared: bool) -> tuple[str, bool]:
+def _transfers(run: Run | None, shared: bool) -> tuple[str, bool]:
     """In words, and whether scores on unseen noise mean anything."""
-    if run is None or not some:
+    serves = None if run is None else run.transfers
+    if serves is None:
         return "", True
-    done = next(prompt for prompt in run.prompts if run.done(prompt))
-    if run.load_adapter(done).transfers == "nothing":
+    if serves == "nothing":
         return "nothing", False
     return "unseen seeds and prompts" if shared else "unseen seeds", True
 

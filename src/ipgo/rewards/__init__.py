@@ -47,7 +47,8 @@ SOURCES: dict[str, Source] = {
     "imagereward": Source("THUDM/ImageReward", "ImageReward.pt"),
 }
 BLIND = ("emoji-aesthetic", "colorfulness", "contrast", "aesthetic")  # they do not look at the prompt
-PARTICULAR = ("emoji-likeness",)  # they have no answer for some prompts, and say for which: without a model
+# They have no answer for some prompts, and a function that raises `InputError` for those.
+PARTICULAR = {"emoji-likeness": "ipgo.rewards.emoji.artwork:check_prompts"}
 JUDGES = ("emoji-judge",)  # they have no gradient
 VARIANT = "notebook"  # `clip@notebook`
 # What begins so goes on to the end of a spec, whatever + and * are in it.
@@ -147,6 +148,8 @@ def identity_of(reward: Reward) -> dict[str, Any]:
 
 def is_unsettled(reward: Reward) -> bool:
     """Does it compute with batch norm or dropout in training mode, so that its numbers are not only the picture's?"""
+    if isinstance(reward, WeightedSum):
+        return any(map(is_unsettled, reward.rewards))
     return unsettled(reward.function if isinstance(reward, FunctionReward) else reward)
 
 
@@ -238,8 +241,8 @@ def check_reward(spec: str, prompts: Sequence[str] = ()) -> None:
             checkpoint = _checkpoint(name)
             if checkpoint is not None:
                 checkpoint.check()
-            if name in PARTICULAR and prompts:
-                load_reward(name, device="cpu").check(prompts)  # type: ignore[attr-defined]
+            if name in PARTICULAR:
+                pkgutil.resolve_name(PARTICULAR[name])(prompts)
         else:
             _load(name, torch.device("cpu"))  # a function; or an unknown name
 

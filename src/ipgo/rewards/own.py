@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import inspect
 import json
+import re
 import sys
 import sysconfig
 import traceback
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from ipgo.errors import InputError, unknown
 
 Function = Callable[..., Any]
+DEVICE = re.compile(r"(cpu|cuda|mps)(:\d+)?")
 
 RUNNING = (
     "running_mean",
@@ -96,7 +98,7 @@ def unsettled(written: object) -> bool:
     """
     moody = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
     return any(
-        part.training and isinstance(part, moody)
+        part.training and isinstance(part, moody) and getattr(part, "p", 1) > 0
         for module in _modules(written, set())
         for part in module.modules()
     )
@@ -182,7 +184,7 @@ def _lines_of_function(function: Any, seen: set[int]) -> Iterator[str]:
 
 
 def _reached(function: Any) -> Iterator[tuple[str, object]]:
-    """What a function has closed over and what it takes from its module, but for what it writes there itself."""
+    """What a function has closed over and what it takes from its module, but for what functions write there."""
     code = function.__code__
     counted = {each.argval for each in dis.get_instructions(code) if each.opname == "STORE_DEREF"}
     for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
@@ -191,7 +193,11 @@ def _reached(function: Any) -> Iterator[tuple[str, object]]:
                 yield name, cell.cell_contents
     if _own(function):
         there = function.__globals__
-        yield from ((name, there[name]) for name in _globals(code) if name in there)
+        others = [each.__code__ for each in there.values() if _of_module(each, there)]
+        written = set().union(*(_names(each, "STORE_GLOBAL") for each in (code, *others)))
+        for name in sorted(_names(code, "LOAD_GLOBAL", "LOAD_NAME") - written):
+            if name in there and not _says_where(name, there[name]):
+                yield name, there[name]
 
 
 def _own(function: Any) -> bool:
@@ -200,17 +206,19 @@ def _own(function: Any) -> bool:
     return "site-packages" not in place and not place.startswith(sysconfig.get_paths()["stdlib"])
 
 
-def _globals(code: Any) -> list[str]:
-    """The names that a function, with those inside it, reads from its module and does not write there."""
-    inner = [each for each in code.co_consts if inspect.iscode(each)]
-    found = {name for each in inner for name in _globals(each)}
-    written = set()
-    for each in dis.get_instructions(code):
-        if each.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            found.add(each.argval)
-        elif each.opname == "STORE_GLOBAL":
-            written.add(each.argval)
-    return sorted(found - written)
+def _of_module(value: object, there: dict[str, Any]) -> bool:
+    return inspect.isfunction(value) and value.__globals__ is there
+
+
+def _names(code: Any, *kinds: str) -> set[str]:
+    """What instructions of these kinds name, in a function and in those inside it."""
+    own = {each.argval for each in dis.get_instructions(code) if each.opname in kinds}
+    return own.union(*(_names(each, *kinds) for each in code.co_consts if inspect.iscode(each)))
+
+
+def _says_where(name: str, value: object) -> bool:
+    """Does a global say where a function is or runs (__file__, the name of a device), not what it computes?"""
+    return name.startswith("__") or (isinstance(value, str) and DEVICE.fullmatch(value) is not None)
 
 
 def _lines_of_module(module: nn.Module) -> Iterator[str]:
@@ -224,6 +232,6 @@ def _lines_of_module(module: nn.Module) -> Iterator[str]:
 def _digest_of(tensor: Tensor) -> str:
     if tensor.is_meta or nn.parameter.is_lazy(tensor):
         return "no numbers"
-    plain = tensor.detach().cpu().contiguous()
+    plain = tensor.detach().cpu().to_dense().resolve_conj().resolve_neg().contiguous()
     head = f"{plain.dtype} {tuple(plain.shape)} ".encode()
     return _digest(head + plain.flatten().view(torch.uint8).numpy().tobytes())

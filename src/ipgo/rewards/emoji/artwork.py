@@ -100,19 +100,26 @@ class Likeness:
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """(B,); `InputError` for a prompt of which it is not known what should be seen where."""
-        self.check(prompts)
-        pairs = zip(images, map(self.reader.read, prompts), strict=True)
+        pairs = zip(images, placed(self.reader, prompts), strict=True)
         return torch.stack([self.artwork.likeness(*pair) for pair in pairs]).to(images.device)
 
-    def check(self, prompts: Sequence[str]) -> None:
-        """Raise `InputError` for such a prompt."""
-        for prompt in prompts:
-            if not self.reader.read(prompt).placed:
-                raise InputError(
-                    f"reward {self.name!r} compares with artwork, and prompt {prompt[:60]!r} names none that there is "
-                    "(see `ipgo list objects`), or two and not how they stand; take another reward, such as "
-                    "emoji-preference"
-                )
+
+def placed(reader: Reader, prompts: Sequence[str]) -> list[Claims]:
+    """What each prompt says; `InputError` for one that does not say what should be seen where."""
+    found = [reader.read(prompt) for prompt in prompts]
+    for prompt, claims in zip(prompts, found, strict=True):
+        if not claims.placed:
+            raise InputError(
+                f"reward {Likeness.name!r} compares with artwork, and prompt {prompt[:60]!r} names none that there is "
+                "(see `ipgo list objects`), or two and not how they stand; take another reward, such as "
+                "emoji-preference"
+            )
+    return found
+
+
+def check_prompts(prompts: Sequence[str]) -> None:
+    """`placed`, without the artwork."""
+    placed(Reader(load_labels()), prompts)
 
 
 def load_likeness(device: str | torch.device = "cpu") -> Likeness:

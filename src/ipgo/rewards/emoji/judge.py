@@ -1,7 +1,8 @@
 """The judge: a small convolutional network that says what a picture shows, and the artwork that it should look like.
 
 The network is held out: no reward and no generator was trained with it, so it can tell an image that got better from
-one that merely fools the reward. The artwork was learned from nothing and cannot be fooled.
+one that merely fools the reward. The artwork was learned from nothing and cannot be fooled; rewards that were trained
+further on its labels (`tools.emoji.follow`; none of the package's) are not independent of it.
 """
 
 import math
