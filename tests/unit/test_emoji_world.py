@@ -139,6 +139,22 @@ def test_likeness_can_be_followed(judge: Judge) -> None:
     torch.testing.assert_close(alone, values)
 
 
+def test_likeness_without_a_style_is_the_better_ones_and_broken_pictures_cost_the_others_nothing(
+    judge: Judge,
+) -> None:
+    reward = load_reward("emoji-likeness", device="cpu")
+    flat = scene_of(judge, {("rabbit", "flat"): (8, 8, 48)})
+    unsaid, said, other = reward(
+        flat.repeat(3, 1, 1, 1), ["a rabbit", "a rabbit, flat style", "a rabbit, 3d style"]
+    )
+    assert unsaid == said > other + 0.1
+    both = torch.cat([flat, torch.full_like(flat, torch.inf)]).requires_grad_()
+    values = reward(both, ["a rabbit"] * 2)
+    assert values[0] == said
+    assert values[1].isnan()
+    assert torch.autograd.grad(values[0], both)[0][0].isfinite().all()
+
+
 def test_likeness_says_which_prompts_it_cannot_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -107,7 +107,7 @@ class Judge:
         claims = [self.read(prompt) for prompt in prompts]
         return torch.stack(
             [
-                self.artwork.likeness(image, each) if each.placed and image.isfinite().all() else nothing
+                self.artwork.likeness(image, each) if each.placed else nothing
                 for image, each in zip(images, claims, strict=True)
             ]
         )
