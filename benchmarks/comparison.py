@@ -44,8 +44,9 @@ ENOUGH = 8 / 9  # of the cells in which ours should be the best of these
 
 ABOUT = (
     "Gains over raw prompts and the share of images that win, means over the sets, on noise that was not fitted; "
-    "held out: the\nmean change of the two rewards that were not raised; objects: points more of the images have "
-    "what the judge looks for;\nlikeness, where it was measured: how much more they look like the artwork (1 is that)."
+    "held out: the\nmean change of the rewards that were not raised; objects: points more of the images have "
+    "what the judge looks for;\nlikeness, where it was measured: how much more they look like the artwork (1 is that). "
+    "Numbers are those learned for a prompt.\nSeconds and MiB (the peak of memory) compare on one machine alone."
 )
 
 MARKS = {"object": (100, 1), "likeness": (1, 3)}  # of the judge: what they are shown in units of, and digits
@@ -197,15 +198,17 @@ def summary(found: Mapping[Cell, Sequence[Row]]) -> str:
 
 
 def tables(found: Mapping[Cell, Sequence[Row]]) -> str:
-    """For each reward: an entry's gain on fitted and on unseen noise, set by set, with what it cost."""
+    """For each reward: an entry's gain on fitted and on unseen noise, set by set, with what it learned and cost."""
     parts = []
     for reward in dict.fromkeys(reward for reward, _ in found):
         kinds = [kind for name, kind in found if name == reward]
         head = [
             "entry",
             *(f"{kind}, {noise}" for kind in kinds for noise in ("fitted", "unseen")),
+            "numbers",
             "calls",
             "seconds",
+            "MiB",
         ]
         lines = [head, ["---"] * len(head)]
         for label in dict.fromkeys(row.label for kind in kinds for row in found[reward, kind]):
@@ -213,10 +216,10 @@ def tables(found: Mapping[Cell, Sequence[Row]]) -> str:
             cells = [cell(row, reward, noise) for row in own for noise in ("fitted", "unseen")]
             some = [row for row in own if row is not None and row.finished]
             cost = [
-                f"{mean([row.weighted for row in some]):,.0f}",
-                f"{mean([row.seconds for row in some]):,.0f}",
+                f"{mean([getattr(row, each) for row in some]):,.0f}" if some else "–"
+                for each in ("parameters", "weighted", "seconds", "memory")
             ]
-            lines.append([label, *cells, *(cost if some else ["–", "–"])])
+            lines.append([label, *cells, *cost])
         parts.append(f"## {reward}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
     return "\n\n".join(parts)
 
@@ -253,7 +256,7 @@ def said(gain: Gain) -> str:
 
 def bar(found: Mapping[Cell, Sequence[Row]]) -> str:
     """Is ours the best of its level on unseen noise, and does nothing that was not raised fall below raw?"""
-    best, lines, low = 0, [], []
+    best, rivalled, lines, low = 0, 0, [], []
     for (reward, kind), entries in found.items():
         # Variants of our own compete with nobody.
         rivals = [row for row in entries if row.label == OURS or row.method != OURS]
@@ -266,6 +269,7 @@ def bar(found: Mapping[Cell, Sequence[Row]]) -> str:
         if len(level) == 1:
             lines.append(f"- {reward} on {kind}: no other method that changes the prompt has a result yet.")
         else:
+            rivalled += 1
             best += winner is ours
         if winner is not ours:
             lines.append(f"- {reward} on {kind}: {winner.label} {said(winner.unseen[reward])} is above "
@@ -275,12 +279,14 @@ def bar(found: Mapping[Cell, Sequence[Row]]) -> str:
             for name, gain in ours.unseen.items()
             if name != reward and gain.gain.value < 0
         ]
-    verdict = "is" if found and best >= ENOUGH * len(found) - 1e-9 else "is not"
+    verdict = "is" if best >= ENOUGH * len(found) - 1e-9 else "is not"
     return "\n".join(
         [
             f"On unseen noise {OURS} has the largest gain among methods that change the prompt (its own variants and "
             f"`joint` do not count) in {best} of {len(found)} cells; "
-            f"the bar of {math.ceil(ENOUGH * len(found) - 1e-9)} {verdict} reached.",
+            f"the bar of {math.ceil(ENOUGH * len(found) - 1e-9)} {verdict} reached."
+            if rivalled
+            else f"{OURS} has no rival yet among methods that change the prompt.",
             *([""] if lines else []),
             *lines,
             "",

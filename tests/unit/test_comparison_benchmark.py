@@ -54,7 +54,8 @@ def test_the_bar_is_about_methods_that_change_the_prompt() -> None:
     assert "the bar of 8 is reached" in comparison.bar({**cells, ("r", "7"): CELL})
     assert "- r on one: ipgo has no result." in comparison.bar({("r", "one"): CELL[:1]})
     alone = comparison.bar({("r", "one"): CELL[:2]})
-    assert "in 0 of 1 cells" in alone
+    assert "ipgo has no rival yet" in alone
+    assert "the bar" not in alone
     assert "- r on one: no other method that changes the prompt has a result yet." in alone
 
 
@@ -83,10 +84,10 @@ def test_the_tables_have_every_entry_of_every_set() -> None:
     text = comparison.tables({("r", "one"): CELL, ("r", "two"): CELL[:3], ("s", "one"): CELL[:1]})
     first, second = text.split("\n\n## s")
     lines = first.splitlines()
-    assert lines[2] == "| entry | one, fitted | one, unseen | two, fitted | two, unseen | calls | seconds |"
-    assert lines[4] == "| raw | 0.500 | 0.500 | 0.500 | 0.500 | 2,990 | 12 |"
-    assert "| reno | +0.400 (+0.300 to +0.500) | – | – | – | 2,990 | 12 |" in lines
-    assert "| chatgpt | failed | failed | – | – | – | – |" in lines
+    assert lines[2] == "| entry | one, fitted | one, unseen | two, fitted | two, unseen | numbers | calls | seconds | MiB |"
+    assert lines[4] == "| raw | 0.500 | 0.500 | 0.500 | 0.500 | 100 | 2,990 | 12 | 900 |"
+    assert "| reno | +0.400 (+0.300 to +0.500) | – | – | – | 100 | 2,990 | 12 | 900 |" in lines
+    assert "| chatgpt | failed | failed | – | – | – | – | – | – |" in lines
     assert second.count("\n| raw") == 1
 
 
