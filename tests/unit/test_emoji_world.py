@@ -75,6 +75,15 @@ def scene_of(judge: Judge, boxes: dict[tuple[str, str], tuple[int, int, int]]) -
     return from_pil(canvas)[None]
 
 
+def test_what_is_named_twice_or_is_no_object_does_not_count(judge: Judge) -> None:
+    assert judge.read("a fox on an orange background").objects == ("fox",)
+    assert judge.read("rose background, a fox").objects == ("fox",)
+    assert judge.read("a red fox on a blue background, cute fox").objects == ("fox",)
+    assert judge.read("a fox to the left of a fox").objects == ("fox", "fox")
+    assert judge.read("a fox to the left of a pear, cute fox").placed
+    assert not judge.read("a fox to the left of a pear and a lemon").placed
+
+
 def test_likeness_is_one_for_the_artwork_wherever_it_stands(judge: Judge) -> None:
     for left, top, side in ((8, 8, 48), (10, 9, 44), (7, 7, 50)):
         picture = scene_of(judge, {("owl", "flat"): (left, top, side)})

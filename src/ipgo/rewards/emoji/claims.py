@@ -39,14 +39,22 @@ class Reader:
         self._relations = {word: name for name, words in labels["relations"].items() for word in words}
 
     def read(self, prompt: str) -> Claims:
-        """Find the objects, their relation, the background colour and the style that a prompt names."""
+        """Find the objects, their relation, the background colour and the style that a prompt names.
+
+        What is named again counts once, but for two of a kind in a relation. Of more than two objects, which no picture
+        shows, it takes the first two, and no relation.
+        """
         text = prompt.lower()
-        objects = tuple(self._nouns[word] for word in _mentions(text, self._nouns))[:2]
+        things = re.sub(r"\b[\w-]+\s+background\b", "background", text)  # an orange background is no orange
+        named = [self._nouns[word] for word in _mentions(things, self._nouns)]
         relations = [self._relations[word] for word in _mentions(text, self._relations)]
+        objects = tuple(dict.fromkeys(named))
+        if len(objects) == 1 and relations:
+            objects = tuple(named)
         colours = re.findall(rf"\b({'|'.join(self.colours)})\s+background\b", text)
         styles = [self._styles[word] for word in _mentions(text, self._styles)]
         return Claims(
-            objects=objects,
+            objects=objects[:2],
             relation=relations[0] if relations and len(objects) == 2 else None,
             colour=colours[0] if colours else None,
             style=styles[0] if styles else None,
