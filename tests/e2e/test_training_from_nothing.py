@@ -6,6 +6,7 @@ In a folder of its own, on few scenes, for two steps a stage; only the download 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,9 +21,9 @@ from tools.emoji.sprites import PACKAGES, SPRITE_SIZE
 ROOT = Path(__file__).parents[2]
 DRIVER = """
 from dataclasses import replace
-from tools.emoji import clip, data, follow, redraw, scorers, tokenizer, train
+from tools.emoji import clip, data, follow, loop, redraw, scorers, tokenizer, train
 
-data.BLOCK, data.TWINS, data.NUM_DECODED = 100, 100, 250
+data.BLOCK, data.TWINS = 100, 200
 all_pairs, all_rounds, all_captions = scorers.train_preference, scorers.resist, tokenizer.captions
 follow.NOISES, follow.AT = 1, (1, 2)
 follow.ASCENT = replace(follow.ASCENT, steps=2)
@@ -31,7 +32,7 @@ scorers.PAIR_BLOCK = 20
 for table in (train.SCHEDULES, clip.SCHEDULES, scorers.SCHEDULES):
     for name, schedule in table.items():
         table[name] = replace(schedule, steps=2, batch=8)
-small = {
+train.STAGES |= {
     "sprites": lambda: None,
     "data": lambda: data.build_all(300),
     "redraw": lambda: redraw.build(8),
@@ -39,9 +40,8 @@ small = {
     "follow": lambda: follow.build(4),
     "resist": lambda: all_rounds(blocks=1),
 }
-for name, stage in train.STAGES.items():
-    print(name, flush=True)
-    small.get(name, stage)()
+train.train_all()
+print([loop.newest(name) for name in follow.REWARDS])
 """
 
 
@@ -69,7 +69,10 @@ def run(folder: Path, *words: str) -> str:
 
 
 def test_every_stage_and_the_way_back(folder: Path) -> None:
-    run(folder, "-c", DRIVER)
+    assert run(folder, "-c", DRIVER).endswith("['preference-2', 'aesthetic-2']\n")
+    checkpoints = folder / "build/emoji/checkpoints"
+    trained = {path.name: path.read_bytes() for path in checkpoints.glob("*.safetensors")}
+    rounds = sorted((folder / "build/emoji/data").glob("followed-*"))
     made = {
         str(path.relative_to(folder / "src/ipgo")): path
         for path in (folder / "src/ipgo").rglob("*.safetensors")
@@ -85,12 +88,33 @@ def test_every_stage_and_the_way_back(folder: Path) -> None:
         assert ours.keys() == theirs.keys()
         assert {key: value.dtype for key, value in ours.items()} == {k: v.dtype for k, v in theirs.items()}
 
+    # Nothing is done again, and what was trained last is what the package has.
+    again = run(folder, "-c", DRIVER)
+    assert "begins again" not in again
+    assert not {"data", "tokenizer", "latents", "redraw", "follow"} & set(again.split())
+    assert trained == {path.name: path.read_bytes() for path in checkpoints.glob("*.safetensors")}
+    assert rounds == sorted((folder / "build/emoji/data").glob("followed-*"))
+    last = load_file(checkpoints / "aesthetic-2.safetensors")["model.visual_projection.weight"]
+    shown = load_file(folder / "src/ipgo/rewards/emoji/aesthetic/model.safetensors")
+    assert last.half().equal(shown["visual_projection.weight"])
+
+    # What went on from a part that has changed begins again.
+    run(folder, "-m", "tools.emoji.train", "clip", "--steps", "1", "--batch", "8")
+    again = run(folder, "-c", DRIVER)
+    for stage in ("clip-hard", "aesthetic", "preference"):
+        assert f"{stage}: what it goes on from has changed" in again
+    assert {"redraw", "follow"} < set(again.split())
+    assert "latents" not in again.split()
+
     # A part that was made can be trained further: from the package, in a fresh build folder.
-    checkpoints = folder / "build/emoji/checkpoints"
     for path in checkpoints.glob("*.safetensors"):
         path.unlink()
+    shutil.rmtree(folder / "build/emoji/tokenizer")
     run(folder, "-m", "tools.emoji.train", "restore")
-    run(folder, "-m", "tools.emoji.train", "aesthetic", "--steps", "1")
+    for said in ("", "aesthetic is done; a new schedule goes on from its weights\n"):
+        before = (checkpoints / "aesthetic.safetensors").read_bytes()
+        assert run(folder, "-m", "tools.emoji.train", "aesthetic", "--steps", "1") == said
+        assert (checkpoints / "aesthetic.safetensors").read_bytes() != before
     assert {"vae", "denoiser", "clip", "clip-probe", "preference", "aesthetic", "judge"} == {
         path.stem for path in checkpoints.glob("*.safetensors")
     }

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import CLIPModel
 
 from tools.emoji import data, parts, tokenizer, world
-from tools.emoji.loop import DEVICE, Figures, Schedule, restored, save, train, trained
+from tools.emoji.loop import DEVICE, Figures, Schedule, exists, restored, save, train, trained
 from tools.emoji.networks import attacked, embed_images, pixels, read_texts, shifted
 
 SCHEDULES = {
@@ -159,8 +159,8 @@ def train_clip() -> None:
         said, read = probe.text_loss(states, drawn.claims)
         return value + 0.3 * said, figures | read
 
-    train("clip-probe", probe, loss, SCHEDULES["clip"])
-    save("clip", probe.clip)
+    if train("clip-probe", probe, loss, SCHEDULES["clip"]) or not exists("clip"):
+        save("clip", probe.clip)  # or what `harden` made of it stays
 
 
 def harden() -> None:
@@ -186,5 +186,5 @@ def harden() -> None:
         fooling = attacked(rng, drawn.pictures, harm, RADIUS)
         return _loss(probe, drawn, embed_images(probe.clip, fooling), text)
 
-    train("clip-hard", probe, loss, SCHEDULES["harden"])
+    train("clip-hard", probe, loss, SCHEDULES["harden"], origin=probe.clip)
     save("clip", probe.clip)

@@ -16,7 +16,6 @@ from tools.emoji import sprites, world
 FOLDER = sprites.BUILD / "data"
 TWINS = 20_000  # how many clean training scenes are drawn once more, spoilt
 DECODED = FOLDER / "decoded.npy"  # the first training scenes, through the VAE and back
-NUM_DECODED = 24_000
 BLOCK = 2000  # scenes per seed; the picture of a scene depends on its block and place, not on the number of workers
 SEEDS = {"train": 1_000, "test": 900_000, "twins": 400_000}
 
@@ -69,10 +68,15 @@ def clean_kinds(scenes: Sequence[world.Scene]) -> tuple[np.ndarray, np.ndarray]:
     return clean[~double], clean[double]
 
 
+def num_decoded(count: int) -> int:
+    """How many of so many scenes go through the VAE, in batches of 250: a little more than a third."""
+    return min(count, max(1, round(0.4 * count / 250)) * 250)
+
+
 def pictures(
     rng: np.random.Generator, images: np.ndarray, decoded: np.ndarray, rows: np.ndarray
 ) -> np.ndarray:
-    """The scenes of these rows as a scorer sees them: about a third have gone through the VAE."""
+    """The scenes of these rows as a scorer sees them: a third have gone through the VAE."""
     chosen = images[rows]
     again = (rows < len(decoded)) & (rng.random(len(rows)) < len(images) / len(decoded) / 3)
     chosen[again] = decoded[rows[again]]
@@ -83,7 +87,10 @@ def build_all(count: int = 60_000) -> None:
     """Both splits, `count` training scenes; and the twins."""
     build("train", count)
     build("test", 4_000)
-    build("twins", TWINS)
+    blocks = min(TWINS, len(clean_rows(load("train")[1]))) // BLOCK
+    if not blocks:
+        raise SystemExit(f"--count {count} leaves less than {BLOCK} clean scenes; {2 * BLOCK} are enough")
+    build("twins", blocks * BLOCK)
 
 
 if __name__ == "__main__":

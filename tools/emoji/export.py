@@ -8,11 +8,11 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import CLIPModel, CLIPVisionModelWithProjection
+from transformers import CLIPModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from ipgo.rewards.emoji.judge import Network
-from tools.emoji import parts, sprites, world
-from tools.emoji.loop import keep, save, trained
+from tools.emoji import parts, sprites, tokenizer, world
+from tools.emoji.loop import keep, newest, save, trained
 from tools.emoji.networks import SCALING, load_clip, pipeline
 from tools.emoji.scorers import JUDGE_SIZES
 from tools.emoji.sprites import BUILD
@@ -43,8 +43,12 @@ def vocabulary() -> dict[str, object]:
 def restore() -> None:
     """The reverse of `export`: checkpoints from the package's weights, so that a part can be trained further.
 
-    The scenes, the tokenizer and the latents are made again by their stages.
+    Of all but the rewriter, whose policy is nothing without what it was trained from. The scenes and the latents are
+    made again by their stages.
     """
+    CLIPTokenizer.from_pretrained(BACKEND / "tokenizer").save_pretrained(tokenizer.FOLDER)
+    words = json.loads((BACKEND / "vocabulary.json").read_text())["words"]
+    (BUILD / "words.json").write_text(json.dumps(words))
     vae = AutoencoderKL.from_pretrained(BACKEND / "vae")
     save("vae", vae)
     SCALING.write_text(json.dumps({"scaling_factor": vae.config.scaling_factor}))
@@ -62,29 +66,35 @@ def _half(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.half().cpu().contiguous() for name, tensor in module.state_dict().items()}
 
 
-def export_rewards() -> None:
+def export_rewards(folder: Path) -> None:
     """The two CLIPs, the aesthetic tower, and the judge with the artwork that it compares with."""
-    for folder, name in (("clip", "clip"), ("preference", "preference")):
-        model, tokens = load_clip(name)
-        shutil.rmtree(REWARDS / folder, ignore_errors=True)
-        model.half().save_pretrained(REWARDS / folder)
+    for name in ("clip", "preference"):
+        model, tokens = load_clip(newest(name))
+        model.half().save_pretrained(folder / name)
         if name == "clip":
-            tokens.save_pretrained(REWARDS / folder)
-    shutil.rmtree(REWARDS / "aesthetic", ignore_errors=True)
-    trained("aesthetic", parts.aesthetic()).half().save_pretrained(REWARDS / "aesthetic")
+            tokens.save_pretrained(folder / name)
+    trained(newest("aesthetic"), parts.aesthetic()).half().save_pretrained(folder / "aesthetic")
     judge = trained("judge", Network(JUDGE_SIZES))
-    save_file(_half(judge), REWARDS / "judge.safetensors")
-    shutil.copy(sprites.sheet(), REWARDS / "artwork.png")
+    save_file(_half(judge), folder / "judge.safetensors")
+    shutil.copy(sprites.sheet(), folder / "artwork.png")
     labels = {
         "sizes": JUDGE_SIZES,
         **{k: vocabulary()[k] for k in ("objects", "colours", "styles", "relations")},
     }
-    (REWARDS / "judge.json").write_text(json.dumps(labels, indent=1) + "\n")
+    (folder / "judge.json").write_text(json.dumps(labels, indent=1) + "\n")
 
 
 def export() -> None:
-    """Everything, into the package."""
-    shutil.rmtree(BACKEND, ignore_errors=True)
-    pipeline().to(dtype=torch.float16).save_pretrained(BACKEND, safe_serialization=True)
-    (BACKEND / "vocabulary.json").write_text(json.dumps(vocabulary(), indent=1) + "\n")
-    export_rewards()
+    """Everything, into the package: what is there is replaced once all of it is written."""
+    made = BUILD / "package"
+    shutil.rmtree(made, ignore_errors=True)
+    backend, rewards = made / "backend", made / "rewards"
+    pipeline().to(dtype=torch.float16).save_pretrained(backend, safe_serialization=True)
+    (backend / "vocabulary.json").write_text(json.dumps(vocabulary(), indent=1) + "\n")
+    export_rewards(rewards)
+    places = {backend: BACKEND, **{each: REWARDS / each.name for each in rewards.iterdir()}}
+    for new, place in places.items():
+        if place.is_dir():
+            shutil.rmtree(place)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(new, place)

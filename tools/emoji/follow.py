@@ -20,16 +20,16 @@ from ipgo import IPGO, Adapter, Backend, Reward, Sampling, Task, as_reward, load
 from ipgo.rewards.emoji.artwork import Artwork
 from ipgo.rewards.emoji.claims import Claims
 from tools.emoji import data, parts, sprites, world
-from tools.emoji.loop import DEVICE, HALF, mixed, trained
+from tools.emoji.loop import DEVICE, HALF, mixed, newest, trained
 from tools.emoji.networks import as_bytes, embed_images, embed_texts, graded, load_clip, pipeline, pixels
 from tools.emoji.redraw import GUIDANCE, redrawn
 
 REWARDS = ("preference", "aesthetic")  # that can be followed too far
-COUNT = 96 if DEVICE.type == "cpu" else 1_024  # prompts of a round, for each of them
+COUNT = 96 if DEVICE.type == "cpu" else 512  # prompts of a round, for each of them
 BATCH = 16 if DEVICE.type == "cpu" else 128
 NOISES = 4  # for each prompt
 STRENGTHS = (0.5, 0.7, 0.9)  # share of the noise that the artwork's latents get
-# Steps that pictures are drawn from: half as far as the default preset goes, and up to a third further.
+# Steps that pictures are drawn from: half as far as the default preset goes, as far, and half further.
 AT = (8, 16, 24)
 SAMPLING = Sampling(8, GUIDANCE)
 ASCENT = replace(IPGO().ascent, steps=AT[-1], lr=1e-2, lr_basis=2e-3)
@@ -64,9 +64,9 @@ def load(name: str = "*") -> Round:
 def reward_of(name: str) -> Reward:
     """One of `REWARDS` as it is trained so far."""
     if name == "aesthetic":
-        tower = trained(name, parts.aesthetic())
+        tower = trained(newest(name), parts.aesthetic())
         return as_reward(lambda images, prompts: graded(tower, 2 * images - 1).sigmoid())
-    model, tokens = load_clip(name)
+    model, tokens = load_clip(newest(name))
 
     def of(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         return (embed_images(model, 2 * images - 1) * embed_texts(model, tokens, prompts)).sum(-1)
@@ -147,7 +147,10 @@ def build(count: int = COUNT, names: Sequence[str] = REWARDS) -> None:
     for name in names:
         number = len(paths(name))
         found = followed(name, count, number)
-        np.savez(data.FOLDER / f"followed-{name}-{number}.npz", **asdict(found))
+        path = data.FOLDER / f"followed-{name}-{number}.npz"
+        unfinished = path.with_name(f".{path.name}")
+        np.savez(unfinished, **asdict(found))
+        unfinished.replace(path)
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """One training loop for all parts: seeded by step, checkpointed in safetensors, resumable at any moment."""
 
+import hashlib
 import json
 import math
 import time
@@ -37,7 +38,7 @@ class Schedule:
     warmup: int = 200
     weight_decay: float = 0.01
     ema: float = 0.0  # decay of the averaged weights that are kept; 0: none
-    seconds: float | None = None  # end after that time instead, for a machine that is lent; not reproducible
+    seconds: float | None = None  # end after that time instead, however often resumed; not reproducible
 
     def rate(self, step: int, elapsed: float) -> float:
         if step < self.warmup:
@@ -61,32 +62,41 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     }
 
 
-def _save(path: Path, tensors: dict[str, Tensor], step: int) -> None:
+def _save(path: Path, tensors: dict[str, Tensor], step: int, **told: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, path.with_suffix(".tmp"), metadata={"step": str(step)})
+    metadata = {key: str(value) for key, value in {"step": step, **told}.items()}
+    save_file(tensors, path.with_suffix(".tmp"), metadata=metadata)
     path.with_suffix(".tmp").replace(path)
+
+
+def _path(name: str) -> Path:
+    return BUILD / "checkpoints" / f"{name}.safetensors"
+
+
+def _told(name: str) -> dict[str, str]:
+    """What a checkpoint says of itself: its step and, where it was trained, its origin, its seconds, if it is done."""
+    with safe_open(_path(name), "pt") as file:
+        return dict(file.metadata())
 
 
 def _resume(
     path: Path, module: nn.Module, average: dict[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> int:
-    with safe_open(path, "pt") as file:
-        step = int(file.metadata()["step"])
-    tensors = load_file(path)
-    weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-    module.load_state_dict(weights, strict=step > 0)  # the package's weights lack what only training needs
+    step, tensors = int(_told(path.stem)["step"]), load_file(path)
+    state = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+    module.load_state_dict(state, strict=step > 0)  # the package's weights lack what only training needs
     for name in average:
         average[name].copy_(tensors.get(f"average.{name}", module.state_dict()[name]))
     if step == 0:
         return step
-    state = optimizer.state_dict()
-    state["state"] = {}
+    found = optimizer.state_dict()
+    found["state"] = {}
     for name, tensor in tensors.items():
         if name.startswith("optimizer."):
             _, index, key = name.split(".")
-            state["state"].setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict(state)
+            found["state"].setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict(found)
     return step
 
 
@@ -96,12 +106,14 @@ def train(
     loss: Callable[[np.random.Generator, int], tuple[Tensor, Figures]],
     schedule: Schedule,
     seed: int = 0,
-) -> None:
-    """Train `module` in place; `loss(rng, batch)` gives the loss of one step and figures for the log.
+    origin: nn.Module | None = None,
+) -> bool:
+    """Train `module` in place; `loss(rng, batch)` gives the loss of one step and figures for the log. Was there a step?
 
-    The random numbers of a step depend on `seed` and the step alone, so a resumed run equals a straight one.
+    The random numbers of a step depend on `seed` and the step alone, so a resumed run equals a straight one. `origin`
+    is what was trained before and is trained further here: if it has changed since, this begins again.
     """
-    path = BUILD / "checkpoints" / f"{name}.safetensors"
+    path, begins = _path(name), "" if origin is None else digest(origin.state_dict())
     log = BUILD / "logs" / f"{name}.jsonl"
     log.parent.mkdir(parents=True, exist_ok=True)
     module.to(DEVICE).train()
@@ -110,9 +122,16 @@ def train(
         parameters, schedule.lr, betas=(0.9, 0.98), weight_decay=schedule.weight_decay, fused=True
     )
     average = {k: v.detach().clone() for k, v in module.state_dict().items()} if schedule.ema else {}
-    start = _resume(path, module, average, optimizer) if path.exists() else 0
-    began = saved = shown = time.monotonic()
-    step, last = start, schedule.over(start, 0.0)
+    told = _told(name) if path.exists() else {}
+    start = 0
+    if told and told.get("origin", begins) == begins:
+        start = _resume(path, module, average, optimizer)
+    elif told:
+        print(f"{name}: what it goes on from has changed, so it begins again", flush=True)
+        told = {}
+    saved = shown = time.monotonic()
+    began = saved - float(told.get("seconds", 0))
+    step, last = start, schedule.over(start, saved - began)
     while not last:
         rng = np.random.default_rng((seed, step))
         torch.manual_seed(seed * 1_000_003 + step)
@@ -141,11 +160,13 @@ def train(
         if now - saved > CHECKPOINT_SECONDS or last:
             tensors = {f"model.{k}": v for k, v in module.state_dict().items()}
             tensors |= {f"average.{k}": v for k, v in average.items()}
-            _save(path, tensors | _optimizer_tensors(optimizer), step)
+            tensors |= _optimizer_tensors(optimizer)
+            _save(path, tensors, step, origin=begins, seconds=now - began, done=last)
             saved = now
     if schedule.ema:
         module.load_state_dict(average)
     module.eval().requires_grad_(False)
+    return step > start
 
 
 def save(name: str, module: nn.Module) -> None:
@@ -153,24 +174,61 @@ def save(name: str, module: nn.Module) -> None:
     keep(name, module.state_dict())
 
 
-def keep(name: str, weights: Mapping[str, Tensor]) -> None:
+def keep(name: str, state: Mapping[str, Tensor]) -> None:
     """The same for bare tensors. A stage of this name starts its schedule from them."""
-    state = {f"model.{k}": v.float().clone() for k, v in weights.items()}
-    _save(BUILD / "checkpoints" / f"{name}.safetensors", state, 0)
+    _save(_path(name), {f"model.{k}": v.float().clone() for k, v in state.items()}, 0)
 
 
 def restored(name: str) -> bool:
     """Is a part's checkpoint the package's, on which no stage has gone on yet?"""
-    with safe_open(BUILD / "checkpoints" / f"{name}.safetensors", "pt") as file:
-        return int(file.metadata()["step"]) == 0
+    return _told(name)["step"] == "0"
 
 
-def trained(name: str, module: nn.Module) -> nn.Module:
-    """Load the latest checkpoint of a part (its averaged weights, where it has them), frozen."""
-    path = BUILD / "checkpoints" / f"{name}.safetensors"
+def exists(name: str) -> bool:
+    """Is there a checkpoint?"""
+    return _path(name).exists()
+
+
+def done(name: str) -> bool:
+    """Has a stage come to the end of its schedule?"""
+    return _path(name).exists() and _told(name).get("done") == "True"
+
+
+def newest(name: str) -> str:
+    """The last of a part's rounds of further training that is done ("NAME-2"), or the part itself.
+
+    A round that went on from other weights than the one before it has now does not count.
+    """
+    found = name
+    rounds = [path.stem.rpartition("-") for path in (BUILD / "checkpoints").glob(f"{name}-*.safetensors")]
+    for number in sorted(int(number) for of, _, number in rounds if of == name and number.isdigit()):
+        each = f"{name}-{number}"
+        if done(each) and _told(each)["origin"] == digest(weights(found)):
+            found = each
+    return found
+
+
+def weights(name: str) -> dict[str, Tensor]:
+    """The latest checkpoint of a part, averaged where it has an average."""
+    path = _path(name)
     if not path.exists():
         raise FileNotFoundError(f"no {path}: train the stage {name!r} first")
     tensors = load_file(path)
     prefix = "average." if any(k.startswith("average.") for k in tensors) else "model."
-    module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def digest(state: Mapping[str, Tensor]) -> str:
+    """The same for the same weights."""
+    found = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        found.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def trained(name: str, module: nn.Module) -> nn.Module:
+    """Load the latest checkpoint of a part, frozen."""
+    module.load_state_dict(weights(name))
     return module.to(DEVICE).eval().requires_grad_(False)

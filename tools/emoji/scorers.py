@@ -14,7 +14,7 @@ from transformers import CLIPModel, CLIPTokenizer, CLIPVisionModelWithProjection
 from ipgo.rewards.emoji.judge import Network
 from tools.emoji import data, follow, parts, redraw, sprites, world
 from tools.emoji.clip import RADIUS
-from tools.emoji.loop import DEVICE, Figures, Schedule, mixed, save, train, trained
+from tools.emoji.loop import DEVICE, Figures, Schedule, mixed, newest, train, trained
 from tools.emoji.networks import attacked, embed_images, embed_texts, graded, load_clip, pixels, shifted
 
 CLEARLY = 0.1  # of two pictures one is clearly better that is so much more like the artwork
@@ -79,7 +79,7 @@ def train_aesthetic() -> None:
     source, _ = load_clip()
     model = parts.aesthetic()
     model.vision_model.load_state_dict(source.vision_model.state_dict())
-    train("aesthetic", model, _grading(model, _redrawn()), SCHEDULES["aesthetic"])
+    train("aesthetic", model, _grading(model, _redrawn()), SCHEDULES["aesthetic"], origin=source.vision_model)
 
 
 def _grading(model: CLIPVisionModelWithProjection, made: Made) -> Loss:
@@ -174,21 +174,28 @@ def train_preference(blocks: int = 24) -> None:
     details that they lack are smaller than such a disturbance.
     """
     model, tokens = load_clip()
-    train("preference", model, _preferring(model, tokens, blocks, _redrawn()), SCHEDULES["preference"])
+    loss = _preferring(model, tokens, blocks, _redrawn())
+    train("preference", model, loss, SCHEDULES["preference"], origin=model)
 
 
 def resist(names: Sequence[str] = follow.REWARDS, blocks: int = 12) -> None:
-    """Train rewards further, on what IPGO makes of prompts when it follows them (see `follow`)."""
+    """Train rewards further, on what IPGO makes of prompts when it follows them (see `follow`).
+
+    "NAME-N" is a reward after N files of what fits have made of it, and goes on from the newest before (`newest`).
+    """
+    number = len(follow.paths())
+    wanted = {name: newest(name) for name in names if newest(name) != f"{name}-{number}"}
+    if not wanted:
+        return
     made = _either(_followed(), _redrawn())
-    for name in names:
+    for name, before in wanted.items():
         if name == "aesthetic":
-            model: nn.Module = trained(name, parts.aesthetic())
+            model: nn.Module = trained(before, parts.aesthetic())
             loss = _grading(model.requires_grad_(True), made)
         else:
-            model, tokens = load_clip(name)
+            model, tokens = load_clip(before)
             loss = _preferring(model, tokens, blocks, made)
-        train(f"{name}-{len(follow.paths())}", model, loss, SCHEDULES["resist"])
-        save(name, model)
+        train(f"{name}-{number}", model, loss, SCHEDULES["resist"], origin=model)
 
 
 def _redrawn() -> Made:

@@ -19,6 +19,7 @@ PACKAGES = {  # style: (npm package at the version used, path inside it)
     "3d": ("@lobehub/fluent-emoji-3d@1.1.0", "package/assets/{code}.webp"),  # Microsoft Fluent emoji, MIT
     "flat": ("@twemoji/svg@15.0.0", "package/{code}.svg"),  # Twemoji artwork, CC-BY 4.0
 }
+SHEET = BUILD / "artwork.png"
 SPRITE_SIZE = 160  # drawn at 27 to 50 pixels, four times oversampled
 
 
@@ -51,6 +52,7 @@ def build() -> None:
     """Write one RGBA PNG per object and style."""
     folder = BUILD / "sprites"
     folder.mkdir(parents=True, exist_ok=True)
+    SHEET.unlink(missing_ok=True)
     for style, (package, pattern) in PACKAGES.items():
         with tarfile.open(_download(package, BUILD)) as archive:
             for name, (code, _) in OBJECTS.items():
@@ -75,15 +77,14 @@ def load() -> dict[tuple[str, str], Image.Image]:
 
 def sheet() -> Path:
     """All of them as one picture, as `Artwork` reads it: a column for each object, a row for each style."""
-    path = BUILD / "artwork.png"
-    if not path.exists():
+    if not SHEET.exists():
         art, size = load(), artwork.SPRITE
         whole = Image.new("RGBA", (size * len(OBJECTS), size * len(PACKAGES)))
         for (column, name), (row, style) in itertools.product(enumerate(OBJECTS), enumerate(PACKAGES)):
             small = art[name, style].resize((size, size), Image.Resampling.LANCZOS, reducing_gap=3.0)
             whole.paste(small, (column * size, row * size))
-        whole.save(path, optimize=True)
-    return path
+        whole.save(SHEET, optimize=True)
+    return SHEET
 
 
 if __name__ == "__main__":

@@ -53,6 +53,8 @@ def build() -> None:
 
 def load() -> CLIPTokenizer:
     """The saved tokenizer."""
+    if not FOLDER.exists():
+        raise FileNotFoundError(f"no {FOLDER}: run the stage 'tokenizer' first")
     return CLIPTokenizer.from_pretrained(FOLDER)
 
 

@@ -1,11 +1,13 @@
 """Train the bundled model from nothing, stage by stage: `python -m tools.emoji.train all`.
 
-Every stage resumes from its checkpoint in `build/emoji/checkpoints`; figures are logged to `build/emoji/logs`.
-One that is done, or was restored from the package, is trained further by name: `... denoiser --steps 3000 --lr 4e-4`.
+A stage that trains resumes from its checkpoint in `build/emoji/checkpoints`; figures are logged to `build/emoji/logs`.
+The others begin again if they were stopped, and `all` does none again that is done. One that is done, or was restored
+from the package, is trained further by name: `... denoiser --steps 3000 --lr 4e-4`.
 """
 
 import argparse
 import json
+import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +17,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 
 from tools.emoji import clip, data, export, follow, parts, redraw, scorers, sprites, tokenizer
-from tools.emoji.loop import DEVICE, Figures, Schedule, mixed, train, trained
+from tools.emoji.loop import DEVICE, Figures, Schedule, digest, done, keep, mixed, train, trained, weights
 from tools.emoji.networks import SCALING, as_bytes, load_clip, pixels
 from tools.emoji.sprites import BUILD
 
@@ -60,7 +62,7 @@ def train_vae() -> None:
         quarter = batch // 4
         kinds = np.arange(len(images)), single, double, double
         rows = np.sort(np.concatenate([rng.choice(each, quarter) for each in kinds]))
-        wrong = torch.from_numpy(rng.uniform(-0.2, 0.2, (batch, 1, 1, 1)).astype(np.float32)).clamp_min(0)
+        wrong = torch.from_numpy(rng.uniform(-0.2, 0.2, (len(rows), 1, 1, 1)).astype(np.float32)).clamp_min(0)
         x = pixels(images[rows])
         with mixed():
             posterior = vae.encode(x).latent_dist
@@ -87,14 +89,15 @@ def build_latents() -> None:
     latents = np.lib.format.open_memmap(
         LATENTS, "w+", np.float16, (len(images), parts.LATENT_CHANNELS, parts.LATENT_SIZE, parts.LATENT_SIZE)
     )
-    decoded = np.lib.format.open_memmap(data.DECODED, "w+", np.uint8, (data.NUM_DECODED, *images.shape[1:]))
+    count = data.num_decoded(len(images))
+    decoded = np.lib.format.open_memmap(data.DECODED, "w+", np.uint8, (count, *images.shape[1:]))
     noise = torch.Generator().manual_seed(99)
     for start in range(0, len(images), 250):
         rows = slice(start, start + 250)
         with mixed():
             mode = vae.encode(pixels(images[rows])).latent_dist.mode().float()
             latents[rows] = mode.cpu().numpy()
-            if start < data.NUM_DECODED:
+            if start < count:
                 amount = 0.2 * torch.rand(len(mode), 1, 1, 1, generator=noise) * mode.std().cpu()
                 extra = (amount * torch.randn(mode.shape, generator=noise)).to(DEVICE)
                 decoded[rows] = as_bytes(vae.decode(mode + extra).sample.float())
@@ -168,8 +171,41 @@ STAGES = {
     "export": export.export,
 }
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+# What stages make that have no checkpoint: `train_all` makes it again when one of these parts has changed.
+MADE: dict[str, tuple[str, ...]] = {
+    "sprites": (),
+    "data": (),
+    "tokenizer": (),
+    "captions": (),
+    "latents": ("vae",),
+    "redraw": ("vae", "clip", "denoiser"),
+    "follow": ("vae", "clip", "denoiser", "aesthetic", "preference"),
+}
+CHECKPOINTS = {"clip": "clip-probe", "harden": "clip-hard"}  # where they are not called as the stage
+
+
+def run(stage: str) -> None:
+    """One stage, from a seed of its own: new parts begin at random."""
+    torch.manual_seed(zlib.crc32(stage.encode()))
+    STAGES[stage]()
+
+
+def train_all() -> None:
+    """Every stage that is not done, in order."""
+    for stage in STAGES:
+        mark = BUILD / "made" / stage
+        state = " ".join(digest(weights(part)) for part in MADE.get(stage, ()))
+        if mark.exists() and mark.read_text() == state:
+            continue
+        print(stage, flush=True)
+        run(stage)
+        if stage in MADE:
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            mark.write_text(state)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument(
         "stage", choices=[*STAGES, "all", "restore"], help="restore: start from the package's weights"
     )
@@ -180,11 +216,25 @@ if __name__ == "__main__":
     options = parser.parse_args()
     stage = options.stage
     changes = {key: getattr(options, key) for key in ("steps", "seconds", "lr", "batch")}
-    for table in (SCHEDULES, clip.SCHEDULES, scorers.SCHEDULES):
-        if stage in table:
-            table[stage] = replace(table[stage], **{key: value for key, value in changes.items() if value})
+    changes = {key: value for key, value in changes.items() if value is not None}
+    tables = [table for table in (SCHEDULES, clip.SCHEDULES, scorers.SCHEDULES) if stage in table]
+    if changes and not tables:
+        parser.error(
+            f"{', '.join(f'--{key}' for key in changes)}: stage {stage!r} has no schedule of its own"
+        )
+    for table in tables:
+        table[stage] = replace(table[stage], **changes)
+    part = CHECKPOINTS.get(stage, stage)
+    if changes and done(part):
+        print(f"{part} is done; a new schedule goes on from its weights", flush=True)
+        keep(part, weights(part))
     if stage == "restore":
         export.restore()
+    elif stage == "all":
+        train_all()
     else:
-        for name in STAGES if stage == "all" else [stage]:
-            STAGES[name]()
+        run(stage)
+
+
+if __name__ == "__main__":
+    main()

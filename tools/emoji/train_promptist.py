@@ -52,7 +52,7 @@ def tokenizer() -> CLIPTokenizer:
 
 
 def language_model(tokens: CLIPTokenizer) -> GPT2LMHeadModel:
-    """A GPT-2 of four layers, 128 wide: 1.2 million parameters. Untied, since checkpoints hold no tensor twice."""
+    """A GPT-2 of four layers, 128 wide: 1.1 million parameters. Untied, since checkpoints hold no tensor twice."""
     marks = {"bos_token_id": tokens.eos_token_id, "eos_token_id": tokens.eos_token_id}
     drops = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     size = {"n_positions": 192, "n_embd": 128, "n_layer": 4, "n_head": 4}
