@@ -5,12 +5,14 @@
 IPGO is fitted ever harder (more and larger steps). For each strength: how much the followed
 reward rose, in standard deviations of that reward over raw images; what the rewards that were not followed did, in
 theirs; and whether the judge still finds the object, and how much it looks like the artwork. A reward that resists
-parts from the judge late, or not at all. Everything is measured on unseen noise. Writes a table (.md), a plot (.png),
-and the pictures themselves (-images.png).
+parts from the judge late, or not at all. A second table has the same where the followed reward has risen by one
+standard deviation, between the two strengths that lie around it. Everything is measured on unseen noise. Writes the
+tables (.md), a plot (.png), and the pictures themselves (-images.png).
 """
 
 import argparse
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,8 +28,10 @@ REWARDS = BUNDLED_REWARDS["emoji"]
 TRUTH = "emoji-likeness"
 FITTED = (0, 1, 2, 3)
 STRENGTHS = {  # steps, learning rate of the coefficients
+    "5 steps, lr 0.006": (5, 0.006),
+    "10 steps, lr 0.006": (10, 0.006),
+    "20 steps, lr 0.006": (20, 0.006),
     "40 steps, lr 0.006": (40, 0.006),
-    "40 steps, lr 0.02": (40, 0.02),
     "80 steps, lr 0.02": (80, 0.02),
     "80 steps, lr 0.06": (80, 0.06),
 }
@@ -62,6 +66,31 @@ def measure(
     )
     strip = np.concatenate([np.asarray(fitted.after[max(fitted.after)]) for fitted in result], axis=1)
     return Point(rises, float(gains[reward]), objects, likeness), Image.fromarray(strip)
+
+
+def at_one(reward: str, points: list[Point]) -> str:
+    """The line of the second table: linear between raw, or a strength, and the next one that is beyond."""
+    path = [dict.fromkeys(points[0].rises, 0.0), *(point.rises for point in points)]
+    beyond = next((place for place, rises in enumerate(path) if rises[reward] >= 1), None)
+    if beyond is None:
+        return f"| {reward} | never: {max(rises[reward] for rises in path):+.1f} at most | | |"
+    low, high = path[beyond - 1][reward], path[beyond][reward]
+    share = (1 - low) / (high - low)
+
+    def between(values: Sequence[float]) -> float:
+        return values[beyond - 1] + share * (values[beyond] - values[beyond - 1])
+
+    held = "; ".join(
+        f"{name.removeprefix('emoji-')} {between([rises[name] for rises in path]):+.1f}"
+        for name in points[0].rises
+        if name != reward
+    )
+    marks = []
+    for kind in ("objects", "likeness"):
+        pairs = [getattr(point, kind) for point in points]
+        marks.append((pairs[0][0], between([pairs[0][0], *(after for _, after in pairs)])))
+    (raw, objects), (raw_likeness, likeness) = marks
+    return f"| {reward} | {held} | {raw:.0%} to {objects:.0%} | {raw_likeness:.2f} to {likeness:.2f} |"
 
 
 def plot(found: dict[str, list[Point]], path: Path) -> None:
@@ -119,9 +148,20 @@ def main() -> None:
                 f"| {point.likeness[0]:.2f} to {point.likeness[1]:.2f} |"
             )
             print(lines[-1], flush=True)
+    lines += [
+        "",
+        "Where the followed reward has risen by one standard deviation:",
+        "",
+        "| reward | held-out, in their sd | judge: object | judge: likeness |",
+        "|---|---|---|---|",
+        *(at_one(reward, points) for reward, points in found.items()),
+    ]
+    print("\n".join(lines[-len(found) - 5 :]))
     plot(found, options.out.with_suffix(".png"))
     Image.fromarray(np.concatenate(sheet)).save(options.out.with_name(options.out.name + "-images.png"))
     command = f"python benchmarks/over_optimisation.py --prompts '{options.prompts}'"
+    if options.rewards != [*REWARDS, TRUTH]:
+        command += f" --rewards {' '.join(options.rewards)}"
     if options.dtype != "auto":
         command += f" --dtype {options.dtype}"
     if options.strengths != list(STRENGTHS):

@@ -4,8 +4,9 @@ Reads the package's own files through stock diffusers and transformers classes, 
 """
 
 import argparse
+import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,12 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from ipgo import backends
+from ipgo import Reward, backends
 from ipgo.images import to_pil
 from ipgo.prompts import read_prompts
 from ipgo.rewards.clip import ClipReward, embed
 from ipgo.rewards.emoji import Judge, load_aesthetic, load_clip, load_judge, load_preference
-from tools.emoji import sprites, world
+from tools.emoji import scorers, sprites, world
 from tools.emoji.export import BACKEND, PACKAGE
 
 STEPS = 20
@@ -59,9 +60,15 @@ def judged(judge: Judge, images: Tensor, prompts: Sequence[str]) -> dict[str, fl
 
 
 def test_scenes(count: int, objects: int, seed: int) -> list[world.Scene]:
-    """Clean held-out scenes."""
+    """Clean held-out scenes with captions of their own. There are 255 of one object: more than that begin again."""
     rng = np.random.default_rng(seed)
-    return [world.sample_scene(rng, split="test", count=objects, clean=True) for _ in range(count)]
+    found: dict[str, world.Scene] = {}
+    for _ in range(20 * count):
+        scene = world.sample_scene(rng, split="test", count=objects, clean=True)
+        found.setdefault(world.plain_caption(scene), scene)
+        if len(found) == count:
+            break
+    return list(itertools.islice(itertools.cycle(found.values()), count))
 
 
 def drawn(scenes: Sequence[world.Scene], seed: int = 7) -> Tensor:
@@ -77,12 +84,20 @@ def decoded(pipe: StableDiffusionPipeline, images: Tensor) -> Tensor:
 
 
 def generator_figures(pipe: StableDiffusionPipeline, judge: Judge, count: int) -> dict[str, object]:
-    """What the judge sees in generated images, and whether quality words work."""
+    """What the judge sees in generated images, how rewards follow its verdicts, and whether quality words work."""
     figures: dict[str, object] = {}
+    everything: list[tuple[Tensor, list[str]]] = []
     for objects, name in ((1, "one object"), (2, "two objects")):
         prompts = [world.plain_caption(scene) for scene in test_scenes(count, objects, seed=objects)]
-        figures[name] = judged(judge, generate(pipe, prompts), prompts)
-    prompts = [f"a {word} on a blue background" for _, words in world.OBJECTS.values() for word in words]
+        images = generate(pipe, prompts)
+        everything.append((images, prompts))
+        figures[name] = {"captions": len(set(prompts)), **judged(judge, images, prompts)}
+    right = torch.cat([judge.accuracy(*each)["object"] == 1 for each in everything])
+    figures["judged wrong, images"] = (~right).sum().item()
+    for reward in (load_clip(), load_preference(), load_aesthetic()):
+        scores = torch.cat([reward(*each) for each in everything])
+        figures[f"{reward.name}, judged right above judged wrong"] = above(scores[right], scores[~right])
+    prompts = list(synonyms())
     figures["synonyms"] = judged(judge, generate(pipe, prompts), prompts)["object"]
     prompts = [world.plain_caption(scene) for scene in test_scenes(min(count, 100), 1, seed=3)]
     quality = load_aesthetic()
@@ -93,12 +108,21 @@ def generator_figures(pipe: StableDiffusionPipeline, judge: Judge, count: int) -
     return figures
 
 
-def generated_figures(pipe: StableDiffusionPipeline, judge: Judge, count: int) -> dict[str, object]:
+def synonyms() -> Iterator[str]:
+    """Each object by each other word for it, on a background and in a style that it was never trained on."""
+    scenes = test_scenes(500, 1, seed=4)
+    for name, (_, words) in world.OBJECTS.items():
+        scene = next((scene for scene in scenes if scene.objects == (name,)), None)
+        for word in words if scene else ():
+            yield world.plain_caption(scene).replace(world.article(name), world.article(word), 1)
+
+
+def generated_figures(pipe: StableDiffusionPipeline, count: int) -> dict[str, object]:
     """The rewards on the generator's own pictures.
 
     Shares of pictures that score higher with their own prompt than with another object's, higher than when they are
     spoilt, and lower than artwork of the same scene through the VAE, which tells the rewards what is still to be had;
-    and how often one whose object the judge finds right scores above one where it does not (0.5 is chance).
+    how well scores of spoilt pictures are in the order of how much they are spoilt; and retrieval among the prompts.
     """
     scenes = test_scenes(count, 1, seed=5)
     prompts = [world.plain_caption(scene) for scene in scenes]
@@ -108,15 +132,13 @@ def generated_figures(pipe: StableDiffusionPipeline, judge: Judge, count: int) -
         turned = zip(scenes[i:] + scenes[:i], prompts[i:] + prompts[:i], strict=True)
         others.append(next(prompt for scene, prompt in turned if scene.objects != own.objects))
     rng = np.random.default_rng(6)
+    strengths = rng.uniform(0.3, 1, count)
     spoilt = np.stack(
         [
-            np.asarray(
-                world.degrade(rng, picture, str(rng.choice(list(world.DEGRADATIONS))), rng.uniform(0.3, 1))
-            )
-            for picture in to_pil(images)
+            np.asarray(world.degrade(rng, picture, str(rng.choice(list(world.DEGRADATIONS))), strength))
+            for picture, strength in zip(to_pil(images), strengths, strict=True)
         ]
     )
-    right = judge.accuracy(images, prompts)["object"] == 1
     pairs = test_scenes(count, 2, seed=6)
     pair_prompts = [world.plain_caption(scene) for scene in pairs]
     pair_images = generate(pipe, pair_prompts)
@@ -126,13 +148,16 @@ def generated_figures(pipe: StableDiffusionPipeline, judge: Judge, count: int) -
     for reward in (clip, preference, aesthetic):
         scores = reward(images, prompts)
         higher = reward(pair_artwork, pair_prompts) > reward(pair_images, pair_prompts)
+        below = reward(unit(spoilt), prompts)
         figures[reward.name] = {
             "own prompt above another's": (scores > reward(images, others)).float().mean().item(),
-            "above its spoilt copy": (scores > reward(unit(spoilt), prompts)).float().mean().item(),
+            "above its spoilt copy": (scores > below).float().mean().item(),
+            "Spearman with the quality of spoilt copies": float(spearmanr(below, 1 - strengths).statistic),
             "below the artwork, one object": (reward(artwork, prompts) > scores).float().mean().item(),
             "below the artwork, two objects": higher.float().mean().item(),
-            "judged right above judged wrong": above(scores[right], scores[~right]),
         }
+    for each in (clip, preference):
+        figures[f"{each.name}, retrieval among {count}"] = retrieved(each, images, prompts)
     return figures
 
 
@@ -213,12 +238,35 @@ def reward_figures(judge: Judge, count: int) -> dict[str, object]:
         reward.name: (reward(pictures, prompts) > reward(spoilt_pictures, prompts)).float().mean().item()
         for reward in (clip, aesthetic, preference)
     }
+    graded = aesthetic(both, prompts * 2).numpy()
+    ranks = {"of all": float(spearmanr(graded, quality).statistic)}
+    bad, clear = graded[len(clean) :], np.array([scene.quality for scene in spoilt])
+    for kind in (None, *world.DEGRADATIONS):
+        these = np.array([kind in (None, scene.degradation) for scene in spoilt])
+        ranks[f"of {kind or 'the spoilt'}"] = float(spearmanr(bad[these], clear[these]).statistic)
     return {
         "judge on clean scenes": judged(judge, pictures, prompts),
         "clean above degraded": order,
-        "aesthetic, Spearman with quality": float(spearmanr(aesthetic(both, prompts * 2), quality).statistic),
+        "preference above altered": altered_figures(preference, clean, pictures, prompts),
+        "aesthetic, Spearman with quality": ranks,
         "retrieval among 500": {r.name: retrieval(r) for r in (clip, preference)},
     }
+
+
+def altered_figures(
+    reward: Reward, scenes: Sequence[world.Scene], pictures: Tensor, prompts: Sequence[str]
+) -> dict[str, float]:
+    """The shares of scenes that score above one with a claimed fact made false, by the fact."""
+    rng = np.random.default_rng(24)
+    figures = {}
+    for objects, name in ((1, "one object"), (2, "two objects")):
+        rows = [row for row, scene in enumerate(scenes) if len(scene.objects) == objects]
+        own = reward(pictures[rows], [prompts[row] for row in rows])
+        for change in ("object", "colour", "style", *(["swap"] if objects == 2 else [])):
+            others = drawn([scorers.altered(rng, scenes[row], change) for row in rows])
+            wrong = reward(others, [prompts[row] for row in rows])
+            figures[f"{change}, {name}"] = (own > wrong).float().mean().item()
+    return figures
 
 
 def retrieval(reward: ClipReward, count: int = 500) -> list[float]:
@@ -227,22 +275,38 @@ def retrieval(reward: ClipReward, count: int = 500) -> list[float]:
         world.plain_caption(scene): scene for scene in test_scenes(count, 1, 31) + test_scenes(count, 2, 32)
     }
     texts = list(scenes)[:: max(1, len(scenes) // count)][:count]
-    image = embed(reward.model, reward.preprocessing, drawn([scenes[text] for text in texts]))
-    scores = image @ reward.text(texts).T
+    return retrieved(reward, drawn([scenes[text] for text in texts]), texts)
+
+
+def retrieved(reward: ClipReward, images: Tensor, texts: Sequence[str]) -> list[float]:
+    """Top-1 image to text and text to image."""
+    scores = embed(reward.model, reward.preprocessing, images) @ reward.text(texts).T
     right = torch.arange(len(texts))
     return [(scores.argmax(d) == right).float().mean().item() for d in (1, 0)]
 
 
 def speed_figures(pipe: StableDiffusionPipeline) -> dict[str, float]:
-    """Seconds on this machine, and megabytes of weights."""
-    seconds = {}
+    """Seconds on two cores of this machine, megabytes of weights, and what half precision changes.
+
+    Loading is that of all weights, by a process that has imported what it needs.
+    """
+    torch.set_num_threads(2)
+    start = time.perf_counter()
+    StableDiffusionPipeline.from_pretrained(BACKEND, dtype=torch.float32)
+    for load in (load_clip, load_preference, load_aesthetic, load_judge):
+        load()
+    seconds = {"seconds to load": time.perf_counter() - start}
     for batch in (1, 8):
         generate(pipe, ["a fox"] * batch, steps=2)
         start = time.perf_counter()
         generate(pipe, ["a fox"] * batch)
         seconds[f"seconds for {batch}"] = time.perf_counter() - start
     size = sum(path.stat().st_size for path in Path(PACKAGE).rglob("*.safetensors"))
-    return {**seconds, "megabytes": size / 1e6}
+    half = StableDiffusionPipeline.from_pretrained(BACKEND, dtype=torch.float16)
+    half.set_progress_bar_config(disable=True)
+    prompts = [world.plain_caption(scene) for scene in test_scenes(8, 1, seed=1)]
+    away = (generate(half, prompts).float() - generate(pipe, prompts)).abs().max().item()
+    return {**seconds, "megabytes": size / 1e6, "fp16 and fp32 differ by, of 1": away}
 
 
 def guidance_table(pipe: StableDiffusionPipeline, judge: Judge, scales: Sequence[float]) -> str:
@@ -294,7 +358,7 @@ def main() -> None:
         "vae": vae_figures(pipe, options.count),
         "rewards": reward_figures(judge, options.count),
         "generator": generator_figures(pipe, judge, options.count),
-        "rewards on generated images": generated_figures(pipe, judge, min(options.count, 100)),
+        "rewards on generated images": generated_figures(pipe, min(options.count, 100)),
     }
     table = "\n".join(["| figure | value |", "|---|---|", *rows(figures)])
     print(table)

@@ -148,13 +148,16 @@ def _draw_pairs(block: int) -> tuple[list[str], np.ndarray]:
 
 def _worse(rng: np.random.Generator, scene: world.Scene, claims: tuple[int, ...]) -> world.Scene:
     """The scene spoilt: degraded in nearly half of the cases, else with one claimed fact made false."""
-    kind = rng.random()
-    if kind < 0.45:
+    if rng.random() < 0.45:
         return world.spoilt(rng, scene)
     changes = ["object"]
     changes += ["colour"] * (claims[3] != world.UNSAID) + ["style"] * (claims[4] != world.UNSAID)
     changes += ["swap"] * (len(scene.objects) == 2)
-    change = rng.choice(changes)
+    return altered(rng, scene, str(rng.choice(changes)))
+
+
+def altered(rng: np.random.Generator, scene: world.Scene, change: str) -> world.Scene:
+    """The scene with another "object", "colour" or "style", or with its two objects changed about ("swap")."""
     if change == "object":
         place = int(rng.integers(len(scene.objects)))
         fresh = str(rng.choice([name for name in world.NAMES if name not in scene.objects]))
