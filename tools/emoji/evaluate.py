@@ -6,7 +6,7 @@ Reads the package's own files through stock diffusers and transformers classes, 
 import argparse
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -132,7 +132,7 @@ def generated_figures(pipe: StableDiffusionPipeline, count: int) -> dict[str, ob
         turned = zip(scenes[i:] + scenes[:i], prompts[i:] + prompts[:i], strict=True)
         others.append(next(prompt for scene, prompt in turned if scene.objects != own.objects))
     rng = np.random.default_rng(6)
-    strengths = rng.uniform(0.3, 1, count)
+    strengths = rng.uniform(0.3, 1, count).tolist()
     spoilt = np.stack(
         [
             np.asarray(world.degrade(rng, picture, str(rng.choice(list(world.DEGRADATIONS))), strength))
@@ -152,7 +152,7 @@ def generated_figures(pipe: StableDiffusionPipeline, count: int) -> dict[str, ob
         figures[reward.name] = {
             "own prompt above another's": (scores > reward(images, others)).float().mean().item(),
             "above its spoilt copy": (scores > below).float().mean().item(),
-            "Spearman with the quality of spoilt copies": float(spearmanr(below, 1 - strengths).statistic),
+            "Spearman with the quality of spoilt copies": -float(spearmanr(below, strengths).statistic),
             "below the artwork, one object": (reward(artwork, prompts) > scores).float().mean().item(),
             "below the artwork, two objects": higher.float().mean().item(),
         }
@@ -352,16 +352,20 @@ def main() -> None:
     if options.guidance:
         print(guidance_table(pipe, judge, options.guidance))
         return
-    figures = {
-        "speed": speed_figures(pipe),
-        "text encoder": text_figures(pipe),
-        "vae": vae_figures(pipe, options.count),
-        "rewards": reward_figures(judge, options.count),
-        "generator": generator_figures(pipe, judge, options.count),
-        "rewards on generated images": generated_figures(pipe, min(options.count, 100)),
+    parts: dict[str, Callable[[], object]] = {
+        "speed": lambda: speed_figures(pipe),
+        "text encoder": lambda: text_figures(pipe),
+        "vae": lambda: vae_figures(pipe, options.count),
+        "rewards": lambda: reward_figures(judge, options.count),
+        "generator": lambda: generator_figures(pipe, judge, options.count),
+        "rewards on generated images": lambda: generated_figures(pipe, min(options.count, 100)),
     }
-    table = "\n".join(["| figure | value |", "|---|---|", *rows(figures)])
-    print(table)
+    lines = ["| figure | value |", "|---|---|"]
+    print("\n".join(lines))
+    for name, measured in parts.items():
+        lines += (new := rows(measured(), name))
+        print("\n".join(new), flush=True)
+    table = "\n".join(lines)
     if options.out:
         options.out.write_text(f"`python -m tools.emoji.evaluate --count {options.count}`\n\n{table}\n")
     if options.sheet:
