@@ -34,6 +34,7 @@ from ipgo.runner import BUNDLED_REWARDS, peak_memory
 from ipgo.task import Task
 
 REWARDS = BUNDLED_REWARDS["emoji"]
+TRUTH = "emoji-likeness"  # which the judge says of every picture
 SETS = ("one", "two", "styled")
 FOLDER = Path("build/benchmarks/end-to-end")
 UNSEEN = (1000, 1001, 1002, 1003)
@@ -87,7 +88,7 @@ def judged(backend: Backend, name: str, label: str, adapter: Adapter, prompts: S
 def line(reward: str, fitted: list[Gain] | None, unseen: list[Gain], cost: Mapping[str, Any]) -> str:
     """The cells from `before` on."""
     by_name = {gain.reward: gain for gain in unseen}
-    own = by_name[reward]
+    own = by_name[reward] if reward in by_name else by_name["judge-likeness"]
     on_fitted = next((gain for gain in fitted or [] if gain.reward == reward), None)
     others = "; ".join(
         f"{name.removeprefix('emoji-')} {by_name[name].gain.value:+.3f}" for name in REWARDS if name != reward
@@ -126,7 +127,7 @@ def main() -> None:
     parser.add_argument(
         "--modes", nargs="+", default=["one-seed"], choices=["one-seed", "seeds", "shared", "plus"]
     )
-    parser.add_argument("--rewards", nargs="+", default=list(REWARDS), choices=REWARDS)
+    parser.add_argument("--rewards", nargs="+", default=list(REWARDS), choices=(*REWARDS, TRUTH))
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS)
     parser.add_argument("--count", type=int, default=30, help="prompts of the test half, 30 at most")
     parser.add_argument(
