@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -38,7 +39,7 @@ from ipgo.terminal import (
 )
 
 if TYPE_CHECKING:
-    from ipgo.evaluation import Gain
+    from ipgo.evaluation import Gain, Score
     from ipgo.store import Run
 
 HELP = """usage: ipgo COMMAND [options]
@@ -212,6 +213,15 @@ def show_run(folder: Run) -> int:
     return 0
 
 
+def levels(scores: Sequence[Score]) -> str:
+    """The mean of each reward, of prompts as they are: nothing was learned that could be compared."""
+    values: dict[str, list[float]] = {}
+    for each in scores:
+        if math.isfinite(each.value):
+            values.setdefault(each.reward, []).append(each.value)
+    return "\n".join(f"{name:<18}{sum(some) / len(some):.3f}" for name, some in values.items())
+
+
 def table(gains: Sequence[Gain]) -> str:
     """One line a reward; the raised one is marked with a star."""
     over = f"95% over {gains[0].gain.n} {gains[0].gain.over}"
@@ -273,7 +283,9 @@ def generate(argv: list[str]) -> int:
     check_seeds(tuple(args.seeds))
     files.check_out(args.out, folder=True)
     adapter, settings = find_adapter(args.adapter)
-    texts = read_texts(args.text, args.prompts) or list(adapter.prompts or ())
+    begun = run_of(args.adapter)
+    fitted = adapter.prompts or ([prompt.text for prompt in begun.judged] if begun is not None else [])
+    texts = read_texts(args.text, args.prompts) or list(fitted)
     check_prompts(texts)
     adapter.rows(texts)
     own = {"steps": args.steps, "guidance_scale": args.guidance_scale}
@@ -286,7 +298,7 @@ def generate(argv: list[str]) -> int:
     loading(source)
     backend = load_backend(source, device=args.device, text_device=args.text_device, **settings)
     backend.check_prompts(texts)
-    warn_of_other_backend(run_of(args.adapter), backend)
+    warn_of_other_backend(begun, backend)
     adapter.to(backend.device)
     args.out.mkdir(parents=True, exist_ok=True)
     for prompt in number(texts):
@@ -356,9 +368,11 @@ def evaluate(argv: list[str]) -> int:
         models.judge,
     )
     folder.judge_again(scores, models.identities, models.backend.identity)
-    unseen = "" if prompts == done else ", never fitted"
+    new = len(set(prompts) - set(folder.config.prompts))
+    unseen = f", {f'{new} of them ' if new < len(prompts) else ''}never fitted" if new else ""
     count = f"{len(prompts)} prompt" + "s" * (len(prompts) > 1)
-    print(f"{count}{unseen}, seeds {_span(args.seeds)}\n{table(summarise(scores))}")
+    gains = summarise(scores)
+    print(f"{count}{unseen}, seeds {_span(args.seeds)}\n{table(gains) if gains else levels(scores)}")
     print(f"scores: {folder.path / EVALUATION}\nreport: {write_report(folder)[0]}")
     return 0
 

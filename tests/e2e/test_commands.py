@@ -209,6 +209,26 @@ def test_a_shared_adapter_is_for_any_prompt(
     assert f"{raised}: not scored by what scored the run" in (shared / "report.html").read_text()
 
 
+def test_generate_and_evaluate_of_what_has_no_prompts_of_its_own_or_learned_nothing(
+    shared: Path, pipeline_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["generate", str(shared), "--seeds", "0", "--out", str(tmp_path / "drawn")]) == 0
+    assert len(list((tmp_path / "drawn").glob("*.png"))) == 2
+    (tmp_path / "some.txt").write_text("a fox\na cup\n")
+    command = ["evaluate", str(shared), "--prompts", str(tmp_path / "some.txt"), "--seeds", "5"]
+    assert cli.main([*command, "--rewards", "contrast"]) == 0
+    assert "2 prompts, 1 of them never fitted, seeds 5" in capsys.readouterr().out
+
+    flags = ("--reward", "colorfulness", "--held-out", "contrast", "--sampling.steps", "2", "--method", "raw")
+    command = ["fit", "a fox", "--backend", pipeline_folder, *flags, "--out", str(tmp_path / "raw")]
+    assert cli.main(command) == 0
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(tmp_path / "raw"), "--seeds", "5", "6"]) == 0
+    scores = load_scores(tmp_path / "raw/evaluation.jsonl")
+    mean = sum(each.value for each in scores if each.reward == "contrast") / len(scores) * 2
+    assert f"contrast          {mean:.3f}" in capsys.readouterr().out
+
+
 def test_a_shared_fit_is_judged_on_as_many_prompts_as_are_asked_for(
     pipeline_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

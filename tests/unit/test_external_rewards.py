@@ -112,6 +112,8 @@ def test_a_command_is_known_by_its_line_and_its_files(script, tmp_path):
     assert identity_of(load_reward(line, device="cpu")) != first
     table.write_text("1")
     assert identity_of(load_reward(line, device="cpu")) == first
+    long = f"cmd:{sys.executable} -c '{'#' * 5_000}' {{image}}"  # no name of a file may be so long
+    assert len(identity_of(load_reward(long, device="cpu"))["weights"]) == 1
     found = identity_of(load_reward("cmd:wc -c {image}", device="cpu"))
     assert found["weights"] == [hashlib.sha256(Path(shutil.which("wc")).read_bytes()).hexdigest()]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shlex
 import shutil
@@ -75,7 +76,7 @@ class Command(External):
     @cached_property
     def identity(self) -> dict[str, Any]:
         """The line, and the program and every file that it names, by their contents."""
-        named = [Path(word) for word in self.words[1:] if Path(word).is_file()]
+        named = [Path(word) for word in self.words[1:] if _is_file(word)]
         files = [Path(shutil.which(self.words[0]) or self.words[0]), *named]
         return identity(self.name, files, PICTURES)
 
@@ -129,3 +130,10 @@ class Question(External):
             if math.isfinite(value):
                 return value
             print("please type a number", file=sys.stderr)
+
+
+def _is_file(word: str) -> bool:
+    """Is it the name of a file? A script that is given as a word may be longer than any name."""
+    with contextlib.suppress(OSError, ValueError):
+        return Path(word).is_file()
+    return False
