@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -31,6 +30,7 @@ from ipgo.terminal import (
     backend_of,
     command_parser,
     find_adapter,
+    fitted_prompts,
     loading,
     read_texts,
     run_of,
@@ -215,11 +215,10 @@ def show_run(folder: Run) -> int:
 
 def levels(scores: Sequence[Score]) -> str:
     """The mean of each reward, of prompts as they are: nothing was learned that could be compared."""
-    values: dict[str, list[float]] = {}
-    for each in scores:
-        if math.isfinite(each.value):
-            values.setdefault(each.reward, []).append(each.value)
-    return "\n".join(f"{name:<18}{sum(some) / len(some):.3f}" for name, some in values.items())
+    from ipgo.evaluation import average
+
+    names = dict.fromkeys(each.reward for each in scores)
+    return "\n".join(f"{name:<18}{average(scores, 'raw', name).value:.3f}" for name in names)
 
 
 def table(gains: Sequence[Gain]) -> str:
@@ -284,8 +283,7 @@ def generate(argv: list[str]) -> int:
     files.check_out(args.out, folder=True)
     adapter, settings = find_adapter(args.adapter)
     begun = run_of(args.adapter)
-    fitted = adapter.prompts or ([prompt.text for prompt in begun.judged] if begun is not None else [])
-    texts = read_texts(args.text, args.prompts) or list(fitted)
+    texts = read_texts(args.text, args.prompts) or fitted_prompts(adapter, begun)
     check_prompts(texts)
     adapter.rows(texts)
     own = {"steps": args.steps, "guidance_scale": args.guidance_scale}

@@ -14,6 +14,7 @@ from ipgo.terminal import (
     backend_of,
     command_parser,
     find_adapter,
+    fitted_prompts,
     loading,
     read_texts,
     run_of,
@@ -63,8 +64,7 @@ def explain(argv: list[str]) -> int:
     spec = args.reward or (config.reward if config is not None else None)
     if spec is None:
         raise InputError(f"{str(args.adapter)!r} is in no run's folder; name a reward with --reward")
-    fitted = adapter.prompts or (() if run is None else [prompt.text for prompt in run.judged])
-    texts = read_texts(args.text, args.prompts) or list(fitted)
+    texts = read_texts(args.text, args.prompts) or fitted_prompts(adapter, run)
     if not texts:
         raise InputError("prompts is empty; give at least one prompt")
     check_reward(spec, texts)

@@ -123,6 +123,11 @@ def run_of(path: Path) -> Run | None:
     return Run.open(places[0]) if places else None
 
 
+def fitted_prompts(adapter: Adapter, run: Run | None) -> list[str]:
+    """Those that an adapter was fitted to; of one for any prompt, those that its run is judged on."""
+    return list(adapter.prompts or (() if run is None else [prompt.text for prompt in run.judged]))
+
+
 def warn_of_other_backend(run: Run | None, backend: Backend) -> None:
     """Say so if a run was drawn by other weights, or by another scheduler."""
     from ipgo.store import differing_in
