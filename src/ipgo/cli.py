@@ -23,23 +23,23 @@ from ipgo.cli_list import list_
 from ipgo.cli_plan import plan
 from ipgo.cli_publish import publish
 from ipgo.cli_score import score
-from ipgo.errors import InputError, IpgoError, unknown
+from ipgo.errors import InputError, IpgoError, first_line, unknown
 from ipgo.prompts import read_prompts, slug
 from ipgo.terminal import (
     add_device_flags,
     backend_of,
     command_parser,
+    compare_backend,
     find_adapter,
     fitted_prompts,
     loading,
     read_texts,
     run_of,
     underscores,
-    warn_of_other_backend,
 )
 
 if TYPE_CHECKING:
-    from ipgo.evaluation import Gain, Score
+    from ipgo.evaluation import Gain
     from ipgo.store import Run
 
 HELP = """usage: ipgo COMMAND [options]
@@ -64,6 +64,11 @@ commands:
 `ipgo COMMAND --help` lists the options.
 Exit codes: 0 well, 1 some prompt failed, 2 bad input, 130 interrupted."""
 
+# What takes less memory, by command.
+LESS = {
+    "fit": "; --chunk 1 and --method.ascent.recompute true take less, and `ipgo plan` counts",
+    "compare": "; --chunk 1 takes less, and `ipgo plan` counts",
+}
 EVALUATION_SEEDS = tuple(range(2000, 2008))  # not those that `fit` judges on
 
 
@@ -87,6 +92,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         place = f" {str(error.filename)!r}" if error.filename else ""
         return _fail(f"cannot read or write{place}: {error.strerror or error}; nothing finished is lost", 1)
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        return _fail(f"out of memory ({first_line(error)}){LESS.get(name, '')}; nothing finished is lost", 1)
 
 
 def _run(name: str, rest: list[str]) -> int:
@@ -96,6 +105,12 @@ def _run(name: str, rest: list[str]) -> int:
     if name not in COMMANDS:
         raise unknown("command", name, COMMANDS)
     return COMMANDS[name](rest)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Is it a GPU's, or the machine's? Torch has a type of its own for the one and none for the other."""
+    kinds = (MemoryError.__name__, "OutOfMemoryError")
+    return type(error).__name__ in kinds or "can't allocate memory" in str(error)
 
 
 def _log_to_stderr() -> None:
@@ -213,14 +228,6 @@ def show_run(folder: Run) -> int:
     return 0
 
 
-def levels(scores: Sequence[Score]) -> str:
-    """The mean of each reward, of prompts as they are: nothing was learned that could be compared."""
-    from ipgo.evaluation import average
-
-    names = dict.fromkeys(each.reward for each in scores)
-    return "\n".join(f"{name:<18}{average(scores, 'raw', name).value:.3f}" for name in names)
-
-
 def table(gains: Sequence[Gain]) -> str:
     """One line a reward; the raised one is marked with a star."""
     over = f"95% over {gains[0].gain.n} {gains[0].gain.over}"
@@ -296,7 +303,7 @@ def generate(argv: list[str]) -> int:
     loading(source)
     backend = load_backend(source, device=args.device, text_device=args.text_device, **settings)
     backend.check_prompts(texts)
-    warn_of_other_backend(begun, backend)
+    compare_backend(begun, backend)
     adapter.to(backend.device)
     args.out.mkdir(parents=True, exist_ok=True)
     for prompt in number(texts):
@@ -323,17 +330,14 @@ def evaluate(argv: list[str]) -> int:
     args = parser.parse_args(argv)
 
     from ipgo.adapters import Adapter
-    from ipgo.evaluation import evaluate, summarise
+    from ipgo.evaluation import evaluate, levels, summarise
     from ipgo.prompts import check_prompts
     from ipgo.report import write_report
-    from ipgo.rewards import check_reward
     from ipgo.runner import load_models, warn_of_unseen_words
     from ipgo.seeding import check_seeds
     from ipgo.store import EVALUATION, Run
 
     check_seeds(tuple(args.seeds))
-    for name in args.rewards or ():
-        check_reward(name)
     folder = Run.open(args.run)
     files.check_out(folder.path, folder=True)
     adapter, settings = find_adapter(args.run)
@@ -341,19 +345,20 @@ def evaluate(argv: list[str]) -> int:
     prompts = read_prompts(args.prompts) if args.prompts else done
     check_prompts(prompts)
     adapter.rows(prompts)
-    for name in args.rewards or ():
-        check_reward(name, prompts)
+    raised = folder.config.reward
+    try:
+        judges = _judges(raised, args.rewards or list(folder.identities), prompts)
+    except InputError as error:
+        raise InputError(f"{error}" + ("" if args.rewards else "; name rewards with --rewards")) from None
     source = backend_of(settings, args.backend)
     place = {"device": args.device, "text_device": args.text_device}
-    scored_with = [name for name in folder.identities if name != folder.config.reward]
-    judges = tuple(args.rewards or scored_with)
-    config = replace(folder.config, backend=source, held_out=judges, **place)
+    config = replace(folder.config, backend=source, reward=judges[0], held_out=judges[1:], **place)
     if args.prompts:
         warn_of_unseen_words(config.backend, prompts)
     loading(config.backend)
     models = load_models(config, begun_in=folder.dtype)
     models.backend.check_prompts(prompts)
-    warn_of_other_backend(folder, models.backend)
+    compare_backend(folder, models.backend)
     adapters = {"raw": Adapter(), config.method_name: adapter.to(models.backend.device)}
     scores = evaluate(
         models.backend,
@@ -362,17 +367,45 @@ def evaluate(argv: list[str]) -> int:
         prompts,
         args.seeds,
         config.sampling,
-        config.reward,
+        raised,
         models.judge,
     )
+    for name in folder.strange(models.identities):
+        logging.getLogger("ipgo").warning(
+            "%r is not what scored the run under that name (its weights, text or version differ): its scores here do "
+            "not compare with those there",
+            name,
+        )
     folder.judge_again(scores, models.identities, models.backend.identity)
     new = len(set(prompts) - set(folder.config.prompts))
     unseen = f", {f'{new} of them ' if new < len(prompts) else ''}never fitted" if new else ""
     count = f"{len(prompts)} prompt" + "s" * (len(prompts) > 1)
     gains = summarise(scores)
-    print(f"{count}{unseen}, seeds {_span(args.seeds)}\n{table(gains) if gains else levels(scores)}")
+    # Prompts as they are have learned nothing that could be compared.
+    means = "\n".join(f"{name:<18}{value:.3f}" for name, value in levels(scores).items())
+    print(f"{count}{unseen}, seeds {_span(args.seeds)}\n{table(gains) if gains else means}")
     print(f"scores: {folder.path / EVALUATION}\nreport: {write_report(folder)[0]}")
     return 0
+
+
+def _judges(raised: str, names: Sequence[str], prompts: Sequence[str]) -> tuple[str, ...]:
+    """The reward that was raised, if it can still be loaded, and the others, which must be.
+
+    A run that was made in Python may have followed a function that no name stands for.
+    """
+    from ipgo.rewards import check_reward
+
+    others = tuple(dict.fromkeys(name for name in names if name != raised))
+    for name in others:
+        check_reward(name, prompts)
+    try:
+        check_reward(raised, prompts)
+    except InputError as error:
+        if raised in names:
+            raise
+        logging.getLogger("ipgo").warning("judged without the reward that was raised: %s", error)
+        return others
+    return (raised, *others)
 
 
 def report(argv: list[str]) -> int:

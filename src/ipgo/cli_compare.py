@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ipgo.errors import InputError, unknown
-from ipgo.prompts import read_prompts, slug
+from ipgo.prompts import halves, read_prompts, slug
 from ipgo.terminal import loading, read_texts, underscores
 
 if TYPE_CHECKING:
@@ -63,12 +63,9 @@ def compare(argv: list[str]) -> int:
 
     from ipgo.compare import check
     from ipgo.compare import compare as run_all
-    from ipgo.rewards import check_reward
-    from ipgo.runner import held_out, warn_of_unseen_words
+    from ipgo.runner import warn_of_unseen_words
 
     some = plan.config(next(iter(plan.entries)))
-    for name in (some.reward, *held_out(some)):
-        check_reward(name, (*plan.prompts, *plan.unseen_prompts))
     check(folder)
     warn_of_unseen_words(some.backend, some.prompts)
     loading(some.backend)
@@ -110,7 +107,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         "--unseen_prompts",
         type=str,
-        help="a file or set to judge shared entries on; for --prompts NAME:train it is NAME:test",
+        help="a file or set to judge shared entries on; for --prompts NAME:train it is NAME:test, if there is one",
     )
     parser.add_argument("--config", help=f"a YAML file with entries, or one of {', '.join(comparisons())}")
     parser.add_argument(
@@ -148,8 +145,9 @@ def plan_of(parsed: Namespace, entries: Mapping[str, Any], method: Mapping[str, 
     if parsed.price is not None and len(parsed.price) != 2:
         raise InputError(f"price is {parsed.price}; it must be two numbers")
     unseen = parsed.unseen_prompts
-    if unseen is None and (parsed.prompts or "").partition("?")[0].endswith(":train"):
-        unseen = parsed.prompts.replace(":train", ":test")
+    name, _, half = (parsed.prompts or "").partition("?")[0].partition(":")
+    if unseen is None and half == "train" and "test" in halves(name):
+        unseen = parsed.prompts.replace(":train", ":test", 1)
     common = build(parsed, prompts).to_json()
     return Plan(
         prompts=prompts,
@@ -221,12 +219,12 @@ def show_comparison(place: Path) -> int:
     from ipgo.comparison import Comparison
     from ipgo.report.comparison import incomparable, write_comparison
     from ipgo.report.rows import rows
-    from ipgo.report.tables import cost_table, raised, raised_table
+    from ipgo.report.tables import cost_table, raised_table
 
     folder = Comparison.open(place)
     entries = rows(folder)
     written = write_comparison(folder, entries)
-    for table in (raised_table(entries, raised(folder)), cost_table(folder, entries)):
+    for table in (raised_table(entries, folder.plan.reward), cost_table(folder, entries)):
         print(f"\n{table.title}\n{aligned(table)}")
     print()
     for name, file in written.items():

@@ -26,7 +26,7 @@ def doctor(argv: list[str]) -> int:
     backprop_steps = given(args.backprop_steps, min(2, args.steps))
     check_steps(sampling, backprop_steps)
     choose_dtype(args.dtype, choose_device(args.device))
-    check_reward(args.reward)
+    check_reward(args.reward, [args.prompt])
     loading(args.backend)
     backend = load_backend(
         args.backend,

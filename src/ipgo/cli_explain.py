@@ -13,12 +13,12 @@ from ipgo.terminal import (
     add_device_flags,
     backend_of,
     command_parser,
+    compare_backend,
     find_adapter,
     fitted_prompts,
     loading,
     read_texts,
     run_of,
-    warn_of_other_backend,
 )
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def explain(argv: list[str]) -> int:
     loading(source)
     place = {"device": args.device, "text_device": args.text_device}
     backend = load_backend(source, **place, **settings)
-    warn_of_other_backend(run, backend)
+    compare_backend(run, backend)
     reward = load_reward(spec, device=args.device)
     words = Vocabulary.of(backend)
     adapter.to(backend.device)

@@ -160,6 +160,8 @@ def _words(choice: Choice) -> str:
 
 def fit_command(args: Any, choice: Choice) -> list[str]:
     """The words of the fit that was planned."""
+    from ipgo.sampling import Sampling
+
     options: dict[str, Any] = {"backend": args.backend, "reward": args.reward, "dtype": args.dtype}
     options["chunk"] = choice.rows
     options["method.ascent.backprop_steps"] = choice.backprop_steps
@@ -168,6 +170,8 @@ def fit_command(args: Any, choice: Choice) -> list[str]:
         options["text_device"] = "cpu"
     if args.image_size is not None:
         options["image_size"] = args.image_size
+    if args.steps > Sampling().steps:
+        options["sampling.steps"] = args.steps
     options["sampling.fit_steps"] = args.steps
     if args.guidance_scale is not None:
         options["sampling.guidance_scale"] = args.guidance_scale

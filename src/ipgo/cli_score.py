@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import itertools
@@ -88,22 +87,11 @@ def _check_picture(file: Path) -> None:
     """Raise `InputError` for a file that is no picture or breaks off."""
     from PIL import Image
 
-    from ipgo.images import check_range
+    from ipgo.images import check_range, reading
 
-    with _reading(file), Image.open(file) as picture:
+    with reading(file), Image.open(file) as picture:
         check_range(picture)
         picture.verify()
-
-
-@contextlib.contextmanager
-def _reading(file: Path) -> Iterator[None]:
-    """Say in one sentence why a picture cannot be read; a damaged PNG is a SyntaxError to Pillow."""
-    from PIL import Image
-
-    try:
-        yield
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"picture {str(file)!r} cannot be read: {error}") from None
 
 
 def find_pictures(places: Sequence[Path]) -> list[Path]:
@@ -128,6 +116,8 @@ def match_prompts(pictures: Sequence[Path], spec: str | None, single: str | None
 
     if spec is not None and single is not None:
         raise InputError("prompts and prompt are both given; give one of them")
+    if single is not None and not single.strip():
+        raise InputError("prompt is empty; it needs at least one word")
     if single is not None:
         return [single] * len(pictures)
     if spec is None:
@@ -177,12 +167,12 @@ def scored(
     from PIL import Image
     from tqdm import tqdm
 
-    from ipgo.images import from_pil
+    from ipgo.images import from_pil, reading
     from ipgo.rewards import score as checked
 
     def opened() -> Iterator[tuple[Path, str, torch.Tensor]]:
         for file, prompt in zip(pictures, prompts, strict=True):
-            with _reading(file), Image.open(file) as picture:
+            with reading(file), Image.open(file) as picture:
                 pixels = from_pil(picture)
             yield file, prompt, pixels
 

@@ -10,12 +10,14 @@ from typing import Any
 
 from ipgo.adapters import Adapter
 from ipgo.artefacts import save_scores
+from ipgo.backends import check_backend
 from ipgo.budget import BudgetSpent, calls_of_an_image, fit_to, length_of, measure, paid, step_cost, watch
 from ipgo.chunks import Chunk, Cost
 from ipgo.comparison import UNSEEN_PROMPTS, Comparison, Plan
 from ipgo.config import RunConfig
-from ipgo.errors import InputError, InUseError
+from ipgo.errors import InputError, InUseError, MissingExtraError
 from ipgo.evaluation import evaluate
+from ipgo.rewards import check_reward
 from ipgo.runner import (
     Models,
     check_gradient,
@@ -24,6 +26,7 @@ from ipgo.runner import (
     finish_chunk,
     fit_chunk,
     forget_peak_memory,
+    held_out,
     load_models,
     try_rewards,
 )
@@ -38,17 +41,20 @@ logger = logging.getLogger("ipgo")
 
 
 def check(folder: Comparison) -> None:
-    """Let every entry's method refuse, before a model is loaded, what it sees that it cannot do: `InputError`."""
+    """Refuse, before a model is loaded, what shows without one that it cannot work in any entry: `InputError`."""
     for label in folder.plan.entries:
         config, run = folder.plan.config(label), folder.run(label)
         checked = getattr(config.method, "check", None)
         try:
+            for name in (config.reward, *held_out(config)):
+                check_reward(name, (*folder.plan.prompts, *folder.plan.unseen_prompts))
+            check_backend(config.backend, config.opening)
             check_gradient(config)
             if run is not None:
                 check_method(run)
             elif checked is not None:
-                checked(config.prompts, config.reward, config.backend)
-        except InputError as error:
+                checked(config.request(config.prompts))
+        except (InputError, MissingExtraError) as error:
             raise InputError(f"entry {label!r}: {error}") from None
 
 

@@ -64,6 +64,11 @@ class Plan:
                 raise InputError(
                     f"entry {label!r}: judged_prompts is for `ipgo fit`; entries are judged on all prompts"
                 )
+            if config.reward != self.reward:
+                raise InputError(
+                    f"entry {label!r}: reward is {config.reward!r}; all entries raise the comparison's, "
+                    f"{self.reward!r} (held_out names others to judge by)"
+                )
             if config.method_name != "raw" and label == "raw":
                 raise InputError("label 'raw' is kept for the method raw")
             length = self.entries[label].get("length")
@@ -78,6 +83,11 @@ class Plan:
         both = [prompt for prompt in self.unseen_prompts if prompt in self.prompts]
         if both:
             raise InputError(f"prompt {both[0]!r} is fitted; unseen prompts must be others")
+
+    @property
+    def reward(self) -> str:
+        """The reward that all entries raise."""
+        return str(self.common["reward"])
 
     def config(self, label: str) -> RunConfig:
         """An entry's settings, before the budget sets how long it searches."""
@@ -220,9 +230,7 @@ class Comparison:
         Raises:
             ResumeError: the rest would be drawn or scored by other models; `now` as in `start`.
         """
-        there = (
-            self.facts if self.scored else with_judges_of(self.facts, now, str(self.plan.common["reward"]))
-        )
+        there = self.facts if self.scored else with_judges_of(self.facts, now, self.plan.reward)
         check_models(self.path, there, now)
         return there
 

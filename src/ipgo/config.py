@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 from argparse import SUPPRESS, ArgumentError
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
@@ -15,13 +16,14 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from ipgo.adapters.noise import check_one_seed
+from ipgo.backends.facts import Opening
 from ipgo.errors import InputError, unknown, unknown_option
 from ipgo.methods import METHODS
 from ipgo.methods.ipgo import IPGO
 from ipgo.prompts import check_prompts
 from ipgo.sampling import Sampling
 from ipgo.seeding import check_seeds
-from ipgo.task import Method
+from ipgo.task import Method, Request
 from ipgo.typed import check_types
 
 PRESETS = Path(__file__).parent / "presets"  # {name}.yaml
@@ -115,6 +117,10 @@ class RunConfig:
         if getattr(self.method, "one_seed", False):
             check_one_seed(self.seeds, self.shared)
         ascent = getattr(self.method, "ascent", None)
+        if ascent is not None and not self.shared and ascent.steps < len(self.seeds):
+            raise InputError(
+                f"method.ascent.steps is {ascent.steps}; {len(self.seeds)} seeds take turns and need as many"
+            )
         if ascent is not None and (ascent.backprop_steps or 1) > self.sampling.fitting.steps:
             field = "steps" if self.sampling.fitting.steps == self.sampling.steps else "fit_steps"
             raise InputError(
@@ -131,6 +137,15 @@ class RunConfig:
     def judged_seeds(self) -> tuple[int, ...]:
         """The seeds that images are drawn from before and after: the fitted ones, then the others."""
         return (*self.seeds, *self.new_seeds)
+
+    @property
+    def opening(self) -> Opening:
+        """How the backend is opened."""
+        return Opening(self.image_size, self.padding, self.scheduler, self.long_prompts, self.text_device)
+
+    def request(self, prompts: Sequence[str]) -> Request:
+        """What is asked of the method for some of the prompts."""
+        return Request(prompts, self.reward, self.backend, self.sampling, self.shared, self.padding)
 
     @property
     def method_name(self) -> str:

@@ -39,7 +39,8 @@ def unknown(kind: str, value: object, allowed: Iterable[str]) -> InputError:
     """The error for a misspelt name: `unknown reward 'asthetic'; did you mean 'aesthetic'?`."""
     names = sorted(allowed)
     near = difflib.get_close_matches(str(value), names, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(names)}"
+    choice = f"choose from {', '.join(names)}" if names else "there is none"
+    hint = f"did you mean {near[0]!r}?" if near else choice
     return InputError(f"unknown {kind} {str(value)!r}; {hint}")
 
 

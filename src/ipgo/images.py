@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -87,3 +89,12 @@ def grid(images: Tensor, columns: int | None = None) -> Image.Image:
     for index, picture in enumerate(pictures):
         sheet.paste(picture, (index % columns * width, index // columns * height))
     return sheet
+
+
+@contextlib.contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Say in one sentence why a picture cannot be read; a damaged PNG is a SyntaxError to Pillow."""
+    try:
+        yield
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"picture {str(file)!r} cannot be read: {error}") from None

@@ -47,7 +47,7 @@ class CMA:
     """
 
     def __init__(self, size: int, seed: int, *, spread: float = 0.5, population: int | None = None) -> None:
-        _need("cma")
+        need("cma")
         import cma
 
         if size < 2:
@@ -111,7 +111,7 @@ class TuRBO:
     CHANGED = 20  # coordinates in which a candidate differs from the best point, on average
 
     def __init__(self, size: int, seed: int, *, initial: int | None = None) -> None:
-        _need("botorch")
+        need("botorch")
         self.size, self.seed, self.initial = size, seed, initial or 2 * size
         self.failures_allowed = max(4, size)
         self.told = self.region = 0
@@ -197,7 +197,7 @@ class TuRBO:
             self.tell(point, value)
 
 
-def _need(package: str) -> None:
+def need(package: str) -> None:
     """Raise `MissingExtraError` if an optional package is not installed."""
     if importlib.util.find_spec(package) is None:
         extra = {"cma": "blackbox", "botorch": "bayes"}[package]

@@ -120,7 +120,10 @@ def _without(prompts: list[str], words: str) -> list[str]:
         raise InputError(f"exclude is {words!r}; it must be a .txt file with one word a line")
     phrases = "|".join(re.escape(phrase) for phrase in _read_file(words))
     held = re.compile(rf"(?<!\w)({phrases})(?!\w)", re.IGNORECASE)
-    return [prompt for prompt in prompts if not held.search(prompt)]
+    kept = [prompt for prompt in prompts if not held.search(prompt)]
+    if not kept:
+        raise InputError(f"exclude is {words!r}; each of the {len(prompts)} prompts holds one of its words")
+    return kept
 
 
 def _some(spec: str, prompts: list[str], options: Mapping[str, str]) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from ipgo import files
-from ipgo.adapters import Adapter, stack
+from ipgo.adapters import Adapter, NoiseAdapter, TextEncoderAdapter, WeightAdapter, stack
 from ipgo.artefacts import adapter_facts, load_adapter, save_adapter
 from ipgo.errors import InputError
 from ipgo.evaluation import Gain, summarise
@@ -40,6 +40,8 @@ def save_pretrained(run: Run | str | Path, folder: str | Path) -> Path:
     """
     run, folder = run if isinstance(run, Run) else Run.open(run), Path(folder)
     done = [prompt for prompt in run.prompts if run.done(prompt)]
+    if run.config.method_name == "raw":
+        raise InputError(f"run {str(run.path)!r} is of the method 'raw', which learns nothing to publish")
     if not done:
         raise InputError(f"run {str(run.path)!r} has no finished prompt yet")
     if folder.exists() and not (
@@ -214,10 +216,18 @@ backend = ipgo.load_backend({opened})
 images = ipgo.generate(backend, [{prompt}], [{_seed(run)}], adapter, ipgo.Sampling({drawn}))
 ```"""
     base = _base(config.backend)
-    return code if base is None else f"{code}\n\n{_in_diffusers(run, base, prompt)}"
+    if base is None or not _fits_a_pipeline(adapter):
+        return code
+    return f"{code}\n\n{_in_diffusers(run, adapter, base, prompt)}"
 
 
-def _in_diffusers(run: Run, base: str, prompt: str) -> str:
+def _fits_a_pipeline(adapter: Adapter) -> bool:
+    """Can a stock pipeline's call draw with it? None takes other states at late steps, or the noise of every step."""
+    every_step = isinstance(adapter, NoiseAdapter) and adapter.latents.shape[1] > 1
+    return not (every_step or isinstance(adapter, TextEncoderAdapter))
+
+
+def _in_diffusers(run: Run, adapter: Adapter, base: str, prompt: str) -> str:
     """The same picture from a stock pipeline of the model `base`, which gets what differs from its defaults."""
     config, sampling = run.config, run.config.sampling
     prepared, asked = [], [f"num_inference_steps={sampling.steps}"]
@@ -233,7 +243,18 @@ def _in_diffusers(run: Run, base: str, prompt: str) -> str:
         asked.append(f"eta={sampling.eta}")
     if config.image_size is not None:
         asked.append(f"height={config.image_size}, width={config.image_size}")
-    texts = [prompt, *([_literal(sampling.negative_prompt)] if sampling.negative_prompt else [])]
+    negative = [_literal(sampling.negative_prompt)] if sampling.negative_prompt else []
+    if isinstance(adapter, WeightAdapter):
+        words = ", ".join([prompt, *(f"negative_prompt={each}" for each in negative), *asked])
+        called = [
+            f"with adapter.attached(ipgo.load_backend(pipe), [{prompt}]):",
+            f"    image = pipe({words}).images[0]",
+        ]
+    else:
+        called = [
+            f"kwargs = adapter.prompt_kwargs(pipe, {', '.join([prompt, *negative])})",
+            f"image = pipe(**kwargs, {', '.join(asked)}).images[0]",
+        ]
     opened, imports = [repr(base)], ["import diffusers"]
     if config.dtype != "auto":
         opened.append(f"dtype=torch.{config.dtype}")
@@ -243,8 +264,7 @@ def _in_diffusers(run: Run, base: str, prompt: str) -> str:
         "",
         f"pipe = diffusers.DiffusionPipeline.from_pretrained({', '.join(opened)})",
         *prepared,
-        f"kwargs = adapter.prompt_kwargs(pipe, {', '.join(texts)})",
-        f"image = pipe(**kwargs, {', '.join(asked)}).images[0]",
+        *called,
     ]
     return "Or in a pipeline of diffusers:\n\n```python\n" + "\n".join(lines) + "\n```"
 

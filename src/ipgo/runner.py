@@ -87,6 +87,7 @@ def load_models(
         long_prompts=config.long_prompts,
         text_device=config.text_device,
     )
+    config.sampling.check(backend)  # all steps: a fit that draws in fewer would notice after it
     backend.check_prompts(config.prompts)
     for text in backend.truncated(config.prompts):
         logger.warning(
@@ -115,7 +116,7 @@ def check_method(folder: Run) -> None:
     check = getattr(config.method, "check", None)
     if check is not None:
         for chunk in folder.pending(config.method.stackable):
-            check(chunk.texts, config.reward, config.backend)
+            check(config.request(chunk.texts))
 
 
 def check_gradient(config: RunConfig) -> None:

@@ -68,6 +68,12 @@ class Sampling:
         """Whether a second prompt, the negative one, takes part in every step."""
         return backend.guidance == "classifier-free" and self.scale(backend) > 1
 
+    def check(self, backend: Backend) -> None:
+        """Raise `InputError` for what the backend's scheduler cannot do: so many steps, or noise at each of them."""
+        scheduler = backend.scheduler(self.steps, backend.noise([0])[:, 0])
+        if self.eta > 0:
+            need_ddim(scheduler, "sampling.eta")
+
     def noise_steps(self, backend: Backend) -> int:
         """How many draws of noise a trajectory needs after the initial one."""
         return self.steps if self.eta > 0 or backend.stochastic else 0

@@ -146,6 +146,11 @@ class Run:
         found: dict[str, Any] = self.facts.get("rewards", {})
         return found
 
+    def strange(self, identities: Mapping[str, Any]) -> list[str]:
+        """The rewards among these that are not what scored the run under their names."""
+        known = self.identities
+        return [name for name, own in identities.items() if known.get(name, own) != own]
+
     def release(self) -> None:
         """Leave the folder to other processes; the end of this one does so too, however it comes."""
         self._lock.release()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -53,6 +53,25 @@ class Task:
         return [derive(self.seed, "noise", prompt, step) for prompt in prompts]
 
 
+@dataclass(frozen=True)
+class Request:
+    """What a task will be, as far as that is known before a model is loaded.
+
+    Attributes:
+        prompts: all of them, or those that are fitted together.
+        reward, backend: their names.
+        sampling, shared: as in `Task`.
+        padding: as in `load_backend`.
+    """
+
+    prompts: Sequence[str]
+    reward: str
+    backend: str
+    sampling: Sampling = Sampling()
+    shared: bool = False
+    padding: str = "max_length"
+
+
 FRESH = 10  # steps, of which the mean reward says something although noise or prompts change
 
 
@@ -99,8 +118,8 @@ class Method(Protocol):
 
     A method that learns the noise of a single seed says so by a class attribute `one_seed`, and one that does better on
     a single seed, where several are allowed, by `prefers_one_seed`. One whose gradient goes through both halves of
-    guidance from its first call on says so by `both_halves`. One that sees from its settings whether it can work has a
-    method `check(prompts, reward, backend)`: it is called before a model is loaded.
+    guidance from its first call on says so by `both_halves`. One that sees from what is asked whether it can work has a
+    method `check(request)` (see `Request`), which is called before a model is loaded.
     """
 
     stackable: ClassVar[bool]

@@ -78,8 +78,12 @@ def read_texts(texts: Sequence[str], spec: str | None) -> list[str]:
     for text in texts:
         if Path(text).suffix.lower() in READERS and Path(text).is_file():
             raise InputError(f"{text!r} is a file; read its prompts with --prompts {text}")
-    if 1 < len(texts) == len(set(texts)) and not any(" " in text.strip() for text in texts):
+    if len(texts) > 1 and not any(" " in text.strip() for text in texts):
         words = " ".join(texts)
+        if len(set(texts)) < len(texts):
+            raise InputError(
+                f"these are {len(texts)} prompts, of which two are alike; one prompt is quoted: {words!r}"
+            )
         logging.getLogger("ipgo").warning("these are %d prompts; one prompt is quoted: %r", len(texts), words)
     return [*texts, *(read_prompts(spec) if spec else [])]
 
@@ -128,13 +132,18 @@ def fitted_prompts(adapter: Adapter, run: Run | None) -> list[str]:
     return list(adapter.prompts or (() if run is None else [prompt.text for prompt in run.judged]))
 
 
-def warn_of_other_backend(run: Run | None, backend: Backend) -> None:
-    """Say so if a run was drawn by other weights, or by another scheduler."""
+def compare_backend(run: Run | None, backend: Backend) -> None:
+    """Say so if a run was drawn by other weights, or by another scheduler.
+
+    The same weights under another name, as a copy of the bundled model, get the guidance scale that the run had.
+    """
     from ipgo.store import differing_in
 
     if run is None:
         return
     differing = differing_in(run.facts, backend.identity)
+    if run.facts.get("weights") == backend.identity["weights"]:
+        backend.guidance_scale = run.facts.get("guidance_scale", backend.guidance_scale)
     if differing == "weights":
         text = "%s was fitted on a backend of other weights; what it learned may do nothing here"
         logging.getLogger("ipgo").warning(text, run.path)

@@ -251,6 +251,34 @@ def test_the_command_line(pipeline_folder, tmp_path, capsys):
     assert len(list((tmp_path / "images").iterdir())) == 1
 
 
+def test_whole_prompts_of_unequal_windows_are_learned_alone_and_together(pipe):
+    """Fitted together or apart and stacked: the same pictures, and gradient at a prompt's own windows alone."""
+    backend = chunked(pipe)
+    together = EmbeddingAdapter.start(backend, [SHORT, LONG], shared=False)
+    assert together.embeds.shape == (2, 231, backend.embed_dim)
+    with torch.no_grad():
+        together.embeds += torch.randn(together.embeds.shape, generator=torch.Generator().manual_seed(0))
+    apart = [EmbeddingAdapter.start(backend, [text], shared=False) for text in (SHORT, LONG)]
+    assert apart[0].embeds.shape[1] == 77
+    with torch.no_grad():
+        for row, alone in enumerate(apart):
+            alone.embeds.copy_(together.embeds[row : row + 1, : alone.embeds.shape[1]])
+    stacked = stack(apart)
+    for prompts in ([SHORT], [LONG], [SHORT, LONG]):
+        images = [
+            generate(backend, prompts, [3] * len(prompts), each, SAMPLING) for each in (together, stacked)
+        ]
+        assert torch.equal(*images)
+        if len(prompts) == 1:
+            alone = apart[prompts[0] == LONG]
+            assert torch.equal(generate(backend, prompts, [3], alone, SAMPLING), images[0])
+    generate(backend, [SHORT, LONG], [3, 3], together, SAMPLING, backprop_steps=1).sum().backward()
+    reached = together.embeds.grad.abs().sum(-1) > 0
+    assert reached[0, :77].any()
+    assert not reached[0, 77:].any()
+    assert reached[1, 77:].any()
+
+
 def test_what_cannot_be_read_in_windows_is_refused():
     for build, name in ((tiny.sd3, "StableDiffusion3Pipeline"), (tiny.pixart, "PixArtAlphaPipeline")):
         with pytest.raises(InputError, match=f"with {name} only 'refuse' and 'truncate' are possible"):
@@ -258,9 +286,5 @@ def test_what_cannot_be_read_in_windows_is_refused():
     backend = chunked(tiny_pipeline())
     with pytest.raises(InputError, match="the gradient of words reads one window"):
         Relaxation(backend)
-    with pytest.raises(InputError, match="need equally many windows, so fit them one by one"):
-        EmbeddingAdapter.start(backend, [SHORT, LONG], shared=False)
-    learned = EmbeddingAdapter.start(backend, [LONG], shared=False)
-    assert learned.embeds.shape == (1, 231, 32)
     with pytest.raises(InputError, match='allow long_prompts="truncate" or "chunk"'):
         load_backend(tiny_pipeline(), device="cpu").encode([LONG])

@@ -287,7 +287,8 @@ def test_a_function_is_a_reward(pipeline_folder: str, tmp_path: Path) -> None:
     ("prompts", "flags", "message"),
     [
         ([], [], "prompts is empty"),
-        (["a", "a"], [], "prompt 2 repeats prompt 1"),
+        (["a", "a"], [], "these are 2 prompts, of which two are alike; one prompt is quoted: 'a a'"),
+        (["a fox", "a fox"], [], "prompt 2 repeats prompt 1"),
         (["x " * 100], [], "tokens"),
         (["x"], ["--prompts", "nowhere.txt"], "does not exist"),
         (["x"], ["--method", "igpo"], "unknown method 'igpo'; did you mean 'ipgo'"),
@@ -299,6 +300,17 @@ def test_a_function_is_a_reward(pipeline_folder: str, tmp_path: Path) -> None:
         (["x"], ["--method.insertion.rank", "999"], "wide"),
         (["x"], ["--preset", "paper"], "unknown preset 'paper'"),
         (["x"], ["--bogus"], "unknown option '--bogus'"),
+        (
+            ["x"],
+            ["--sampling.steps", "5000", "--sampling.fit_steps", "2"],
+            "sampling.steps is 5000; the model's",
+        ),
+        (
+            ["x"],
+            ["--sampling.eta", "1", "--scheduler", "euler"],
+            "sampling.eta above 0 needs the ddim scheduler",
+        ),
+        (["x"], ["--seeds", "0", "1", "2", "3", "4"], "method.ascent.steps is 4; 5 seeds take turns"),
     ],
 )
 def test_bad_input_is_one_sentence_and_leaves_nothing(
@@ -407,6 +419,87 @@ def test_a_run_goes_on_in_the_format_that_it_began_in(
         ipgo.fit(
             PROMPTS, reward=config.reward, held_out=config.held_out, backend=backend, out=place, **settings
         )
+
+
+def test_a_copy_of_the_backend_draws_as_the_run_did(tmp_path: Path) -> None:
+    """The bundled model has a guidance scale of its own, which a copy of its folder does not know."""
+    flags = (
+        "--reward",
+        "colorfulness",
+        "--held-out",
+        "contrast",
+        "--method.ascent.steps",
+        "1",
+        "--seeds",
+        "0",
+    )
+    words = [
+        "fit",
+        "a lemon",
+        *flags,
+        "--sampling.steps",
+        "2",
+        "--unseen-seeds",
+        "1",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    assert cli.main(words) == 0
+    shutil.copytree(ipgo.backends.BACKENDS["emoji"][1], tmp_path / "copy")
+    copy = ("--backend", str(tmp_path / "copy"))
+    assert cli.main(["evaluate", str(tmp_path / "run"), "--seeds", "1000", *copy]) == 0
+    before = {
+        (each.method, each.reward): each.value
+        for each in Run.open(tmp_path / "run").scores()
+        if each.seed == 1000
+    }
+    for each in load_scores(tmp_path / "run/evaluation.jsonl"):
+        assert each.value == pytest.approx(before[each.method, each.reward], abs=1e-5)
+    command = ["generate", str(tmp_path / "run"), "--seeds", "1000", "--out", str(tmp_path / "images"), *copy]
+    assert cli.main(command) == 0
+    (picture,) = (tmp_path / "images").iterdir()
+    assert picture.read_bytes() == next((tmp_path / "run/prompts").glob("*/after-1000.png")).read_bytes()
+
+
+def test_a_run_is_judged_again_without_the_reward_that_is_gone(
+    pipeline_folder: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def dark(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        return -images.mean((1, 2, 3))
+
+    method = ipgo.IPGO(ipgo.Insertion(1, 1), ipgo.Ascent(steps=1, backprop_steps=1))
+    options = {"backend": pipeline_folder, "method": method, "sampling": ipgo.Sampling(2), "unseen_seeds": 1}
+    ipgo.fit("a fox", reward=dark, seeds=[0], held_out=["contrast"], out=tmp_path / "run", **options)
+    command = ["evaluate", str(tmp_path / "run"), "--seeds", "5"]
+    assert cli.main(command) == 2
+    assert "unknown reward 'dark'" in capsys.readouterr().err
+    assert cli.main([*command, "--rewards", "contrast", "contrats"]) == 2
+    assert "unknown reward 'contrats'; did you mean 'contrast'?\n" in capsys.readouterr().err
+    assert cli.main([*command, "--rewards", "contrast"]) == 0
+    assert "judged without the reward that was raised: unknown reward 'dark'" in caplog.text
+    assert {each.reward for each in load_scores(tmp_path / "run/evaluation.jsonl")} == {"contrast"}
+
+
+def test_a_reward_that_was_edited_is_said_to_be_another(
+    pipeline_folder: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    mine = tmp_path / "mine.py"
+    mine.write_text("def warmth(images, prompts):\n    return images[:, 0].mean((1, 2))\n")
+    assert fit(pipeline_folder, tmp_path / "run", ["a fox"], "--reward", f"{mine}:warmth") == 0
+    assert cli.main(["evaluate", str(tmp_path / "run"), "--seeds", "5"]) == 0
+    assert "is not what scored the run" not in caplog.text
+    mine.write_text("def warmth(images, prompts):\n    return images[:, 1].mean((1, 2))\n")
+    assert cli.main(["evaluate", str(tmp_path / "run"), "--seeds", "5"]) == 0
+    assert f"'{mine}:warmth' is not what scored the run under that name" in caplog.text
+    (tmp_path / "run/prompts").glob("*/before-0.png").__next__().write_bytes(b"no picture")
+    assert cli.main(["report", str(tmp_path / "run")]) == 2
+
+
+def test_without_unseen_seeds_nothing_is_called_unseen(pipeline_folder: str, tmp_path: Path) -> None:
+    assert fit(pipeline_folder, tmp_path / "run", PROMPTS, "--unseen-seeds", "0") == 0
+    page = (tmp_path / "run/report.html").read_text()
+    assert page.count("unseen noise") == 2  # the heads of columns that are empty
+    assert "one image from fitted noise" in page
 
 
 def test_evaluations_are_added_to_each_other(fitted: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import ipgo
 from ipgo import cli
@@ -97,10 +98,12 @@ def test_the_list_of_backends_says_all_that_is_declared(capsys: pytest.CaptureFi
         (["list", "--objects=3"], "unknown option '--objects'; see --help"),
         (["generate", "x", "--seeds", "one"], "invalid int value: 'one'"),
         (["list", "rewards", "clipp"], "unknown reward 'clipp'; did you mean 'clip'"),
+        (["fit", "a", "cat", "and", "a", "dog"], "one prompt is quoted: 'a cat and a dog'"),
         (
-            ["evaluate", "/nowhere", "--rewards", "contrats"],
-            "unknown reward 'contrats'; did you mean 'contrast'",
+            ["score", "docs", "--reward", "contrast", "--prompt", " "],
+            "prompt is empty; it needs at least one",
         ),
+        (["doctor", "--reward", "emoji-likeness", "--prompt", "a"], "emoji-likeness"),
         (["generate", "/nowhere", "--out", __file__], "which is a file; give a folder"),
         (["fit", "a fox", "--out", f"{__file__}/run"], "which cannot be written"),
         (["fit", "a fox", "a  fox "], "prompt 2 repeats prompt 1"),
@@ -158,6 +161,31 @@ def test_a_full_disk_is_one_sentence(
         "ipgo: cannot read or write 'runs/a/run.json': No space left on device; nothing finished is lost\n"
     )
     assert capsys.readouterr().err == expected
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_too_little_memory_is_one_sentence(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(words: list[str]) -> int:
+        raise error
+
+    monkeypatch.setitem(cli.COMMANDS, "fit", full)
+    assert cli.main(["fit"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("ipgo: out of memory (")
+    assert "--chunk 1" in told
+    assert told.count("\n") == 1
+    monkeypatch.setitem(cli.COMMANDS, "fit", lambda words: (_ for _ in ()).throw(RuntimeError("else")))
+    with pytest.raises(RuntimeError, match="else"):
+        cli.main(["fit"])
 
 
 def test_table() -> None:

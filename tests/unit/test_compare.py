@@ -856,6 +856,14 @@ def test_every_method_on_one_harness_within_one_budget(
         assert f'<div class="head">{label}</div>' in html  # a column of the contact sheet
 
 
+BAD_ENTRIES = {
+    "short": "method: {name: ipgo, ascent: {steps: 1}}\nentries: {ipgo: }",
+    "still": "entries: {raw: , dno: {sampling: {eta: 0}}}",
+    "reward": "entries: {raw: , x: {method: ipgo, reward: contrast}}",
+    "held": "entries: {raw: , x: {method: ipgo, held_out: [contrats]}}",
+    "backend": "entries: {raw: , x: {method: ipgo, backend: sd155}}",
+    "scheduler": "entries: {raw: , x: {method: ipgo, scheduler: dim}}",
+}
 TEXTS = ("raw", "dpo-diffusion", "chatgpt", "llm-search", "promptist")  # which learn no numbers
 
 
@@ -895,6 +903,22 @@ class RunPrice:
         ("--methods ipgo --method.ascent.lr 3", "'--method.ascent.lr' is of one method; write it under that"),
         ("--methods ,", "methods is empty"),
         ("--redraw", "is not a comparison's folder: it has no plan.json"),
+        (
+            "--methods raw,dno --backend emoji --config FILE:still",
+            "entry 'dno': sampling.eta is 0; dno learns the noise of every step",
+        ),
+        ("--methods embedding --shared", "entry 'embedding': shared is true; whole prompts cannot be shared"),
+        (
+            "--methods ipgo --seeds 0 1 --budget 9 --config FILE:short",
+            "ascent.steps is 1; 2 seeds take turns",
+        ),
+        (
+            "--config FILE:reward",
+            "entry 'x': reward is 'contrast'; all entries raise the comparison's, 'emoji-",
+        ),
+        ("--config FILE:held", "entry 'x': unknown reward 'contrats'; did you mean 'contrast'"),
+        ("--config FILE:backend", "entry 'x': unknown backend 'sd155'; did you mean 'sd15'"),
+        ("--config FILE:scheduler", "entry 'x': unknown scheduler 'dim'; did you mean 'ddim'"),
     ],
 )
 def test_bad_input_is_one_sentence_before_a_model_is_loaded(
@@ -911,6 +935,9 @@ def test_bad_input_is_one_sentence_before_a_model_is_loaded(
     monkeypatch.setattr(runner, "load_backend", unloadable)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.setenv("IPGO_CACHE", str(tmp_path / "cache"))
+    for name, content in BAD_ENTRIES.items():
+        (tmp_path / f"{name}.yaml").write_text(content)
+        flags = flags.replace(f"FILE:{name}", f"{tmp_path}/{name}.yaml")
     words = ["compare", "a fox", "--backend", pipeline_folder, "--out", str(tmp_path / "table")]
     assert cli.main([*words, *shlex.split(flags)]) == 2
     error = capsys.readouterr().err

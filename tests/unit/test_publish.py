@@ -148,6 +148,42 @@ def test_the_code_for_a_plain_pipeline_draws_the_picture_too(
     torch.testing.assert_close(names["image"], names["images"][0], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        ipgo.DRaFT(ascent=ipgo.Ascent(steps=1, backprop_steps=1)),
+        ipgo.TextCraftor(ascent=ipgo.Ascent(steps=1, backprop_steps=1)),
+        ipgo.DNO(ascent=ipgo.Ascent(steps=1, backprop_steps=None)),
+    ],
+)
+def test_code_for_a_plain_pipeline_is_shown_where_it_runs(
+    method: Any, pipeline_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampling = ipgo.Sampling(steps=2, guidance_scale=2.0, eta=float(isinstance(method, ipgo.DNO)))
+    own = settings(pipeline_folder) | {"method": method, "sampling": sampling, "seeds": [0]}
+    ipgo.fit(PROMPTS[:1], out=tmp_path / "run", **own)
+    monkeypatch.setattr("ipgo.publish._base", lambda backend: backend)  # as if the folder were the hub's
+    ipgo.save_pretrained(tmp_path / "run", tmp_path / "card")
+    card = (tmp_path / "card/README.md").read_text()
+    assert ("Or in a pipeline of diffusers" in card) == isinstance(method, ipgo.DRaFT)
+    assert "prompt_kwargs" not in card
+    if isinstance(method, ipgo.DRaFT):
+        _, code, _, plain, *_ = card.split("```")
+        names: dict[str, Any] = {}
+        exec(code.removeprefix("python\n").replace("this/repository", str(tmp_path / "card")), names)
+        latents = names["backend"].noise([1000])[:, 0]
+        drawn = "image = pipe(latents=latents, output_type='pt', prompt="
+        again = plain.removeprefix("python\n").replace("image = pipe(", drawn)
+        exec(again, names | {"latents": latents}, names)
+        torch.testing.assert_close(names["image"], names["images"][0], atol=1e-4, rtol=0)
+
+
+def test_what_learned_nothing_is_not_published(pipeline_folder: str, tmp_path: Path) -> None:
+    ipgo.fit(PROMPTS[:1], out=tmp_path / "run", **(settings(pipeline_folder) | {"method": "raw"}))
+    with pytest.raises(ipgo.InputError, match="of the method 'raw', which learns nothing to publish"):
+        ipgo.save_pretrained(tmp_path / "run", tmp_path / "card")
+
+
 def test_the_code_for_a_plain_pipeline_opens_it_in_the_format_of_the_run(
     run: ipgo.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

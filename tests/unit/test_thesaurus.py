@@ -16,7 +16,7 @@ from ipgo.methods import DPODiffusion
 from ipgo.rewards import load_reward
 from ipgo.sampling import Sampling
 from ipgo.substitution import load_word_list, negative_slots, synonym_slots
-from ipgo.task import Task
+from ipgo.task import Request, Task
 from ipgo.thesaurus import ANTONYMS, SYNONYMS, check_word_list, parse_lines, word_list_of, words_of
 from ipgo.wordnet import WordNet
 from tests.chat_endpoint import Endpoint
@@ -141,12 +141,12 @@ def test_a_chat_model_names_the_words_once(
     general = {word for slot in load_word_list("general").negative for word in slot}
     assert set(filter(None, negative.split(", "))) <= {"green", *general}
     monkeypatch.delenv("OPENAI_API_KEY")
-    method.check(["a red cat"], "colorfulness", "emoji")  # stored: no key is needed
+    method.check(Request(["a red cat"], "colorfulness", "emoji"))  # stored: no key is needed
     again = list(method.fit(task))
     assert torch.equal(steps[-1].best, again[-1].best)
     assert len(endpoint.requests) == 2
     with pytest.raises(InputError, match="OPENAI_API_KEY is not set and no answer is stored"):
-        method.check(["a blue dog"], "colorfulness", "emoji")
+        method.check(Request(["a blue dog"], "colorfulness", "emoji"))
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     answers[ANTONYMS] = "I cannot help with that."
     found = word_list_of("llm", "a red dog", Chat(), synonyms=False, antonyms=True)

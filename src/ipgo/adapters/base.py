@@ -92,6 +92,11 @@ class Adapter(nn.Module):
     def project_(self) -> None:
         """Bring the parameters back into their constraints, after an optimiser step."""
 
+    @staticmethod
+    def alike(adapters: Sequence[Adapter]) -> Sequence[Adapter]:
+        """Adapters of this kind, with equal options where these differ with the length of prompts alone."""
+        return adapters
+
     def row(self, number: int) -> Adapter:
         """A copy that holds the row of one prompt."""
         prompts = None if self.prompts is None else self.prompts[number : number + 1]
@@ -120,6 +125,8 @@ class Adapter(nn.Module):
 
 def stack(adapters: Sequence[Adapter]) -> Adapter:
     """One adapter with the rows of all; they must be of one kind with equal options."""
+    if len({adapter.kind for adapter in adapters}) == 1:
+        adapters = adapters[0].alike(adapters)
     first = adapters[0]
     prompts: list[str] = []
     for adapter in adapters:

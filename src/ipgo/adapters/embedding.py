@@ -20,7 +20,7 @@ class EmbeddingAdapter(Adapter):
 
     kind: ClassVar[str] = "embedding"
 
-    embeds: nn.Parameter  # (N, L, D)
+    embeds: nn.Parameter  # (N, L, D), L of the longest prompt
 
     def __init__(self, prompts: Sequence[str], length: int, width: int, long_prompts: str = "refuse") -> None:
         super().__init__(prompts)
@@ -33,33 +33,41 @@ class EmbeddingAdapter(Adapter):
         """The prompts' own states.
 
         Raises:
-            InputError: `shared`, a backend without padding, or prompts that differ in their number of windows.
+            InputError: `shared`, or a backend without padding.
         """
-        if shared:
-            raise InputError(
-                "shared is true; whole prompts cannot be shared, so this method is prompt-wise only"
-            )
-        _check_padding(backend)
+        check_whole(shared, backend.padding)
         with torch.no_grad():
             own = backend.encode(prompts)
-            if own.present is not None:
-                raise InputError(
-                    f"long_prompts is {backend.long_prompts!r}; whole prompts that are learned together need "
-                    "equally many windows, so fit them one by one"
-                )
             adapter = cls(prompts, own.length, backend.embed_dim, backend.long_prompts)
             adapter.embeds.copy_(own.embeds)
         return adapter
 
     def condition(self, backend: Backend, prompts: Sequence[str], original: PromptEmbeds) -> PromptEmbeds:
-        _check_padding(backend)
-        if original.embeds.shape[1:] != self.embeds.shape[1:]:
+        check_whole(False, backend.padding)
+        (most, width), (length, taken) = self.embeds.shape[1:], original.embeds.shape[1:]
+        # Of prompts read in windows, those of fewer windows than the longest have rows that end with filling.
+        fits = length <= most if self.long_prompts == "chunk" else length == most
+        if width != taken or not fits:
             raise InputError(
-                f"this adapter holds states of shape {tuple(self.embeds.shape[1:])}; "
-                f"backend {backend.name!r} takes {tuple(original.embeds.shape[1:])}"
+                f"this adapter holds states of shape {(most, width)}; backend {backend.name!r} takes "
+                f"{(length, taken)}"
             )
-        learned = self.embeds[self.rows(prompts)]
+        learned = self.embeds[self.rows(prompts), :length]
         return replace(original, embeds=learned.to(original.embeds))
+
+    @staticmethod
+    def alike(adapters: Sequence[Adapter]) -> list[Adapter]:
+        """Filled up with zeros to the length of the longest."""
+        found = [each for each in adapters if isinstance(each, EmbeddingAdapter)]
+        longest = max(each.embeds.shape[1] for each in found)
+        return [each._filled(longest) for each in found]
+
+    def _filled(self, length: int) -> EmbeddingAdapter:
+        assert self.prompts is not None
+        filled = EmbeddingAdapter(self.prompts, **{**self.options, "length": length})
+        with torch.no_grad():
+            filled.embeds[:, : self.embeds.shape[1]] = self.embeds
+        return filled
 
     def penalty(self, original: PromptEmbeds, conditioned: PromptEmbeds, noise: Tensor) -> Tensor:
         """1 - the cosine of the states at the end of the text, before and after (PEO's preservation).
@@ -71,6 +79,9 @@ class EmbeddingAdapter(Adapter):
         return torch.stack([1 - each.mean() for each in cosines])
 
 
-def _check_padding(backend: Backend) -> None:
-    if backend.padding != "max_length":
-        raise InputError(f"padding is {backend.padding!r}; whole prompts are learned with 'max_length' only")
+def check_whole(shared: bool, padding: str) -> None:
+    """Raise `InputError` where whole prompts cannot be learned."""
+    if shared:
+        raise InputError("shared is true; whole prompts cannot be shared, so this method is prompt-wise only")
+    if padding != "max_length":
+        raise InputError(f"padding is {padding!r}; whole prompts are learned with 'max_length' only")

@@ -24,7 +24,17 @@ from ipgo.backends.z_image import ZImage
 from ipgo.devices import choose_device, choose_dtype
 from ipgo.errors import InputError, unknown
 
-__all__ = ["BACKENDS", "FAMILIES", "GUIDANCE", "Backend", "Facts", "FewSteps", "few_steps", "load_backend"]
+__all__ = [
+    "BACKENDS",
+    "FAMILIES",
+    "GUIDANCE",
+    "Backend",
+    "Facts",
+    "FewSteps",
+    "check_backend",
+    "few_steps",
+    "load_backend",
+]
 
 # The pipeline class of diffusers -> who opens it.
 FAMILIES: dict[str, type[Backend]] = {
@@ -133,6 +143,12 @@ def load_backend(
     backend = FAMILIES[kinds[0]](given, type(source).__name__, opening)
     backend.origin = str(getattr(given, "name_or_path", None) or backend.name)  # it may be a Path
     return with_own_scale(backend, backend.origin, few_steps(backend.origin) or by_pipeline(given))
+
+
+def check_backend(source: str | Path, opening: Opening) -> None:
+    """Raise `InputError` for a backend that cannot be opened so, as far as that shows without its weights."""
+    kind, _ = _place(source)
+    opening.check(_family(kind, str(source)).facts, kind)
 
 
 def few_steps(source: str) -> FewSteps | None:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from ipgo.adapters import Adapter, InsertionAdapter
 from ipgo.errors import InputError, ResumeError, unknown
 from ipgo.insertion import Insertion
-from ipgo.optimizers import CMA, Optimizer, TuRBO
+from ipgo.optimizers import CMA, Optimizer, TuRBO, need
 from ipgo.search import search
 from ipgo.seeding import derive
-from ipgo.task import Progress, Task
+from ipgo.task import Progress, Request, Task
 from ipgo.typed import check_types
 
 Search = Literal["cma", "bayes"]
@@ -74,6 +74,10 @@ class BlackBoxIPGO:
                 raise InputError(f"{field} is {value}; it must be at least {least}")
         if not 0 < self.spread <= 2 / 3:
             raise InputError(f"spread is {self.spread}; it must be above 0 and at most 2/3")
+
+    def check(self, request: Request) -> None:
+        """Before a model is loaded: `MissingExtraError` without the optimiser's package."""
+        need("cma" if self.optimizer == "cma" else "botorch")
 
     def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
         adapter = InsertionAdapter.start(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,7 +14,7 @@ from ipgo.errors import InputError
 from ipgo.rewards import terms
 from ipgo.rewriting import Rewrites, ask_texts
 from ipgo.search import search
-from ipgo.task import Progress, Task
+from ipgo.task import Progress, Request, Task
 from ipgo.typed import check_types
 
 # What each reward values, by its name without "emoji-"; the others get GENERAL.
@@ -76,10 +76,10 @@ class ChatGPT:
         form = ONE if self.n == 1 else SEVERAL.format(n=self.n)
         return INSTRUCTION.format(value=_value(reward), max_words=self.max_words, form=form)
 
-    def check(self, prompts: Sequence[str], reward: str, backend: str) -> None:
+    def check(self, request: Request) -> None:
         """Before a model is loaded: `InputError` without a key, unless the answers are stored."""
-        for prompt in prompts:
-            self.chat.check(self.instruction(reward), prompt)
+        for prompt in request.prompts:
+            self.chat.check(self.instruction(request.reward), prompt)
 
     def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
         adapter = TextAdapter.start(task.prompts, shared=task.shared)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ipgo.adapters import NoiseAdapter
 from ipgo.ascent import Ascent
+from ipgo.backends import BACKENDS, few_steps
 from ipgo.errors import InputError
-from ipgo.task import Progress, Task
+from ipgo.task import Progress, Request, Task
 from ipgo.training import maximize
 
 
@@ -33,11 +34,21 @@ class DNO:
         steps=100, lr=0.01, lr_decay=1.0, backprop_steps=None, penalty_weight=1.0, recompute=True
     )
 
+    def check(self, request: Request) -> None:
+        """Before a model is loaded: `InputError` where steps have no noise. Few-step models may add some."""
+        known = request.backend in BACKENDS and few_steps(request.backend) is None
+        if request.sampling.eta == 0 and known:
+            raise _no_noise()
+
     def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
         steps = task.sampling.noise_steps(task.backend)
         if steps == 0:
-            raise InputError("sampling.eta is 0; dno learns the noise of every step, so it must be above 0")
+            raise _no_noise()
         adapter = NoiseAdapter.start(
             task.backend, task.prompts, task.seeds, shared=task.shared, steps=steps, penalty="whiteness"
         )
         return maximize(task, adapter, self.ascent, resume)
+
+
+def _no_noise() -> InputError:
+    return InputError("sampling.eta is 0; dno learns the noise of every step, so it must be above 0")

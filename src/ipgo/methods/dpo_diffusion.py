@@ -18,7 +18,7 @@ from ipgo.sampling import Sampling
 from ipgo.search import search
 from ipgo.seeding import derive, generator
 from ipgo.substitution import PLAIN, Choice, Space, negative_slots, synonym_slots
-from ipgo.task import Progress, Task
+from ipgo.task import Progress, Request, Task
 from ipgo.thesaurus import check_word_list, word_list_of
 from ipgo.training import FLOAT16_SCALE
 from ipgo.typed import check_types
@@ -100,9 +100,9 @@ class DPODiffusion:
         """What is needed of a prompt's words."""
         return {"synonyms": self.target != "negative", "antonyms": self.target != "positive"}
 
-    def check(self, prompts: Sequence[str], reward: str, backend: str) -> None:
+    def check(self, request: Request) -> None:
         """Before a model is loaded: `InputError` without the word list, or a key for one that is asked for."""
-        check_word_list(self.word_list, prompts, self.chat, **self.looked_up)
+        check_word_list(self.word_list, request.prompts, self.chat, **self.looked_up)
 
     def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
         if self.climbing and not task.reward.differentiable:

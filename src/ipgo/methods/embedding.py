@@ -9,8 +9,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from ipgo.adapters import EmbeddingAdapter
+from ipgo.adapters.embedding import check_whole
 from ipgo.ascent import Ascent
-from ipgo.task import Progress, Task
+from ipgo.task import Progress, Request, Task
 from ipgo.training import maximize
 
 
@@ -25,6 +26,10 @@ class Embedding:
     stackable: ClassVar[bool] = True
 
     ascent: Ascent = Ascent(steps=50, lr=0.01, lr_decay=1.0, penalty_weight=0.5)
+
+    def check(self, request: Request) -> None:
+        """Before a model is loaded: `InputError` for `shared`, or for prompts without padding."""
+        check_whole(request.shared, request.padding)
 
     def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
         adapter = EmbeddingAdapter.start(task.backend, task.prompts, shared=task.shared)

@@ -13,7 +13,7 @@ from ipgo.chat import Chat
 from ipgo.errors import InputError
 from ipgo.rewriting import Rewrites, ask_texts
 from ipgo.search import search
-from ipgo.task import Progress, Task
+from ipgo.task import Progress, Request, Task
 from ipgo.typed import check_types
 
 INSTRUCTION = (
@@ -62,9 +62,9 @@ class LLMSearch:
             if getattr(self, field) < 1:
                 raise InputError(f"{field} is {getattr(self, field)}; it must be at least 1")
 
-    def check(self, prompts: Sequence[str], reward: str, backend: str) -> None:
+    def check(self, request: Request) -> None:
         """Before a model is loaded: `InputError` without a key, unless the first answers are stored."""
-        for prompt in prompts:
+        for prompt in request.prompts:
             self.chat.check(self._instruction(), _question(prompt, [], ""))
 
     def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:

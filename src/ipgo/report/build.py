@@ -17,7 +17,8 @@ from PIL import Image
 
 from ipgo.artefacts import load_identities, load_scores
 from ipgo.config import flatten
-from ipgo.evaluation import Gain, Score, average, summarise
+from ipgo.evaluation import Gain, Score, levels, summarise
+from ipgo.images import reading
 from ipgo.prompts import Prompt
 from ipgo.report import charts
 from ipgo.rewards.checkpoints import fingerprint
@@ -68,9 +69,10 @@ def render(run: Run) -> str:
         config=config,
         summary=summary(run, fitted, unseen),
         fallen=fallen(config.reward, unseen or fitted),
+        noise="unseen" if unseen else "fitted",
         rows=_rows(fitted, unseen),
         later=_later(run, later),
-        later_strange=[name for name, own in scored_by.items() if run.identities.get(name, own) != own],
+        later_strange=run.strange(scored_by),
         curve=charts.curve(rewards, bold, before),
         curve_name=name,
         scatters=_scatters(scores, config.reward, config.new_seeds or config.seeds),
@@ -98,6 +100,7 @@ def _later(run: Run, scores: Sequence[Score]) -> list[dict[str, Any]]:
             "prompts": len({each.prompt for each in part}),
             "seeds": len({each.seed for each in part}),
             "gains": summarise(part),
+            "levels": levels(part) if run.config.method_name == "raw" else {},
         }
         for (kind, noise), part in sorted(parts.items(), reverse=True)
     ]
@@ -171,9 +174,7 @@ def _learned(run: Run) -> bool:
 
 def _as_they_are(run: Run) -> str:
     """The mean rewards of a run whose method changes nothing."""
-    scores = run.scores()
-    names = dict.fromkeys(each.reward for each in scores)
-    words = ", ".join(f"{name} {average(scores, 'raw', name).value:.3f}" for name in names)
+    words = ", ".join(f"{name} {value:.3f}" for name, value in levels(run.scores()).items())
     return f"The prompts as they are, since the method changes nothing: {words}."
 
 
@@ -314,7 +315,8 @@ def picture_uri(file: Path, largest: int = LARGEST) -> str | None:
     """A picture as text, if there is one: small ones as they are, large ones as WebP of `largest` pixels."""
     if not file.is_file():
         return None
-    with Image.open(file) as picture:
+    with reading(file), Image.open(file) as picture:
+        picture.load()
         if max(picture.size) <= largest // 2:
             return f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}"
         picture.thumbnail((largest, largest))

@@ -17,7 +17,7 @@ from ipgo.report import charts
 from ipgo.report.build import environment, picture_uri
 from ipgo.report.identity import strangers, told
 from ipgo.report.rows import Row, strange_to
-from ipgo.report.tables import raised, span, tables
+from ipgo.report.tables import span, tables
 from ipgo.store import Run
 
 SHEET_PROMPTS = 24  # of the contact sheet: a page must open
@@ -44,7 +44,7 @@ def write_comparison(folder: Comparison, entries: Sequence[Row]) -> dict[str, Pa
 
 def render(folder: Comparison, entries: Sequence[Row]) -> str:
     """The page as text."""
-    plan, reward = folder.plan, raised(folder)
+    plan, reward = folder.plan, folder.plan.reward
     raw = next((row.final for row in entries if row.method == "raw"), None)  # drawn as the fits draw
     hues = {row.label: charts.hue(number) for number, row in enumerate(entries)}  # the same in every chart
     shown = [row for row in entries if row.curve and row.method != "raw"]
@@ -90,7 +90,7 @@ def markdown(folder: Comparison, entries: Sequence[Row]) -> str:
     """The tables for a document."""
     plan = folder.plan
     budget = f", {plan.budget:,} weighted denoiser calls a prompt" if plan.budget else ""
-    parts = [f"# {len(entries)} entries on {len(plan.prompts)} prompts: {_plain(raised(folder))}{budget}"]
+    parts = [f"# {len(entries)} entries on {len(plan.prompts)} prompts: {_plain(folder.plan.reward)}{budget}"]
     for table in tables(folder, entries):
         lines = [
             table.head,

@@ -44,14 +44,9 @@ class Table:
     lines: list[list[Cell]]
 
 
-def raised(folder: Comparison) -> str:
-    """The reward that all entries raise."""
-    return str(folder.plan.common["reward"])
-
-
 def tables(folder: Comparison, entries: Sequence[Row]) -> list[Table]:
     """All tables, in the order of their weight."""
-    reward = raised(folder)
+    reward = folder.plan.reward
     return [
         raised_table(entries, reward),
         held_out_table(entries, reward),

@@ -264,6 +264,8 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
         raise RewardError(
             f"reward {reward.name!r} must return a tensor of shape ({len(images)},), not {given}"
         )
+    if values.is_complex():
+        raise RewardError(f"reward {reward.name!r} must return real numbers, not {values.dtype}")
     finite_images = images.detach().flatten(1).isfinite().all(1)
     broken = ~values.detach().isfinite() & finite_images.to(values.device)
     if broken.any():
@@ -287,10 +289,20 @@ def _whole_paths(parts: Sequence[str]) -> list[str]:
         joined = ("+".join(parts[start:end]) for end in range(start + 1, len(parts) + 1))
         name, _, place = parts[start].partition(":")
         known = _bare(name.rpartition("*")[2].strip()) in SOURCES and place
-        whole = (each for each in joined if known and Path(each.partition(":")[2].strip()).exists())
+        whole = (
+            each
+            for each in joined
+            if (known and Path(each.partition(":")[2].strip()).exists()) or _own_file(each)
+        )
         terms.append(next(whole, parts[start]))
         start += terms[-1].count("+") + 1
     return terms
+
+
+def _own_file(term: str) -> bool:
+    """Is it `file.py:function`, with or without a weight, of a file that is there?"""
+    places = (place.rpartition(":")[0].strip() for place in (term, term.partition("*")[2]))
+    return any(place.endswith(".py") and Path(place).is_file() for place in places)
 
 
 def _cut(spec: str) -> tuple[str, str]:

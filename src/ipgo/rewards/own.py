@@ -48,6 +48,9 @@ def read_function(spec: str) -> tuple[Function, str]:
     assert source is not None
     assert source.loader is not None
     module: Any = importlib.util.module_from_spec(source)
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)  # for modules beside it, as for a script
     sys.modules[own_name] = module  # where dataclasses, and `inspect`, look for what a class is written in
     try:
         source.loader.exec_module(module)

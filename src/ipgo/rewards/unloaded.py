@@ -23,7 +23,7 @@ from transformers import (
 
 from ipgo.errors import InputError
 from ipgo.memory import UNBOUNDED, Tokens, build
-from ipgo.rewards import SOURCES, Reward, check_reward, combine, load_reward
+from ipgo.rewards import PARTICULAR, SOURCES, Reward, check_reward, combine, load_reward
 from ipgo.rewards.aesthetic import Aesthetic
 from ipgo.rewards.clip import ClipReward, TextTower
 from ipgo.rewards.imagereward import ImageReward
@@ -97,6 +97,8 @@ def unloaded_reward(spec: str, sizes: FakeTensorMode | None, device: str = "cpu"
 
 def _unloaded(name: str, sizes: FakeTensorMode | None, device: str) -> Reward:
     bare = re.split("[@:]", name, maxsplit=1)[0]
+    if name in PARTICULAR:
+        raise InputError(f"reward {name!r} cannot be planned: it looks at the values of pictures")
     if bare not in SOURCES:
         return load_reward(name, device=device)
     check_reward(name)
