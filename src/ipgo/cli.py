@@ -345,12 +345,11 @@ def evaluate(argv: list[str]) -> int:
     prompts = read_prompts(args.prompts) if args.prompts else done
     check_prompts(prompts)
     adapter.rows(prompts)
-    raised = folder.config.reward
+    source, raised = backend_of(settings, args.backend), folder.config.reward
     try:
         judges = _judges(raised, args.rewards or list(folder.identities), prompts)
     except InputError as error:
         raise InputError(f"{error}" + ("" if args.rewards else "; name rewards with --rewards")) from None
-    source = backend_of(settings, args.backend)
     place = {"device": args.device, "text_device": args.text_device}
     config = replace(folder.config, backend=source, reward=judges[0], held_out=judges[1:], **place)
     if args.prompts:

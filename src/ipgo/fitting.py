@@ -18,7 +18,7 @@ from ipgo.defaults import defaults
 from ipgo.errors import InputError
 from ipgo.evaluation import Gain, Score, summarise
 from ipgo.prompts import Prompt
-from ipgo.rewards import Reward, as_reward, check_reward
+from ipgo.rewards import Reward, RewardFunction, as_reward, check_reward
 from ipgo.rewards.checkpoints import HUB_ID
 from ipgo.runner import check_gradient, check_method, load_models, run, warn_of_unseen_words
 from ipgo.runner import held_out as judges_of
@@ -71,7 +71,7 @@ def fit(
     reward: str | Reward = "emoji-likeness",
     backend: str | Path | Backend | object = "emoji",
     method: str | Method = "ipgo",
-    held_out: Sequence[str] | None = None,
+    held_out: Sequence[str | RewardFunction] | None = None,
     sampling: Sampling | None = None,
     seeds: Sequence[int] | None = None,
     unseen_seeds: int = 4,
@@ -92,7 +92,7 @@ def fit(
         out: where to keep the run; an unfinished one there is continued. None keeps nothing.
         method: a name of `ipgo list methods`, which has its defaults, or one such as IPGO(ascent=Ascent(steps=20)).
         sampling: None is 20 steps, or what a few-step model wants (see `defaults.for_backend`).
-        held_out: rewards that only judge the result; None is all those that come with the backend.
+        held_out: rewards that only judge the result, specs or functions; None is all those that come with the backend.
         seeds: noise seeds, cycled over the steps; none at all, (), is fresh noise at every step. None is 0 to 3, or 0
             for a method that learns the noise or wants a single seed.
         unseen_seeds, seed, shared, judged_prompts, chunk, device: see `RunConfig`.
@@ -100,11 +100,8 @@ def fit(
     Raises:
         InputError: settings or prompts that cannot work. ResumeError: `out` holds a run with other settings.
     """
-    if held_out is not None and not all(isinstance(each, str) for each in held_out):
-        raise InputError(
-            "held_out takes names of rewards; write one of your own into a file, and name it as in mine.py:warmth"
-        )
-    given_reward = None if isinstance(reward, str) else as_reward(reward)
+    judges = None if held_out is None else _several("held_out", held_out)
+    given = _own_rewards((reward, *(judges or ())))
     given_backend = backend if isinstance(backend, Backend) else None
     if not isinstance(backend, str | Path | Backend):
         given_backend = load_backend(backend, device=device)
@@ -117,8 +114,8 @@ def fit(
         prompts=_several("prompts", prompts),
         method=own_method if isinstance(method, str) else method,
         backend=name,
-        reward=reward if isinstance(reward, str) else as_reward(reward).name,
-        held_out=None if held_out is None else _several("held_out", held_out),
+        reward=_name(reward),
+        held_out=None if judges is None else tuple(map(_name, judges)),
         sampling=sampling or own_sampling,
         seeds=None if seeds is None else tuple(plain(_several("seeds", seeds))),  # type: ignore[arg-type]
         unseen_seeds=unseen_seeds,
@@ -129,17 +126,34 @@ def fit(
         device=str(device),
         **({} if given_backend is None else asdict(given_backend.opening)),
     )
-    for spec in {config.reward, *judges_of(config)}:
-        if given_reward is None or spec != config.reward:
-            check_reward(spec, config.prompts)
-    if given_reward is None:
+    for spec in {config.reward, *judges_of(config)} - given.keys():
+        check_reward(spec, config.prompts)
+    if config.reward not in given:
         check_gradient(config)
     with tempfile.TemporaryDirectory() as temporary, torch.inference_mode(False):
         folder = Run.open(Path(out) if out is not None else Path(temporary) / "run", config)
         check_method(folder)
         warn_of_unseen_words(config.backend, config.prompts)
-        run(folder, load_models(config, given_backend, given_reward, folder.dtype))
+        run(folder, load_models(config, given_backend, given, folder.dtype))
         return result_of(folder, Path(out) if out is not None else None)
+
+
+def _name(reward: str | RewardFunction | Reward) -> str:
+    return reward if isinstance(reward, str) else as_reward(reward).name
+
+
+def _own_rewards(rewards: Iterable[str | RewardFunction | Reward]) -> dict[str, Reward]:
+    """Those that are no specs, by name, which a spec may repeat; `InputError` for two of one name."""
+    own: dict[str, Reward] = {}
+    for each in rewards:
+        if isinstance(each, str):
+            continue
+        found = as_reward(each)
+        if own.setdefault(found.name, found) != found:
+            raise InputError(
+                f"two rewards are called {found.name!r}; as_reward(function, name) gives one another"
+            )
+    return own
 
 
 def place_of(backend: Backend) -> str:

@@ -63,12 +63,13 @@ class Models:
 def load_models(
     config: RunConfig,
     backend: Backend | None = None,
-    reward: Reward | None = None,
+    given: Mapping[str, Reward] | None = None,
     begun_in: str | None = None,
 ) -> Models:
     """Load what the settings name, or take what is given; refuse prompts that the backend cannot take.
 
     Args:
+        given: rewards that no name can load, by the names that the settings have for them.
         begun_in: the format of a run that is continued: its own, where the settings leave it to the device.
     """
     taken = [name for name in (config.reward, *held_out(config)) if re.fullmatch("judge-[a-z]+", name)]
@@ -95,11 +96,12 @@ def load_models(
         )
     if isinstance(insertion := getattr(config.method, "insertion", None), Insertion):
         insertion.check(backend.embed_dim)
-    reward = reward or load_reward(config.reward, device=config.device)
-    rewards = {config.reward: reward}
-    others = [name for name in held_out(config) if name != config.reward]
-    rewards |= {name: load_reward(name, device=config.device) for name in others}
-    models = Models(backend, reward, rewards, judge)
+    given = given or {}
+    rewards = {
+        name: given[name] if name in given else load_reward(name, device=config.device)
+        for name in dict.fromkeys((config.reward, *held_out(config)))
+    }
+    models = Models(backend, rewards[config.reward], rewards, judge)
     _ = models.identities  # before a call can change anything
     for name in (name for name, each in rewards.items() if is_unsettled(each)):
         logger.warning(

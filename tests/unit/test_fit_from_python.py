@@ -26,6 +26,10 @@ def brightness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
     return images.mean((1, 2, 3))
 
 
+def darkness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    return -brightness(images, prompts)
+
+
 def test_a_pipeline_object_is_fitted_where_it_is(
     pipeline_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -70,16 +74,22 @@ def test_held_out_rewards_are_named(pipeline_folder: str) -> None:
         "a fox",
         backend=pipeline_folder,
         reward=brightness,
-        held_out=["contrast"],
+        held_out=["contrast", ipgo.as_reward(darkness, "dark")],
         method=ONE_STEP,
         device=torch.device("cpu"),
         **SHORT,
     )
+    dark = {each.method: each.value for each in result[0].scores if each.reward == "dark" and each.seed == 0}
+    bright = {
+        each.method: each.value for each in result[0].scores if each.reward == "brightness" and each.seed == 0
+    }
+    assert dark == pytest.approx({method: -value for method, value in bright.items()})
     assert result.rewards["contrast"] == identity_of(ipgo.load_reward("contrast"))
     assert result.rewards["brightness"]["weights"][0] == sha256(Path(__file__))
     assert {gain.reward: gain.held_out for gain in result.on_unseen_seeds} == {
         "brightness": False,
         "contrast": True,
+        "dark": True,
     }
 
 
@@ -124,7 +134,11 @@ def test_numbers_of_numpy_are_numbers(pipeline_folder: str, tmp_path: Path) -> N
         (lambda: ipgo.fit("a", method=ipgo.IPGO(ascent=3)), r"method.ascent is 3; it must be Ascent"),  # type: ignore[arg-type]
         (lambda: ipgo.fit("a", method=ipgo.BestOfN(n="4")), r"n is '4'; it must be int"),  # type: ignore[arg-type]
         (lambda: ipgo.fit(None), r"prompts is None; it must be a sequence"),  # type: ignore[arg-type]
-        (lambda: ipgo.fit("a", held_out=[brightness]), r"held_out takes names of rewards"),  # type: ignore[list-item]
+        (lambda: ipgo.fit("a", held_out=[3]), r"a reward must be a function of \(images, prompts\), not int"),  # type: ignore[list-item]
+        (
+            lambda: ipgo.fit("a", reward=brightness, held_out=[ipgo.as_reward(darkness, "brightness")]),
+            r"two rewards are called 'brightness'",
+        ),
         (lambda: ipgo.Adapter().prompt_kwargs(None, ["a"]), r"prompt is \['a'\]; it must be one text"),  # type: ignore[arg-type]
         (lambda: ipgo.save_pretrained("tests", "x"), r"'tests' is not a run folder"),
         (lambda: ipgo.fit([3]), r"prompt 1 is 3; a prompt is a text"),  # type: ignore[list-item]
