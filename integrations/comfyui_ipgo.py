@@ -52,7 +52,9 @@ class IPGOTextEncode:
         """
         learned = ipgo.from_pretrained(Path(adapter).expanduser() if adapter.startswith("~") else adapter)
         if not isinstance(learned, InsertionAdapter):
-            raise ipgo.InputError(f"adapter {adapter!r} holds no embeddings but {learned.kind}")
+            raise ipgo.InputError(
+                f"adapter {adapter!r} is of kind {learned.kind!r}; this node takes 'insertion'"
+            )
         if learned.padding != "max_length" or learned.insertion.pooled:
             raise ipgo.InputError(
                 f"adapter {adapter!r} has padding={learned.padding!r} and insertion.pooled={learned.insertion.pooled}; "
@@ -74,14 +76,18 @@ def encoded(clip: Any, text: str, width: int, insert: Callable[[PromptEmbeds], P
     if len(windows) != 1:
         raise ipgo.InputError(f"the prompt has more than {len(windows[0])} tokens: {text[:40]!r}...")
     # A token may also be an embedding, a tensor, of textual inversion.
-    end = [isinstance(entry[0], int) and entry[0] == END for entry in windows[0]].index(True)
+    ends = [place for place, entry in enumerate(windows[0]) if isinstance(entry[0], int) and entry[0] == END]
+    if not ends:
+        raise ipgo.InputError(
+            "this model's text encoder is no CLIP; the node takes Stable Diffusion 1.x and 2.x"
+        )
     found: Conditioning = []
     for states, about in clip.encode_from_tokens_scheduled(tokens):
         if states.shape[-1] != width:
             raise ipgo.InputError(
                 f"the adapter holds embeddings {width} wide; those of this CLIP are {states.shape[-1]} wide"
             )
-        mask = torch.arange(states.shape[1], device=states.device) <= end
+        mask = torch.arange(states.shape[1], device=states.device) <= ends[0]
         with torch.no_grad():
             found.append([insert(PromptEmbeds(states, mask[None])).embeds, dict(about)])
     return found

@@ -200,7 +200,7 @@ def watch(
             if spent + (spent - before) > left + SLACK and progress.step < progress.total:
                 if not enough:
                     raise BudgetSpent
-                yield _last(progress)
+                yield ended(progress)
                 return
             yield progress
     except BudgetSpent:
@@ -210,7 +210,7 @@ def watch(
         backend.calls = Counter(ledger)
 
 
-def _last(progress: Progress) -> Progress:
+def ended(progress: Progress) -> Progress:
     """The same step as the end of its search; a prompt that has no candidate by now has failed."""
     shared = progress.adapter.prompts is None  # where a prompt may just not have been visited yet
     failed = progress.failed if shared else progress.failed | progress.best.isnan()

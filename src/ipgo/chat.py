@@ -24,6 +24,8 @@ PASSING = (408, 409, 425, 429)  # statuses that may be others a little later, as
 QUOTES = {'"': '"', "'": "'", "`": "`", "“": "”", "‘": "’", "«": "»"}
 ITEM = re.compile(r"^(?:\**\(?\d+[.):]\**|[-*•])\s+")
 LABEL = re.compile(r"^(?:(?:rewritten|improved|new)\s+)?prompt(?:\s*\d+)?\s*:\s*", re.IGNORECASE)
+LIST = re.compile(r"^\s*(\[.*\])\s*$", re.DOTALL | re.MULTILINE)
+THOUGHT = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL | re.IGNORECASE)
 logger = logging.getLogger("ipgo")
 
 
@@ -32,7 +34,7 @@ class Chat:
     """Which model is asked, and how patiently.
 
     The endpoint and the key are those of the environment: OPENAI_BASE_URL (OpenAI's own if unset) and
-    OPENAI_API_KEY. An answer that is stored needs neither.
+    OPENAI_API_KEY. An answer that is stored needs no key, and is that of its endpoint.
 
     Attributes:
         model: its name at the endpoint.
@@ -74,7 +76,7 @@ class Chat:
         self._check_access()
         question = self._question(instruction, text, index)
         answer = self._request(question["messages"])
-        files.write_json(self._file(question), {**question, "answer": answer})
+        files.write_json(self._file(question), {**question, "answer": answer}, alone=False)
         return answer
 
     def stored(self, instruction: str, text: str, index: int = 0) -> str | None:
@@ -104,13 +106,15 @@ class Chat:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ipgo" / "chat"
 
     def _question(self, instruction: str, text: str, index: int) -> dict[str, Any]:
-        """All that an answer depends on."""
+        """All that an answer depends on: "endpoint" where it is not OpenAI's."""
+        endpoint = os.environ.get("OPENAI_BASE_URL", "").rstrip("/")
         messages = [{"role": "system", "content": instruction}, {"role": "user", "content": text}]
         return {
             "model": self.model,
             "temperature": self.temperature,
             "index": index,
             "messages": messages,
+            **({"endpoint": endpoint} if endpoint else {}),
         }
 
     def _file(self, question: dict[str, Any]) -> Path:
@@ -187,8 +191,10 @@ def parse_texts(answer: str) -> list[str]:
     """The different texts that an answer lists: numbered, with bullets, as JSON, or one a line.
 
     Numbers, bullets, quotation marks, labels ("Prompt:") and fences are taken off. If some lines are numbered
-    or have bullets, the others are talk; if none are, a line that ends with a colon is.
+    or have bullets, the others are talk; if none are, a line that ends with a colon is, and so is what a model thought
+    aloud between <think> marks.
     """
+    answer = THOUGHT.sub("", answer)
     lines = _json_texts(answer) or [line.strip() for line in answer.splitlines()]
     lines = [line for line in lines if line and not line.startswith("```")]
     items = [ITEM.sub("", line) for line in lines if ITEM.match(line)]
@@ -198,11 +204,10 @@ def parse_texts(answer: str) -> list[str]:
 
 
 def _json_texts(answer: str) -> list[str]:
-    start, end = answer.find("["), answer.rfind("]")
-    if start < 0 or end < start:
-        return []
+    """Those of a list that has its lines for itself: a prompt may hold brackets too."""
+    found = LIST.search(answer)
     try:
-        values = json.loads(answer[start : end + 1])
+        values = json.loads(found[1]) if found else []
     except ValueError:
         return []
     return [value.strip() for value in values if isinstance(value, str)]

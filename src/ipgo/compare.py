@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -11,7 +12,17 @@ from typing import Any
 from ipgo.adapters import Adapter
 from ipgo.artefacts import save_scores
 from ipgo.backends import check_backend
-from ipgo.budget import BudgetSpent, calls_of_an_image, fit_to, length_of, measure, paid, step_cost, watch
+from ipgo.budget import (
+    BudgetSpent,
+    calls_of_an_image,
+    ended,
+    fit_to,
+    length_of,
+    measure,
+    paid,
+    step_cost,
+    watch,
+)
 from ipgo.chunks import Chunk, Cost
 from ipgo.comparison import UNSEEN_PROMPTS, Comparison, Plan
 from ipgo.config import RunConfig
@@ -68,17 +79,20 @@ def compare(folder: Comparison) -> None:
         ResumeError: its models are not those of the entries before.
     """
     plan, shelf = folder.plan, dict[tuple[Any, ...], Models]()
-    first = plan.config(next(iter(plan.entries)))
+    labels = list(plan.entries)
+    first = plan.config(labels[0])
     models = _models(first, shelf, folder)
     if not folder.scored:
         try_rewards(first, models)
-    if folder.started:
-        folder.start(plan, folder.going_on(facts(models)))  # with the entries that were added
-    else:
-        price = plan.price or measure(models.backend, first.prompts[: first.chunk], first.sampling)
-        folder.start(replace(plan, price=price), facts(models))
-    for number, label in enumerate(plan.entries, 1):
-        logger.info("%s (%d of %d)", label, number, len(plan.entries))
+    with folder.alone():  # another process may begin it, or add entries, at the same time
+        plan = folder.plan
+        if folder.started:
+            folder.start(plan, folder.going_on(facts(models)))  # with the entries that were added
+        else:
+            price = plan.price or measure(models.backend, first.prompts[: first.chunk], first.sampling)
+            folder.start(replace(plan, price=price), facts(models))
+    for number, label in enumerate(labels, 1):
+        logger.info("%s (%d of %d)", label, number, len(labels))
         try:
             _run_entry(folder, label, shelf)
         except InUseError as error:
@@ -158,14 +172,16 @@ def _run_chunk(
     except Exception as error:
         if _full_disk(error) or isinstance(error, InUseError):
             raise
-        if len(chunk.prompts) > 1 and not run.config.shared:
-            for prompt in chunk.prompts:
-                if not run.done(prompt):
-                    _run_chunk(folder, label, run, models, Chunk((prompt,)), twins)
-        else:
+        if len(chunk.prompts) == 1 or run.config.shared:
             folder.fail(label, chunk.texts, error)
+            return
     else:
         folder.forgive(label, chunk.texts)
+        return
+    gc.collect()  # only now: until here the error held the frames, and so the graph, of what failed
+    for prompt in chunk.prompts:
+        if not run.done(prompt):
+            _run_chunk(folder, label, run, models, Chunk((prompt,)), twins)
 
 
 def _fit(plan: Plan, label: str, run: Run, models: Models, chunk: Chunk) -> tuple[Progress, Cost]:
@@ -186,7 +202,8 @@ def _fit(plan: Plan, label: str, run: Run, models: Models, chunk: Chunk) -> tupl
 
     for again in (True, False):
         try:
-            return fit_chunk(run, models, chunk, limit)
+            progress, cost = fit_chunk(run, models, chunk, limit)
+            return ended(progress), cost  # also if its last step was broken off
         except BudgetSpent:
             if not again or run.checkpoint(chunk) is None:
                 break

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from ipgo import files
 from ipgo.artefacts import load_identities, load_scores
@@ -18,7 +21,7 @@ from ipgo.config import NOT_RESULTS, RunConfig, flatten, merge
 from ipgo.errors import InputError, IpgoError, ResumeError, unknown
 from ipgo.evaluation import Score
 from ipgo.prompts import check_prompts
-from ipgo.store import Run, check_models, differences, with_judges_of
+from ipgo.store import LOCK, Run, check_models, differences, left_over, with_judges_of
 
 SCHEMA = 1
 PLAN = "plan.json"
@@ -141,6 +144,7 @@ class Comparison:
 
     def __init__(self, path: Path, plan: Plan) -> None:
         self.path, self.plan = path, plan
+        self._lock = FileLock(path / LOCK)
 
     @classmethod
     def open(cls, path: Path, plan: Plan | None = None) -> Comparison:
@@ -159,7 +163,7 @@ class Comparison:
             if plan is None:
                 raise InputError(f"{str(path)!r} is not a comparison's folder: it has no {PLAN}")
             files.check_out(path, folder=True)
-            if path.is_dir() and any(file.suffix != ".draft" for file in path.iterdir()):
+            if path.is_dir() and not all(map(left_over, path.iterdir())):
                 raise InputError(
                     f"out is {str(path)!r}, which holds something else; give a new or empty folder"
                 )
@@ -176,14 +180,29 @@ class Comparison:
             there = replace(plan, price=there.price, entries={**there.entries, **plan.entries})
         return cls(path, there)
 
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """While open, no other process changes plan and failures; what another has changed before is taken over."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
+        except OSError as error:
+            raise self._unwritable(error) from None
+        try:
+            self.plan = Comparison.open(self.path, self.plan).plan
+            yield
+        finally:
+            self._lock.release()
+
+    def _unwritable(self, error: OSError) -> InputError:
+        return InputError(f"out is {str(self.path)!r}, which cannot be written: {error.strerror}")
+
     def start(self, plan: Plan, about: Mapping[str, Any]) -> None:
         """Make the folder; `about`: versions, device and models that it begins with."""
         try:
             files.write_json(self.path / PLAN, {"schema": SCHEMA, **about, "plan": plan.to_json()})
         except OSError as error:
-            raise InputError(
-                f"out is {str(self.path)!r}, which cannot be written: {error.strerror}"
-            ) from None
+            raise self._unwritable(error) from None
         self.plan = plan
 
     @property
@@ -244,20 +263,25 @@ class Comparison:
         told = str(error) if isinstance(error, IpgoError) else f"{type(error).__name__}: {error}"
         logger.warning("%s failed%s: %s", label, f" on {prompts[0]!r}" if any(prompts) else "", told)
         trace = "".join(traceback.format_exception(error))
-        failures = self.failures()
-        failures.setdefault(label, {}).update({each: {"error": told, "traceback": trace} for each in prompts})
-        files.write_json(self.path / "failures.json", failures)
+        with self.alone():
+            failures = self.failures()
+            failures.setdefault(label, {}).update(
+                {each: {"error": told, "traceback": trace} for each in prompts}
+            )
+            files.write_json(self.path / "failures.json", failures)
 
     def forgive(self, label: str, prompts: Sequence[str]) -> None:
         """What failed before has worked now."""
-        failures = self.failures()
-        left = {each: error for each, error in failures.get(label, {}).items() if each not in prompts}
-        if left != failures.pop(label, {}):
+        if label not in self.failures():
+            return
+        with self.alone():
+            failures = self.failures()
+            left = {each: error for each, error in failures.pop(label, {}).items() if each not in prompts}
             files.write_json(self.path / "failures.json", {**failures, **({label: left} if left else {})})
 
     def write(self, name: str, content: str) -> Path:
         """Put another file, such as comparison.html, into the folder."""
-        files.write(self.path / name, content.encode())
+        files.write(self.path / name, content.encode(), alone=False)
         return self.path / name
 
 

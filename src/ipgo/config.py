@@ -16,6 +16,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from ipgo.adapters.noise import check_one_seed
+from ipgo.ascent import Ascent
 from ipgo.backends.facts import Opening
 from ipgo.errors import InputError, unknown, unknown_option
 from ipgo.methods import METHODS
@@ -116,16 +117,42 @@ class RunConfig:
             )
         if getattr(self.method, "one_seed", False):
             check_one_seed(self.seeds, self.shared)
+        self._check_method()
+
+    def _check_method(self) -> None:
+        """Raise `InputError` for settings of the method that do not go with the others."""
+        if self.shared and getattr(self.method, "prompt_wise", False):
+            raise InputError(f"shared is true; method {self.method_name!r} learns each prompt by itself")
         ascent = getattr(self.method, "ascent", None)
-        if ascent is not None and not self.shared and ascent.steps < len(self.seeds):
+        if ascent is not None:
+            self._check_ascent(ascent, self.sampling.fitting.steps)
+        insertion, scale = getattr(self.method, "insertion", None), self.sampling.guidance_scale
+        if insertion is not None and scale is not None:
+            insertion.check_guidance(scale)
+        ddim = {
+            "sampling.eta": self.sampling.eta,
+            "method.ascent.renoised": getattr(ascent, "renoised", 0),
+            "method.ppo.eta": getattr(getattr(self.method, "ppo", None), "eta", 0),
+        }
+        for field, value in ddim.items():
+            if value > 0 and self.scheduler not in (None, "ddim"):
+                raise InputError(f"{field} above 0 needs the ddim scheduler, not {self.scheduler!r}")
+
+    def _check_ascent(self, ascent: Ascent, steps: int) -> None:
+        if not self.shared and ascent.steps < len(self.seeds):
             raise InputError(
                 f"method.ascent.steps is {ascent.steps}; {len(self.seeds)} seeds take turns and need as many"
             )
-        if ascent is not None and (ascent.backprop_steps or 1) > self.sampling.fitting.steps:
-            field = "steps" if self.sampling.fitting.steps == self.sampling.steps else "fit_steps"
+        depth = ascent.backprop_steps or steps
+        if depth > steps:
+            field = "steps" if steps == self.sampling.steps else "fit_steps"
             raise InputError(
-                f"method.ascent.backprop_steps is {ascent.backprop_steps}; "
-                f"sampling.{field} allows at most {self.sampling.fitting.steps}"
+                f"method.ascent.backprop_steps is {depth}; sampling.{field} allows at most {steps}"
+            )
+        if getattr(self.method, "one_seed", False) and (ascent.random_backprop or depth < steps):
+            raise InputError(
+                f"method.ascent.backprop_steps is {depth}; noise gets its gradient through all {steps} steps (null), "
+                "without method.ascent.random_backprop"
             )
 
     @property

@@ -196,13 +196,14 @@ class _Look:
         with torch.no_grad():
             self.original = backend.encode(self.prompts)
             self.cond = adapter.condition(backend, self.prompts, self.original)
+            # Also that of the prompt without one of its embeddings: the effect is that of nothing else.
+            self.uncond = adapter.unconditional(backend, self.prompts, self.cond, sampling)
         self.noise = adapter.noise(backend, self.prompts, seeds, sampling.noise_steps(backend))
 
     @torch.no_grad()
     def value(self, reward: Reward, cond: PromptEmbeds) -> float:
         """The reward's mean over the seeds, with these states."""
-        uncond = self.adapter.unconditional(self.backend, self.prompts, cond, self.sampling)
-        return self._mean(reward, cond, uncond)
+        return self._mean(reward, cond, self.uncond)
 
     @torch.no_grad()
     def raw(self, reward: Reward) -> float:
@@ -231,8 +232,7 @@ class _Look:
         steps = []
         try:
             with torch.no_grad():
-                uncond = self.adapter.unconditional(self.backend, self.prompts, self.cond, self.sampling)
-                for _ in denoise(self.backend, self.cond, uncond, self.noise, self.sampling):
+                for _ in denoise(self.backend, self.cond, self.uncond, self.noise, self.sampling):
                     steps.append(torch.stack(captured).mean(0))
                     captured.clear()
         finally:
@@ -254,9 +254,22 @@ def attention_weights(
 ) -> Tensor:
     """softmax(q k^T / sqrt(d)) of a diffusers cross-attention layer from its inputs: (B, heads, places, L)."""
     with torch.no_grad():
-        query = layer.head_to_batch_dim(layer.to_q(hidden_states))
-        key = layer.head_to_batch_dim(layer.to_k(encoder_hidden_states))
+        query = _normed(layer, layer.norm_q, layer.to_q(hidden_states))
+        key = _normed(layer, layer.norm_k, layer.to_k(encoder_hidden_states))
+        query, key = (layer.head_to_batch_dim(each) for each in (query, key))
         rows, length = encoder_hidden_states.shape[:2]
         mask = layer.prepare_attention_mask(attention_mask, length, rows)
         weights: Tensor = layer.get_attention_scores(query, key, mask)
     return weights.view(rows, layer.heads, -1, length)
+
+
+def _normed(layer: Any, norm: torch.nn.Module | None, states: Tensor) -> Tensor:
+    """Queries or keys (B, places, heads x d) as some families normalise them: over all heads at once, or each alone."""
+    if norm is None:
+        return states
+    if next(norm.parameters()).shape[-1] == states.shape[-1]:
+        whole: Tensor = norm(states)
+        return whole
+    heads = states.view(*states.shape[:2], layer.heads, -1)
+    apart: Tensor = norm(heads).flatten(2)
+    return apart

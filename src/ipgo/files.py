@@ -26,10 +26,14 @@ def check_out(out: Path, *, folder: bool) -> None:
         raise InputError(f"out is {str(out)!r}, which cannot be written: {os.strerror(code)}")
 
 
-def write(file: Path, content: bytes) -> None:
-    """Replace a file in one step: whoever looks, now or after a crash, sees the old one or the new one."""
+def write(file: Path, content: bytes, *, alone: bool = True) -> None:
+    """Replace a file in one step: whoever looks, now or after a crash, sees the old one or the new one.
+
+    Args:
+        alone: no other process writes this file meanwhile; a draft that a crash left is then used up.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_name(f".{file.name}.draft")
+    draft = file.with_name(f".{file.name}{'' if alone else f'.{os.getpid()}'}.draft")
     try:
         with draft.open("wb") as stream:
             stream.write(content)
@@ -41,8 +45,9 @@ def write(file: Path, content: bytes) -> None:
         raise OSError(error.errno, error.strerror, str(file)) from error
 
 
-def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    write(file, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+def write_json(file: Path, content: Mapping[str, Any], *, alone: bool = True) -> None:
+    """As `write`."""
+    write(file, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode(), alone=alone)
 
 
 def read_json(file: Path, *needed: str) -> dict[str, Any]:

@@ -66,7 +66,7 @@ class Run:
         if not found.is_file():
             if config is None:
                 raise InputError(f"{str(path)!r} is not a run folder: it has no run.json")
-            others = [file for file in path.iterdir() if not _ours(file)] if path.is_dir() else []
+            others = [file for file in path.iterdir() if not left_over(file)] if path.is_dir() else []
             files.check_out(path, folder=True)
             if others:
                 raise InputError(
@@ -410,7 +410,7 @@ def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return "; ".join(f"{key} {value}" for key, value in values.items())
 
 
-def _ours(file: Path) -> bool:
+def left_over(file: Path) -> bool:
     """Does a start that was cut short leave such a file behind?"""
     return file.suffix == ".draft" or file.name == LOCK
 

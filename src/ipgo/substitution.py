@@ -148,7 +148,8 @@ def _split(prompt: str, words: Words) -> list[str]:
     if not words:
         return [prompt]
     longest_first = sorted(words, key=len, reverse=True)
-    pattern = rf"(?<!\w)({'|'.join(map(re.escape, longest_first))})(?!\w)"
+    # Not the "s" of "dog's".
+    pattern = rf"(?<!\w)(?<!\w['’])({'|'.join(map(re.escape, longest_first))})(?!\w)"
     parts = [""]
     for number, part in enumerate(re.split(pattern, prompt, flags=re.IGNORECASE)):
         if number % 2 and part.lower() in words:

@@ -68,7 +68,9 @@ def check_word_list(spec: str, prompts: Sequence[str], chat: Chat, *, synonyms: 
 
 def words_of(prompt: str) -> list[str]:
     """Its different words in small letters, but for the smallest."""
-    found = dict.fromkeys(re.findall(r"[^\W\d_]+(?:-[^\W\d_]+)*", prompt.lower()))
+    # Neither part of "don't" is a word, nor the last of "dog's".
+    pattern = r"(?<!\w)(?<!\w['’])[^\W\d_]+(?:-[^\W\d_]+)*(?!\w)(?!['’]t(?!\w))"
+    found = dict.fromkeys(re.findall(pattern, prompt.lower()))
     return [word for word in found if word not in SMALL.split()]
 
 

@@ -56,7 +56,10 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, each) for each in inner)
     if origin is tuple:
-        return isinstance(value, tuple) and all(_fits(each, inner[0]) for each in value)
+        if not isinstance(value, tuple):
+            return False
+        own = inner[:1] * len(value) if inner[-1] is Ellipsis else inner
+        return len(own) == len(value) and all(map(_fits, value, own))
     if not isinstance(hint, type) or getattr(hint, "_is_protocol", False):
         return True
     if hint in (int, float):

@@ -23,15 +23,15 @@ class Clip:
     """What ComfyUI's CLIP gives: rows of (token, weight), with CLIP's own marks, and conditioning made of them."""
 
     def __init__(
-        self, pipe: StableDiffusionPipeline, keys: tuple[str, ...] = ("l",), windows: int = 1
+        self, pipe: StableDiffusionPipeline, keys: tuple[str, ...] = ("l",), windows: int = 1, end: int = END
     ) -> None:
-        self.pipe, self.keys, self.windows = pipe, keys, windows
+        self.pipe, self.keys, self.windows, self.end = pipe, keys, windows, end
 
     def tokenize(self, text: str) -> dict[str, list[list[tuple[int, float]]]]:
         tokenizer = self.pipe.tokenizer
         own = tokenizer(text).input_ids[1:-1]
-        window = [START, *own, END]
-        window += [END] * (tokenizer.model_max_length - len(window))
+        window = [START, *own, self.end]
+        window += [self.end] * (tokenizer.model_max_length - len(window))
         return {key: [[(token, 1.0) for token in window]] * self.windows for key in self.keys}
 
     def encode_from_tokens_scheduled(self, tokens: dict[str, list[list[tuple[int, float]]]]) -> list[Any]:
@@ -133,6 +133,7 @@ def test_what_the_node_cannot_take_is_named(
         (Clip(pipe, keys=("l", "g")), "a fox", own, "this model has 2 text encoders"),
         (Clip(pipe, windows=2), "a fox", own, "the prompt has more than 77 tokens"),
         (clip, "a fox", str(tmp_path / "none"), "none"),
+        (Clip(pipe, end=1), "a fox", own, "is no CLIP"),
     ):
         with pytest.raises(ipgo.InputError, match=message):
             node.encode(given, text, place)

@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import shlex
 import shutil
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -413,6 +414,70 @@ def test_a_failure_is_remembered_and_the_rest_goes_on(compared: Path) -> None:
     assert "Traceback" in failures["picky"]["a fox"]["traceback"]
     picky = next(row for row in rows(folder) if row.label == "picky")
     assert (picky.finished, picky.failed, picky.prompts) == (1, 1, 2)
+
+
+@pytest.mark.usefixtures("fakes")
+def test_an_entry_without_a_finite_image_has_no_mean(compared: Path, tmp_path: Path) -> None:
+    shutil.copytree(compared, tmp_path / "table")
+    for file in (tmp_path / "table/entries/ipgo/prompts").glob("*/result.json"):
+        stored = files.read_json(file)
+        files.write_json(
+            file, {**stored, "scores": [each for each in stored["scores"] if each["method"] == "raw"]}
+        )
+    row = next(row for row in rows(Comparison.open(tmp_path / "table")) if row.label == "ipgo")
+    assert row.means == (None, None)
+    assert own_scores(row, "colorfulness", unseen=False) == []
+
+
+@pytest.mark.usefixtures("fakes")
+def test_two_processes_that_begin_at_once_have_one_price(compared: Path, tmp_path: Path) -> None:
+    plan = dataclasses.replace(Comparison.open(compared).plan, price=None)
+    entries = dict(plan.entries)
+    first, second = (
+        Comparison(tmp_path / "table", dataclasses.replace(plan, entries={name: entries[name]}))
+        for name in ("raw", "ipgo")
+    )
+    with first.alone():
+        first.start(dataclasses.replace(first.plan, price=PRICE), {})
+    with second.alone():
+        assert second.plan.price == PRICE
+        assert list(second.plan.entries) == ["raw", "ipgo"]
+        second.start(second.plan, {})
+    first.fail("raw", ["a fox"], ValueError("one"))
+    second.fail("ipgo", ["a fox"], ValueError("two"))
+    assert list(first.failures()) == ["raw", "ipgo"]
+    assert list(Comparison.open(tmp_path / "table").plan.entries) == ["raw", "ipgo"]
+
+
+def test_what_failed_together_is_freed_before_it_is_tried_alone(
+    pipeline_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[weakref.ref[Tensor]] = []
+    seen = []
+
+    def hungry(run: Run, models: Any, chunk: Any, *rest: Any) -> Any:
+        seen.append((len(chunk.prompts), sum(each() is not None for each in alive)))
+        graph = torch.zeros(3, requires_grad=True) * 2
+        alive.append(weakref.ref(graph))
+        try:
+            raise torch.OutOfMemoryError(str(graph.sum()))
+        except torch.OutOfMemoryError as error:
+            raise RuntimeError("wrapped") from error
+
+    monkeypatch.setattr(work, "fit_chunk", hungry)
+    words = [
+        "compare",
+        "a fox",
+        "a cup",
+        "--methods",
+        "ipgo",
+        "--backend",
+        pipeline_folder,
+        "--reward",
+        "contrast",
+    ]
+    assert cli.main([*words, "--held-out", "--out", str(tmp_path / "table")]) == 1
+    assert seen == [(2, 0), (1, 0), (1, 0)]
 
 
 @pytest.mark.usefixtures("fakes")
@@ -858,6 +923,10 @@ def test_every_method_on_one_harness_within_one_budget(
 
 BAD_ENTRIES = {
     "short": "method: {name: ipgo, ascent: {steps: 1}}\nentries: {ipgo: }",
+    "positive": "entries: {dpo-diffusion: {method: {target: positive}}}",
+    "cut": "entries: {reno: {method: {ascent: {backprop_steps: 2}}}}",
+    "negative": "entries: {ipgo: {method: {insertion: {negative: true}}}}",
+    "nothing": "entries: {draft: {method: {lora: {targets: []}}}}",
     "still": "entries: {raw: , dno: {sampling: {eta: 0}}}",
     "reward": "entries: {raw: , x: {method: ipgo, reward: contrast}}",
     "held": "entries: {raw: , x: {method: ipgo, held_out: [contrats]}}",
@@ -907,7 +976,7 @@ class RunPrice:
             "--methods raw,dno --backend emoji --config FILE:still",
             "entry 'dno': sampling.eta is 0; dno learns the noise of every step",
         ),
-        ("--methods embedding --shared", "entry 'embedding': shared is true; whole prompts cannot be shared"),
+        ("--methods embedding --shared", "entry 'embedding': shared is true; method 'embedding' learns each"),
         (
             "--methods ipgo --seeds 0 1 --budget 9 --config FILE:short",
             "ascent.steps is 1; 2 seeds take turns",
@@ -916,6 +985,32 @@ class RunPrice:
             "--config FILE:reward",
             "entry 'x': reward is 'contrast'; all entries raise the comparison's, 'emoji-",
         ),
+        ("--methods promptist --shared", "entry 'promptist': shared is true; method 'promptist' learns each"),
+        (
+            "--methods dpo-diffusion --shared --config FILE:positive",
+            "entry 'dpo-diffusion': shared is true; prompts",
+        ),
+        (
+            "--methods dpo-diffusion --sampling.guidance_scale 1",
+            "entry 'dpo-diffusion': sampling.guidance_scale is 1.0;",
+        ),
+        (
+            "--methods ddpo --scheduler pndm",
+            "entry 'ddpo': method.ppo.eta above 0 needs the ddim scheduler, not 'pndm'",
+        ),
+        (
+            "--methods draft-lv --scheduler lms",
+            "entry 'draft-lv': method.ascent.renoised above 0 needs the ddim",
+        ),
+        (
+            "--methods reno --config FILE:cut",
+            "entry 'reno': method.ascent.backprop_steps is 2; noise gets its gradient",
+        ),
+        (
+            "--methods ipgo --sampling.guidance_scale 1 --config FILE:negative",
+            "entry 'ipgo': sampling.guidance_scale is",
+        ),
+        ("--methods draft --config FILE:nothing", "entry 'draft': method.lora.targets is empty"),
         ("--config FILE:held", "entry 'x': unknown reward 'contrats'; did you mean 'contrast'"),
         ("--config FILE:backend", "entry 'x': unknown backend 'sd155'; did you mean 'sd15'"),
         ("--config FILE:scheduler", "entry 'x': unknown scheduler 'dim'; did you mean 'ddim'"),

@@ -67,6 +67,23 @@ def test_attention_weights_are_those_that_the_layer_uses(own: Backend, masked: b
     torch.testing.assert_close(weights, alone)
 
 
+def test_normalised_queries_and_keys_are_those_of_the_layer() -> None:
+    backend = load_backend(tiny.sana_sprint(), device="cpu")
+    layer: Any = next(
+        m for m in backend.modules["denoiser"].modules() if getattr(m, "is_cross_attention", False)
+    )
+    assert layer.norm_q is not None
+    torch.manual_seed(0)
+    hidden, states = (
+        3 * torch.randn(2, n, each.in_features) for n, each in ((9, layer.to_q), (5, layer.to_k))
+    )
+    with torch.no_grad():
+        weights = attention_weights(layer, hidden, states)
+        values = layer.to_v(states).view(2, 5, layer.heads, -1).transpose(1, 2)
+        output = layer.to_out[0]((weights @ values).transpose(1, 2).flatten(2))
+        torch.testing.assert_close(output, layer(hidden, encoder_hidden_states=states), atol=1e-5, rtol=1e-4)
+
+
 def test_shares_add_up_and_the_backend_stays_as_it_is(own: Backend) -> None:
     learned = adapter(own)
     before = generate(own, [PROMPT], [0], learned, SAMPLING)

@@ -72,6 +72,12 @@ def test_curves_of_any_range(rewards: list[Any]) -> None:
     assert chart.count("<svg") == (len([each for each in rewards if each is not None]) >= 2)
 
 
+def test_a_reward_with_a_sign_of_mathematics_has_a_curve() -> None:
+    values: list[float | None] = [0.0, 1.0]
+    picture = charts.curve_png(values, values, "best", "cmd:./score.sh {image} $x^$y", None)
+    assert picture.startswith(b"\x89PNG")
+
+
 def test_points_in_the_corner_are_bad() -> None:
     chart = charts.scatter([(0.1, 0.2), (0.3, -0.2)])
     assert chart.count('class="good"') == chart.count('class="bad"') == 1

@@ -57,6 +57,10 @@ def test_an_answer_is_asked_for_once(endpoint, monkeypatch, tmp_path):
     ):
         with pytest.raises(InputError, match="OPENAI_API_KEY is not set and no answer is stored"):
             other()
+    with monkeypatch.context() as elsewhere:  # where another model may have that name
+        elsewhere.setenv("OPENAI_BASE_URL", "http://127.0.0.1:1/v1")
+        with pytest.raises(InputError, match="OPENAI_API_KEY is not set and no answer is stored"):
+            chat.check("be kind", "hello")
     (file,) = (tmp_path / "cache" / "chat").iterdir()
     assert "secret" not in file.read_text()
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
@@ -134,6 +138,10 @@ def test_wrong_settings_of_a_chat_are_refused(options, message):
         ("**Prompt 1:** a cat", ["a cat"]),
         ('"Tom" and "Jerry"\na cat that says "hi"', ['"Tom" and "Jerry"', 'a cat that says "hi"']),
         ("a [red] cat", ["a [red] cat"]),
+        ('a sign that says ["OPEN"], at night', ['a sign that says ["OPEN"], at night']),
+        ('Sure:\n["a cat",\n "a dog"]\nHope it helps.', ["a cat", "a dog"]),
+        ("<think>\nA cat?\n</think>\n\na cat", ["a cat"]),
+        ("<think>for ever", []),
         ('1. "a cat",\n2. ""\n3.\n', ["a cat"]),
         ("Sure:\n```\n```", []),
         ("", []),

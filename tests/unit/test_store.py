@@ -80,6 +80,23 @@ def test_a_killed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     assert [each.name for each in tmp_path.iterdir()] == ["x.json"]
 
 
+def test_two_processes_may_write_one_file(tmp_path: Path) -> None:
+    """Whoever reads sees what one of them wrote, whole."""
+    file = tmp_path / "x.json"
+    code = (
+        "import pathlib, sys; from ipgo import files\n"
+        "for _ in range(60): files.write_json(pathlib.Path(sys.argv[1]), {'who': sys.argv[2] * 9999}, alone=False)"
+    )
+    writers = [subprocess.Popen([sys.executable, "-c", code, str(file), who]) for who in "ab"]
+    seen = set()
+    while any(each.poll() is None for each in writers):
+        if file.is_file():
+            seen |= set(files.read_json(file)["who"])
+    assert [each.returncode for each in writers] == [0, 0]
+    assert seen <= {"a", "b"}
+    assert [each.name for each in tmp_path.iterdir()] == ["x.json"]
+
+
 def test_lines_up_to_a_broken_one(tmp_path: Path) -> None:
     file = tmp_path / "x.jsonl"
     assert files.read_lines(file) == []

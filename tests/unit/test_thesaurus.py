@@ -15,7 +15,7 @@ from ipgo.errors import InputError
 from ipgo.methods import DPODiffusion
 from ipgo.rewards import load_reward
 from ipgo.sampling import Sampling
-from ipgo.substitution import load_word_list, negative_slots, synonym_slots
+from ipgo.substitution import WordList, load_word_list, negative_slots, synonym_slots
 from ipgo.task import Request, Task
 from ipgo.thesaurus import ANTONYMS, SYNONYMS, check_word_list, parse_lines, word_list_of, words_of
 from ipgo.wordnet import WordNet
@@ -102,7 +102,10 @@ def test_without_wordnet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 
 
 def test_only_words_that_say_something_are_looked_up() -> None:
-    assert words_of("A red-hot pan, IN the old oven; 3d 50%!") == ["red-hot", "pan", "old", "oven", "d"]
+    assert words_of("A red-hot pan, IN the old oven; 3d 50%!") == ["red-hot", "pan", "old", "oven"]
+    assert words_of("a dog's 'ball', don’t run") == ["dog", "ball", "run"]
+    words = WordList({"s": ("sec",), "dog": ("hound",)}, {}, ())
+    assert synonym_slots("a dog's ball", words).slots == (("dog", "hound"),)
 
 
 @pytest.mark.parametrize(

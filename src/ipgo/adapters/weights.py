@@ -39,6 +39,8 @@ class LoRA:
             raise InputError(f"lora.rank is {self.rank}; it must be at least 1")
         if self.alpha is not None and not self.alpha > 0:
             raise InputError(f"lora.alpha is {self.alpha}; it must be above 0")
+        if not self.targets:
+            raise InputError("lora.targets is empty; name at least one kind of layer, as 'to_q'")
 
 
 class WeightAdapter(Adapter):

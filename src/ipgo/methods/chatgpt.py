@@ -60,6 +60,7 @@ class ChatGPT:
     """
 
     stackable: ClassVar[bool] = True
+    prompt_wise: ClassVar[bool] = True
 
     n: int = 1
     max_words: int = 60

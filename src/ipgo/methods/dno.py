@@ -20,7 +20,8 @@ from ipgo.training import maximize
 class DNO:
     """Learn the initial noise of each prompt and that of all steps, kept like noise (arXiv 2405.18881).
 
-    Needs a stochastic sampler: the ddim scheduler with `sampling.eta` above 0, as published 1.
+    Needs a stochastic sampler: the ddim scheduler with `sampling.eta` above 0, as published 1. Where a schedule ends a
+    little above no noise, as Stable Diffusion's, diffusers draws some in the last step too: it is learned as well.
 
     Attributes:
         ascent: how it is found; the penalty is how surprising the noise is as a standard normal draw.

@@ -102,6 +102,10 @@ class DPODiffusion:
 
     def check(self, request: Request) -> None:
         """Before a model is loaded: `InputError` without the word list, or a key for one that is asked for."""
+        self._check_shared(request.shared)
+        scale = request.sampling.guidance_scale
+        if self.target != "positive" and scale is not None and scale <= 1:
+            raise self._unguided(scale)
         check_word_list(self.word_list, request.prompts, self.chat, **self.looked_up)
 
     def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
@@ -124,9 +128,19 @@ class DPODiffusion:
                 "negative prompt, so target must be 'positive'"
             )
         if not sampling.guided(backend):
+            raise self._unguided(sampling.scale(backend))
+
+    def _unguided(self, scale: float) -> InputError:
+        return InputError(
+            f"sampling.guidance_scale is {scale}; "
+            f"target={self.target!r} needs one above 1, since there is no negative prompt without guidance"
+        )
+
+    def _check_shared(self, shared: bool) -> None:
+        if shared and self.target != "negative":
             raise InputError(
-                f"sampling.guidance_scale is {sampling.scale(backend)}; "
-                f"target={self.target!r} needs one above 1, since there is no negative prompt without guidance"
+                f"shared is true; prompts can share a negative prompt alone, so target must be 'negative', "
+                f"not {self.target!r}"
             )
 
     def spaces(self, task: Task) -> list[Space]:
@@ -136,12 +150,8 @@ class DPODiffusion:
             InputError: nothing at all, or `shared` with a target that belongs to single prompts.
         """
         start = task.sampling.negative_prompt
+        self._check_shared(task.shared)
         if task.shared:
-            if self.target != "negative":
-                raise InputError(
-                    f"shared is true; prompts can share a negative prompt alone, so target must be 'negative', "
-                    f"not {self.target!r}"
-                )
             words = word_list_of(self.word_list, "", self.chat, synonyms=False, antonyms=False)
             spaces = [Space(negative=negative_slots("", words, start))]
         else:

@@ -24,11 +24,12 @@ class Embedding:
     """
 
     stackable: ClassVar[bool] = True
+    prompt_wise: ClassVar[bool] = True
 
     ascent: Ascent = Ascent(steps=50, lr=0.01, lr_decay=1.0, penalty_weight=0.5)
 
     def check(self, request: Request) -> None:
-        """Before a model is loaded: `InputError` for `shared`, or for prompts without padding."""
+        """Before a model is loaded: `InputError` for prompts without padding."""
         check_whole(request.shared, request.padding)
 
     def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:

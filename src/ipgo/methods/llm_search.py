@@ -48,6 +48,7 @@ class LLMSearch:
     """
 
     stackable: ClassVar[bool] = True
+    prompt_wise: ClassVar[bool] = True
 
     rounds: int = 5
     n: int = 4

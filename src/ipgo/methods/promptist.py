@@ -42,6 +42,7 @@ class Promptist:
     """
 
     stackable: ClassVar[bool] = True
+    prompt_wise: ClassVar[bool] = True
 
     model: str | None = None
     tokenizer: str | None = None

@@ -139,7 +139,8 @@ def curve_png(rewards: Values, bold: Values, name: str, reward: str, before: flo
     axes.plot(steps, [math.nan if value is None else value for value in bold], color="#4f46e5", label=name)
     if before is not None:
         axes.axhline(before, color="#8a8d93", linestyle="--", linewidth=1, label="raw prompt")
-    axes.set(xlabel="step", ylabel=reward)
+    axes.set(xlabel="step")
+    axes.set_ylabel(reward, parse_math=False)  # which may be a command with a $ in it
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     stream = io.BytesIO()

@@ -97,6 +97,7 @@ def _row(folder: Comparison, label: str, failures: Mapping[str, Mapping[str, str
     unseen = _of_seeds(scores, planned.new_seeds) if wide else []
     fitted = _of_seeds(scores, planned.seeds)
     final, best = _selection(run)
+    name = "raw" if planned.method_name == "raw" else label  # what its own images are scored under
     return Row(
         label=label,
         method=planned.method_name,
@@ -112,7 +113,7 @@ def _row(folder: Comparison, label: str, failures: Mapping[str, Mapping[str, str
         fitted=_gains(fitted),
         unseen=_gains(unseen),
         unseen_prompts=_gains([_renamed(each, label) for each in folder.unseen_prompts(label)]),
-        means=(_mean(fitted, label, planned.reward), _mean(unseen, label, planned.reward)),
+        means=(_mean(fitted, name, planned.reward), _mean(unseen, name, planned.reward)),
         final=final,
         best=best,
         curve=_curve(run, price),
@@ -133,10 +134,9 @@ def _gains(scores: Sequence[Score]) -> dict[str, Gain]:
     return {gain.reward: gain for gain in summarise(scores)}
 
 
-def _mean(scores: Sequence[Score], label: str, reward: str) -> Interval | None:
-    """Of the entry's own images: those of the method raw go by that name."""
-    own = [each for each in scores if each.reward == reward]
-    name = label if any(each.method == label for each in own) else "raw"
+def _mean(scores: Sequence[Score], name: str, reward: str) -> Interval | None:
+    """Of the images that are scored under a name; None without any, as where none of them was finite."""
+    own = [each for each in scores if (each.method, each.reward) == (name, reward)]
     return average(own, name, reward) if own else None
 
 
@@ -234,6 +234,6 @@ def strange_to(entries: Sequence[Row], reward: str) -> tuple[str, ...]:
 
 def own_scores(row: Row, reward: str, unseen: bool) -> list[Score]:
     """The scores of the entry's own images, under its label; the method raw has them as "raw"."""
+    name = "raw" if row.method == "raw" else row.label
     chosen = [each for each in row.scores if each.reward == reward and (each.seed not in row.seeds) == unseen]
-    kept = [each for each in chosen if each.method == row.label]
-    return kept or [replace(each, method=row.label) for each in chosen]
+    return [replace(each, method=row.label) for each in chosen if each.method == name]
