@@ -160,8 +160,10 @@ def _words(choice: Choice) -> str:
 
 def fit_command(args: Any, choice: Choice) -> list[str]:
     """The words of the fit that was planned."""
+    from ipgo.backends import few_steps
     from ipgo.sampling import Sampling
 
+    few = few_steps(args.backend)
     options: dict[str, Any] = {"backend": args.backend, "reward": args.reward, "dtype": args.dtype}
     options["chunk"] = choice.rows
     options["method.ascent.backprop_steps"] = choice.backprop_steps
@@ -170,7 +172,7 @@ def fit_command(args: Any, choice: Choice) -> list[str]:
         options["text_device"] = "cpu"
     if args.image_size is not None:
         options["image_size"] = args.image_size
-    if args.steps > Sampling().steps:
+    if args.steps > (Sampling() if few is None else few).steps:  # what a fit draws in by itself
         options["sampling.steps"] = args.steps
     options["sampling.fit_steps"] = args.steps
     if args.guidance_scale is not None:

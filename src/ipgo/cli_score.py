@@ -15,6 +15,8 @@ from ipgo.errors import InputError
 from ipgo.terminal import command_parser, loading
 
 if TYPE_CHECKING:
+    import torch
+
     from ipgo.rewards import Reward
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -42,17 +44,24 @@ def score(argv: list[str]) -> int:
     _check_out(args.out)
     pictures = find_pictures(args.images)
     prompts = match_prompts(pictures, args.prompts, args.prompt)
+    lacking = (
+        []
+        if prompts is None
+        else [file for file, text in zip(pictures, prompts, strict=True) if not text.strip()]
+    )
+    if lacking:
+        raise InputError(f"the prompt of picture {str(lacking[0])!r} is empty; it needs at least one word")
     blind = [spec for spec in args.reward if prompts is None and needs_prompts(spec)]
     if blind:
         raise InputError(f"reward {blind[0]!r} looks at prompts; give --prompts or --prompt")
     for spec in args.reward:
         check_reward(spec, prompts or ())
-    choose_device(args.device)
+    device = choose_device(args.device)
     for file in pictures:
         _check_picture(file)
     loading(", ".join(args.reward))
     rewards = {spec: load_reward(spec, device=args.device) for spec in args.reward}
-    _put_out(args.out, list(scored(pictures, prompts or [""] * len(pictures), rewards)), rewards)
+    _put_out(args.out, list(scored(pictures, prompts or [""] * len(pictures), rewards, device)), rewards)
     return 0
 
 
@@ -91,7 +100,7 @@ def _check_picture(file: Path) -> None:
 
     with reading(file), Image.open(file) as picture:
         check_range(picture)
-        picture.verify()
+        picture.load()  # all of it: `verify` does not notice where a JPEG breaks off
 
 
 def find_pictures(places: Sequence[Path]) -> list[Path]:
@@ -116,8 +125,6 @@ def match_prompts(pictures: Sequence[Path], spec: str | None, single: str | None
 
     if spec is not None and single is not None:
         raise InputError("prompts and prompt are both given; give one of them")
-    if single is not None and not single.strip():
-        raise InputError("prompt is empty; it needs at least one word")
     if single is not None:
         return [single] * len(pictures)
     if spec is None:
@@ -160,9 +167,9 @@ def _prompt_of(picture: Path, table: Sequence[tuple[Path, str]], spec: str) -> s
 
 
 def scored(
-    pictures: Sequence[Path], prompts: Sequence[str], rewards: dict[str, Reward]
+    pictures: Sequence[Path], prompts: Sequence[str], rewards: dict[str, Reward], device: torch.device
 ) -> Iterator[dict[str, Any]]:
-    """{"file", "prompt", reward: score, ...} for each picture."""
+    """{"file", "prompt", reward: score, ...} for each picture, which is put on `device` as in a fit."""
     import torch
     from PIL import Image
     from tqdm import tqdm
@@ -180,7 +187,7 @@ def scored(
         for _, alike in itertools.groupby(opened(), key=lambda each: each[2].shape):
             for part in _batched(alike):
                 names, texts, images = zip(*part, strict=True)
-                batch = torch.stack(images)
+                batch = torch.stack(images).to(device)
                 with torch.no_grad():
                     columns = {spec: checked(each, batch, texts).tolist() for spec, each in rewards.items()}
                 for row, (name, text) in enumerate(zip(names, texts, strict=True)):

@@ -95,16 +95,35 @@ def draw(
 ) -> Iterator[Drawing]:
     """The images of one prompt: all seeds of the first adapter, then of the next.
 
-    Batches never mix prompts, so an image does not depend on which other prompts are in a run.
+    Batches never mix prompts, so an image does not depend on which other prompts are in a run. Where a GPU's memory is
+    not enough for a batch, smaller ones are drawn: a fit that fits has room for one image.
     """
+    size = BATCH
     for method, adapter in adapters.items():
-        for start in range(0, len(seeds), BATCH):
-            part = seeds[start : start + BATCH]
-            with torch.no_grad():
-                images = generate(backend, [prompt] * len(part), part, adapter, sampling).float()
+        left = list(seeds)
+        while left:
+            part = left[:size]
+            images = _drawn(backend, prompt, part, adapter, sampling)
+            if images is None:
+                size = len(part) // 2
+                continue
+            left = left[size:]
             yield from (
                 Drawing(method, prompt, seed, image) for seed, image in zip(part, images, strict=True)
             )
+
+
+def _drawn(
+    backend: Backend, prompt: str, seeds: Sequence[int], adapter: Adapter, sampling: Sampling
+) -> Tensor | None:
+    """Images (B, 3, H, W), one for each seed; None if they are too many for the memory."""
+    try:
+        with torch.no_grad():
+            return generate(backend, [prompt] * len(seeds), seeds, adapter, sampling).float()
+    except torch.OutOfMemoryError:
+        if len(seeds) == 1:
+            raise
+        return None
 
 
 def score(

@@ -33,7 +33,7 @@ def pad_to_square(images: Tensor, size: int) -> Tensor:
     The bicubic filter's overshoot stays, as in torchvision's resizing of float tensors.
     """
     factor = size / max(images.shape[-2:])
-    height, width = (round(side * factor) for side in images.shape[-2:])
+    height, width = (max(1, round(side * factor)) for side in images.shape[-2:])
     if images.shape[-2:] != (height, width):
         images = functional.interpolate(
             images, (height, width), mode="bicubic", antialias=True, align_corners=False

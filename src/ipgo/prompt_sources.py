@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ipgo.errors import InputError, MissingExtraError, unknown
+from ipgo.errors import InputError, MissingExtraError, first_line, unknown
 
 Options = Mapping[str, str]
 
@@ -45,6 +45,9 @@ def coco(place: str, options: Options) -> list[str]:
         )
     captions: dict[int, tuple[int, str]] = {}
     for each in _listed(file, "annotations", "image_id", "id", "caption"):
+        numbers = all(isinstance(each[key], int) for key in ("image_id", "id"))
+        if not numbers or not isinstance(each["caption"], str):
+            raise InputError(f"{str(file)!r} is no COCO file: caption {each['id']!r} is {each['caption']!r}")
         own = (each["id"], each["caption"])
         captions[each["image_id"]] = min(own, captions.get(each["image_id"], own))
     if "category" in options:
@@ -69,7 +72,9 @@ def _coco_of_the_hub(split: str, options: Options) -> list[str]:
 def _listed(file: Path, name: str, *keys: str) -> list[dict[str, Any]]:
     """The list of objects that a COCO file has under a name."""
     found = _read(file).get(name)
-    if not isinstance(found, list) or any(key not in each for each in found for key in keys):
+    if not isinstance(found, list) or not all(
+        isinstance(each, dict) and set(keys) <= each.keys() for each in found
+    ):
         raise InputError(f"{str(file)!r} is no COCO file: its {name} need {', '.join(keys)}")
     return found
 
@@ -121,7 +126,7 @@ def diffusiondb(place: str, options: Options) -> list[str]:
         limit = -1
     if not 0 <= limit <= 1:
         raise InputError(f"max_nsfw is {options['max_nsfw']!r}; it must be a number from 0 to 1")
-    rows = _rows(file, "prompt", "prompt_nsfw")
+    rows = _rows(file, "prompt", "prompt_nsfw", numbers=("prompt_nsfw",))
     return [row["prompt"] for row in rows if row["prompt_nsfw"] <= limit]
 
 
@@ -173,12 +178,16 @@ def _download(repository: str, file: str, local: str) -> str:
 
 
 def _offline(what: str, local: str, error: Exception) -> InputError:
-    reason = str(error).strip().splitlines()[0]
-    return InputError(f"cannot read {what!r} from the hub ({reason}); give a local copy as {local}")
+    return InputError(
+        f"cannot read {what!r} from the hub ({first_line(error)}); give a local copy as {local}"
+    )
 
 
-def _rows(file: str, *columns: str) -> Iterator[dict[str, Any]]:
-    """Rows of a parquet file that lack none of the columns, read in batches: some have millions."""
+def _rows(file: str, *columns: str, numbers: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+    """Rows of a parquet file that lack none of the columns, read in batches: some have millions.
+
+    Columns hold texts, but for `numbers`.
+    """
     try:
         from pyarrow import ArrowInvalid, parquet
     except ImportError:
@@ -189,9 +198,25 @@ def _rows(file: str, *columns: str) -> Iterator[dict[str, Any]]:
             if list(batch.schema.names) != list(columns):
                 missing = next(name for name in columns if name not in batch.schema.names)
                 raise InputError(f"{file!r} has no column {missing!r}")
+            for name in columns:
+                wanted = "numbers" if name in numbers else "texts"
+                if _holds(batch.schema.field(name).type) not in (wanted, None):
+                    raise InputError(f"{file!r} has a column {name!r} that does not hold {wanted}")
             yield from (row for row in batch.to_pylist() if None not in row.values())
     except (OSError, ArrowInvalid) as error:
         raise InputError(f"parquet file {file!r} cannot be read: {error}") from None
+
+
+def _holds(kind: Any) -> str | None:
+    """What a column of this type of pyarrow holds; None if nothing."""
+    from pyarrow import types
+
+    own = kind.value_type if types.is_dictionary(kind) else kind
+    if types.is_null(own):
+        return None
+    if types.is_string(own) or types.is_large_string(own):
+        return "texts"
+    return "numbers" if types.is_floating(own) or types.is_integer(own) else str(own)
 
 
 # name -> how it is read, and the options that it knows beside n and seed

@@ -128,6 +128,8 @@ def _without(prompts: list[str], words: str) -> list[str]:
 
 def _some(spec: str, prompts: list[str], options: Mapping[str, str]) -> list[str]:
     """The n prompts whose hash with the seed is least."""
+    if not prompts:
+        raise InputError(f"there is no prompt in {spec!r}")
     numbers = {"n": str(len(prompts)), "seed": "0", **options}
     for name, least in (("n", 1), ("seed", 0)):
         if not numbers[name].isdecimal() or int(numbers[name]) < least:

@@ -97,8 +97,10 @@ def load_models(
     if isinstance(insertion := getattr(config.method, "insertion", None), Insertion):
         insertion.check(backend.embed_dim)
     given = given or {}
+    # Where a backend was given that stays where it is, its pictures are there.
+    device = backend.device if config.device == "auto" else config.device
     rewards = {
-        name: given[name] if name in given else load_reward(name, device=config.device)
+        name: given[name] if name in given else load_reward(name, device=device)
         for name in dict.fromkeys((config.reward, *held_out(config)))
     }
     models = Models(backend, rewards[config.reward], rewards, judge)

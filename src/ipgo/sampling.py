@@ -192,13 +192,15 @@ def last_latents(walk: Iterator[Step]) -> Tensor:
 
 
 def decode(backend: Backend, latents: Tensor, *, recompute: bool = False) -> Tensor:
-    """`Backend.decode`; the caller's grad mode decides.
+    """`Backend.decode`; the caller's grad mode decides. Without gradient row by row, which takes least memory.
 
     Args:
         recompute: keep what goes into the decoder's blocks alone, and compute them again in the backward pass, one
             by one; a decoder without known blocks as a whole.
     """
-    if not (recompute and torch.is_grad_enabled()):
+    if not torch.is_grad_enabled():
+        return torch.cat([backend.decode(row[None]) for row in latents])
+    if not recompute:
         return backend.decode(latents)
     vae: Any = backend.modules["decoder"]
     if not blocks(vae.decoder):

@@ -1,8 +1,21 @@
 """What a family refuses, each in one sentence."""
 
+import io
+import json
+
+import accelerate
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import (
+    AutoencoderTiny,
+    CMStochasticIterativeScheduler,
+    DDIMScheduler,
+    DDPMParallelScheduler,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
+)
 
 from ipgo.adapters import Adapter, NoiseAdapter, generate
 from ipgo.backends import load_backend, put
@@ -85,6 +98,92 @@ def test_a_folder_draws_what_its_pipeline_draws(build, tmp_path):
     assert type(opened) is type(original)
     images = [generate(each, ["a red cat"], [3], Adapter(), Sampling(2, 4.0)) for each in (original, opened)]
     torch.testing.assert_close(*images, atol=1e-6, rtol=0)
+
+
+def test_pixarts_tokenizer_is_read_as_it_is_published(tmp_path):
+    """As a model of sentencepiece alone, which transformers turns into its own form."""
+    spm = pytest.importorskip("sentencepiece")
+    tiny.pixart().save_pretrained(tmp_path, safe_serialization=True)
+    folder, model = tmp_path / "tokenizer", io.BytesIO()
+    for file in folder.iterdir():
+        file.unlink()
+    texts = iter(["a red cat", "a blue lemon", "two green owls under the moon"] * 9)
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=texts, model_writer=model, vocab_size=30, hard_vocab_limit=False,
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
+    )  # fmt: skip
+    (folder / "spiece.model").write_bytes(model.getvalue())
+    settings = {"tokenizer_class": "T5Tokenizer", "model_max_length": 120, "extra_ids": 0}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    opened = load_backend(tmp_path, device="cpu")
+    pieces = spm.SentencePieceProcessor(model_proto=model.getvalue())
+    assert opened.tokenizer("a red cat").input_ids == [*pieces.encode("a red cat"), 1]
+    assert opened.encode(["a red cat"]).mask.sum() == len(pieces.encode("a red cat")) + 1
+
+
+def stock(pipe, side, **own):
+    """The pipeline's own picture of "a red cat" from seed 3, in two steps."""
+    options = {
+        "num_inference_steps": 2,
+        "guidance_scale": 3.0,
+        "height": side,
+        "width": side,
+        "output_type": "pt",
+    }
+    return pipe("a red cat", generator=torch.Generator().manual_seed(3), **options, **own).images
+
+
+def test_a_tiny_vae_decodes_sdxl():
+    pipe = tiny.sdxl()
+    sizes = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
+    pipe.vae = AutoencoderTiny(**sizes, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1))
+    ours = generate(load_backend(pipe, device="cpu"), ["a red cat"], [3], Adapter(), Sampling(2, 3.0))
+    torch.testing.assert_close(ours, stock(pipe, ours.shape[-1]), atol=1e-4, rtol=0)
+
+
+def test_sd3_with_another_flow_scheduler_draws_what_its_pipeline_draws():
+    pipe = tiny.sd3()
+    pipe.scheduler = FlowMatchHeunDiscreteScheduler()
+    ours = generate(load_backend(pipe, device="cpu"), ["a red cat"], [3], Adapter(), Sampling(2, 3.0))
+    torch.testing.assert_close(
+        ours, stock(pipe, ours.shape[-1], max_sequence_length=tiny.T5_TOKENS), atol=1e-4, rtol=0
+    )
+
+
+def test_what_moves_about_is_refused():
+    pipe = tiny.sdxl()
+    accelerate.cpu_offload(pipe.unet, execution_device=torch.device("cpu"))
+    with pytest.raises(
+        InputError, match=r"the pipeline's unet is moved about by accelerate .* text_device='cpu'"
+    ):
+        load_backend(pipe)
+
+
+def test_schedules_of_few_steps_begin_at_pure_noise():
+    """What a model was made for stays when its scheduler is exchanged, or the exchange is refused."""
+    pipe = tiny_pipeline()
+    own = pipe.scheduler.config
+    pipe.scheduler = EulerDiscreteScheduler.from_config(own, timestep_spacing="trailing")
+    latents = torch.zeros(1, 4, 8, 8)
+    for name in ("ddim", "pndm", "lms", "euler", "dpm++"):
+        assert int(load_backend(pipe, device="cpu", scheduler=name).scheduler(1, latents).timesteps[0]) == 999
+    pipe.scheduler = DDIMScheduler.from_config(own, rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    exact = load_backend(pipe, device="cpu", scheduler="ddim").scheduler(2, latents)
+    assert exact.alphas_cumprod[-1] == pipe.scheduler.alphas_cumprod[-1]
+    with pytest.raises(
+        InputError, match="scheduler is 'lms'; the model was made for rescale_betas_zero_snr = True"
+    ):
+        load_backend(pipe, device="cpu", scheduler="lms").scheduler(2, latents)
+
+
+@pytest.mark.parametrize(
+    "scheduler", [FlowMatchLCMScheduler, DDPMParallelScheduler, CMStochasticIterativeScheduler]
+)
+def test_schedulers_with_noise_of_their_own_are_refused(scheduler):
+    pipe = tiny.sd3() if scheduler is FlowMatchLCMScheduler else tiny_pipeline()
+    pipe.scheduler = scheduler()
+    with pytest.raises(InputError, match=f"the model's own, {scheduler.__name__}, draws noise itself"):
+        generate(load_backend(pipe, device="cpu"), ["a red cat"], [3], Adapter(), Sampling(2, 1.0))
 
 
 def test_qwen_image_is_known_by_its_folder(tmp_path):

@@ -138,6 +138,28 @@ def test_the_gradient_of_words_is_scaled_and_lowers_its_scale(make_pipe, monkeyp
     assert relative(lost["proposer.squares"].sqrt(), exact["proposer.squares"].sqrt()) > 0.3
 
 
+def test_pixart_sigmas_vae_is_that_of_sdxl():
+    sigma = load_backend(tiny.pixart_sigma(), device="cpu", dtype="float16")
+    assert sigma.pipe.vae.config.force_upcast
+    assert next(sigma.modules["decoder"].parameters()).dtype == torch.float32
+    alpha = load_backend(tiny.pixart(), device="cpu", dtype="float16")
+    assert next(alpha.modules["decoder"].parameters()).dtype == torch.float16
+
+
+def test_t5_keeps_what_would_overflow_in_float32():
+    pipe = tiny.pixart()
+    weights = {name: each.clone() for name, each in pipe.text_encoder.named_parameters()}
+    load_backend(pipe, device="cpu", dtype="float16")
+    kept = {name for name, each in pipe.text_encoder.named_parameters() if each.dtype == torch.float32}
+    assert kept
+    assert all("wo" in name.split(".") for name in kept)
+    assert all(
+        torch.equal(each, weights[name])
+        for name, each in pipe.text_encoder.named_parameters()
+        if name in kept
+    )
+
+
 def test_sdxls_fixed_vae_stays_in_float16():
     """A pipeline whose VAE needs no float32 says so, as madebyollin/sdxl-vae-fp16-fix does."""
     pipe = tiny.sdxl(force_upcast=False)

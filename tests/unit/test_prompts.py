@@ -215,6 +215,21 @@ def test_coco_captions_and_their_categories(annotations: Path) -> None:
         read("?n=5")
 
 
+def test_damaged_annotations_are_one_sentence(annotations: Path) -> None:
+    file = annotations / "captions_val2017.json"
+    for entry, message in (
+        ({"image_id": 1, "id": 2, "caption": None}, "caption 2 is None"),
+        ({"image_id": "a", "id": 2, "caption": "a fox"}, "caption 2 is 'a fox'"),
+        ("no object", "its annotations need image_id, id, caption"),
+    ):
+        file.write_text(json.dumps({"annotations": [entry]}))
+        with pytest.raises(InputError, match=message):
+            read_prompts(f"coco:{annotations}")
+    file.write_text(json.dumps({"annotations": [{"image_id": 9, "id": 2, "caption": "a fox"}]}))
+    with pytest.raises(InputError, match="there is no prompt in 'coco:"):
+        read_prompts(f"coco:{annotations}?category=person")
+
+
 def test_prompts_with_unwanted_words_are_dropped_before_the_draw(annotations: Path, tmp_path: Path) -> None:
     words = tmp_path / "words.txt"
     words.write_text("MAN\n\npe.k\n")
@@ -225,6 +240,9 @@ def test_prompts_with_unwanted_words_are_dropped_before_the_draw(annotations: Pa
     assert read_prompts(f"{mine}?exclude={words}&n=2&seed=1") == ["a woman", "a fox"]
     with pytest.raises(InputError, match=r"n is 3 in .*, which has 2 prompts"):
         read_prompts(f"{mine}?exclude={words}&n=3")
+    words.write_text("a\nthe\n")
+    with pytest.raises(InputError, match="each of the 3 prompts holds one of its words"):
+        read_prompts(f"{mine}?exclude={words}")
     with pytest.raises(InputError, match=r"exclude is 'man'; it must be a \.txt file"):
         read_prompts("one?exclude=man")
     with pytest.raises(InputError, match=r"'nowhere\.txt' does not exist"):

@@ -158,6 +158,54 @@ def test_a_damaged_tokenizer_is_one_sentence(tmp_path: Path, content: str) -> No
         checkpoints.open_tokenizer(CLIPTokenizer, tmp_path, "clip")
 
 
+@pytest.mark.parametrize("name", ["clip", "hpsv2", "imagereward"])
+def test_another_models_tokenizer_is_refused(folder: Path, tmp_path: Path, name: str) -> None:
+    """Of files that are not its own transformers makes one without words, to which all prompts are alike."""
+    place = tmp_path / "mine" if SOURCES[name].file is None else tmp_path
+    if place == tmp_path:
+        shutil.copy(weights(folder, name), place)
+        spec = f"{name}:{place / weights(folder, name).name}"
+    else:
+        shutil.copytree(folder, place)
+        spec = f"{name}:{place}"
+    for file in (*place.glob("tokenizer*"), *place.glob("vocab*"), *place.glob("merges*")):
+        file.unlink()
+    model = "bert-base-uncased" if name == "imagereward" else "clip-vit-large-patch14"
+    (place / model).mkdir(exist_ok=True)
+    shutil.copy(folder / "config.json", place / model)  # a folder without a tokenizer is none
+    with pytest.raises(InputError, match=r"tokenizer.json"):
+        load_reward(spec, device="cpu")
+    other = byte_tokenizer() if name == "imagereward" else bert_tokenizer()
+    other.save_pretrained(place)
+    with pytest.raises(InputError, match=r"tokens and the model \d+; it is another model's|cannot be opened"):
+        load_reward(spec, device="cpu")
+
+
+def test_each_image_has_a_prompt(folder: Path) -> None:
+    with pytest.raises(InputError, match="3 images have 1 prompts; each needs one"):
+        score(load_reward(f"clip:{folder}", device="cpu"), IMAGES, ["a"])
+
+
+def test_only_the_weights_that_are_read_are_known(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "clip")
+    (tmp_path / "clip/model.fp16.safetensors").write_bytes(b"stray")
+    assert checkpoints.weight_files(tmp_path / "clip") == [tmp_path / "clip/model.safetensors"]
+    (tmp_path / "clip/model.safetensors").unlink()
+    tiny_clip().save_pretrained(tmp_path / "clip", max_shard_size="20KB")
+    shards = checkpoints.weight_files(tmp_path / "clip")
+    assert len(shards) > 1
+    assert shards == sorted((tmp_path / "clip").glob("model-*.safetensors"))
+    found = load_reward(f"clip:{tmp_path / 'clip'}", device="cpu")
+    assert torch.equal(
+        score(found, IMAGES, PROMPTS), score(load_reward(f"clip:{folder}", device="cpu"), IMAGES, PROMPTS)
+    )
+
+
+def test_a_picture_of_any_shape_can_be_padded(folder: Path) -> None:
+    long = torch.rand(1, 3, 2, 900)
+    assert score(load_reward(f"hpsv2:{folder.parent / 'hps.pt'}", device="cpu"), long, ["a"]).isfinite().all()
+
+
 class Harmful:
     """Would leave a file behind where it is unpickled."""
 
@@ -299,3 +347,25 @@ def test_every_bundled_reward_has_an_identity(name: str) -> None:
     assert found["id"] == name
     assert all(len(each) == 64 for each in found["weights"])
     assert found["weights"]
+
+
+def test_a_file_of_ones_own_may_have_any_place_and_neighbours(tmp_path: Path) -> None:
+    place = tmp_path / "a+b"
+    place.mkdir()
+    (place / "neighbour.py").write_text("FACTOR = 3.0\n")
+    (place / "mine.py").write_text(
+        "import neighbour\ndef three(images, prompts):\n    return neighbour.FACTOR * images.mean((1, 2, 3))\n"
+    )
+    expected = 3 * IMAGES.mean((1, 2, 3))
+    for spec, weight in ((f"{place}/mine.py:three", 1.0), (f"0.5*{place}/mine.py:three", 0.5)):
+        check_reward(spec)
+        torch.testing.assert_close(score(load_reward(spec), IMAGES, PROMPTS), weight * expected)
+    both = load_reward(f"contrast+2*{place}/mine.py:three")
+    contrast = score(load_reward("contrast"), IMAGES, PROMPTS)
+    torch.testing.assert_close(score(both, IMAGES, PROMPTS), contrast + 2 * expected)
+    (tmp_path / "none.py").write_text("")
+    with pytest.raises(InputError, match="'warmth'; there is none"):
+        check_reward(f"{tmp_path}/none.py:warmth")
+    (tmp_path / "odd.py").write_text("def odd(images, prompts):\n    return images.mean((1, 2, 3)) * 1j\n")
+    with pytest.raises(InputError, match=r"'odd' must return real numbers, not torch\.complex64"):
+        score(load_reward(f"{tmp_path}/odd.py:odd"), IMAGES, PROMPTS)

@@ -166,6 +166,11 @@ def test_who_looks_at_prompts_is_known_without_loading(spec: str) -> None:
             ["{folder}", "--reward", "contrast", "--prompts", "{tmp}/p.csv"],
             "has no line for picture '00.png'",
         ),
+        (
+            ["{folder}", "--reward", "contrast", "--prompts", "{tmp}/blank.csv"],
+            "00.png' is empty; it needs at least",
+        ),
+        (["{tmp}/half.jpg", "--reward", "contrast"], "half.jpg' cannot be read"),
     ],
 )
 def test_bad_input_is_one_sentence(
@@ -185,6 +190,11 @@ def test_bad_input_is_one_sentence(
         head = b"IHDR" + struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
         signed = struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head))
         (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + signed + b"\0\0\0\0IDAT")
+        whole = io.BytesIO()
+        Image.effect_noise((64, 64), 90).save(whole, "JPEG")
+        (tmp_path / "half.jpg").write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
+        names = sorted(file.name for file in folder.iterdir())
+        (tmp_path / "blank.csv").write_text("file,prompt\n" + "".join(f"{name}, \n" for name in names))
         (tmp_path / "latin.csv").write_bytes(b"file,prompt\n00.png,caf\xe9\n")
         (tmp_path / "p.csv").write_text("file,prompt\nzz.png,a\n")
         (tmp_path / "twice.csv").write_text("file,prompt\n00.png,a\n00.png,b\n")

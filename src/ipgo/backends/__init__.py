@@ -129,6 +129,11 @@ def load_backend(
     opening.check(FAMILIES[kinds[0]].facts, kinds[0])
     given: Any = source
     for part, module in given.components.items():
+        if hasattr(module, "_hf_hook"):
+            raise InputError(
+                f"the pipeline's {part} is moved about by accelerate (offloading, or a device map), which gradients do "
+                "not follow; load it without, and leave its text encoders on the CPU with text_device='cpu'"
+            )
         if isinstance(module, nn.Module) and any(each.is_inference() for each in module.parameters()):
             raise InputError(
                 f"the pipeline's {part} was made in torch.inference_mode, through which nothing can be learned; "
@@ -139,7 +144,7 @@ def load_backend(
     elif text_device != "auto":
         put(given, given.device, text_device)
     if dtype != "auto":
-        given.to(choose_dtype(dtype, given.device))
+        cast(given, choose_dtype(dtype, given.device))
     backend = FAMILIES[kinds[0]](given, type(source).__name__, opening)
     backend.origin = str(getattr(given, "name_or_path", None) or backend.name)  # it may be a Path
     return with_own_scale(backend, backend.origin, few_steps(backend.origin) or by_pipeline(given))
@@ -199,6 +204,20 @@ def put(pipe: Any, device: torch.device, text_device: str) -> Any:
             apart = text_device == "cpu" and name.startswith("text_encoder")
             part.to("cpu" if apart else device)
     return pipe
+
+
+def cast(pipe: Any, dtype: torch.dtype) -> None:
+    """Bring a pipeline into another format, but for what its models keep in float32: T5 would overflow in float16."""
+    kept = [
+        (weights, weights.detach().float())
+        for module in pipe.components.values()
+        if isinstance(module, nn.Module) and dtype == torch.float16
+        for name, weights in module.named_parameters()
+        if set(name.split(".")) & set(getattr(module, "_keep_in_fp32_modules", None) or ())
+    ]
+    pipe.to(dtype)
+    for weights, own in kept:
+        weights.data = own.to(weights.device)
 
 
 def _open(

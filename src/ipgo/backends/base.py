@@ -349,3 +349,13 @@ def _named(prefix: str, prompt: PromptEmbeds) -> dict[str, Any]:
     if prompt.pooled is not None:
         named[f"{prefix}pooled_prompt_embeds"] = prompt.pooled
     return named
+
+
+def upcast(vae: Any) -> Any:
+    """A VAE that overflows in float16, as its configuration says, in float32: a copy, the pipeline's own stays."""
+    if vae.dtype != torch.float16 or not vae.config.get("force_upcast"):
+        return vae
+    with vae.device:
+        copied = type(vae).from_config(vae.config)
+    copied.load_state_dict(vae.state_dict())
+    return copied.requires_grad_(False).eval()

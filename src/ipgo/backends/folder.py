@@ -66,7 +66,7 @@ def open_pipeline(source: str | Path, kind: str, dtype: torch.dtype) -> Any:
     try:
         with no_bars() if local else nullcontext():
             return cls.from_pretrained(str(source), dtype=dtype, use_safetensors=True, **options)
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # libraries answer damaged files with errors of many kinds
         raise _cannot_open(source, error) from error
 
 
@@ -91,6 +91,9 @@ def check_folder(path: Path) -> None:
 def _parts(index: Mapping[str, Any]) -> dict[str, str]:
     """The parts of a pipeline that are there and used, with the library that each comes from."""
     pairs = {part: value for part, value in index.items() if isinstance(value, list) and part not in UNUSED}
+    for part, value in pairs.items():
+        if len(value) != 2:
+            raise InputError(f"{INDEX} is damaged: {part} is {value!r}; it must be a library and a class")
     return {part: value[0] for part, value in pairs.items() if value[0] is not None}
 
 

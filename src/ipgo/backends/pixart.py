@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ipgo.backends.base import Backend, latent_side
+from ipgo.backends.base import Backend, latent_side, upcast
 from ipgo.backends.facts import Facts, Opening
 from ipgo.backends.text import tokenize
 from ipgo.embeds import PromptEmbeds, concatenate
@@ -85,9 +85,13 @@ class PixArtAlpha(Backend):
 
 
 class PixArtSigma(PixArtAlpha):
-    """A `diffusers.PixArtSigmaPipeline`: as alpha, with longer prompts."""
+    """A `diffusers.PixArtSigmaPipeline`: as alpha, with longer prompts and the VAE of SDXL."""
 
     facts: ClassVar[Facts] = replace(PixArtAlpha.facts, tokens=300)
+
+    def __init__(self, pipe: Any, name: str, opening: Opening) -> None:
+        super().__init__(pipe, name, opening)
+        self.modules["decoder"] = upcast(pipe.vae)
 
 
 def masked_kwargs(cond: PromptEmbeds, uncond: PromptEmbeds | None) -> dict[str, Any]:

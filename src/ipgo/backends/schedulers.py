@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from typing import Any, NamedTuple
 
@@ -15,7 +16,8 @@ from ipgo.errors import InputError
 # The noise levels that a model was trained on stay when the scheduler changes; the rest is the new one's
 # own, with the options that Stable Diffusion is shipped with. Latents are never clipped.
 NOISE_LEVELS = (
-    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
+    "rescale_betas_zero_snr",
 )  # fmt: skip
 _SHIPPED = {"set_alpha_to_one": False, "steps_offset": 1}
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -30,8 +32,8 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 STOCHASTIC = ("EulerAncestralDiscreteScheduler", "LCMScheduler", "SCMScheduler")
 # ... and where it could not be, so that no image could be drawn twice.
 REFUSED = (
-    "DDPMScheduler", "DPMSolverSDEScheduler", "KDPM2AncestralDiscreteScheduler", "SASolverScheduler",
-    "TCDScheduler",
+    "CMStochasticIterativeScheduler", "DDPMParallelScheduler", "DDPMScheduler", "DPMSolverSDEScheduler",
+    "FlowMatchLCMScheduler", "KDPM2AncestralDiscreteScheduler", "SASolverScheduler", "TCDScheduler",
 )  # fmt: skip
 
 
@@ -52,14 +54,26 @@ def new_scheduler(own: Any, name: str | None) -> Any:
     import diffusers  # here, because it takes seconds
 
     kind, options = SCHEDULERS[name]
+    wanted = getattr(diffusers, kind)
+    known = inspect.signature(wanted).parameters
     levels = {key: own.config[key] for key in NOISE_LEVELS if key in own.config}
-    return getattr(diffusers, kind)(**levels, **options)
+    # A model that is drawn in few steps begins at the very last timestep, and a schedule that does not with pictures
+    # that have no noise for it.
+    if own.config.get("timestep_spacing") == "trailing":
+        levels["timestep_spacing"] = "trailing"
+    for key, value in levels.items():
+        if key not in known and value:
+            raise InputError(
+                f"scheduler is {name!r}; the model was made for {key} = {value!r}, which {kind} does not have"
+            )
+    return wanted(**{key: value for key, value in levels.items() if key in known}, **options)
 
 
 def shift(tokens: int, config: Any) -> float:
     """mu, how far a flow's schedule is shifted for an image of so many tokens: linear in their number."""
-    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
-    return float(config.base_shift + slope * (tokens - config.base_image_seq_len))
+    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    least, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)  # the pipelines' own defaults
+    return float(least + (most - least) / (high - low) * (tokens - low))
 
 
 def shifted(steps: int, tokens: int, config: Any) -> dict[str, Any]:

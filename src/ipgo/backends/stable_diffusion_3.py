@@ -113,7 +113,7 @@ class StableDiffusion3(Backend):
 
     def _timesteps(self, steps: int, latents: Tensor) -> dict[str, Any]:
         config = self.pipe.scheduler.config
-        if not config.use_dynamic_shifting:
+        if not config.get("use_dynamic_shifting"):
             return {"num_inference_steps": steps}
         patch = self.pipe.transformer.config.patch_size
         tokens = (latents.shape[-2] // patch) * (latents.shape[-1] // patch)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ipgo.backends.base import Backend, latent_side
+from ipgo.backends.base import Backend, latent_side, upcast
 from ipgo.backends.facts import Facts, Opening
 from ipgo.backends.stable_diffusion import attended, embedded_scale, hidden
 from ipgo.backends.text import clip_tokens, read
@@ -40,9 +40,7 @@ class StableDiffusionXL(Backend):
         self.max_tokens = min(clip_tokens(tokenizer, encoder) for tokenizer, encoder in self._encoders())
         if pipe.unet.config.time_cond_proj_dim is not None:
             self.guidance = "distilled"
-        if pipe.vae.dtype == torch.float16 and pipe.vae.config.force_upcast:
-            # It overflows in float16. A copy: the pipeline's own VAE is as before.
-            self.modules["decoder"] = _in_float32(pipe.vae)
+        self.modules["decoder"] = upcast(pipe.vae)
 
     def _encoders(self) -> list[tuple[Any, Any]]:
         pipe = self.pipe
@@ -96,17 +94,9 @@ class StableDiffusionXL(Backend):
 
     def _to_vae(self, latents: Tensor) -> Tensor:
         config = self.pipe.vae.config
-        if config.latents_mean is None or config.latents_std is None:
+        own = config.get("latents_mean"), config.get("latents_std")  # a tiny VAE has none
+        if None in own:
             return super()._to_vae(latents)
-        mean, std = (
-            latents.new_tensor(each).view(1, -1, 1, 1) for each in (config.latents_mean, config.latents_std)
-        )
+        mean, std = (latents.new_tensor(each).view(1, -1, 1, 1) for each in own)
         scaled: Tensor = latents * std / config.scaling_factor + mean
         return scaled
-
-
-def _in_float32(vae: Any) -> Any:
-    with vae.device:
-        copied = type(vae).from_config(vae.config)
-    copied.load_state_dict(vae.state_dict())
-    return copied

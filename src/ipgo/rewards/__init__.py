@@ -53,6 +53,7 @@ JUDGES = ("emoji-judge",)  # they have no gradient
 VARIANT = "notebook"  # `clip@notebook`
 # What begins so goes on to the end of a spec, whatever + and * are in it.
 EXTERNAL = {"cmd:": "ipgo.rewards.external:Command", "ask:": "ipgo.rewards.external:Question"}
+_WEIGHT = re.compile(r"^\s*[-\d.eE]+\s*\*")
 _EXTERNAL = re.compile(r"(?:^|(?<=[+*]))\s*(?=cmd:|ask:)")
 
 
@@ -248,11 +249,13 @@ def check_reward(spec: str, prompts: Sequence[str] = ()) -> None:
 
 
 def score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """The reward's answer (B,), checked.
+    """The reward's answer (B,), checked, on the device of the images.
 
     Raises:
         RewardError: it fails, or the answer is not a tensor of shape (B,), or not finite though its image is.
     """
+    if len(prompts) != len(images):
+        raise InputError(f"{len(images)} images have {len(prompts)} prompts; each needs one")
     try:
         values = reward(images, list(prompts))
     except (IpgoError, torch.OutOfMemoryError, MemoryError):
@@ -272,7 +275,7 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
         raise RewardError(
             f"reward {reward.name!r} is not a finite number for {broken.sum()} of {len(images)} images"
         )
-    return values
+    return values.to(images.device)
 
 
 def _terms(spec: str) -> list[str]:
@@ -301,8 +304,8 @@ def _whole_paths(parts: Sequence[str]) -> list[str]:
 
 def _own_file(term: str) -> bool:
     """Is it `file.py:function`, with or without a weight, of a file that is there?"""
-    places = (place.rpartition(":")[0].strip() for place in (term, term.partition("*")[2]))
-    return any(place.endswith(".py") and Path(place).is_file() for place in places)
+    place = _WEIGHT.sub("", term).rpartition(":")[0].strip()
+    return place.endswith(".py") and Path(place).is_file()
 
 
 def _cut(spec: str) -> tuple[str, str]:

@@ -25,7 +25,8 @@ TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("vocab.json", "vocab.txt", "merges.txt"),
 )
-FOLDER = ("config.json", "preprocessor_config.json", *TOKENIZER, MODEL)
+INDEX = "model.safetensors.index.json"  # of weights in several files
+FOLDER = ("config.json", "preprocessor_config.json", *TOKENIZER, MODEL, INDEX)
 FETCH_ERRORS = (OSError, ValueError, EntryNotFoundError)  # no network, no such repository, an id that is none
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -103,8 +104,8 @@ class Checkpoint:
     def beside(self, repo: str, found: Path, patterns: Sequence[str], needed: str) -> Path:
         """The folder of a second model: beside the weights that were found, under its own name, or from the hub."""
         name = repo.rpartition("/")[2]
-        near = (found if found.is_dir() else found.parent) / name
-        if near.is_dir():
+        near = _folder_of(found) / name
+        if near.is_dir() and any(near.glob(needed)):
             return near
         try:
             return _snapshot(repo, patterns, needed)
@@ -114,11 +115,16 @@ class Checkpoint:
                 f"fetched ({_reason(error)}); put a copy into a folder {name!r} beside the weights"
             ) from error
 
-    def tokenizer(self, repo: str, found: Path) -> Path:
-        """The folder of the tokenizer: that of the weights, if it has one, or as in `beside`."""
-        folder = found if found.is_dir() else found.parent
-        if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "vocab.txt")):
-            return folder
+    def tokenizer(self, repo: str, found: Path, *files: str) -> Path:
+        """The folder of the tokenizer: that of the weights, if it has one, or as in `beside`.
+
+        Args:
+            files: what one of its kind has in place of tokenizer.json.
+        """
+        folder = _folder_of(found)
+        for place in (folder, folder / repo.rpartition("/")[2]):
+            if (place / "tokenizer.json").is_file() or all((place / name).is_file() for name in files):
+                return place
         return self.beside(repo, found, TOKENIZER, "tokenizer.json")
 
     def _needed(self) -> str:
@@ -126,6 +132,10 @@ class Checkpoint:
 
     def _copy(self) -> str:
         return f"{self.name}:/path/{self.source.file or 'folder'}"
+
+
+def _folder_of(found: Path) -> Path:
+    return found if found.is_dir() else found.parent
 
 
 def _snapshot(repo: str, patterns: Sequence[str], needed: str) -> Path:
@@ -197,9 +207,29 @@ def open_tokenizer(kind: Any, folder: Path, reward: str) -> Any:
         ) from error
 
 
+def check_vocabulary(tokenizer: Any, size: int, reward: str) -> None:
+    """Raise `InputError` for a tokenizer that is not that of a text tower of `size` tokens.
+
+    Of files that are another's, or lacking, transformers makes an empty one, to which all prompts are alike. BLIP adds
+    two tokens to those of BERT.
+    """
+    if not 0.99 * size <= len(tokenizer) <= size:
+        raise InputError(
+            f"reward {reward!r}: the tokenizer in {tokenizer.name_or_path!r} has {len(tokenizer)} tokens and the model "
+            f"{size}; it is another model's, or its files are not whole"
+        )
+
+
 def weight_files(folder: Path) -> list[Path]:
-    """The files of a model that transformers saved."""
-    return sorted(folder.glob(MODEL))
+    """The files that transformers reads a model from, and no others that lie beside them."""
+    if (folder / INDEX).is_file():
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        return sorted(folder / name for name in set(index["weight_map"].values()))
+    return (
+        [folder / "model.safetensors"]
+        if (folder / "model.safetensors").is_file()
+        else sorted(folder.glob(MODEL))
+    )
 
 
 def identity(reward: str, files: Sequence[Path], preprocessing: object, version: int = 1) -> dict[str, Any]:

@@ -12,7 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTokenizer
 
-from ipgo.rewards.checkpoints import CLIP_L, Checkpoint, identity, open_model, open_tokenizer, weight_files
+from ipgo.rewards.checkpoints import (
+    CLIP_L,
+    Checkpoint,
+    check_vocabulary,
+    identity,
+    open_model,
+    open_tokenizer,
+    weight_files,
+)
 from ipgo.rewards.preprocessing import Preprocessing, read_preprocessing
 
 
@@ -96,7 +104,10 @@ def load_pickscore(device: torch.device, checkpoint: Checkpoint) -> ClipReward:
 def _load(device: torch.device, checkpoint: Checkpoint, scaled: bool) -> ClipReward:
     folder = checkpoint.find()
     model = read_clip(folder, checkpoint.spec, device)
-    tokenizer = open_tokenizer(CLIPTokenizer, checkpoint.tokenizer(CLIP_L, folder), checkpoint.spec)
+    tokenizer = open_tokenizer(
+        CLIPTokenizer, checkpoint.tokenizer(CLIP_L, folder, "vocab.json", "merges.txt"), checkpoint.spec
+    )
+    check_vocabulary(tokenizer, model.config.text_config.vocab_size, checkpoint.spec)
     size = model.config.vision_config.image_size
     preprocessing = read_preprocessing(folder, size, checkpoint.notebook)
     about = identity(checkpoint.name, weight_files(folder), preprocessing)

@@ -11,7 +11,15 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from ipgo.errors import InputError
-from ipgo.rewards.checkpoints import CLIP_L, Checkpoint, identity, open_model, open_tokenizer, read_state
+from ipgo.rewards.checkpoints import (
+    CLIP_L,
+    Checkpoint,
+    check_vocabulary,
+    identity,
+    open_model,
+    open_tokenizer,
+    read_state,
+)
 from ipgo.rewards.clip import ClipReward, TextTower, attention
 from ipgo.rewards.preprocessing import Preprocessing
 
@@ -44,7 +52,9 @@ LAYER = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)")
 def load_hps(device: torch.device, checkpoint: Checkpoint) -> ClipReward:
     """HPS: cosine in a CLIP tuned on rankings by people, near 0.27; v2 and v2.1 do not compare."""
     file = checkpoint.find()
-    tokenizer = open_tokenizer(CLIPTokenizer, checkpoint.tokenizer(CLIP_L, file), checkpoint.spec)
+    tokenizer = open_tokenizer(
+        CLIPTokenizer, checkpoint.tokenizer(CLIP_L, file, "vocab.json", "merges.txt"), checkpoint.spec
+    )
     state = read_state(file, checkpoint.spec)
     try:
         config = config_of(state, ACTIVATION)
@@ -52,6 +62,7 @@ def load_hps(device: torch.device, checkpoint: Checkpoint) -> ClipReward:
         raise InputError(
             f"reward {checkpoint.spec!r}: {str(file)!r} is no CLIP of open_clip: it has no {error}"
         ) from None
+    check_vocabulary(tokenizer, config.text_config.vocab_size, checkpoint.spec)
     model = open_model(
         CLIPModel,
         None,

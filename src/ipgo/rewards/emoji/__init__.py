@@ -44,7 +44,9 @@ class EmojiAesthetic(nn.Module):
         self.identity = identity(self.name, [folder / "model.safetensors"], PREPROCESSING)
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        logit: Tensor = self.model(pixel_values=PREPROCESSING(images.float())).image_embeds[:, 0]
+        logit: Tensor = self.model(
+            pixel_values=PREPROCESSING(images.to(self.model.device).float())
+        ).image_embeds[:, 0]
         return logit.sigmoid()
 
 
