@@ -11,6 +11,7 @@ tables (.md), a plot (.png), and the pictures themselves (-images.png).
 """
 
 import argparse
+import shlex
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -118,7 +119,7 @@ def plot(found: dict[str, list[Point]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--rewards", nargs="+", default=[*REWARDS, TRUTH], choices=(*REWARDS, TRUTH))
+    parser.add_argument("--rewards", nargs="+", default=[*REWARDS, TRUTH], help="specs, as in fit")
     parser.add_argument("--prompts", default="one:test?n=4")
     parser.add_argument("--strengths", nargs="+", default=list(STRENGTHS), choices=STRENGTHS)
     parser.add_argument("--dtype", default="auto", help="of the backend, as in fit")
@@ -161,7 +162,7 @@ def main() -> None:
     Image.fromarray(np.concatenate(sheet)).save(options.out.with_name(options.out.name + "-images.png"))
     command = f"python benchmarks/over_optimisation.py --prompts '{options.prompts}'"
     if options.rewards != [*REWARDS, TRUTH]:
-        command += f" --rewards {' '.join(options.rewards)}"
+        command += f" --rewards {shlex.join(options.rewards)}"
     if options.dtype != "auto":
         command += f" --dtype {options.dtype}"
     if options.strengths != list(STRENGTHS):

@@ -17,7 +17,7 @@ from ipgo.insertion import Insertion
 from ipgo.memory import LiveMemory
 from ipgo.methods import WITHOUT_GRADIENT
 from ipgo.plan import Workload
-from ipgo.rewards import Reward, WeightedSum, is_unsettled, score
+from ipgo.rewards import Reward, WeightedSum, is_unsettled, parts, score
 from ipgo.sampling import Sampling, sample
 from ipgo.training import FLOAT16_SCALE
 
@@ -184,10 +184,14 @@ def _arrival(gradient: Tensor, backend: Backend, backprop_steps: int) -> Finding
 
 
 def _terms(reward: Reward) -> list[tuple[float, Reward]]:
-    """With their weights."""
+    """With their weights; what stands under a ceiling is looked at without it."""
     if isinstance(reward, WeightedSum):
-        return list(zip(reward.weights, reward.rewards, strict=True))
-    return [(1.0, reward)]
+        return [
+            (weight, below)
+            for weight, each in zip(reward.weights, reward.rewards, strict=True)
+            for below in parts(each)
+        ]
+    return [(1.0, below) for below in parts(reward)]
 
 
 def _overflow(backend: Backend) -> str:

@@ -21,7 +21,7 @@ from ipgo.backends.unloaded import unloaded_backend
 from ipgo.errors import InputError, RewardError
 from ipgo.insertion import Insertion
 from ipgo.memory import NEEDS_NUMBERS, LiveMemory, new_sizes, tensors_of
-from ipgo.rewards import Reward, WeightedSum
+from ipgo.rewards import Reward, parts
 from ipgo.rewards.unloaded import unloaded_reward
 from ipgo.sampling import Sampling
 from ipgo.task import Task
@@ -139,9 +139,7 @@ class _Watched:
 
 def _modules_of(reward: Reward) -> list[nn.Module]:
     """Those of its terms; what a plain function holds cannot be seen."""
-    if isinstance(reward, WeightedSum):
-        return [module for term in reward.rewards for module in _modules_of(term)]
-    return [reward] if isinstance(reward, nn.Module) else []
+    return [part for part in parts(reward) if isinstance(part, nn.Module)]
 
 
 def unloaded(

@@ -16,13 +16,18 @@ import torch
 from ipgo.errors import InputError, RewardError
 from ipgo.rewards import (
     REWARDS,
+    Ceiling,
     WeightedSum,
     as_reward,
     check_reward,
+    has_gradient,
     identity_of,
     is_unsettled,
     load_reward,
+    needs_prompts,
+    parts,
     score,
+    terms,
 )
 
 IMAGES = torch.rand((3, 3, 8, 8), generator=torch.Generator().manual_seed(0))
@@ -93,7 +98,7 @@ def test_a_reward_from_a_file(tmp_path):
         ("colourfulness", "unknown reward 'colourfulness'; did you mean 'colorfulness'"),
         ("x*contrast", "reward weight 'x'"),
         ("contrast+", "is empty"),
-        ("nan*contrast", "reward weight 'nan' in 'nan[*]contrast' must be a finite number other than 0"),
+        ("nan*contrast", "reward weight 'nan' in 'nan[*]contrast' must be a finite number"),
         ("contrast+0*colorfulness", "reward weight '0'"),
         ("mine.py", "reward 'mine.py' names no function; write mine.py:FUNCTION"),
         ("nowhere.py:warmth", "'nowhere.py' does not exist"),
@@ -387,3 +392,41 @@ def test_a_function_is_a_reward():
     assert as_reward(reward) is reward
     with pytest.raises(InputError, match="not int"):
         as_reward(3)
+
+
+def test_a_ceiling_ends_what_can_be_gained() -> None:
+    images = torch.rand((4, 3, 8, 8), generator=torch.Generator().manual_seed(0))
+    images[:2] *= 0.2
+    prompts = ["a"] * 4
+    plain, below = load_reward("contrast"), load_reward("contrast<=0.1")
+    values = score(plain, images, prompts)
+    assert ((values > 0.1).tolist(), below.name) == ([False, False, True, True], "contrast<=0.1")
+    assert torch.equal(score(below, images, prompts), values.clamp(max=0.1))
+    leaf = images.clone().requires_grad_()
+    score(below, leaf, prompts).sum().backward()
+    assert leaf.grad.flatten(1).any(1).tolist() == [True, True, False, False]
+    both = load_reward("colorfulness+2*contrast <= 0.1")
+    expected = score(load_reward("colorfulness"), images, prompts) + 2 * values.clamp(max=0.1)
+    torch.testing.assert_close(score(both, images, prompts), expected)
+    assert identity_of(below) == {"id": "ceiling", "most": 0.1, "reward": identity_of(plain)}
+    assert terms("2*emoji-clip<=0.6+contrast") == [(2.0, "emoji-clip"), (1.0, "contrast")]
+    assert has_gradient("contrast<=0.1")
+    assert not has_gradient("emoji-judge<=0.1")
+    assert not needs_prompts("contrast<=0.1")
+    line = load_reward("cmd:test 1 <=2 {image}")
+    assert not isinstance(line, Ceiling)  # what is in a command is the command's
+    for spec, message in (
+        ("contrast<=", "reward ceiling '' in 'contrast<=' is not a number"),
+        ("contrast<=high", "reward ceiling 'high'"),
+        ("contrast<=inf", "must be a finite number"),
+        ("<=0.5", "is empty; write a name"),
+        ("contras<=0.5", "unknown reward 'contras'; did you mean 'contrast'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            check_reward(spec)
+
+
+def test_a_module_under_a_ceiling_is_looked_at() -> None:
+    loose = as_reward(lambda images, prompts: images.mean((1, 2, 3)))
+    assert parts(Ceiling(loose, 1.0, "x")) == (loose,)
+    assert parts(WeightedSum((loose, Ceiling(loose, 1.0, "x")), (1.0, 2.0), "y")) == (loose, loose)

@@ -249,6 +249,7 @@ def reward_figures(judge: Judge, count: int) -> dict[str, object]:
         "clean above degraded": order,
         "preference above altered": altered_figures(preference, clean, pictures, prompts),
         "aesthetic, Spearman with quality": ranks,
+        "aesthetic of clean scenes, quartiles": np.quantile(graded[: len(clean)], (0.25, 0.5, 0.75)).tolist(),
         "retrieval among 500": {r.name: retrieval(r) for r in (clip, preference)},
     }
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,7 @@ BLIND = ("emoji-aesthetic", "colorfulness", "contrast", "aesthetic")  # they do 
 # They have no answer for some prompts, and a function that raises `InputError` for those.
 PARTICULAR = {"emoji-likeness": "ipgo.rewards.emoji.artwork:check_prompts"}
 JUDGES = ("emoji-judge",)  # they have no gradient
+CEILING = "<="
 VARIANT = "notebook"  # `clip@notebook`
 # What begins so goes on to the end of a spec, whatever + and * are in it.
 EXTERNAL = {"cmd:": "ipgo.rewards.external:Command", "ask:": "ipgo.rewards.external:Question"}
@@ -109,6 +110,40 @@ class WeightedSum:
         )
 
 
+@dataclass(frozen=True)
+class Ceiling:
+    """min(reward, most): above it nothing is gained, and there is no gradient.
+
+    For what is good enough at a level, and is only fooled beyond it.
+    """
+
+    reward: Reward
+    most: float
+    name: str
+
+    @property
+    def differentiable(self) -> bool:
+        return self.reward.differentiable
+
+    @property
+    def uses_prompts(self) -> bool:
+        return uses_prompts(self.reward)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"id": "ceiling", "most": self.most, "reward": identity_of(self.reward)}
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return score(self.reward, images, prompts).clamp(max=self.most)
+
+
+def parts(reward: Reward) -> tuple[Reward, ...]:
+    """The rewards that a sum or a ceiling is made of; of any other, itself."""
+    if isinstance(reward, WeightedSum):
+        return tuple(part for each in reward.rewards for part in parts(each))
+    return parts(reward.reward) if isinstance(reward, Ceiling) else (reward,)
+
+
 def as_reward(
     function: RewardFunction | Reward, name: str | None = None, *, differentiable: bool = True
 ) -> Reward:
@@ -149,9 +184,8 @@ def identity_of(reward: Reward) -> dict[str, Any]:
 
 def is_unsettled(reward: Reward) -> bool:
     """Does it compute with batch norm or dropout in training mode, so that its numbers are not only the picture's?"""
-    if isinstance(reward, WeightedSum):
-        return any(map(is_unsettled, reward.rewards))
-    return unsettled(reward.function if isinstance(reward, FunctionReward) else reward)
+    functions = (each.function if isinstance(each, FunctionReward) else each for each in parts(reward))
+    return any(map(unsettled, functions))
 
 
 def describe(name: str) -> str:
@@ -177,13 +211,13 @@ def has_gradient(spec: str) -> bool:
 
 def asks(spec: str) -> bool:
     """Does a person give it?"""
-    return any(_term(term)[1].startswith("ask:") for term in _terms(spec))
+    return any(_term(term).name.startswith("ask:") for term in _terms(spec))
 
 
 def terms(spec: str) -> list[tuple[float, str]]:
     """What a spec adds up: weights and names, those in `REWARDS` without a path or variant."""
-    weighted = [_term(term) for term in _terms(spec)]
-    return [(weight, _bare(name) if _bare(name) in REWARDS else name) for weight, name in weighted]
+    found = [_term(term) for term in _terms(spec)]
+    return [(each.weight, _bare(each.name) if _bare(each.name) in REWARDS else each.name) for each in found]
 
 
 def _outline(spec: str) -> Reward:
@@ -204,8 +238,8 @@ def load_reward(spec: str, *, device: str | torch.device = "auto") -> Reward:
     Args:
         spec: a name in `REWARDS`, for those in `SOURCES` with a path (`clip:folder`, see docs/rewards.md),
             `file.py:function`, `cmd:./score.sh {image} {prompt}` (a command that prints a number), `ask:question`
-            (a person who types one), or terms such as `emoji-clip+0.5*emoji-aesthetic`, of which a command or a
-            question is the last.
+            (a person who types one), or terms such as `emoji-clip+0.5*emoji-aesthetic<=0.98`, of which a command or
+            a question is the last; `<=` is a ceiling, see `Ceiling`.
         device: auto, cpu, cuda or cuda:N.
 
     Raises:
@@ -222,11 +256,16 @@ def load_reward(spec: str, *, device: str | torch.device = "auto") -> Reward:
 
 def combine(spec: str, load: Callable[[str], Reward]) -> Reward:
     """What `load` makes of the name in a spec, or the weighted sum of what it makes of each."""
-    weights, names = zip(*(_term(term) for term in _terms(spec)), strict=True)
-    rewards = tuple(load(name) for name in names)
+    found = [_term(term) for term in _terms(spec)]
+    rewards = tuple(_below(load(each.name), each) for each in found)
+    weights = tuple(each.weight for each in found)
     if weights == (1.0,):
         return rewards[0]
     return WeightedSum(rewards, weights, spec)
+
+
+def _below(reward: Reward, term: Term) -> Reward:
+    return reward if term.most is None else Ceiling(reward, term.most, f"{term.name}<={term.most:g}")
 
 
 def check_reward(spec: str, prompts: Sequence[str] = ()) -> None:
@@ -235,7 +274,7 @@ def check_reward(spec: str, prompts: Sequence[str] = ()) -> None:
     Also for one that has no answer for one of the prompts.
     """
     for term in _terms(spec):
-        _, name = _term(term)
+        name = _term(term).name
         if name[:4] in EXTERNAL:
             _load_external(name)
         elif _bare(name) in REWARDS:
@@ -292,11 +331,7 @@ def _whole_paths(parts: Sequence[str]) -> list[str]:
         joined = ("+".join(parts[start:end]) for end in range(start + 1, len(parts) + 1))
         name, _, place = parts[start].partition(":")
         known = _bare(name.rpartition("*")[2].strip()) in SOURCES and place
-        whole = (
-            each
-            for each in joined
-            if (known and Path(each.partition(":")[2].strip()).exists()) or _own_file(each)
-        )
+        whole = (each for each in joined if (known and _own_weights(each)) or _own_file(each))
         terms.append(next(whole, parts[start]))
         start += terms[-1].count("+") + 1
     return terms
@@ -304,8 +339,13 @@ def _whole_paths(parts: Sequence[str]) -> list[str]:
 
 def _own_file(term: str) -> bool:
     """Is it `file.py:function`, with or without a weight, of a file that is there?"""
-    place = _WEIGHT.sub("", term).rpartition(":")[0].strip()
+    place = _WEIGHT.sub("", term).partition(CEILING)[0].rpartition(":")[0].strip()
     return place.endswith(".py") and Path(place).is_file()
+
+
+def _own_weights(term: str) -> bool:
+    """Is it a published name with a path that is there?"""
+    return Path(term.partition(CEILING)[0].partition(":")[2].strip()).exists()
 
 
 def _cut(spec: str) -> tuple[str, str]:
@@ -314,20 +354,38 @@ def _cut(spec: str) -> tuple[str, str]:
     return (spec, "") if found is None else (spec[: found.end()], spec[found.end() :])
 
 
-def _term(term: str) -> tuple[float, str]:
-    """`0.5*name` to (0.5, "name")."""
+class Term(NamedTuple):
+    """`weight*name<=most`."""
+
+    weight: float
+    name: str
+    most: float | None
+
+
+def _term(term: str) -> Term:
+    """`0.5*name<=2` to (0.5, "name", 2)."""
     head, tail = _cut(term)
     weight, star, name = head.rpartition("*")
+    name, ceiling, most = (name, "", "") if tail else name.partition(CEILING)
     name += tail
     if not name.strip():
-        raise InputError(f"reward term {term!r} is empty; write a name, or weight*name, joined by +")
-    try:
-        value = float(weight) if star else 1.0
-    except ValueError:
-        raise InputError(f"reward weight {weight!r} in {term!r} is not a number") from None
-    if not math.isfinite(value) or value == 0:
+        raise InputError(
+            f"reward term {term!r} is empty; write a name, weight*name or name{CEILING}most, joined by +"
+        )
+    factor = _finite(weight, "weight", term) if star else 1.0
+    if factor == 0:
         raise InputError(f"reward weight {weight!r} in {term!r} must be a finite number other than 0")
-    return value, name.strip()
+    return Term(factor, name.strip(), _finite(most, "ceiling", term) if ceiling else None)
+
+
+def _finite(number: str, what: str, term: str) -> float:
+    try:
+        value = float(number)
+    except ValueError:
+        raise InputError(f"reward {what} {number!r} in {term!r} is not a number") from None
+    if not math.isfinite(value):
+        raise InputError(f"reward {what} {number!r} in {term!r} must be a finite number")
+    return value
 
 
 def _load(name: str, device: torch.device) -> Reward:
