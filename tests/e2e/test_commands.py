@@ -651,13 +651,13 @@ def test_any_write_may_be_the_last(
     write, out, deaths = files.write, tmp_path / "run", 0
     monkeypatch.setattr(runner, "CHECKPOINT_SECONDS", -1.0)
 
-    def deadly(allowed: int) -> Callable[[Path, bytes], None]:
+    def deadly(allowed: int) -> Callable[..., None]:
         left: Iterator[int] = iter(range(allowed))
 
-        def write_or_die(file: Path, content: bytes) -> None:
+        def write_or_die(file: Path, content: bytes, **options: bool) -> None:
             if next(left, None) is None:
                 raise Killed
-            write(file, content)
+            write(file, content, **options)
 
         return write_or_die
 
