@@ -101,7 +101,7 @@ def test_the_list_of_backends_says_all_that_is_declared(capsys: pytest.CaptureFi
         (["fit", "a", "cat", "and", "a", "dog"], "one prompt is quoted: 'a cat and a dog'"),
         (
             ["score", "docs", "--reward", "contrast", "--prompt", " "],
-            "prompt is empty; it needs at least one",
+            "is empty; it needs at least one word",
         ),
         (["doctor", "--reward", "emoji-likeness", "--prompt", "a"], "emoji-likeness"),
         (["generate", "/nowhere", "--out", __file__], "which is a file; give a folder"),
