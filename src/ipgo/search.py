@@ -46,7 +46,8 @@ def search(
     over prompts. A score that is not finite never wins.
 
     In each `Progress`, `best` holds the prompts' rewards under the candidate that is kept, `images` those of the
-    last seed, and at the last step `failed` says which prompts never had a finite score.
+    last seed, and at the last step `failed` says which prompts never had a finite score. Where each prompt is at the
+    reward's ceiling (`Task.most`) the search ends early.
 
     Args:
         adapter: where candidates are written; as it is given, it is what a row falls back on.
@@ -80,18 +81,26 @@ class _Search:
                 self._keep(rewards)
                 self.proposer.tell(self.adapter, self._by_row(rewards))
             self.step += 1
+            total = self.step if self._at_the_ceiling() else self.total
             yield Progress(
                 step=self.step,
-                total=self.total,
+                total=total,
                 rewards=rewards,
                 best=self.best.clone(),
                 penalty=none,
                 grad_norm=none,
-                failed=self.best.isnan() if self.step == self.total else none.bool(),
+                failed=self.best.isnan() if self.step == total else none.bool(),
                 images=images,
                 adapter=self.kept,
                 state=self.state,
             )
+            if self.step == total:
+                return
+
+    def _at_the_ceiling(self) -> bool:
+        """Has every prompt all that its reward can give, on all seeds?"""
+        most = torch.full((max(1, len(self.task.seeds)),), self.task.most).mean()
+        return bool((self.best >= most).all())
 
     def _draw(self) -> tuple[Tensor, Tensor]:
         """The candidate's rewards (P,), and its images from the last seed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -45,6 +46,11 @@ class Task:
         check_types(self, "task.")
         check_prompts(self.prompts)
         check_seeds(self.seeds)
+
+    @property
+    def most(self) -> float:
+        """The reward's ceiling, where nothing is left to gain; without one, infinity."""
+        return float(getattr(self.reward, "most", math.inf))
 
     def noise_seeds(self, prompts: list[str], step: int) -> list[int]:
         """The seed of each prompt's noise at a step of the fit."""

@@ -39,7 +39,8 @@ def maximize(
     torch.distributed is up).
 
     A row whose reward or gradient is not finite goes back to its kept values and, after three such steps in
-    a row, is given up; the fit ends early when none is left. With a backend in float16 each row's loss is
+    a row, is given up; the fit ends early when none is left, or when each of them is at the reward's ceiling
+    (`Task.most`) on all seeds. With a backend in float16 each row's loss is
     multiplied by a power of two, and its gradient divided by it; a gradient that overflows halves it, and counts
     only once there is nothing left to halve.
 
@@ -123,9 +124,17 @@ class _Climb:
             good = self._remember(finite)
             self._update(step, good)
             self.memory["step"] += 1
-            yield self._progress(norms, images)
-            if self._failed().all():
+            over = self._at_the_ceiling()
+            yield self._progress(norms, images, int(self.memory["step"]) if over else self.ascent.steps)
+            if over or self._failed().all():
                 return
+
+    def _at_the_ceiling(self) -> bool:
+        """Has every row that is not given up all that its reward can give, on each seed in turn?"""
+        if not self._keeps_best:
+            return False
+        whole = (self.memory["recent"] >= self.task.most).all(1)
+        return bool(whole.any()) and bool((whole | self._failed()).all())
 
     def ascend(self, step: int) -> Tensor | None:
         """Draw, score and differentiate the prompts of this step; return the images if all were drawn."""
@@ -287,11 +296,11 @@ class _Climb:
         """Rewards that come from different prompts or noise do not compare: the latest is kept."""
         return self.ascent.keep_best and bool(self.task.seeds) and not self.task.shared
 
-    def _progress(self, norms: Tensor, images: Tensor | None) -> Progress:
+    def _progress(self, norms: Tensor, images: Tensor | None, total: int) -> Progress:
         memory, count = self.memory, len(self.task.prompts)
         return Progress(
             step=int(memory["step"]),
-            total=self.ascent.steps,
+            total=total,
             rewards=memory["rewards"].clone(),
             best=memory["best"].clone(),
             penalty=memory["penalty"].clone(),

@@ -8,7 +8,8 @@ from ipgo.adapters.text import BYTES
 from ipgo.artefacts import load_adapter, save_adapter
 from ipgo.backends import load_backend
 from ipgo.errors import InputError, ResumeError
-from ipgo.rewards import as_reward, load_reward
+from ipgo.methods import BestOfN
+from ipgo.rewards import Ceiling, as_reward, load_reward
 from ipgo.sampling import Sampling
 from ipgo.search import search
 from ipgo.task import Task
@@ -193,3 +194,14 @@ def test_a_reward_without_a_gradient_is_enough(backend):
     task = Task(backend, steps, PROMPTS, SAMPLING)
     last = list(search(task, TextAdapter.start(PROMPTS, shared=False), Script(["one", "two"]), 2))[-1]
     assert last.best.isfinite().all()
+
+
+def test_a_search_ends_where_nothing_is_left_to_gain(backend):
+    every = list(BestOfN(n=6).fit(Task(backend, COLOUR, PROMPTS, SAMPLING)))
+    enough = float(every[2].best.min())
+    capped = Ceiling(COLOUR, enough, "capped")
+    steps = list(BestOfN(n=6).fit(Task(backend, capped, PROMPTS, SAMPLING)))
+    assert (steps[-1].step, steps[-1].total) == (len(steps), len(steps))
+    assert len(steps) <= 3
+    assert steps[-1].best.tolist() == pytest.approx([enough] * 2)
+    assert steps[-1].failed.tolist() == [False, False]

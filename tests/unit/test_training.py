@@ -12,7 +12,7 @@ from ipgo.backends import load_backend
 from ipgo.errors import InputError, ResumeError, RewardError
 from ipgo.insertion import Insertion
 from ipgo.methods import IPGO, METHODS, Raw
-from ipgo.rewards import as_reward, load_reward, score
+from ipgo.rewards import Ceiling, as_reward, load_reward, score
 from ipgo.sampling import Sampling
 from ipgo.task import Task
 from ipgo.training import maximize
@@ -63,6 +63,23 @@ def test_with_several_seeds_a_candidate_needs_a_reward_on_each(backend):
     assert steps[1].best.isnan().all()
     torch.testing.assert_close(steps[2].best, means[0])
     torch.testing.assert_close(steps[-1].best, means.max(0).values)
+
+
+def test_a_fit_ends_where_nothing_is_left_to_gain(backend):
+    """At the ceiling on each seed in turn; what is kept is what each row keeps alone."""
+    free = list(fit(task(backend, seeds=(3, 4)), steps=12))
+    capped = Ceiling(REWARD, float(torch.stack([step.rewards for step in free[6:8]]).min()), "capped")
+    steps = list(fit(task(backend, capped, seeds=(3, 4)), steps=12))
+    last = steps[-1]
+    assert 2 <= last.step == last.total < 12
+    assert last.best.tolist() == pytest.approx([capped.most] * 3)
+    assert all(step.total == 12 for step in steps[:-1])
+    for row, prompt in enumerate(PROMPTS):
+        alone = list(fit(Task(backend, capped, (prompt,), SAMPLING, (3, 4)), steps=12))[-1]
+        assert alone.step <= last.step
+        for name, value in alone.adapter.state_dict().items():
+            torch.testing.assert_close(value, last.adapter.row(row).state_dict()[name], atol=1e-4, rtol=0)
+    assert list(fit(task(backend, capped, seeds=()), steps=3))[-1].step == 3  # fresh noise at each step
 
 
 def test_fresh_noise_keeps_the_latest(backend):
