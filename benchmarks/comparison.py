@@ -13,6 +13,7 @@ of --seeds.
 import argparse
 import itertools
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -334,7 +335,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(document)
     if options.out:
         words = " ".join(
-            f"--{key} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+            f"--{key} {shlex.join(map(str, value if isinstance(value, list) else [value]))}"
             for key, value in vars(options).items()
             if key not in ("chunk", "work", "out", "table") and value not in (None, [], KEPT)
         )
