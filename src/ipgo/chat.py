@@ -21,10 +21,11 @@ FIRST_WAIT = 1.0  # seconds before the first further try, doubled for each one a
 LONGEST_WAIT = 60.0  # ... up to this many, also if the server asks for more
 PASSING = (408, 409, 425, 429)  # statuses that may be others a little later, as may all from 500 on
 
+OPENAI = "https://api.openai.com/v1"
 QUOTES = {'"': '"', "'": "'", "`": "`", "“": "”", "‘": "’", "«": "»"}
 ITEM = re.compile(r"^(?:\**\(?\d+[.):]\**|[-*•])\s+")
 LABEL = re.compile(r"^(?:(?:rewritten|improved|new)\s+)?prompt(?:\s*\d+)?\s*:\s*", re.IGNORECASE)
-LIST = re.compile(r"^\s*(\[.*\])\s*$", re.DOTALL | re.MULTILINE)
+LIST = re.compile(r"(?:^|:)\s*(\[.*\])[\s.,;}]*$", re.DOTALL | re.MULTILINE)
 THOUGHT = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL | re.IGNORECASE)
 logger = logging.getLogger("ipgo")
 
@@ -107,7 +108,8 @@ class Chat:
 
     def _question(self, instruction: str, text: str, index: int) -> dict[str, Any]:
         """All that an answer depends on: "endpoint" where it is not OpenAI's."""
-        endpoint = os.environ.get("OPENAI_BASE_URL", "").rstrip("/")
+        given = os.environ.get("OPENAI_BASE_URL", "").rstrip("/")
+        endpoint = "" if given == OPENAI else given
         messages = [{"role": "system", "content": instruction}, {"role": "user", "content": text}]
         return {
             "model": self.model,
@@ -204,7 +206,7 @@ def parse_texts(answer: str) -> list[str]:
 
 
 def _json_texts(answer: str) -> list[str]:
-    """Those of a list that has its lines for itself: a prompt may hold brackets too."""
+    """Those of a list that begins a line or follows a colon, and ends one: a prompt may hold brackets too."""
     found = LIST.search(answer)
     try:
         values = json.loads(found[1]) if found else []

@@ -52,19 +52,28 @@ logger = logging.getLogger("ipgo")
 
 
 def check(folder: Comparison) -> None:
-    """Refuse, before a model is loaded, what shows without one that it cannot work in any entry: `InputError`."""
+    """Refuse, before a model is loaded, what shows without one that it cannot work in an entry: `InputError`."""
+    seen = set[object]()
     for label in folder.plan.entries:
         config, run = folder.plan.config(label), folder.run(label)
-        checked = getattr(config.method, "check", None)
+        if run is not None and not run.pending(config.method.stackable):
+            continue
+        method = getattr(config.method, "check", None)
         try:
-            for name in (config.reward, *held_out(config)):
-                check_reward(name, (*folder.plan.prompts, *folder.plan.unseen_prompts))
-            check_backend(config.backend, config.opening)
+            for name in dict.fromkeys((config.reward, *held_out(config))):
+                if name not in seen:
+                    check_reward(name, (*folder.plan.prompts, *folder.plan.unseen_prompts))
+                seen.add(name)
+            if (config.backend, config.opening) not in seen:
+                check_backend(config.backend, config.opening)
+                seen.add((config.backend, config.opening))
             check_gradient(config)
             if run is not None:
                 check_method(run)
-            elif checked is not None:
-                checked(config.request(config.prompts))
+            else:
+                config.check_fit()
+                if method is not None:
+                    method(config.request(config.prompts))
         except (InputError, MissingExtraError) as error:
             raise InputError(f"entry {label!r}: {error}") from None
 

@@ -16,7 +16,6 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from ipgo.adapters.noise import check_one_seed
-from ipgo.ascent import Ascent
 from ipgo.backends.facts import Opening
 from ipgo.errors import InputError, unknown, unknown_option
 from ipgo.methods import METHODS
@@ -117,15 +116,33 @@ class RunConfig:
             )
         if getattr(self.method, "one_seed", False):
             check_one_seed(self.seeds, self.shared)
-        self._check_method()
+        ascent, steps = getattr(self.method, "ascent", None), self.sampling.fitting.steps
+        if ascent is not None and (ascent.backprop_steps or 1) > steps:
+            field = "steps" if steps == self.sampling.steps else "fit_steps"
+            raise InputError(
+                f"method.ascent.backprop_steps is {ascent.backprop_steps}; sampling.{field} allows at most {steps}"
+            )
 
-    def _check_method(self) -> None:
-        """Raise `InputError` for settings of the method that do not go with the others."""
+    def check_fit(self) -> None:
+        """Raise `InputError` for settings of the method that do not go with the others, before a fit begins.
+
+        Stored settings are read without: a comparison keeps those of entries that have failed.
+        """
         if self.shared and getattr(self.method, "prompt_wise", False):
             raise InputError(f"shared is true; method {self.method_name!r} learns each prompt by itself")
-        ascent = getattr(self.method, "ascent", None)
-        if ascent is not None:
-            self._check_ascent(ascent, self.sampling.fitting.steps)
+        ascent, steps = getattr(self.method, "ascent", None), self.sampling.fitting.steps
+        if ascent is not None and not self.shared and ascent.steps < len(self.seeds):
+            raise InputError(
+                f"method.ascent.steps is {ascent.steps}; {len(self.seeds)} seeds take turns and need as many"
+            )
+        depth = steps if ascent is None else ascent.backprop_steps or steps
+        if getattr(self.method, "one_seed", False) and (
+            depth < steps or getattr(ascent, "random_backprop", False)
+        ):
+            raise InputError(
+                f"method.ascent.backprop_steps is {depth}; noise gets its gradient through all {steps} steps (null), "
+                "without method.ascent.random_backprop"
+            )
         insertion, scale = getattr(self.method, "insertion", None), self.sampling.guidance_scale
         if insertion is not None and scale is not None:
             insertion.check_guidance(scale)
@@ -137,23 +154,6 @@ class RunConfig:
         for field, value in ddim.items():
             if value > 0 and self.scheduler not in (None, "ddim"):
                 raise InputError(f"{field} above 0 needs the ddim scheduler, not {self.scheduler!r}")
-
-    def _check_ascent(self, ascent: Ascent, steps: int) -> None:
-        if not self.shared and ascent.steps < len(self.seeds):
-            raise InputError(
-                f"method.ascent.steps is {ascent.steps}; {len(self.seeds)} seeds take turns and need as many"
-            )
-        depth = ascent.backprop_steps or steps
-        if depth > steps:
-            field = "steps" if steps == self.sampling.steps else "fit_steps"
-            raise InputError(
-                f"method.ascent.backprop_steps is {depth}; sampling.{field} allows at most {steps}"
-            )
-        if getattr(self.method, "one_seed", False) and (ascent.random_backprop or depth < steps):
-            raise InputError(
-                f"method.ascent.backprop_steps is {depth}; noise gets its gradient through all {steps} steps (null), "
-                "without method.ascent.random_backprop"
-            )
 
     @property
     def new_seeds(self) -> tuple[int, ...]:

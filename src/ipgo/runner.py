@@ -115,11 +115,13 @@ def load_models(
 
 
 def check_method(folder: Run) -> None:
-    """Let the method refuse, before a model is loaded, what it sees that it cannot do (`check`, if it has one)."""
-    config = folder.config
+    """Refuse, before a model is loaded, what a fit that is not done yet cannot do (`check` of the method, if any)."""
+    config, pending = folder.config, folder.pending(folder.config.method.stackable)
+    if pending:
+        config.check_fit()
     check = getattr(config.method, "check", None)
     if check is not None:
-        for chunk in folder.pending(config.method.stackable):
+        for chunk in pending:
             check(config.request(chunk.texts))
 
 

@@ -99,8 +99,8 @@ class _Search:
 
     def _at_the_ceiling(self) -> bool:
         """Has every prompt all that its reward can give, on all seeds?"""
-        most = torch.full((max(1, len(self.task.seeds)),), self.task.most).mean()
-        return bool((self.best >= most).all())
+        most = torch.full((max(1, len(self.task.seeds)), len(self.best)), self.task.most)
+        return bool((self.best >= most.mean(0)).all())  # the mean is rounded as that of the rewards
 
     def _draw(self) -> tuple[Tensor, Tensor]:
         """The candidate's rewards (P,), and its images from the last seed."""

@@ -272,6 +272,8 @@ def test_whole_prompts_of_unequal_windows_are_learned_alone_and_together(pipe):
         if len(prompts) == 1:
             alone = apart[prompts[0] == LONG]
             assert torch.equal(generate(backend, prompts, [3], alone, SAMPLING), images[0])
+    with pytest.raises(InputError, match="with equal options"):
+        stack([EmbeddingAdapter([SHORT], 77, 8), EmbeddingAdapter([LONG], 64, 8)])
     generate(backend, [SHORT, LONG], [3, 3], together, SAMPLING, backprop_steps=1).sum().backward()
     reached = together.embeds.grad.abs().sum(-1) > 0
     assert reached[0, :77].any()

@@ -491,8 +491,9 @@ def test_a_reward_that_was_edited_is_said_to_be_another(
     mine.write_text("def warmth(images, prompts):\n    return images[:, 1].mean((1, 2))\n")
     assert cli.main(["evaluate", str(tmp_path / "run"), "--seeds", "5"]) == 0
     assert f"'{mine}:warmth' is not what scored the run under that name" in caplog.text
-    (tmp_path / "run/prompts").glob("*/before-0.png").__next__().write_bytes(b"no picture")
-    assert cli.main(["report", str(tmp_path / "run")]) == 2
+    next((tmp_path / "run/prompts").glob("*/before-0.png")).write_bytes(b"no picture")
+    assert cli.main(["report", str(tmp_path / "run")]) == 0
+    assert "before-0.png' cannot be read" in caplog.text
 
 
 def test_without_unseen_seeds_nothing_is_called_unseen(pipeline_folder: str, tmp_path: Path) -> None:

@@ -429,6 +429,32 @@ def test_an_entry_without_a_finite_image_has_no_mean(compared: Path, tmp_path: P
     assert own_scores(row, "colorfulness", unseen=False) == []
 
 
+def test_what_cannot_be_fitted_any_more_can_still_be_read(pipeline_folder: str, tmp_path: Path) -> None:
+    """Entries of earlier versions, which were refused at their turn only, and stand in the plan."""
+    words = [
+        "compare",
+        "a fox",
+        "--methods",
+        "raw",
+        "--backend",
+        pipeline_folder,
+        "--reward",
+        "contrast",
+        "--held-out",
+    ]
+    words += ["--sampling.steps", "2", "--price", "2", "3", "--out", str(tmp_path / "table")]
+    assert cli.main(words) == 0
+    stored = files.read_json(tmp_path / "table/plan.json")
+    stored["plan"]["common"]["seeds"] = [0, 1]
+    stored["plan"]["entries"]["hill"] = {
+        "method": {"name": "ipgo", "ascent": {"steps": 1, "backprop_steps": 1}}
+    }
+    files.write_json(tmp_path / "table/plan.json", stored)
+    assert [row.label for row in rows(Comparison.open(tmp_path / "table"))] == ["raw", "hill"]
+    with pytest.raises(InputError, match=r"entry 'hill': .* 2 seeds take turns"):
+        work.check(Comparison.open(tmp_path / "table"))
+
+
 @pytest.mark.usefixtures("fakes")
 def test_two_processes_that_begin_at_once_have_one_price(compared: Path, tmp_path: Path) -> None:
     plan = dataclasses.replace(Comparison.open(compared).plan, price=None)

@@ -410,6 +410,7 @@ def test_a_ceiling_ends_what_can_be_gained() -> None:
     torch.testing.assert_close(score(both, images, prompts), expected)
     assert identity_of(below) == {"id": "ceiling", "most": 0.1, "reward": identity_of(plain)}
     assert terms("2*emoji-clip<=0.6+contrast") == [(2.0, "emoji-clip"), (1.0, "contrast")]
+    assert terms("contrast<=1e+0+2*colorfulness") == [(1.0, "contrast"), (2.0, "colorfulness")]
     assert has_gradient("contrast<=0.1")
     assert not has_gradient("emoji-judge<=0.1")
     assert not needs_prompts("contrast<=0.1")

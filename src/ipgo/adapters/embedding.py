@@ -56,9 +56,11 @@ class EmbeddingAdapter(Adapter):
         return replace(original, embeds=learned.to(original.embeds))
 
     @staticmethod
-    def alike(adapters: Sequence[Adapter]) -> list[Adapter]:
-        """Filled up with zeros to the length of the longest."""
+    def alike(adapters: Sequence[Adapter]) -> Sequence[Adapter]:
+        """Those of prompts that were read in windows, filled up with zeros to the length of the longest."""
         found = [each for each in adapters if isinstance(each, EmbeddingAdapter)]
+        if any(each.long_prompts != "chunk" for each in found):
+            return adapters
         longest = max(each.embeds.shape[1] for each in found)
         return [each._filled(longest) for each in found]
 

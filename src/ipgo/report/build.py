@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import logging
 import math
 from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
@@ -17,6 +18,7 @@ from PIL import Image
 
 from ipgo.artefacts import load_identities, load_scores
 from ipgo.config import flatten
+from ipgo.errors import InputError
 from ipgo.evaluation import Gain, Score, levels, summarise
 from ipgo.images import reading
 from ipgo.prompts import Prompt
@@ -24,6 +26,7 @@ from ipgo.report import charts
 from ipgo.rewards.checkpoints import fingerprint
 from ipgo.store import EVALUATION, Run
 
+logger = logging.getLogger("ipgo")
 VISIBLE = 0.0005  # the page shows three digits
 LARGEST = 512  # pixels; larger images are shown smaller, so that the page stays light
 
@@ -315,11 +318,15 @@ def picture_uri(file: Path, largest: int = LARGEST) -> str | None:
     """A picture as text, if there is one: small ones as they are, large ones as WebP of `largest` pixels."""
     if not file.is_file():
         return None
-    with reading(file), Image.open(file) as picture:
-        picture.load()
-        if max(picture.size) <= largest // 2:
-            return f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}"
-        picture.thumbnail((largest, largest))
-        stream = io.BytesIO()
-        picture.save(stream, "WEBP", quality=88)
+    try:
+        with reading(file), Image.open(file) as picture:
+            picture.load()
+            if max(picture.size) <= largest // 2:
+                return f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}"
+            picture.thumbnail((largest, largest))
+            stream = io.BytesIO()
+            picture.save(stream, "WEBP", quality=88)
+    except InputError as error:
+        logger.warning("%s; the page is without it", error)
+        return None
     return f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode()}"

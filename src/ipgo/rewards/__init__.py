@@ -54,6 +54,7 @@ CEILING = "<="
 VARIANT = "notebook"  # `clip@notebook`
 # What begins so goes on to the end of a spec, whatever + and * are in it.
 EXTERNAL = {"cmd:": "ipgo.rewards.external:Command", "ask:": "ipgo.rewards.external:Question"}
+_PLUS = re.compile(r"(?<![\d.][eE])\+")  # not that of 1e+3
 _WEIGHT = re.compile(r"^\s*[-\d.eE]+\s*\*")
 _EXTERNAL = re.compile(r"(?:^|(?<=[+*]))\s*(?=cmd:|ask:)")
 
@@ -134,7 +135,7 @@ class Ceiling:
         return {"id": "ceiling", "most": self.most, "reward": identity_of(self.reward)}
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return score(self.reward, images, prompts).clamp(max=self.most)
+        return score(self.reward, images, prompts).float().clamp(max=self.most)
 
 
 def parts(reward: Reward) -> tuple[Reward, ...]:
@@ -320,7 +321,7 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
 def _terms(spec: str) -> list[str]:
     """The parts between the +."""
     head, tail = _cut(spec)
-    *terms, last = head.split("+")
+    *terms, last = _PLUS.split(head)
     return _whole_paths([*terms, last + tail])
 
 
@@ -328,13 +329,18 @@ def _whole_paths(parts: Sequence[str]) -> list[str]:
     """The parts as terms; a path that holds a + and is there has come apart, and is joined again."""
     terms, start = [], 0
     while start < len(parts):
-        joined = ("+".join(parts[start:end]) for end in range(start + 1, len(parts) + 1))
         name, _, place = parts[start].partition(":")
-        known = _bare(name.rpartition("*")[2].strip()) in SOURCES and place
-        whole = (each for each in joined if (known and _own_weights(each)) or _own_file(each))
-        terms.append(next(whole, parts[start]))
-        start += terms[-1].count("+") + 1
+        known = _bare(name.rpartition("*")[2].strip()) in SOURCES and bool(place)
+        ends = range(start + 1, len(parts) + 1)
+        end = next((end for end in ends if _is_there("+".join(parts[start:end]), known)), start + 1)
+        terms.append("+".join(parts[start:end]))
+        start = end
     return terms
+
+
+def _is_there(term: str, known: bool) -> bool:
+    """Does a term name a file that exists: of a published reward's weights (`known`), or one of functions?"""
+    return (known and _own_weights(term)) or _own_file(term)
 
 
 def _own_file(term: str) -> bool:

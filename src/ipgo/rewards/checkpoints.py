@@ -222,14 +222,15 @@ def check_vocabulary(tokenizer: Any, size: int, reward: str) -> None:
 
 def weight_files(folder: Path) -> list[Path]:
     """The files that transformers reads a model from, and no others that lie beside them."""
-    if (folder / INDEX).is_file():
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    if not (folder / INDEX).is_file():
+        return sorted(folder.glob(MODEL))
+    try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         return sorted(folder / name for name in set(index["weight_map"].values()))
-    return (
-        [folder / "model.safetensors"]
-        if (folder / "model.safetensors").is_file()
-        else sorted(folder.glob(MODEL))
-    )
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"weights are damaged: {str(folder / INDEX)!r} is no index of files") from None
 
 
 def identity(reward: str, files: Sequence[Path], preprocessing: object, version: int = 1) -> dict[str, Any]:
