@@ -155,7 +155,7 @@ def test_a_repository_without_safetensors_is_said_to_have_none(
 def test_a_damaged_tokenizer_is_one_sentence(tmp_path: Path, content: str) -> None:
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(InputError, match=r"reward 'clip': the tokenizer in '.*' cannot be opened"):
-        checkpoints.open_tokenizer(CLIPTokenizer, tmp_path, "clip")
+        checkpoints.open_tokenizer(CLIPTokenizer, tmp_path, "clip", 9)
 
 
 @pytest.mark.parametrize("name", ["clip", "hpsv2", "imagereward"])

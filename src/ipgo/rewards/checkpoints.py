@@ -196,28 +196,28 @@ def open_model(kind: Any, folder: Path | None, reward: str, what: str, **options
     return model
 
 
-def open_tokenizer(kind: Any, folder: Path, reward: str) -> Any:
-    """A tokenizer of transformers; `InputError` if its files are damaged."""
+def open_tokenizer(kind: Any, folder: Path, reward: str, size: int) -> Any:
+    """A tokenizer of transformers, for a text tower of `size` tokens.
+
+    Of files that are another's, or lacking, transformers makes an empty one, to which all prompts are alike. BLIP adds
+    two tokens to those of BERT.
+
+    Raises:
+        InputError: its files are damaged, or it is not that of the tower.
+    """
     try:
-        return kind.from_pretrained(folder)
+        tokenizer = kind.from_pretrained(folder)
     except Exception as error:  # its parser has errors of its own
         reason = first_line(error)
         raise InputError(
             f"reward {reward!r}: the tokenizer in {str(folder)!r} cannot be opened: {reason}"
         ) from error
-
-
-def check_vocabulary(tokenizer: Any, size: int, reward: str) -> None:
-    """Raise `InputError` for a tokenizer that is not that of a text tower of `size` tokens.
-
-    Of files that are another's, or lacking, transformers makes an empty one, to which all prompts are alike. BLIP adds
-    two tokens to those of BERT.
-    """
     if not 0.99 * size <= len(tokenizer) <= size:
         raise InputError(
-            f"reward {reward!r}: the tokenizer in {tokenizer.name_or_path!r} has {len(tokenizer)} tokens and the model "
-            f"{size}; it is another model's, or its files are not whole"
+            f"reward {reward!r}: the tokenizer in {str(folder)!r} has {len(tokenizer)} tokens and the model {size}; "
+            "it is another model's, or its files are not whole"
         )
+    return tokenizer
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -12,15 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTokenizer
 
-from ipgo.rewards.checkpoints import (
-    CLIP_L,
-    Checkpoint,
-    check_vocabulary,
-    identity,
-    open_model,
-    open_tokenizer,
-    weight_files,
-)
+from ipgo.rewards.checkpoints import CLIP_L, Checkpoint, identity, open_model, open_tokenizer, weight_files
 from ipgo.rewards.preprocessing import Preprocessing, read_preprocessing
 
 
@@ -104,15 +96,18 @@ def load_pickscore(device: torch.device, checkpoint: Checkpoint) -> ClipReward:
 def _load(device: torch.device, checkpoint: Checkpoint, scaled: bool) -> ClipReward:
     folder = checkpoint.find()
     model = read_clip(folder, checkpoint.spec, device)
-    tokenizer = open_tokenizer(
-        CLIPTokenizer, checkpoint.tokenizer(CLIP_L, folder, "vocab.json", "merges.txt"), checkpoint.spec
-    )
-    check_vocabulary(tokenizer, model.config.text_config.vocab_size, checkpoint.spec)
+    tokenizer = clip_tokenizer(checkpoint, folder, model.config.text_config.vocab_size)
     size = model.config.vision_config.image_size
     preprocessing = read_preprocessing(folder, size, checkpoint.notebook)
     about = identity(checkpoint.name, weight_files(folder), preprocessing)
     text = TextTower(model, tokenizer)
     return ClipReward(checkpoint.spec, model, text, preprocessing, about, scaled).to(device)
+
+
+def clip_tokenizer(checkpoint: Checkpoint, found: Path, size: int) -> Any:
+    """CLIP's tokenizer, beside the weights that were found or from the hub; see `open_tokenizer`."""
+    place = checkpoint.tokenizer(CLIP_L, found, "vocab.json", "merges.txt")
+    return open_tokenizer(CLIPTokenizer, place, checkpoint.spec, size)
 
 
 def read_clip(folder: Path, reward: str, device: torch.device) -> Any:

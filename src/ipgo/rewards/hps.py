@@ -8,19 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel
 
 from ipgo.errors import InputError
-from ipgo.rewards.checkpoints import (
-    CLIP_L,
-    Checkpoint,
-    check_vocabulary,
-    identity,
-    open_model,
-    open_tokenizer,
-    read_state,
-)
-from ipgo.rewards.clip import ClipReward, TextTower, attention
+from ipgo.rewards.checkpoints import Checkpoint, identity, open_model, read_state
+from ipgo.rewards.clip import ClipReward, TextTower, attention, clip_tokenizer
 from ipgo.rewards.preprocessing import Preprocessing
 
 HEAD_WIDTH = {"vision": 80, "text": 64}  # of ViT-H-14; no tensor shows it
@@ -52,9 +44,6 @@ LAYER = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)")
 def load_hps(device: torch.device, checkpoint: Checkpoint) -> ClipReward:
     """HPS: cosine in a CLIP tuned on rankings by people, near 0.27; v2 and v2.1 do not compare."""
     file = checkpoint.find()
-    tokenizer = open_tokenizer(
-        CLIPTokenizer, checkpoint.tokenizer(CLIP_L, file, "vocab.json", "merges.txt"), checkpoint.spec
-    )
     state = read_state(file, checkpoint.spec)
     try:
         config = config_of(state, ACTIVATION)
@@ -62,7 +51,7 @@ def load_hps(device: torch.device, checkpoint: Checkpoint) -> ClipReward:
         raise InputError(
             f"reward {checkpoint.spec!r}: {str(file)!r} is no CLIP of open_clip: it has no {error}"
         ) from None
-    check_vocabulary(tokenizer, config.text_config.vocab_size, checkpoint.spec)
+    tokenizer = clip_tokenizer(checkpoint, file, config.text_config.vocab_size)
     model = open_model(
         CLIPModel,
         None,

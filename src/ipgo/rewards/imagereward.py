@@ -11,14 +11,7 @@ from torch import Tensor, nn
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
 from ipgo.errors import InputError
-from ipgo.rewards.checkpoints import (
-    Checkpoint,
-    check_vocabulary,
-    identity,
-    open_model,
-    open_tokenizer,
-    read_state,
-)
+from ipgo.rewards.checkpoints import Checkpoint, identity, open_model, open_tokenizer, read_state
 from ipgo.rewards.linear import collapse
 from ipgo.rewards.preprocessing import Preprocessing
 
@@ -87,7 +80,6 @@ class ImageReward(nn.Module):
 def load_imagereward(device: torch.device, checkpoint: Checkpoint) -> ImageReward:
     """ImageReward v1.0: BLIP tuned on rankings by people, about -2 to 2."""
     file = checkpoint.find()
-    tokenizer = open_tokenizer(BertTokenizer, checkpoint.tokenizer(BERT, file, "vocab.txt"), checkpoint.spec)
     state = read_state(file, checkpoint.spec)
     head = collapse(state, "mlp.layers.", checkpoint.spec)
     picture, prompt = (_part(state, f"blip.{name}_encoder.") for name in ("visual", "text"))
@@ -96,7 +88,9 @@ def load_imagereward(device: torch.device, checkpoint: Checkpoint) -> ImageRewar
     except (KeyError, ValueError) as error:
         raise InputError(f"reward {checkpoint.spec!r}: {str(file)!r} is no BLIP: it has no {error}") from None
     what, spec = str(file), checkpoint.spec
-    check_vocabulary(tokenizer, text_config.vocab_size, spec)
+    tokenizer = open_tokenizer(
+        BertTokenizer, checkpoint.tokenizer(BERT, file, "vocab.txt"), spec, text_config.vocab_size
+    )
     vision = open_model(
         BlipVisionModel, None, spec, what, config=vision_config, state_dict=convert_vision(picture)
     )
