@@ -33,6 +33,7 @@ from ipgo.runner import (
     Models,
     check_gradient,
     check_method,
+    check_settings,
     facts,
     finish_chunk,
     fit_chunk,
@@ -58,7 +59,6 @@ def check(folder: Comparison) -> None:
         config, run = folder.plan.config(label), folder.run(label)
         if run is not None and not run.pending(config.method.stackable):
             continue
-        method = getattr(config.method, "check", None)
         try:
             for name in dict.fromkeys((config.reward, *held_out(config))):
                 if name not in seen:
@@ -71,9 +71,7 @@ def check(folder: Comparison) -> None:
             if run is not None:
                 check_method(run)
             else:
-                config.check_fit()
-                if method is not None:
-                    method(config.request(config.prompts))
+                check_settings(config, config.prompts)
         except (InputError, MissingExtraError) as error:
             raise InputError(f"entry {label!r}: {error}") from None
 

@@ -115,14 +115,17 @@ def load_models(
 
 
 def check_method(folder: Run) -> None:
-    """Refuse, before a model is loaded, what a fit that is not done yet cannot do (`check` of the method, if any)."""
-    config, pending = folder.config, folder.pending(folder.config.method.stackable)
-    if pending:
-        config.check_fit()
+    """`check_settings` of what is not done yet."""
+    for chunk in folder.pending(folder.config.method.stackable):
+        check_settings(folder.config, chunk.texts)
+
+
+def check_settings(config: RunConfig, prompts: Sequence[str]) -> None:
+    """Refuse, before a model is loaded, what a fit of these prompts cannot do (`check` of the method, if any)."""
+    config.check_fit()
     check = getattr(config.method, "check", None)
     if check is not None:
-        for chunk in pending:
-            check(config.request(chunk.texts))
+        check(config.request(prompts))
 
 
 def check_gradient(config: RunConfig) -> None:
