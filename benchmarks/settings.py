@@ -7,7 +7,8 @@ Entries are those of benchmarks/settings.yaml, as `ipgo compare --config` reads 
 all prompts over seeds 0 to 3, and judged on four others. With --shared it is fitted once, to the prompts that are named
 there, with noise that is always new, and judged on those of --prompts. Prompts are drawn as one batch, which a GPU
 likes, in a prompt-wise fit and when they are judged: `ipgo compare` does the same prompt by prompt, and keeps images
-and embeddings. "objects" is how many points more of the images have the objects that the judge looks for.
+and embeddings. "objects" is how many points more of the images have the objects that the judge looks for, "likeness" how
+much more they look like the artwork.
 """
 
 import argparse
@@ -75,14 +76,21 @@ class Outcome:
     wins: float  # fraction of images
     others: tuple[float, ...]
     judge: float  # change of the fraction of images whose objects the judge finds
+    likeness: float  # change of how much they look like the artwork
 
     @classmethod
     def of(cls, reward: str, gains: Sequence[Gain]) -> "Outcome":
         by_name = {gain.reward: gain for gain in gains}
-        own, judge = by_name[reward], by_name["judge-object"]
+        own, judge, like = (by_name[name] for name in (reward, "judge-object", "judge-likeness"))
         others = tuple(by_name[name].gain.value for name in held_out(reward))
         return cls(
-            own.gain.value, own.gain.low, own.gain.high, own.wins.value, others, judge.after - judge.before
+            own.gain.value,
+            own.gain.low,
+            own.gain.high,
+            own.wins.value,
+            others,
+            judge.after - judge.before,
+            like.gain.value,
         )
 
 
@@ -98,6 +106,7 @@ def line(label: str, outcome: Outcome) -> str:
         f"{outcome.wins:.0%}",
         *(f"{other:+.3f}" for other in outcome.others),
         f"{100 * outcome.judge:+.0f}",
+        f"{outcome.likeness:+.3f}",
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -109,7 +118,7 @@ def summary(found: Mapping[str, Mapping[tuple[str, str], Outcome]]) -> str:
     head = ["variant"]
     for reward in rewards:
         sets = " / ".join(prompts.partition(":")[0] for name, prompts in cells if name == reward)
-        head += [f"{reward.removeprefix('emoji-')}: {sets}", "least wins", "held out", "objects"]
+        head += [f"{reward.removeprefix('emoji-')}: {sets}", "least wins", "held out", "objects", "likeness"]
     lines = [head, ["---"] * len(head)]
     for label, outcomes in found.items():
         row = [label]
@@ -121,6 +130,7 @@ def summary(found: Mapping[str, Mapping[tuple[str, str], Outcome]]) -> str:
                 f"{min(outcome.wins for outcome in own):.0%}",
                 f"{sum(others) / len(others):+.3f}",
                 f"{100 * sum(outcome.judge for outcome in own) / len(own):+.1f}",
+                f"{sum(outcome.likeness for outcome in own) / len(own):+.3f}",
             ]
         lines.append(row)
     return "\n".join(f"| {' | '.join(each)} |" for each in lines)
@@ -151,7 +161,7 @@ def outcomes(
     models = load_models(plan.config(chosen[0]))
     raw = judged(RAW, Adapter(), judged_on, plan.config(chosen[0]), models)
     others = [name.removeprefix("emoji-") for name in held_out(reward)]
-    head = [prompts, reward.removeprefix("emoji-"), "wins", *others, "objects"]
+    head = [prompts, reward.removeprefix("emoji-"), "wins", *others, "objects", "likeness"]
     print(f"\n| {' | '.join(head)} |\n{'|---' * len(head)}|", flush=True)
     for label in chosen:
         config = within_budget(plan, label, plan.config(label), models)
@@ -168,9 +178,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--entries", nargs="+", help="default: all of the file that are for the mode")
     parser.add_argument("--prompts", nargs="+", default=["styled:train"])
-    parser.add_argument(
-        "--rewards", nargs="+", default=["emoji-preference"], choices=BUNDLED_REWARDS["emoji"]
-    )
+    parser.add_argument("--rewards", nargs="+", default=["emoji-preference"], help="specs, as in fit")
     parser.add_argument("--shared", metavar="PROMPTS", help="prompt-batch, fitted to these; mixed:train, ...")
     parser.add_argument("--budget", type=int, default=400, help="weighted calls for a prompt, prompt-wise")
     parser.add_argument("--device", default="auto")
