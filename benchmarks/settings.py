@@ -7,8 +7,8 @@ Entries are those of benchmarks/settings.yaml, as `ipgo compare --config` reads 
 all prompts over seeds 0 to 3, and judged on four others. With --shared it is fitted once, to the prompts that are named
 there, with noise that is always new, and judged on those of --prompts. Prompts are drawn as one batch, which a GPU
 likes, in a prompt-wise fit and when they are judged: `ipgo compare` does the same prompt by prompt, and keeps images
-and embeddings. "objects" is how many points more of the images have the objects that the judge looks for, "likeness" how
-much more they look like the artwork.
+and embeddings. "objects" is how many points more of the images have the objects that the judge looks for, "likeness"
+how much more they look like the artwork.
 """
 
 import argparse

@@ -8,6 +8,8 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
@@ -257,6 +259,32 @@ def flux(*, distilled=True):
         tokenizer=tokenizer,
         text_encoder_2=t5(tokenizer_2),
         tokenizer_2=tokenizer_2,
+        transformer=louder(transformer, "context_embedder.weight"),
+    )
+    return quiet(pipe)
+
+
+def chroma():
+    torch.manual_seed(0)
+    tokenizer = letters()
+    transformer = ChromaTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 4, 8),
+        approximator_num_channels=8,
+        approximator_hidden_dim=16,
+        approximator_layers=2,
+    )
+    pipe = ChromaPipeline(
+        # The network rounds times to its own format: at two steps of this schedule bfloat16 holds them.
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=t5(tokenizer),
+        tokenizer=tokenizer,
         transformer=louder(transformer, "context_embedder.weight"),
     )
     return quiet(pipe)

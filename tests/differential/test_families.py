@@ -72,6 +72,7 @@ CASES = {
     "sd35": Case(tiny.sd35, T5),
     "flux-dev": Case(tiny.flux, {**T5, **SMALL}, {"image_size": 16}),
     "flux-schnell": Case(lambda: tiny.flux(distilled=False), {**T5, **SMALL}, {"image_size": 16}, (0.0,)),
+    "chroma": Case(tiny.chroma, {**T5, **SMALL}, {"image_size": 16}, (1.0, 4.0)),
     "pixart-alpha": Case(tiny.pixart, PIXART, guidance=(1.0, 4.5)),
     "pixart-alpha-size": Case(tiny.pixart_told_its_size, {**PIXART, **SMALL}, {"image_size": 16}),
     "pixart-sigma": Case(tiny.pixart_sigma, PIXART),
@@ -97,6 +98,7 @@ ONE_EACH = [
     "sd35",
     "flux-dev",
     "flux-schnell",
+    "chroma",
     "pixart-alpha",
     "pixart-sigma",
     "sana",
@@ -240,7 +242,7 @@ def test_a_row_does_not_depend_on_its_neighbours(pipes, name):
 
 @pytest.mark.parametrize(
     "name",
-    ["sd15", "sdxl", "sd3", "pixart-sigma", "sana", "qwen-image", "z-image", "flux2-klein-base"],
+    ["sd15", "sdxl", "sd3", "chroma", "pixart-sigma", "sana", "qwen-image", "z-image", "flux2-klein-base"],
 )
 def test_the_default_draws_the_same_in_the_pipeline(pipes, name):
     """Embeddings around both prompts, where guidance has two, as `IPGO()` learns them."""

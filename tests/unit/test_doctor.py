@@ -55,7 +55,7 @@ def test_a_healthy_pair(backend: Backend) -> None:
     "make",
     [
         *(tiny.sdxl, tiny.sd3, tiny.flux, tiny.pixart, tiny.sana, tiny.sana_sprint),
-        *(tiny.z_image, tiny.qwen_image, tiny.flux_2),
+        *(tiny.z_image, tiny.qwen_image, tiny.flux_2, tiny.chroma),
     ],
     ids=lambda make: make.__name__,
 )

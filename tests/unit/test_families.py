@@ -19,7 +19,7 @@ from diffusers import (
 
 from ipgo.adapters import Adapter, NoiseAdapter, generate
 from ipgo.backends import load_backend, put
-from ipgo.backends.flux import pack, unpack
+from ipgo.backends.packed import pack, unpack
 from ipgo.backends.qwen_image import compact
 from ipgo.embeds import PromptEmbeds
 from ipgo.errors import InputError
@@ -53,7 +53,7 @@ def test_a_pipeline_without_its_text_encoder_is_refused():
     "build",
     [
         tiny_pipeline, tiny.lcm, tiny.sdxl, tiny.sd3, tiny.flux, tiny.pixart, tiny.sana, tiny.sana_sprint,
-        tiny.z_image, tiny.flux_2, tiny.qwen_image,
+        tiny.z_image, tiny.flux_2, tiny.qwen_image, tiny.chroma,
     ],
 )  # fmt: skip
 def test_prompts_are_encoded_where_the_text_encoders_are(build):

@@ -31,7 +31,7 @@ from tests.reward_models import tiny_clip
 SAMPLING = ipgo.Sampling(steps=3, fit_steps=None)
 FAMILIES = (
     tiny_pipeline, tiny_families.lcm, tiny_families.sdxl, tiny_families.sd3, tiny_families.flux,
-    tiny_families.pixart,
+    tiny_families.pixart, tiny_families.chroma,
 )  # fmt: skip
 
 
@@ -64,7 +64,7 @@ def sizes(folder: str) -> Workload:
 @pytest.mark.parametrize("choice", [Choice(2, False), Choice(2, True, 2)], ids=str)
 def test_the_plan_is_what_the_step_takes(make: Callable[[], Any], choice: Choice, tmp_path: Path) -> None:
     pipe = make()
-    side = 16 if make is tiny_families.flux else None  # its own is large
+    side = 16 if make in (tiny_families.flux, tiny_families.chroma) else None  # their own is large
     planned = unloaded(configurations(pipe, tmp_path), "contrast", SAMPLING, torch.float32, side)
     run = Workload(load_backend(pipe, device="cpu", image_size=side), planned.reward, SAMPLING)
     found, real = planned.footprint(choice), run.footprint(choice)

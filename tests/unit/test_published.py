@@ -28,6 +28,7 @@ COUNTS = {
     "sd35": (2_243_171_520, CLIP_L + 768 * 768, CLIP_G, T5_XXL, VAE_16),
     "flux-dev": (11_901_408_320, CLIP_L, T5_XXL, VAE_16),
     "flux-schnell": (11_891_178_560, CLIP_L, T5_XXL, VAE_16),
+    "chroma": (8_899_983_424, T5_XXL, VAE_16),
     "pixart-alpha": (610_856_096, T5_XXL, VAE_4),
     "pixart-sigma": (610_856_096, T5_XXL, VAE_4),
     "sana": (1_604_462_752, GEMMA_2_2B, DC_AE),

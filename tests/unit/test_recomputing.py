@@ -62,7 +62,7 @@ def test_the_gradient_is_the_same_and_the_decoder_as_before(make: Callable[[], A
 
 TRANSFORMERS = (
     tiny_families.sd3, tiny_families.flux, tiny_families.sana, tiny_families.qwen_image, tiny_families.z_image,
-    tiny_families.flux_2,
+    tiny_families.flux_2, tiny_families.chroma,
 )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ipgo.backends.base import Backend
+from ipgo.backends.chroma import Chroma
 from ipgo.backends.facts import Facts, Opening
 from ipgo.backends.few_steps import FewSteps, by_folder, by_name, by_pipeline
 from ipgo.backends.flux import Flux
@@ -43,6 +44,7 @@ FAMILIES: dict[str, type[Backend]] = {
     "StableDiffusionXLPipeline": StableDiffusionXL,
     "StableDiffusion3Pipeline": StableDiffusion3,
     "FluxPipeline": Flux,
+    "ChromaPipeline": Chroma,
     "PixArtAlphaPipeline": PixArtAlpha,
     "PixArtSigmaPipeline": PixArtSigma,
     "SanaPipeline": Sana,
@@ -65,6 +67,7 @@ BACKENDS: dict[str, tuple[str, str]] = {
     "sd35": ("StableDiffusion3Pipeline", "stabilityai/stable-diffusion-3.5-medium"),
     "flux-dev": ("FluxPipeline", "black-forest-labs/FLUX.1-dev"),
     "flux-schnell": ("FluxPipeline", "black-forest-labs/FLUX.1-schnell"),
+    "chroma": ("ChromaPipeline", "lodestones/Chroma1-HD"),
     "pixart-alpha": ("PixArtAlphaPipeline", "PixArt-alpha/PixArt-XL-2-512x512"),
     "pixart-sigma": ("PixArtSigmaPipeline", "PixArt-alpha/PixArt-Sigma-XL-2-512-MS"),
     "sana": ("SanaPipeline", "Efficient-Large-Model/Sana_1600M_1024px_diffusers"),

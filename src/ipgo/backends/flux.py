@@ -7,18 +7,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from ipgo.backends.base import Backend, latent_side
 from ipgo.backends.facts import Facts, Opening
-from ipgo.backends.schedulers import shifted
+from ipgo.backends.packed import PackedBackend, pack, places, unpack
 from ipgo.backends.text import clip_tokens, tokenize
 from ipgo.embeds import PromptEmbeds
 
-SIDE = 128  # of the latents, where no size is asked for; the network itself knows none
 
-
-class Flux(Backend):
+class Flux(PackedBackend):
     """A `diffusers.FluxPipeline` whose parameters are frozen.
 
     T5's states and CLIP's vector. The guidance scale is an input of the network (dev), or has no meaning
@@ -40,7 +36,6 @@ class Flux(Backend):
 
     def __init__(self, pipe: Any, name: str, opening: Opening) -> None:
         super().__init__(pipe, name, opening)
-        self.embed_dim = pipe.transformer.config.joint_attention_dim
         self.max_tokens = min(self.facts.tokens, pipe.tokenizer_2.model_max_length)
         self.guidance = "distilled" if pipe.transformer.config.guidance_embeds else "none"
         # Its backward pass made an illegal memory access on an H100 (docs/benchmarks-gpu.md); PyTorch's others do not.
@@ -49,10 +44,6 @@ class Flux(Backend):
     @property
     def tokenizer(self) -> Any:
         return self.pipe.tokenizer_2
-
-    def _latent_shape(self, image_size: int | None) -> tuple[int, int, int]:
-        side = latent_side(self.pipe, SIDE, image_size, patch=2)
-        return self.pipe.transformer.config.in_channels // 4, side, side
 
     def _encode(self, prompts: Sequence[str], padding: str) -> PromptEmbeds:
         pipe = self.pipe
@@ -73,8 +64,6 @@ class Flux(Backend):
     ) -> Tensor:
         def denoise(latents: Tensor, prompt: PromptEmbeds) -> Tensor:
             count, height, width = len(latents), latents.shape[-2] // 2, latents.shape[-1] // 2
-            rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-            places = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).view(-1, 3)
             output: Tensor = self.pipe.transformer(
                 hidden_states=pack(latents).to(self.dtype),
                 timestep=timestep.expand(count) / 1000,
@@ -84,25 +73,9 @@ class Flux(Backend):
                 pooled_projections=prompt.pooled,
                 encoder_hidden_states=prompt.embeds,
                 txt_ids=torch.zeros(prompt.length, 3, dtype=self.dtype, device=self.device),
-                img_ids=places.to(self.device, self.dtype),
+                img_ids=places(height, width).to(self.device, self.dtype),
                 return_dict=False,
             )[0]
             return unpack(output, height, width).to(latents.dtype)
 
         return self.guided(denoise, latents, cond, None, guidance_scale)
-
-    def _timesteps(self, steps: int, latents: Tensor) -> dict[str, Any]:
-        return shifted(steps, latents.shape[-2] * latents.shape[-1] // 4, self.pipe.scheduler.config)
-
-    def pipeline_latents(self, latents: Tensor) -> Tensor:
-        return pack(latents)
-
-
-def pack(latents: Tensor) -> Tensor:
-    """(B, C, h, w) to (B, h/2 * w/2, 4 C): patches of 2 x 2."""
-    return F.pixel_unshuffle(latents, 2).flatten(2).mT
-
-
-def unpack(packed: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of `pack`, for `height` times `width` patches."""
-    return F.pixel_shuffle(packed.mT.reshape(len(packed), -1, height, width), 2)

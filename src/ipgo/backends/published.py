@@ -208,6 +208,17 @@ def _flux(distilled: bool) -> Blueprint:
     )
 
 
+_CHROMA = Blueprint(
+    "ChromaPipeline",
+    {
+        "transformer": Part("diffusers", "ChromaTransformer2DModel", {}),
+        "vae": _vae_16(0.3611, 0.1159),
+        "text_encoder": _T5_XXL,
+        "scheduler": Part("diffusers", "FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+    },
+)
+
+
 def _pixart(kind: str, vae: Part) -> Blueprint:
     transformer = {"sample_size": 64, "caption_channels": 4096}
     levels = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
@@ -328,6 +339,7 @@ PUBLISHED: dict[str, Blueprint] = {
     "sd35": _sd3(pos_embed_max_size=384, dual_attention_layers=tuple(range(13)), qk_norm="rms_norm"),
     "flux-dev": _flux(distilled=True),
     "flux-schnell": _flux(distilled=False),
+    "chroma": _CHROMA,
     "pixart-alpha": _pixart("PixArtAlphaPipeline", _VAE_SD),
     "pixart-sigma": _pixart("PixArtSigmaPipeline", _VAE_XL),
     "sana": _sana(

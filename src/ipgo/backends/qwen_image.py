@@ -11,10 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from ipgo.backends.base import Backend, latent_side
 from ipgo.backends.facts import Facts, Opening
-from ipgo.backends.flux import pack, unpack
-from ipgo.backends.schedulers import shifted
+from ipgo.backends.packed import PackedBackend, pack, unpack
 from ipgo.backends.stable_diffusion import hidden
 from ipgo.backends.text import tokenize
 from ipgo.embeds import PromptEmbeds
@@ -22,7 +20,7 @@ from ipgo.embeds import PromptEmbeds
 MOST = 1024  # text states that the pipeline takes
 
 
-class QwenImage(Backend):
+class QwenImage(PackedBackend):
     """A `diffusers.QwenImagePipeline` whose parameters are frozen.
 
     The last states of Qwen2.5-VL, which reads the prompt in the pipeline's template, from the prompt on. The
@@ -45,13 +43,8 @@ class QwenImage(Backend):
 
     def __init__(self, pipe: Any, name: str, opening: Opening) -> None:
         super().__init__(pipe, name, opening)
-        self.embed_dim = pipe.transformer.config.joint_attention_dim
         self.max_tokens = min(self.facts.tokens, pipe.tokenizer_max_length)
         self.instruction_tokens = int(pipe.prompt_template_encode_start_idx)
-
-    def _latent_shape(self, image_size: int | None) -> tuple[int, int, int]:
-        side = latent_side(self.pipe, self.pipe.default_sample_size, image_size, patch=2)
-        return self.pipe.transformer.config.in_channels // 4, side, side
 
     def _texts(self, prompts: Sequence[str]) -> list[str]:
         return [self.pipe.prompt_template_encode.format(prompt) for prompt in prompts]
@@ -106,9 +99,6 @@ class QwenImage(Backend):
         mixed = mixed * (length / torch.linalg.vector_norm(mixed, dim=-1, keepdim=True))
         return unpack(mixed, cond.shape[-2] // 2, cond.shape[-1] // 2)
 
-    def _timesteps(self, steps: int, latents: Tensor) -> dict[str, Any]:
-        return shifted(steps, latents.shape[-2] * latents.shape[-1] // 4, self.pipe.scheduler.config)
-
     def _pixels(self, latents: Tensor) -> Tensor:
         return super()._pixels(latents.unsqueeze(2)).squeeze(2)  # a film of one picture
 
@@ -137,9 +127,6 @@ class QwenImage(Backend):
     def pipeline_guidance(self, scale: float) -> dict[str, Any]:
         """The pipeline's `guidance_scale` is another thing. Without a negative prompt it does not guide at all."""
         return {"true_cfg_scale": scale}
-
-    def pipeline_latents(self, latents: Tensor) -> Tensor:
-        return pack(latents)
 
 
 def compact(prompt: PromptEmbeds) -> PromptEmbeds:

@@ -20,6 +20,8 @@ DECODER = frozenset(
 TRANSFORMER = frozenset(
     (
         "JointTransformerBlock",
+        "ChromaSingleTransformerBlock",
+        "ChromaTransformerBlock",
         "FluxTransformerBlock",
         "FluxSingleTransformerBlock",
         "Flux2TransformerBlock",
