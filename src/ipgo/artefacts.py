@@ -12,7 +12,7 @@ from safetensors.torch import save
 
 from ipgo import files
 from ipgo.adapters import ADAPTERS, Adapter
-from ipgo.errors import InputError, unknown
+from ipgo.errors import InputError, first_line, unknown
 from ipgo.evaluation import Score
 
 SCHEMA = 1
@@ -45,7 +45,7 @@ def load_adapter(folder: Path | str) -> Adapter:
         adapter = ADAPTERS[about["kind"]](prompts, **about["options"])
         adapter.load_state_dict(state)
     except (SafetensorError, OSError, RuntimeError, KeyError, TypeError) as error:
-        raise InputError(f"adapter {str(file)!r} cannot be read: {str(error).splitlines()[0]}") from None
+        raise InputError(f"adapter {str(file)!r} cannot be read: {first_line(error)}") from None
     if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
         raise InputError(f"adapter {str(file)!r} holds numbers that are not finite")
     return adapter

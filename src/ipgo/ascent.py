@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ipgo.errors import InputError, unknown
 from ipgo.typed import check_types
@@ -83,9 +83,14 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], kind: Optimizer) -> t
         return sgd
     adam = torch.optim.Adam(groups)
     for parameter in parameters.values():
-        adam.state[parameter] = {
-            "step": torch.zeros(()),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-        }
+        adam.state[parameter] = adam_state(parameter)
     return adam
+
+
+def adam_state(parameter: nn.Parameter) -> dict[str, Tensor]:
+    """All the state that Adam or AdamW will ever have for a parameter."""
+    return {
+        "step": torch.zeros(()),
+        "exp_avg": torch.zeros_like(parameter),
+        "exp_avg_sq": torch.zeros_like(parameter),
+    }

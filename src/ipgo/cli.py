@@ -1,4 +1,4 @@
-"""The command line: `ipgo fit`, `generate`, `evaluate`, `report` and `list`, and what has a file of its own.
+"""The command line: `ipgo fit`, `generate`, `evaluate` and `report`, and what has a file of its own.
 
 Whatever needs torch is imported inside the commands, so that `ipgo --help` answers at once.
 """
@@ -27,6 +27,7 @@ from ipgo.errors import InputError, IpgoError, first_line, unknown
 from ipgo.prompts import read_prompts, slug
 from ipgo.terminal import (
     add_device_flags,
+    aligned,
     backend_of,
     command_parser,
     compare_backend,
@@ -245,12 +246,8 @@ def table(gains: Sequence[Gain]) -> str:
                 + (f" ({each.wins.low:.0%} to {each.wins.high:.0%})" if some else ""),
             )
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
     note = "* the reward that was raised; all others are held out. An image that is as good as raw is half a win."
-    return "\n".join([*lines, note, ""])
+    return "\n".join([*aligned(rows), note, ""])
 
 
 def _span(seeds: Sequence[int]) -> str:
@@ -341,8 +338,7 @@ def evaluate(argv: list[str]) -> int:
     folder = Run.open(args.run)
     files.check_out(folder.path, folder=True)
     adapter, settings = find_adapter(args.run)
-    done = [prompt.text for prompt in folder.prompts if folder.done(prompt)]
-    prompts = read_prompts(args.prompts) if args.prompts else done
+    prompts = read_prompts(args.prompts) if args.prompts else [prompt.text for prompt in folder.finished]
     check_prompts(prompts)
     adapter.rows(prompts)
     source, raised = backend_of(settings, args.backend), folder.config.reward

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ipgo.errors import InputError, unknown
 from ipgo.prompts import halves, read_prompts, slug
-from ipgo.terminal import loading, read_texts, underscores
+from ipgo.terminal import aligned, loading, read_texts, underscores
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -225,7 +225,7 @@ def show_comparison(place: Path) -> int:
     entries = rows(folder)
     written = write_comparison(folder, entries)
     for table in (raised_table(entries, folder.plan.reward), cost_table(folder, entries)):
-        print(f"\n{table.title}\n{aligned(table)}")
+        print(f"\n{table.title}\n{plain(table)}")
     print()
     for name, file in written.items():
         print(f"{name + ':':<10}{file}")
@@ -239,11 +239,6 @@ def show_comparison(place: Path) -> int:
     return 1 if failures or any(row.errors for row in entries) else 0
 
 
-def aligned(table: Table) -> str:
+def plain(table: Table) -> str:
     """A table in plain text."""
-    lines: Sequence[Sequence[str]] = [table.head, *([cell.text for cell in line] for line in table.lines)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
+    return "\n".join(aligned([table.head, *([cell.text for cell in line] for line in table.lines)]))

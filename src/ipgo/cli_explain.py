@@ -11,6 +11,7 @@ from tqdm import tqdm
 from ipgo.errors import InputError
 from ipgo.terminal import (
     add_device_flags,
+    aligned,
     backend_of,
     command_parser,
     compare_backend,
@@ -110,8 +111,6 @@ def show(found: Explanation) -> str:
         rows.append(
             (name, words, f"{each.norm:.2f}", f"{each.to_prompt:+.2f}", mean, steps, f"{each.without:+.4f}")
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     shares = (("inserted", inserted), ("prompt", found.text_attention), ("padding", found.padding_attention))
     looks = ", ".join(f"{name} {sum(steps) / len(steps):.1%}" for name, steps in shares)
     return "\n".join(
@@ -120,6 +119,6 @@ def show(found: Explanation) -> str:
             f"{found.reward} {found.value:.4f}, raw {found.raw:.4f}; mean norm of the prompt's states "
             f"{found.prompt_norm:.2f}; drift of their mean {found.drift:.1%}",
             f"attention: {looks}",
-            *lines,
+            *aligned(rows),
         ]
     )

@@ -6,7 +6,6 @@ import csv
 import io
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,7 +155,10 @@ def _prompt_of(picture: Path, table: Sequence[tuple[Path, str]], spec: str) -> s
     named = [(file.parts[::-1], prompt) for file, prompt in table if file.name == picture.name]
     if not named:
         raise InputError(f"prompt file {spec!r} has no line for picture {picture.name!r}")
-    shared = [len(list(takewhile(lambda pair: pair[0] == pair[1], zip(ours, parts)))) for parts, _ in named]  # noqa: B905
+    shared = [
+        len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ours, parts))))  # noqa: B905
+        for parts, _ in named
+    ]
     best = {prompt for (_, prompt), count in zip(named, shared, strict=True) if count == max(shared)}
     if len(best) > 1:
         raise InputError(

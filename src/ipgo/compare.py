@@ -57,7 +57,7 @@ def check(folder: Comparison) -> None:
     seen = set[object]()
     for label in folder.plan.entries:
         config, run = folder.plan.config(label), folder.run(label)
-        if run is not None and not run.pending(config.method.stackable):
+        if run is not None and not run.pending():
             continue
         try:
             for name in dict.fromkeys((config.reward, *held_out(config))):
@@ -134,11 +134,11 @@ def _run_entry(folder: Comparison, label: str, shelf: dict[tuple[Any, ...], Mode
         models.backend.check_prompts(folder.plan.unseen_prompts)  # not only when the fit is done
     twins = _twins(folder, label)
     try:
-        for chunk in run.pending(config.method.stackable):
+        for chunk in run.pending():
             _run_chunk(folder, label, run, models, chunk, twins)
     finally:
         run.release()
-    if not run.pending(config.method.stackable):
+    if not run.pending():
         run.close()
         _judge_unseen_prompts(run, models, folder.plan.unseen_prompts)
 

@@ -17,7 +17,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from ipgo.adapters.noise import check_one_seed
 from ipgo.backends.facts import Opening
-from ipgo.errors import InputError, unknown, unknown_option
+from ipgo.errors import InputError, first_line, unknown, unknown_option
 from ipgo.methods import METHODS
 from ipgo.methods.ipgo import IPGO
 from ipgo.prompts import check_prompts
@@ -385,7 +385,7 @@ def _reason(error: Exception) -> str:
     mark = getattr(error, "problem_mark", None)
     if mark is not None:
         return f"{getattr(error, 'problem', None) or 'no YAML'} in line {mark.line + 1}"
-    return str(error).splitlines()[0]
+    return first_line(error)
 
 
 def method_settings(given: Any) -> dict[str, Any]:

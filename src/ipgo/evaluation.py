@@ -207,10 +207,10 @@ def average(scores: Iterable[Score], method: str, reward: str) -> Interval:
     return _bootstrap(list(values.values()))
 
 
-def levels(scores: Sequence[Score], method: str = "raw") -> dict[str, float]:
-    """By reward: the mean of a method's images, as `average`."""
-    names = dict.fromkeys(each.reward for each in scores if each.method == method)
-    return {name: average(scores, method, name).value for name in names}
+def levels(scores: Sequence[Score]) -> dict[str, float]:
+    """By reward: the mean of the raw images, as `average`."""
+    names = dict.fromkeys(each.reward for each in scores if each.method == "raw")
+    return {name: average(scores, "raw", name).value for name in names}
 
 
 def summarise(

@@ -91,7 +91,7 @@ def fit(
             `load_backend` made of one, for its other options.
         out: where to keep the run; an unfinished one there is continued. None keeps nothing.
         method: a name of `ipgo list methods`, which has its defaults, or one such as IPGO(ascent=Ascent(steps=20)).
-        sampling: None is 20 steps, or what a few-step model wants (see `defaults.for_backend`).
+        sampling: None is 20 steps, or what a few-step model wants (see `defaults.defaults`).
         held_out: rewards that only judge the result, specs or functions; None is all those that come with the backend.
         seeds: noise seeds, cycled over the steps; none at all, (), is fresh noise at every step. None is 0 to 3, or 0
             for a method that learns the noise or wants a single seed.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -78,17 +77,6 @@ def to_pil(images: Tensor) -> list[Image.Image]:
     """One 8-bit picture per row."""
     pixels = (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
     return [Image.fromarray(picture) for picture in pixels.permute(0, 2, 3, 1).cpu().numpy()]
-
-
-def grid(images: Tensor, columns: int | None = None) -> Image.Image:
-    """All rows in one picture, filled row by row; as square as it gets unless `columns` is given."""
-    pictures = to_pil(images)
-    columns = columns or math.ceil(math.sqrt(len(pictures)))
-    width, height = pictures[0].size
-    sheet = Image.new("RGB", (columns * width, math.ceil(len(pictures) / columns) * height), "white")
-    for index, picture in enumerate(pictures):
-        sheet.paste(picture, (index % columns * width, index // columns * height))
-    return sheet
 
 
 @contextlib.contextmanager

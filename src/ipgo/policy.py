@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from ipgo.adapters import WeightAdapter
+from ipgo.ascent import adam_state
 from ipgo.embeds import PromptEmbeds
 from ipgo.errors import InputError
 from ipgo.ppo import PPO, advantages, log_probability, surrogate
 from ipgo.resume import all_tensors, copied, fill
 from ipgo.rewards import score
 from ipgo.sampling import ddim_step, decode, denoise, need_ddim
-from ipgo.seeding import derive, generator
+from ipgo.seeding import derive, generator, shuffled
 from ipgo.task import FRESH, Progress, Task
 from ipgo.training import FLOAT16_SCALE, PATIENCE
 
@@ -107,9 +108,8 @@ class _Training:
         }
         self.parameters = dict(self.adapter.named_parameters())
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=ppo.lr, weight_decay=ppo.weight_decay)
-        for parameter in self.parameters.values():  # all the state that it will ever have, for `load` to fill
-            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-            self.optimizer.state[parameter] = {"step": torch.zeros(()), **moments}
+        for parameter in self.parameters.values():
+            self.optimizer.state[parameter] = adam_state(parameter)
 
     def run(self) -> Iterator[Progress]:
         for epoch in range(int(self.memory["epoch"]), self.ppo.epochs):
@@ -136,11 +136,7 @@ class _Training:
         """Draw the trajectories of an epoch, the next ones of an endless sequence of shuffled passes."""
         count, samples = len(self.task.prompts), self.ppo.samples
         places = torch.arange(epoch * samples, (epoch + 1) * samples)
-        passes = {
-            number: torch.randperm(count, generator=generator(derive(self.task.seed, "pass", number)))
-            for number in torch.unique(places // count).tolist()
-        }
-        numbers = torch.stack([passes[int(place) // count][int(place) % count] for place in places])
+        numbers = shuffled(count, epoch * samples, samples, self.task.seed)
         size = self.ppo.batch_size
         parts = zip(torch.split(numbers, size), torch.split(places, size), strict=True)
         return [self._draw(*part) for part in parts]

@@ -14,9 +14,9 @@ from typing import Any
 import yaml
 
 from ipgo import files
-from ipgo.adapters import Adapter, NoiseAdapter, TextEncoderAdapter, WeightAdapter, stack
-from ipgo.artefacts import adapter_facts, load_adapter, save_adapter
-from ipgo.errors import InputError
+from ipgo.adapters import Adapter, NoiseAdapter, TextEncoderAdapter, WeightAdapter
+from ipgo.artefacts import load_adapter, save_adapter
+from ipgo.errors import InputError, first_line
 from ipgo.evaluation import Gain, summarise
 from ipgo.prompts import Prompt
 from ipgo.rewards.checkpoints import HUB_ID, fingerprint
@@ -39,20 +39,16 @@ def save_pretrained(run: Run | str | Path, folder: str | Path) -> Path:
         InputError: no prompt of the run is finished, or `folder` holds something else.
     """
     run, folder = run if isinstance(run, Run) else Run.open(run), Path(folder)
-    done = [prompt for prompt in run.prompts if run.done(prompt)]
     if run.config.method_name == "raw":
         raise InputError(f"run {str(run.path)!r} is of the method 'raw', which learns nothing to publish")
-    if not done:
-        raise InputError(f"run {str(run.path)!r} has no finished prompt yet")
+    whole, settings = run.whole_adapter()
     if folder.exists() and not (
         folder.is_dir() and (not any(folder.iterdir()) or (folder / FILES[0]).is_file())
     ):
         raise InputError(f"folder {str(folder)!r} holds something else; give a new or empty one")
-    adapters = [run.load_adapter(prompt) for prompt in done]
-    whole = adapters[0] if adapters[0].prompts is None else stack(adapters)
-    save_adapter(whole, folder, adapter_facts(run.adapter_folder(done[0]))["settings"])
+    save_adapter(whole, folder, settings)
     shutil.rmtree(folder / "images", ignore_errors=True)
-    for prompt in done[:MOST]:
+    for prompt in run.finished[:MOST]:
         for when in ("before", "after"):
             source = run.image(prompt, when, _seed(run))
             if source.is_file():
@@ -78,7 +74,7 @@ def push_to_hub(run: Run, folder: str | Path, repository: str, *, private: bool 
         address = hub.create_repo(repository, private=private, exist_ok=True)
         hub.upload_folder(repo_id=repository, folder_path=folder, commit_message="Adapter learned by ipgo")
     except (OSError, ValueError, HfHubHTTPError) as error:
-        raise InputError(f"cannot write {repository!r} on the hub: {str(error).splitlines()[0]}") from error
+        raise InputError(f"cannot write {repository!r} on the hub: {first_line(error)}") from error
     return str(address)
 
 
@@ -98,7 +94,7 @@ def fetch(source: str | Path) -> Path:
         return Path(snapshot_download(str(source), allow_patterns=list(FILES)))
     except (OSError, ValueError) as error:
         raise InputError(
-            f"adapter {str(source)!r} is no folder, and cannot be read from the hub: {str(error).splitlines()[0]}"
+            f"adapter {str(source)!r} is no folder, and cannot be read from the hub: {first_line(error)}"
         ) from error
 
 
@@ -108,7 +104,7 @@ def fetch(source: str | Path) -> Path:
 def model_card(run: Run, adapter: Adapter) -> str:
     """Markdown with the hub's metadata: what it is, what it does on unseen noise, and how to use it."""
     config, scores = run.config, run.scores()
-    done = [prompt for prompt in run.prompts if run.done(prompt)]
+    done = run.finished
     about = {
         "library_name": "ipgo",
         "base_model": _base(config.backend),

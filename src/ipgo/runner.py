@@ -13,14 +13,14 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from ipgo import __version__
+from ipgo import __version__, files
 from ipgo.adapters import Adapter
 from ipgo.backends import BACKENDS, Backend, load_backend
 from ipgo.chunks import Chunk, Cost
@@ -78,15 +78,9 @@ def load_models(
         raise InputError(
             f"reward {taken[0]!r} has a name that is kept for the judge's verdicts; give it another"
         )
+    dtype = begun_in if config.dtype == "auto" and begun_in else config.dtype
     backend = backend or load_backend(
-        config.backend,
-        device=config.device,
-        dtype=begun_in if config.dtype == "auto" and begun_in else config.dtype,
-        image_size=config.image_size,
-        padding=config.padding,
-        scheduler=config.scheduler,
-        long_prompts=config.long_prompts,
-        text_device=config.text_device,
+        config.backend, device=config.device, dtype=dtype, **asdict(config.opening)
     )
     config.sampling.check(backend)  # all steps: a fit that draws in fewer would notice after it
     backend.check_prompts(config.prompts)
@@ -116,7 +110,7 @@ def load_models(
 
 def check_method(folder: Run) -> None:
     """`check_settings` of what is not done yet."""
-    for chunk in folder.pending(folder.config.method.stackable):
+    for chunk in folder.pending():
         check_settings(folder.config, chunk.texts)
 
 
@@ -156,7 +150,7 @@ def load_judge(config: RunConfig) -> Judge | None:
 def run(folder: Run, models: Models) -> None:
     """Fit every prompt that has no result yet. Safe to stop at any moment, and to call again."""
     try:
-        pending = folder.pending(folder.config.method.stackable)
+        pending = folder.pending()
         if not pending:
             folder.start(facts(models))  # refuses other models than those that its results are of
         else:
@@ -348,10 +342,7 @@ def facts(models: Models) -> dict[str, Any]:
 def vocabulary(backend: str) -> dict[str, Any] | None:
     """What a backend's folder says that it can draw (vocabulary.json); None if it says nothing."""
     file = Path(BACKENDS[backend][1] if backend in BACKENDS else backend) / "vocabulary.json"
-    if not file.is_file():
-        return None
-    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return content
+    return files.read_json(file, "words") if file.is_file() else None
 
 
 def warn_of_unseen_words(backend: str, prompts: Sequence[str]) -> None:

@@ -36,6 +36,16 @@ def derive(seed: int, *keys: str | int) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
+def shuffled(count: int, start: int, size: int, seed: int) -> torch.Tensor:
+    """(size,): numbers below `count`, from place `start` on of an endless sequence of shuffled passes."""
+    places = range(start, start + size)
+    passes = {
+        number: torch.randperm(count, generator=generator(derive(seed, "pass", number)))
+        for number in {place // count for place in places}
+    }
+    return torch.stack([passes[place // count][place % count] for place in places])
+
+
 def generator(seed: int) -> torch.Generator:
     """A CPU generator, on whatever device the numbers are used later."""
     return torch.Generator("cpu").manual_seed(seed)

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from PIL import Image
 
 from ipgo import files
-from ipgo.adapters import ADAPTERS, Adapter
+from ipgo.adapters import ADAPTERS, Adapter, stack
 from ipgo.artefacts import (
     adapter_facts,
     load_adapter,
@@ -190,18 +190,24 @@ class Run:
 
     # -- what is left to do -----------------------------------------------------------------------------
 
-    def chunks(self, stackable: bool) -> list[Chunk]:
+    def chunks(self) -> list[Chunk]:
         """All prompts, cut in their order: all together if shared, single if the method cannot stack them."""
-        size = len(self.prompts) if self.config.shared else self.config.chunk if stackable else 1
+        alone = self.config.chunk if self.config.method.stackable else 1
+        size = len(self.prompts) if self.config.shared else alone
         return [Chunk(self.prompts[start : start + size]) for start in range(0, len(self.prompts), size)]
 
     def done(self, prompt: Prompt) -> bool:
         return (self.folder(prompt) / "result.json").is_file()
 
-    def pending(self, stackable: bool) -> list[Chunk]:
+    @property
+    def finished(self) -> tuple[Prompt, ...]:
+        """The prompts that have a result, in their order."""
+        return tuple(filter(self.done, self.prompts))
+
+    def pending(self) -> list[Chunk]:
         """The chunks with a prompt that has no result and is to have one."""
         open_ = {prompt for prompt in self.judged if not self.done(prompt)}
-        return [chunk for chunk in self.chunks(stackable) if not open_.isdisjoint(chunk.prompts)]
+        return [chunk for chunk in self.chunks() if not open_.isdisjoint(chunk.prompts)]
 
     # -- while a chunk is fitted ------------------------------------------------------------------------
 
@@ -267,6 +273,19 @@ class Run:
 
     def load_adapter(self, prompt: Prompt) -> Adapter:
         return load_adapter(self.adapter_folder(prompt))
+
+    def whole_adapter(self) -> tuple[Adapter, dict[str, Any]]:
+        """What was learned so far as one adapter, and the backend settings that it was made under.
+
+        Raises:
+            InputError: no prompt is finished.
+        """
+        some = self.finished[:1] if self.config.shared else self.finished
+        if not some:
+            raise InputError(f"run {str(self.path)!r} has no finished prompt yet")
+        adapters = [self.load_adapter(prompt) for prompt in some]
+        settings = dict(adapter_facts(self.adapter_folder(some[0]))["settings"])
+        return (adapters[0] if adapters[0].prompts is None else stack(adapters)), settings
 
     def save_image(self, prompt: Prompt, when: str, seed: int, picture: Image.Image) -> None:
         stream = io.BytesIO()

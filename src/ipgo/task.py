@@ -125,8 +125,9 @@ class Method(Protocol):
     A method that learns the noise of a single seed says so by a class attribute `one_seed`, and one that does better on
     a single seed, where several are allowed, by `prefers_one_seed`. One whose gradient goes through both halves of
     guidance from its first call on says so by `both_halves`; one that learns each prompt by itself, and cannot be
-    shared, by `prompt_wise`. One that sees from what is asked whether it can work has a method `check(request)` (see
-    `Request`), which is called before a model is loaded.
+    shared, by `prompt_wise`. `climbing` says of one that can do either whether it follows a gradient. One that sees
+    from what is asked whether it can work has a method `check(request)` (see `Request`), which is called before a model
+    is loaded.
     """
 
     stackable: ClassVar[bool]

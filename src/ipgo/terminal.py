@@ -33,6 +33,12 @@ def add_device_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of columns, each as wide as its widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse, with one sentence in place of its usage lines, and prompts after options as well as before."""
 
@@ -157,7 +163,6 @@ def find_adapter(path: Path) -> tuple[Adapter, dict[str, Any]]:
 
     `path` may also be the hub's `owner/name`.
     """
-    from ipgo.adapters import stack
     from ipgo.artefacts import adapter_facts, load_adapter
     from ipgo.publish import fetch
     from ipgo.store import Run
@@ -165,10 +170,4 @@ def find_adapter(path: Path) -> tuple[Adapter, dict[str, Any]]:
     path = fetch(path)
     if not (path / "run.json").is_file():
         return load_adapter(path), dict(adapter_facts(path)["settings"])
-    folder = Run.open(path)
-    done = [prompt for prompt in folder.prompts if folder.done(prompt)]
-    if not done:
-        raise InputError(f"run {str(path)!r} has no finished prompt yet")
-    settings = dict(adapter_facts(folder.adapter_folder(done[0]))["settings"])
-    adapters = [folder.load_adapter(prompt) for prompt in done]
-    return (adapters[0] if adapters[0].prompts is None else stack(adapters)), settings
+    return Run.open(path).whole_adapter()

@@ -16,7 +16,7 @@ from ipgo.errors import InputError, RewardError
 from ipgo.resume import all_tensors, copied, fill
 from ipgo.rewards import score
 from ipgo.sampling import decode, denoise, last_latents, redo_last_step, unconditional
-from ipgo.seeding import derive, generator
+from ipgo.seeding import derive, generator, shuffled
 from ipgo.task import FRESH, Progress, Task
 
 PATIENCE = 3  # steps in a row without a finite gradient before a row is given up
@@ -208,12 +208,7 @@ class _Climb:
         if not self.task.shared:
             return [torch.arange(count)]
         size = self.ascent.batch_size * self.ascent.accumulate
-        places = range(step * size, (step + 1) * size)
-        passes = {
-            number: torch.randperm(count, generator=generator(derive(self.task.seed, "pass", number)))
-            for number in {place // count for place in places}
-        }
-        prompts = torch.stack([passes[place // count][place % count] for place in places])
+        prompts = shuffled(count, step * size, size, self.task.seed)
         return list(torch.split(prompts, self.ascent.batch_size))
 
     def _clip(self) -> tuple[Tensor, Tensor]:

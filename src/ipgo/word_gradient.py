@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -35,10 +34,7 @@ class MixedWords:
     temperature: float
     window: tuple[float, float]
     steps: int
-
-    @cached_property
-    def relaxation(self) -> Relaxation:
-        return Relaxation(self.task.backend)
+    relaxation: Relaxation
 
     def weights(self, logits: Tensor, noise: Tensor, allowed: Tensor) -> Tensor:
         """softmax((logits + Gumbel noise) / temperature) over the options (N, S, K) that are `allowed`."""

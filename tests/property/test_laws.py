@@ -82,11 +82,11 @@ def test_coefficients_stay_in_their_box_after_any_step(tiny, seed, lr):
     task = Task(tiny, load_reward("contrast", device="cpu"), prompts, Sampling(steps=1), seeds=(), seed=seed)
     adapter = InsertionAdapter(prompts, 32, Insertion(1, 1, rank=4), seed=seed)
     for progress in maximize(task, adapter, Ascent(steps=2, lr=lr, backprop_steps=1)):
-        for name, value in progress.state().items():
-            if name.endswith("coefficients") and name.startswith("adapter"):
-                assert value.abs().max() <= 1
-            if name.endswith("angles") and name.startswith("adapter"):
-                assert value.abs().max() <= math.pi + 1e-6
+        state = {name: value for name, value in progress.state().items() if name.startswith("adapter")}
+        for end, bound in (("coefficients", 1), ("angles", math.pi + 1e-6)):
+            values = [value for name, value in state.items() if name.endswith(end)]
+            assert values
+            assert all(value.abs().max() <= bound for value in values)
 
 
 @pytest.fixture(scope="module")

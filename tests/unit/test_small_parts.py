@@ -6,7 +6,7 @@ import torch
 from ipgo.devices import choose_device, choose_dtype
 from ipgo.embeds import PromptEmbeds, concatenate
 from ipgo.errors import InputError, unknown
-from ipgo.images import center_crop, grid, normalise, resize, to_pil
+from ipgo.images import center_crop, normalise, resize, to_pil
 from ipgo.sampling import Sampling
 from ipgo.seeding import derive
 
@@ -97,11 +97,6 @@ def test_pictures():
     pictures = to_pil(images)
     assert [picture.size for picture in pictures] == [(6, 4)] * 3
     assert pictures[1].getpixel((0, 0)) == (255, 0, 0)
-    sheet = grid(images)
-    assert sheet.size == (12, 8)
-    assert sheet.getpixel((6, 0)) == (255, 0, 0)
-    assert sheet.getpixel((6, 4)) == (255, 255, 255)  # the empty place
-    assert grid(images, columns=3).size == (18, 4)
 
 
 def test_a_fit_may_draw_in_fewer_steps():

@@ -32,6 +32,7 @@ from ipgo import (
 from ipgo.artefacts import load_identities, load_scores, save_scores
 from ipgo.chunks import Chunk, Cost
 from ipgo.config import RunConfig
+from ipgo.methods import DRaFT
 
 CONFIG = RunConfig(("a fox", "a lemon", "an owl"), IPGO(ascent=Ascent(steps=4)), chunk=2)
 
@@ -108,19 +109,20 @@ def test_lines_up_to_a_broken_one(tmp_path: Path) -> None:
 
 
 def test_chunks_and_what_is_pending(run: Run) -> None:
-    assert [chunk.texts for chunk in run.chunks(stackable=True)] == [("a fox", "a lemon"), ("an owl",)]
-    assert [len(chunk.prompts) for chunk in run.chunks(stackable=False)] == [1, 1, 1]
+    assert [chunk.texts for chunk in run.chunks()] == [("a fox", "a lemon"), ("an owl",)]
+    alone = Run(run.path, replace(CONFIG, method=DRaFT()))
+    assert [len(chunk.prompts) for chunk in alone.chunks()] == [1, 1, 1]
     shared = Run(run.path, replace(CONFIG, shared=True))
-    assert [chunk.texts for chunk in shared.chunks(stackable=True)] == [CONFIG.prompts]
+    assert [chunk.texts for chunk in shared.chunks()] == [CONFIG.prompts]
     run.finish(run.prompts[0], [], {}, failed=False)
-    assert len(run.pending(stackable=True)) == 2
+    assert len(run.pending()) == 2
     run.finish(run.prompts[1], [], {}, failed=True)
-    assert [chunk.texts for chunk in run.pending(stackable=True)] == [("an owl",)]
+    assert [chunk.texts for chunk in run.pending()] == [("an owl",)]
     assert [result["status"] for result in run.results()] == ["finished", "failed"]
 
 
 def test_checkpoint_round_trip_cuts_the_history_back(run: Run) -> None:
-    chunk = run.chunks(stackable=True)[0]
+    chunk = run.chunks()[0]
     for step in (1, 2):
         run.record(chunk, progress(step), Cost(Counter(denoiser=8 * step), float(step)))
     run.save_checkpoint(chunk, progress(2), Cost(Counter(denoiser=8), 2.0, 100.0))
@@ -142,7 +144,7 @@ def test_checkpoint_round_trip_cuts_the_history_back(run: Run) -> None:
 
 
 def test_without_a_checkpoint_the_history_starts_again(run: Run) -> None:
-    chunk = run.chunks(stackable=True)[0]
+    chunk = run.chunks()[0]
     run.record(chunk, progress(1), Cost(seconds=1.0))
     assert run.checkpoint(chunk) is None
     assert run.history(chunk.prompts[0]) == []
@@ -152,7 +154,7 @@ def test_without_a_checkpoint_the_history_starts_again(run: Run) -> None:
     "damage", [lambda content: content[:-5], lambda content: b"", lambda content: b"x" * 100]
 )
 def test_a_damaged_checkpoint_is_set_aside(run: Run, caplog: pytest.LogCaptureFixture, damage: Any) -> None:
-    chunk = run.chunks(stackable=True)[0]
+    chunk = run.chunks()[0]
     run.record(chunk, progress(1), Cost(seconds=1.0))
     run.save_checkpoint(chunk, progress(1), Cost())
     (file,) = (run.path / "chunks").iterdir()
@@ -165,7 +167,7 @@ def test_a_damaged_checkpoint_is_set_aside(run: Run, caplog: pytest.LogCaptureFi
 
 
 def test_a_checkpoint_of_other_prompts_or_settings_is_not_taken(run: Run) -> None:
-    chunk = run.chunks(stackable=True)[0]
+    chunk = run.chunks()[0]
     run.record(chunk, progress(1), Cost(seconds=1.0))
     run.save_checkpoint(chunk, progress(1), Cost())
     run.release()
@@ -237,7 +239,7 @@ def test_a_folder_that_cannot_be_locked_is_named(run: Run, monkeypatch: pytest.M
 
     monkeypatch.setattr(run._lock, "acquire", denied)
     with pytest.raises(InputError, match="cannot be written: Permission denied"):
-        run.checkpoint(run.chunks(stackable=True)[0])
+        run.checkpoint(run.chunks()[0])
 
 
 def test_evaluations_by_other_schedulers_are_kept_apart(run: Run) -> None:
@@ -258,7 +260,7 @@ def test_whoever_is_refused_leaves_the_history_alone(run: Run) -> None:
     assert len(files_before) == 2
     code = (
         "import sys; from pathlib import Path; from ipgo.store import Run; "
-        "run = Run.open(Path(sys.argv[1])); run.checkpoint(run.chunks(True)[0])"
+        "run = Run.open(Path(sys.argv[1])); run.checkpoint(run.chunks()[0])"
     )
     refused = subprocess.run(
         [sys.executable, "-c", code, str(run.path)], capture_output=True, text=True, check=False
@@ -268,7 +270,7 @@ def test_whoever_is_refused_leaves_the_history_alone(run: Run) -> None:
 
 
 def test_what_is_finished_is_left_alone(run: Run) -> None:
-    chunk = run.chunks(stackable=True)[0]
+    chunk = run.chunks()[0]
     run.record(chunk, progress(1), Cost(seconds=1.0))
     run.finish(chunk.prompts[0], [], {}, failed=False)
     run.record(chunk, progress(2), Cost(seconds=2.0))

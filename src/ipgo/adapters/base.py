@@ -183,3 +183,8 @@ def generate(
         noise = adapter.noise(backend, prompts, seeds, sampling.noise_steps(backend))
         uncond = adapter.unconditional(backend, prompts, cond, sampling)
         return sample(backend, cond, uncond, noise, sampling, backprop_steps=backprop_steps)
+
+
+def key(name: str) -> str:
+    """A weight's name as that of a parameter, which cannot hold dots."""
+    return name.replace(".", "/")

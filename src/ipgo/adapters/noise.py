@@ -22,7 +22,8 @@ PERMUTATIONS = 100  # ... as it is, and shuffled so often
 
 
 class NoiseAdapter(Adapter):
-    """For each prompt the noise in place of one seed's: (N, h, C, h, w), of which the first is the initial one.
+    """For each prompt the noise in place of one seed's: (N, 1 or 1 + steps, C, h, w), of which the first is the
+    initial one.
 
     It is tied to that seed: any other gets its plain noise, so on other seeds this adapter is the raw prompt.
     """

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import nn
 
-from ipgo.adapters.base import Adapter
+from ipgo.adapters.base import Adapter, key
 from ipgo.backends import Backend
 from ipgo.embeds import PromptEmbeds
 from ipgo.errors import InputError
@@ -40,7 +40,7 @@ class TextEncoderAdapter(Adapter):
             "late_share": late_share,
         }
         count = 1 if prompts is None else len(prompts)
-        changes = {_key(name): torch.zeros(count, *shape) for name, shape in self.shapes.items()}
+        changes = {key(name): torch.zeros(count, *shape) for name, shape in self.shapes.items()}
         self.changes = nn.ParameterDict({key: nn.Parameter(value) for key, value in changes.items()})
 
     @classmethod
@@ -97,7 +97,7 @@ class TextEncoderAdapter(Adapter):
 
     def _call(self, encoder: nn.Module, row: int, encode: Callable[[], PromptEmbeds]) -> PromptEmbeds:
         weights = {
-            f"encoder.{name}": weight + self.changes[_key(name)][row].to(weight.device)
+            f"encoder.{name}": weight + self.changes[key(name)][row].to(weight.device)
             for name, weight in encoder.named_parameters()
         }
         answer: PromptEmbeds = torch.func.functional_call(_Lender(encoder), weights, (encode,))
@@ -128,8 +128,3 @@ class _Lender(nn.Module):
 
     def forward(self, encode: Callable[[], PromptEmbeds]) -> PromptEmbeds:
         return encode()
-
-
-def _key(name: str) -> str:
-    """A parameter's name cannot hold dots."""
-    return name.replace(".", "/")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ipgo.adapters.base import Adapter
+from ipgo.adapters.base import Adapter, key
 from ipgo.backends import Backend
 from ipgo.errors import InputError
 from ipgo.seeding import derive, generator
@@ -70,8 +70,8 @@ class WeightAdapter(Adapter):
         rank = self.lora.rank
         down = {name: _uniform(seeds, name, (rank, inputs)) for name, (inputs, _) in self.layers.items()}
         up = {name: torch.zeros(len(seeds), outputs, rank) for name, (_, outputs) in self.layers.items()}
-        self.down = nn.ParameterDict({_key(name): nn.Parameter(value) for name, value in down.items()})
-        self.up = nn.ParameterDict({_key(name): nn.Parameter(value) for name, value in up.items()})
+        self.down = nn.ParameterDict({key(name): nn.Parameter(value) for name, value in down.items()})
+        self.up = nn.ParameterDict({key(name): nn.Parameter(value) for name, value in up.items()})
 
     @classmethod
     def start(cls, backend: Backend, prompts: Sequence[str], lora: LoRA, *, seed: int, shared: bool) -> Self:
@@ -108,8 +108,8 @@ class WeightAdapter(Adapter):
         try:
             for name in self.layers:
                 layer: Any = denoiser.get_submodule(name)
-                layer.lora_A["ipgo"] = _Factor(self.down[_key(name)], rows[0])
-                layer.lora_B["ipgo"] = _Factor(self.up[_key(name)], rows[0])
+                layer.lora_A["ipgo"] = _Factor(self.down[key(name)], rows[0])
+                layer.lora_B["ipgo"] = _Factor(self.up[key(name)], rows[0])
             yield
         finally:
             tuner.unload()
@@ -143,11 +143,6 @@ class _Factor(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return F.linear(inputs, self.weight.to(inputs.device))
-
-
-def _key(name: str) -> str:
-    """A parameter's name cannot hold dots."""
-    return name.replace(".", "/")
 
 
 def _uniform(seeds: Sequence[int], name: str, shape: tuple[int, int]) -> Tensor:

@@ -63,7 +63,6 @@ class Backend(ABC):
         self.name = self.origin = name
         self.opening = opening
         self.padding = opening.padding
-        self.scheduler_name = opening.scheduler
         self.long_prompts = opening.long_prompts
         parts = pipe.components
         encoders = {part: module for part, module in parts.items() if part.startswith("text_encoder")}
@@ -81,6 +80,7 @@ class Backend(ABC):
         self.guidance_scale = self._own_scale()
         self.few_steps: FewSteps | None = None
         self.calls: Counter[str] = Counter()
+        self.max_tokens = min(self.facts.tokens, self.tokenizer.model_max_length)
         self.latent_shape = self._latent_shape(opening.image_size)
         for module in self.modules.values():
             module.requires_grad_(False).eval()
@@ -112,10 +112,6 @@ class Backend(ABC):
         """The text encoders' states, where these are; `padding` is "max_length" or "longest"; longer ones are cut."""
 
     @abstractmethod
-    def _latent_shape(self, image_size: int | None) -> tuple[int, int, int]:
-        """C, h and w of the latents of square images, by default of the model's own size."""
-
-    @abstractmethod
     def predict(
         self,
         latents: Tensor,
@@ -125,6 +121,12 @@ class Backend(ABC):
         guidance_scale: float,
     ) -> Tensor:
         """The guided model output for (B, C, h, w) latents, in their shape and format."""
+
+    def _latent_shape(self, image_size: int | None) -> tuple[int, int, int]:
+        """C, h and w of the latents of square images, by default of the model's own size."""
+        config: Any = self.modules["denoiser"].config
+        side = latent_side(self.pipe, config.sample_size, image_size, config.get("patch_size") or 1)
+        return config.in_channels, side, side
 
     def _to_vae(self, latents: Tensor) -> Tensor:
         """The latents in the scale of the VAE."""
@@ -258,11 +260,11 @@ class Backend(ABC):
     @property
     def stochastic(self) -> bool:
         """Does the scheduler add noise at every step?"""
-        return self.scheduler_name is None and type(self.pipe.scheduler).__name__ in STOCHASTIC
+        return self.opening.scheduler is None and type(self.pipe.scheduler).__name__ in STOCHASTIC
 
     def scheduler(self, steps: int, latents: Tensor) -> Any:
         """A fresh diffusers scheduler with timesteps set: schedulers carry the state of a trajectory."""
-        scheduler = new_scheduler(self.pipe.scheduler, self.scheduler_name)
+        scheduler = new_scheduler(self.pipe.scheduler, self.opening.scheduler)
         try:
             scheduler.set_timesteps(**self._timesteps(steps, latents), device=latents.device)
         except ValueError as error:  # more steps than it was trained with

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ipgo.backends.facts import Facts, Opening
+from ipgo.backends.facts import Facts
 from ipgo.backends.packed import PackedBackend, pack, places, unpack
 from ipgo.backends.text import tokenize
 from ipgo.embeds import PromptEmbeds
@@ -32,10 +32,6 @@ class Chroma(PackedBackend):
         scaling="factor and shift",
         prediction="flow",
     )
-
-    def __init__(self, pipe: Any, name: str, opening: Opening) -> None:
-        super().__init__(pipe, name, opening)
-        self.max_tokens = min(self.facts.tokens, pipe.tokenizer.model_max_length)
 
     def _encode(self, prompts: Sequence[str], padding: str) -> PromptEmbeds:
         ids, mask = tokenize(self.tokenizer, prompts, self.max_tokens, "max_length")

@@ -36,7 +36,6 @@ class Flux(PackedBackend):
 
     def __init__(self, pipe: Any, name: str, opening: Opening) -> None:
         super().__init__(pipe, name, opening)
-        self.max_tokens = min(self.facts.tokens, pipe.tokenizer_2.model_max_length)
         self.guidance = "distilled" if pipe.transformer.config.guidance_embeds else "none"
         # Its backward pass made an illegal memory access on an H100 (docs/benchmarks-gpu.md); PyTorch's others do not.
         torch.backends.cuda.enable_cudnn_sdp(False)

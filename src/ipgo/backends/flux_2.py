@@ -39,7 +39,6 @@ class Flux2Klein(Backend):
     def __init__(self, pipe: Any, name: str, opening: Opening) -> None:
         super().__init__(pipe, name, opening)
         self.embed_dim = pipe.transformer.config.joint_attention_dim
-        self.max_tokens = min(self.facts.tokens, pipe.tokenizer.model_max_length)
         self.guidance = "none" if pipe.config.is_distilled else "classifier-free"
         own = inspect.signature(type(pipe).__call__).parameters
         self.layers: tuple[int, ...] = own["text_encoder_out_layers"].default

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ipgo.backends.base import Backend, latent_side, upcast
+from ipgo.backends.base import Backend, upcast
 from ipgo.backends.facts import Facts, Opening
 from ipgo.backends.text import tokenize
 from ipgo.embeds import PromptEmbeds, concatenate
@@ -34,12 +34,6 @@ class PixArtAlpha(Backend):
     def __init__(self, pipe: Any, name: str, opening: Opening) -> None:
         super().__init__(pipe, name, opening)
         self.embed_dim = pipe.transformer.config.caption_channels
-        self.max_tokens = min(self.facts.tokens, pipe.tokenizer.model_max_length)
-
-    def _latent_shape(self, image_size: int | None) -> tuple[int, int, int]:
-        config = self.pipe.transformer.config
-        side = latent_side(self.pipe, config.sample_size, image_size, config.patch_size)
-        return config.in_channels, side, side
 
     def _encode(self, prompts: Sequence[str], padding: str) -> PromptEmbeds:
         small = [prompt.lower().strip() for prompt in prompts]

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ipgo.backends.base import Backend, latent_side
+from ipgo.backends.base import Backend
 from ipgo.backends.facts import Facts, Opening
 from ipgo.backends.pixart import masked_kwargs
 from ipgo.backends.schedulers import TrigFlow
@@ -45,11 +45,6 @@ class Sana(Backend):
         self.instruction = "\n".join(
             inspect.signature(type(pipe).__call__).parameters["complex_human_instruction"].default
         )
-
-    def _latent_shape(self, image_size: int | None) -> tuple[int, int, int]:
-        config = self.pipe.transformer.config
-        side = latent_side(self.pipe, config.sample_size, image_size, config.patch_size)
-        return config.in_channels, side, side
 
     def _encode(self, prompts: Sequence[str], padding: str) -> PromptEmbeds:
         # All but one: its last token and its mark take a place each that is the prompt's.

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ipgo.backends.base import Backend, latent_side
+from ipgo.backends.base import Backend
 from ipgo.backends.facts import Facts, Opening
 from ipgo.backends.text import clip_tokens, read
 from ipgo.embeds import PromptEmbeds
@@ -37,10 +37,6 @@ class StableDiffusion(Backend):
         self.max_tokens = clip_tokens(pipe.tokenizer, pipe.text_encoder)
         if pipe.unet.config.time_cond_proj_dim is not None:
             self.guidance = "distilled"
-
-    def _latent_shape(self, image_size: int | None) -> tuple[int, int, int]:
-        side = latent_side(self.pipe, self.pipe.unet.config.sample_size, image_size)
-        return self.pipe.unet.config.in_channels, side, side
 
     def _encode(self, prompts: Sequence[str], padding: str) -> PromptEmbeds:
         windows = read(self.pipe.tokenizer, prompts, self.max_tokens, padding, self.long_prompts)

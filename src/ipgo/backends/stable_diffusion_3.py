@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ipgo.backends.base import Backend, latent_side
+from ipgo.backends.base import Backend
 from ipgo.backends.facts import Facts, Opening
 from ipgo.backends.schedulers import shift
 from ipgo.backends.text import clip_tokens, tokenize
@@ -41,9 +41,8 @@ class StableDiffusion3(Backend):
         super().__init__(pipe, name, opening)
         self.embed_dim = pipe.transformer.config.joint_attention_dim
         self.clip_tokens = min(clip_tokens(tokenizer, encoder) for tokenizer, encoder in self._clips())
-        self.max_tokens = self.clip_tokens
-        if pipe.text_encoder_3 is not None:
-            self.max_tokens = min(self.facts.tokens, pipe.tokenizer_3.model_max_length)
+        if pipe.text_encoder_3 is None:
+            self.max_tokens = self.clip_tokens
 
     def _clips(self) -> list[tuple[Any, Any]]:
         pipe = self.pipe
@@ -52,11 +51,6 @@ class StableDiffusion3(Backend):
     @property
     def tokenizer(self) -> Any:
         return self.pipe.tokenizer if self.pipe.text_encoder_3 is None else self.pipe.tokenizer_3
-
-    def _latent_shape(self, image_size: int | None) -> tuple[int, int, int]:
-        config = self.pipe.transformer.config
-        side = latent_side(self.pipe, config.sample_size, image_size, config.patch_size)
-        return config.in_channels, side, side
 
     def _encode(self, prompts: Sequence[str], padding: str) -> PromptEmbeds:
         own = self.facts.tokens if self.pipe.text_encoder_3 is None else self.max_tokens

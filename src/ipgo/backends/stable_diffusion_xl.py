@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ipgo.backends.base import Backend, latent_side, upcast
+from ipgo.backends.base import Backend, upcast
 from ipgo.backends.facts import Facts, Opening
 from ipgo.backends.stable_diffusion import attended, embedded_scale, hidden
 from ipgo.backends.text import clip_tokens, read
@@ -45,10 +45,6 @@ class StableDiffusionXL(Backend):
     def _encoders(self) -> list[tuple[Any, Any]]:
         pipe = self.pipe
         return [(pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2)]
-
-    def _latent_shape(self, image_size: int | None) -> tuple[int, int, int]:
-        side = latent_side(self.pipe, self.pipe.unet.config.sample_size, image_size)
-        return self.pipe.unet.config.in_channels, side, side
 
     def _encode(self, prompts: Sequence[str], padding: str) -> PromptEmbeds:
         states = []

@@ -39,7 +39,6 @@ class ZImage(Backend):
     def __init__(self, pipe: Any, name: str, opening: Opening) -> None:
         super().__init__(pipe, name, opening)
         self.embed_dim = pipe.transformer.config.cap_feat_dim
-        self.max_tokens = min(self.facts.tokens, pipe.tokenizer.model_max_length)
 
     def _latent_shape(self, image_size: int | None) -> tuple[int, int, int]:
         side = latent_side(self.pipe, SIDE, image_size, patch=2)

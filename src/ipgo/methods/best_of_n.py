@@ -24,35 +24,22 @@ class BestOfN:
 
     Attributes:
         n: candidates for each prompt; the first is the seed's own noise.
-        budget: denoiser calls for each prompt, which set N in place of `n`.
     """
 
     stackable: ClassVar[bool] = True
     one_seed: ClassVar[bool] = True
 
     n: int = 16
-    budget: int | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
-        for field, value in (("n", self.n), ("budget", self.budget)):
-            if value is not None and value < 1:
-                raise InputError(f"{field} is {value}; it must be at least 1")
-
-    def candidates(self, task: Task) -> int:
-        """N; `InputError` if the budget does not pay for one image."""
-        if self.budget is None:
-            return self.n
-        # Some schedulers make more calls than steps.
-        calls = len(task.backend.scheduler(task.sampling.steps, task.backend.noise([0])[:, 0]).timesteps)
-        if self.budget < calls:
-            raise InputError(f"budget is {self.budget}; one image takes {calls} denoiser calls")
-        return self.budget // calls
+        if self.n < 1:
+            raise InputError(f"n is {self.n}; it must be at least 1")
 
     def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
         steps = task.sampling.noise_steps(task.backend)
         adapter = NoiseAdapter.start(task.backend, task.prompts, task.seeds, shared=task.shared, steps=steps)
-        return search(task, adapter, _Noises(task), self.candidates(task), resume)
+        return search(task, adapter, _Noises(task), self.n, resume)
 
 
 @dataclass(frozen=True)

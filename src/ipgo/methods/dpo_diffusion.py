@@ -14,6 +14,7 @@ from ipgo.adapters.text import BYTES, fits
 from ipgo.backends import Backend
 from ipgo.chat import Chat
 from ipgo.errors import InputError, ResumeError, RewardError, unknown
+from ipgo.relaxation import Relaxation
 from ipgo.sampling import Sampling
 from ipgo.search import search
 from ipgo.seeding import derive, generator
@@ -178,10 +179,11 @@ class _Words:
     def __init__(self, method: DPODiffusion, task: Task, spaces: Sequence[Space]) -> None:
         self.method, self.task, self.spaces = method, task, spaces
         negative, climbing = method.target != "positive", method.climbing
-        mixed = MixedWords(task, spaces, negative, method.temperature, method.window, climbing)
-        self.mixed = mixed if climbing else None
+        # Refuses a backend whose words cannot be mixed, before anything is drawn.
+        self.mixed = None
         if climbing:
-            _ = mixed.relaxation  # refuses a backend whose words cannot be mixed, before anything is drawn
+            words, relaxation = (method.temperature, method.window, climbing), Relaxation(task.backend)
+            self.mixed = MixedWords(task, spaces, negative, *words, relaxation)
         self.step = 0
         slots = max(len(space.slots) for space in spaces)
         options = max(len(slot) for space in spaces for slot in space.slots)

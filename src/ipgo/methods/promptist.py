@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ipgo.adapters import TextAdapter
-from ipgo.errors import InputError
+from ipgo.errors import InputError, first_line
 from ipgo.rewriting import Rewrites, fitted
 from ipgo.search import search
 from ipgo.task import Progress, Task
@@ -109,6 +109,5 @@ def _load(model: str, tokenizer: str, device: torch.device) -> tuple[Any, Any]:
         tokens = AutoTokenizer.from_pretrained(tokenizer)
         network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"method.model {model!r} cannot be opened: {reason}") from error
+        raise InputError(f"method.model {model!r} cannot be opened: {first_line(error)}") from error
     return network.to(device).eval().requires_grad_(False), tokens

@@ -79,7 +79,7 @@ def render(run: Run) -> str:
         curve=charts.curve(rewards, bold, before),
         curve_name=name,
         scatters=_scatters(scores, config.reward, config.new_seeds or config.seeds),
-        cards=[_card(run, prompt, result) for prompt, result in zip(_done(run), results, strict=True)],
+        cards=[_card(run, prompt, result) for prompt, result in zip(run.finished, results, strict=True)],
         cost=run_cost(run),
         settings=_settings(run),
         facts=run.facts,
@@ -170,7 +170,7 @@ def summary(run: Run, fitted: Sequence[Gain], unseen: Sequence[Gain]) -> str:
 
 def _learned(run: Run) -> bool:
     """Was there a step with a reward and a gradient that are finite?"""
-    prompts = run.prompts[:1] if run.config.shared else _done(run)
+    prompts = run.prompts[:1] if run.config.shared else run.finished
     steps = [(line["reward"], line["grad_norm"]) for prompt in prompts for line in run.history(prompt)]
     return any(None not in step and math.isfinite(step[1]) for step in steps)
 
@@ -210,10 +210,6 @@ def _rows(fitted: Sequence[Gain], unseen: Sequence[Gain]) -> list[dict[str, Any]
     names = dict.fromkeys(gain.reward for gain in (*unseen, *fitted))
     rows = [{"name": name, "fitted": _of(fitted, name), "unseen": _of(unseen, name)} for name in names]
     return sorted(rows, key=lambda row: (row["unseen"] or row["fitted"]).held_out)
-
-
-def _done(run: Run) -> list[Prompt]:
-    return [prompt for prompt in run.prompts if run.done(prompt)]
 
 
 def _card(run: Run, prompt: Prompt, result: dict[str, Any]) -> Card:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup
@@ -148,14 +148,13 @@ def curve_png(rewards: Values, bold: Values, name: str, reward: str, before: flo
     return stream.getvalue()
 
 
-class _scale:  # noqa: N801 - used as a function
+Scale = Callable[[float], float]
+
+
+def _scale(low: float, high: float, start: float, end: float) -> Scale:
     """A linear map from values to SVG coordinates."""
-
-    def __init__(self, low: float, high: float, start: float, end: float) -> None:
-        self.low, self.factor, self.start = low, (end - start) / (high - low), start
-
-    def __call__(self, value: float) -> float:
-        return round(self.start + (value - self.low) * self.factor, 1)
+    factor = (end - start) / (high - low)
+    return lambda value: round(start + (value - low) * factor, 1)
 
 
 def _number(value: float, span: float) -> str:
@@ -168,7 +167,7 @@ def _padded(low: float, high: float) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _axes(low: float, high: float, y: _scale, ticks: Sequence[tuple[float, str]], x: _scale) -> str:
+def _axes(low: float, high: float, y: Scale, ticks: Sequence[tuple[float, str]], x: Scale) -> str:
     """Three horizontal lines with their values, and labels at both ends below."""
     parts = []
     for value in (low, (low + high) / 2, high):

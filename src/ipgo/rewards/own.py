@@ -118,7 +118,7 @@ def _modules(value: object, seen: set[int]) -> Iterator[nn.Module]:
         yield from _modules(value.__self__, seen)
     elif inspect.isfunction(value) and id(value) not in seen:
         seen.add(id(value))
-        inner = _unwrapped(value)
+        inner = inspect.unwrap(value)
         if not inspect.isfunction(inner):  # what a decorator has wrapped may be a module
             yield from _modules(inner, seen)
             return
@@ -130,17 +130,12 @@ def _text(written: object) -> str | None:
     """The digest of the file that something is written in; of what was typed into a notebook, of its own lines."""
     if isinstance(written, functools.partial):
         return _text(written.func)
-    code = _unwrapped(written) if inspect.isroutine(written) else type(written)
+    code = inspect.unwrap(written) if inspect.isroutine(written) else type(written)
     with contextlib.suppress(TypeError, OSError):
         return _digest(Path(inspect.getfile(code)).read_bytes())
     with contextlib.suppress(TypeError, OSError):
         return _digest(inspect.getsource(code).encode())
     return None
-
-
-def _unwrapped(function: Any) -> Any:
-    """Without decorators such as torch.no_grad()."""
-    return inspect.unwrap(function)
 
 
 def _lines(value: object, seen: set[int]) -> Iterator[str]:
@@ -157,7 +152,7 @@ def _lines(value: object, seen: set[int]) -> Iterator[str]:
             yield "again"
             return
         seen.add(id(value))
-        yield from _lines_of_function(_unwrapped(value), seen)
+        yield from _lines_of_function(inspect.unwrap(value), seen)
     elif isinstance(value, tuple):
         for each in value:
             yield from _lines(each, seen)
