@@ -31,6 +31,7 @@ from ipgo.methods import METHODS
 from ipgo.report.identity import comparable
 from ipgo.report.rows import Row, rows
 from ipgo.report.tables import span
+from ipgo.rewards import raised
 from ipgo.runner import BUNDLED_REWARDS
 
 REWARDS = BUNDLED_REWARDS["emoji"]
@@ -187,7 +188,7 @@ def summary(found: Mapping[Cell, Sequence[Row]]) -> str:
             gain.gain.value
             for (reward, _), each in gains.items()
             for name, gain in each.items()
-            if name in (*REWARDS, *rewards) and name != reward
+            if name in (*REWARDS, *rewards) and name not in raised(reward)
         ]
         complete = len(gains) == len(found)
         words.append(f"{mean(others):+.3f}" if others and complete else "–")
@@ -278,7 +279,7 @@ def bar(found: Mapping[Cell, Sequence[Row]]) -> str:
         low += [
             f"- {reward} on {kind}: {name} {said(gain)}, {'surely' if gain.gain.high < 0 else 'perhaps'} below raw."
             for name, gain in ours.unseen.items()
-            if name != reward and gain.gain.value < 0
+            if name not in raised(reward) and gain.gain.value < 0
         ]
     verdict = "is" if best >= ENOUGH * len(found) - 1e-9 else "is not"
     return "\n".join(

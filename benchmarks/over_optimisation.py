@@ -23,6 +23,7 @@ from PIL import Image
 
 import ipgo
 from ipgo.prompts import read_prompts
+from ipgo.rewards import raised
 from ipgo.runner import BUNDLED_REWARDS
 
 REWARDS = BUNDLED_REWARDS["emoji"]
@@ -84,7 +85,7 @@ def at_one(reward: str, points: list[Point]) -> str:
     held = "; ".join(
         f"{name.removeprefix('emoji-')} {between([rises[name] for rises in path]):+.1f}"
         for name in points[0].rises
-        if name != reward
+        if name not in raised(reward)
     )
     marks = []
     for kind in ("objects", "likeness"):
@@ -102,7 +103,7 @@ def plot(found: dict[str, list[Point]], path: Path) -> None:
     for panel, (reward, points) in zip(np.atleast_1d(panels), found.items(), strict=True):
         x = [0.0, *(point.rises[reward] for point in points)]
         for name in REWARDS:
-            if name != reward:
+            if name not in raised(reward):
                 panel.plot(x, [0.0, *(point.rises[name] for point in points)], "o-", label=name)
         judge = panel.twinx()
         for mark, style in (("objects", "ks--"), ("likeness", "k^:")):
@@ -141,7 +142,7 @@ def main() -> None:
             held = "; ".join(
                 f"{name.removeprefix('emoji-')} {rise:+.1f}"
                 for name, rise in point.rises.items()
-                if name != reward
+                if name not in raised(reward)
             )
             lines.append(
                 f"| {reward} | {strength} | {point.gain:+.3f} | {point.rises[reward]:+.1f} | {held} "

@@ -28,6 +28,7 @@ from ipgo.comparison import Plan
 from ipgo.config import RunConfig
 from ipgo.evaluation import Drawing, Gain, Score, score, summarise
 from ipgo.prompts import read_prompts
+from ipgo.rewards import raised
 from ipgo.runner import BUNDLED_REWARDS, Models, load_models
 from ipgo.task import Task
 
@@ -95,7 +96,7 @@ class Outcome:
 
 
 def held_out(reward: str) -> list[str]:
-    return [name for name in BUNDLED_REWARDS["emoji"] if name != reward]
+    return [name for name in BUNDLED_REWARDS["emoji"] if name not in raised(reward)]
 
 
 def line(label: str, outcome: Outcome) -> str:

@@ -241,13 +241,24 @@ def table(gains: Sequence[Gain]) -> str:
                 f"{each.before:.3f}",
                 f"{each.after:.3f}",
                 f"{each.gain.value:+.3f}",
-                f"{each.gain.low:+.3f} to {each.gain.high:+.3f}" if some else "one image",
+                f"{each.gain.low:+.3f} to {each.gain.high:+.3f}{_unlike(each, gains[0])}"
+                if some
+                else "one image",
                 f"{each.wins.value:.0%}"
                 + (f" ({each.wins.low:.0%} to {each.wins.high:.0%})" if some else ""),
             )
         )
-    note = "* the reward that was raised; all others are held out. An image that is as good as raw is half a win."
+    note = (
+        "* what was raised: the reward, and what it is made of; all others are held out. An image that is as good as "
+        "raw is half a win."
+    )
     return "\n".join([*aligned(rows), note, ""])
+
+
+def _unlike(gain: Gain, usual: Gain) -> str:
+    """What an interval is over where it is not what the head of its table says."""
+    own = (gain.gain.n, gain.gain.over)
+    return "" if own == (usual.gain.n, usual.gain.over) else f" over {own[0]} {own[1]}"
 
 
 def _span(seeds: Sequence[int]) -> str:

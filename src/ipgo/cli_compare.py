@@ -232,11 +232,13 @@ def show_comparison(place: Path) -> int:
     for each in incomparable(entries):
         print(f"ipgo: {each}", file=sys.stderr)
     failures = [
-        f"{row.label} ({row.errors[0]})" if row.errors else row.label for row in entries if row.failed
+        f"{row.label} ({row.errors[0]})" if row.errors else row.label
+        for row in entries
+        if row.failed or row.errors
     ]
     for failure in failures:
         print(f"ipgo: failed: {failure}", file=sys.stderr)
-    return 1 if failures or any(row.errors for row in entries) else 0
+    return 1 if failures else 0
 
 
 def plain(table: Table) -> str:

@@ -50,6 +50,7 @@ def explain(argv: list[str]) -> int:
     from ipgo.backends import load_backend
     from ipgo.explain import Vocabulary, check_adapter
     from ipgo.explain import explain as explained
+    from ipgo.prompts import check_prompts
     from ipgo.rewards import check_reward, identity_of, load_reward
     from ipgo.sampling import Sampling
     from ipgo.seeding import check_seeds
@@ -66,8 +67,7 @@ def explain(argv: list[str]) -> int:
     if spec is None:
         raise InputError(f"{str(args.adapter)!r} is in no run's folder; name a reward with --reward")
     texts = read_texts(args.text, args.prompts) or fitted_prompts(adapter, run)
-    if not texts:
-        raise InputError("prompts is empty; give at least one prompt")
+    check_prompts(texts)
     check_reward(spec, texts)
     seeds = tuple(args.seeds or (config.seeds if config is not None else ()) or (0,))
     check_seeds(seeds)

@@ -40,6 +40,10 @@ def plan(argv: list[str]) -> int:
     from ipgo.sampling import Sampling
 
     room = {gpu: memory_of(gpu) - RESERVE for gpu in args.gpu}
+    for gpu in (gpu for gpu, most in room.items() if most <= 0):
+        raise InputError(
+            f"gpu is {gpu!r}; of every GPU {RESERVE / GIB:.2f} GiB are left for what is not counted, so give more"
+        )
     sampling = Sampling(steps=args.steps, fit_steps=None, guidance_scale=args.guidance_scale)
     workload = unloaded(args.backend, args.reward, sampling, getattr(torch, args.dtype), args.image_size)
     measured = lru_cache(maxsize=None)(lambda choice: _measured(workload, choice))

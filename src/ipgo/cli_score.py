@@ -128,7 +128,7 @@ def match_prompts(pictures: Sequence[Path], spec: str | None, single: str | None
         return [single] * len(pictures)
     if spec is None:
         return None
-    table = _table(Path(spec)) if spec.endswith(".csv") and Path(spec).is_file() else None
+    table = _table(Path(spec)) if Path(spec).suffix.lower() == ".csv" and Path(spec).is_file() else None
     if table is not None:
         return [_prompt_of(file, table, spec) for file in pictures]
     prompts = read_prompts(spec)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
 import torch
 
 from ipgo.errors import InputError, unknown
@@ -43,6 +46,25 @@ def choose_dtype(wanted: str | torch.dtype, device: torch.device) -> torch.dtype
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+
+
+@contextmanager
+def own_numbers() -> Iterator[None]:
+    """New tensors are float32 and on the CPU, and nothing is cast on its way, whatever the caller has set.
+
+    So results depend on what is asked for alone.
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(torch.device("cpu"))
+            for kind in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ipgo.adapters import Adapter, generate
 from ipgo.backends import Backend
 from ipgo.errors import InputError
-from ipgo.rewards import Reward, RewardFunction, as_reward
+from ipgo.rewards import Reward, RewardFunction, as_reward, raised
 from ipgo.rewards import score as checked
 from ipgo.sampling import Sampling
 from ipgo.seeding import plain
@@ -130,13 +130,12 @@ def score(
     drawings: Sequence[Drawing], rewards: Mapping[str, Reward], trained_on: str, judge: Judge | None = None
 ) -> list[Score]:
     """Every reward's value, and the judge's verdicts as scores named judge-object, judge-colour, ..."""
-    scores = []
+    scores, own = [], raised(trained_on)
     for start in range(0, len(drawings), BATCH):
         part = drawings[start : start + BATCH]
         images, prompts = torch.stack([each.image for each in part]), [each.prompt for each in part]
         with torch.no_grad():
-            # Each gets its own: one that normalises in place shall not change what the next one sees.
-            columns = {name: checked(reward, images.clone(), prompts) for name, reward in rewards.items()}
+            columns = {name: checked(reward, images, prompts) for name, reward in rewards.items()}
             verdicts = judge.marks(images, prompts) if judge is not None else {}
         # What was raised judges nothing.
         marks = {name: column for name, column in verdicts.items() if f"emoji-{name}" not in trained_on}
@@ -144,7 +143,7 @@ def score(
         for name, column in columns.items():
             for each, value in zip(part, column.tolist(), strict=True):
                 if not math.isnan(value):
-                    scores.append(Score(each.method, each.prompt, each.seed, name, value, name != trained_on))
+                    scores.append(Score(each.method, each.prompt, each.seed, name, value, name not in own))
     return scores
 
 
@@ -161,14 +160,14 @@ def evaluate(
     """Score every adapter on every prompt and seed. Call an identity `Adapter()` "raw" to have a baseline.
 
     Args:
-        trained_on: the reward that was raised; all others count as held out.
+        trained_on: the reward that was raised; all others but those that it is made of count as held out.
 
     Raises:
         InputError: no prompts or seeds, or an adapter that was not fitted to one of the prompts.
     """
     if isinstance(prompts, str):
         raise InputError(f"evaluate needs a list of prompts, not {prompts!r}")
-    seeds = plain(seeds)
+    prompts, seeds = list(prompts), plain(seeds)
     if not len(prompts) or not seeds:
         raise InputError("evaluate needs at least one prompt and one seed")
     judges = {name: as_reward(reward, name) for name, reward in rewards.items()}

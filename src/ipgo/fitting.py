@@ -12,13 +12,14 @@ import torch
 from PIL import Image
 
 from ipgo.adapters import Adapter
-from ipgo.backends import Backend, few_steps, load_backend
+from ipgo.backends import BACKENDS, Backend, few_steps, load_backend
 from ipgo.config import RunConfig
 from ipgo.defaults import defaults
+from ipgo.devices import own_numbers
 from ipgo.errors import InputError
 from ipgo.evaluation import Gain, Score, summarise
 from ipgo.prompts import Prompt
-from ipgo.rewards import Reward, RewardFunction, as_reward, check_reward
+from ipgo.rewards import REWARDS, FunctionReward, Reward, RewardFunction, as_reward, check_reward
 from ipgo.rewards.checkpoints import HUB_ID
 from ipgo.runner import check_gradient, check_method, load_models, run, warn_of_unseen_words
 from ipgo.runner import held_out as judges_of
@@ -130,7 +131,7 @@ def fit(
         check_reward(spec, config.prompts)
     if config.reward not in given:
         check_gradient(config)
-    with tempfile.TemporaryDirectory() as temporary, torch.inference_mode(False):
+    with tempfile.TemporaryDirectory() as temporary, torch.inference_mode(False), own_numbers():
         folder = Run.open(Path(out) if out is not None else Path(temporary) / "run", config)
         check_method(folder)
         warn_of_unseen_words(config.backend, config.prompts)
@@ -149,25 +150,29 @@ def _own_rewards(rewards: Iterable[str | RewardFunction | Reward]) -> dict[str, 
         if isinstance(each, str):
             continue
         found = as_reward(each)
-        if own.setdefault(found.name, found) != found:
+        taken = found.name in REWARDS and isinstance(found, FunctionReward)
+        if taken or own.setdefault(found.name, found) != found:
             raise InputError(
-                f"two rewards are called {found.name!r}; as_reward(function, name) gives one another"
+                f"two rewards are called {found.name!r}"
+                + (", one of them ipgo's own" if taken else "")
+                + "; as_reward(function, name) gives one another"
             )
     return own
 
 
 def place_of(backend: Backend) -> str:
     """Where a backend can be opened again, if its pipeline says so; else what it is."""
-    if Path(backend.origin).exists():
-        return str(Path(backend.origin).resolve())
-    return backend.origin if HUB_ID.fullmatch(backend.origin) else backend.name
+    if backend.name in BACKENDS:
+        return backend.name
+    known = Path(backend.origin).is_absolute() or HUB_ID.fullmatch(backend.origin)
+    return backend.origin if known else backend.name
 
 
 def _several(name: str, values: Any) -> tuple[Any, ...]:
     """One text or a sequence of things."""
     if isinstance(values, str):
         return (values,)
-    if not isinstance(values, Iterable):
+    if not isinstance(values, Iterable) or getattr(values, "ndim", 1) == 0:
         raise InputError(f"{name} is {values!r}; it must be a sequence")
     return tuple(values)
 

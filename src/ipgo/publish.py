@@ -42,6 +42,7 @@ def save_pretrained(run: Run | str | Path, folder: str | Path) -> Path:
     if run.config.method_name == "raw":
         raise InputError(f"run {str(run.path)!r} is of the method 'raw', which learns nothing to publish")
     whole, settings = run.whole_adapter()
+    files.check_out(folder, folder=True)
     if folder.exists() and not (
         folder.is_dir() and (not any(folder.iterdir()) or (folder / FILES[0]).is_file())
     ):
@@ -115,7 +116,7 @@ def model_card(run: Run, adapter: Adapter) -> str:
     sections = [
         f"---\n{yaml.safe_dump({k: v for k, v in about.items() if v}, sort_keys=False)}---",
         f"# {config.method_name} for {whose}, raising {escape(config.reward)}",
-        f"Learned with ipgo {version('ipgo')} on `{escape(config.backend)}`: "
+        f"Learned with ipgo {version('ipgo')} on {escape(config.backend)}: "
         f"{count:,} numbers beside the frozen model, by the reward {escape(config.reward)}.",
         _limits(run, adapter),
         "## Results",
@@ -166,7 +167,9 @@ def _results(title: str, gains: Sequence[Gain]) -> str:
     lines = ["| reward | raw | adapted | gain, 95% | wins over raw |", "|---|---|---|---|---|"]
     for each in gains:
         name = escape(each.reward) + (" (held out)" if each.held_out else " (raised)")
-        interval = f" ({each.gain.low:+.3f} to {each.gain.high:+.3f})" if each.gain.n > 1 else ""
+        own, usual = ((of.gain.n, of.gain.over) for of in (each, gains[0]))
+        unlike = "" if own == usual else f" over {own[0]} {own[1]}"
+        interval = f" ({each.gain.low:+.3f} to {each.gain.high:+.3f}{unlike})" if each.gain.n > 1 else ""
         lines.append(
             f"| {name} | {each.before:.3f} | {each.after:.3f} | {each.gain.value:+.3f}{interval} "
             f"| {each.wins.value:.0%} |"

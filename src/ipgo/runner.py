@@ -10,7 +10,9 @@ import logging
 import platform
 import re
 import sys
+import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from ipgo import __version__, files
@@ -26,13 +29,13 @@ from ipgo.backends import BACKENDS, Backend, load_backend
 from ipgo.chunks import Chunk, Cost
 from ipgo.config import RunConfig
 from ipgo.devices import choose_device
-from ipgo.errors import InputError
+from ipgo.errors import InputError, InUseError
 from ipgo.evaluation import Judge, Score, draw, score
 from ipgo.images import to_pil
 from ipgo.insertion import Insertion
 from ipgo.methods import WITHOUT_GRADIENT
 from ipgo.prompts import Prompt, unseen_words
-from ipgo.rewards import Reward, asks, has_gradient, identity_of, is_unsettled, load_reward
+from ipgo.rewards import Reward, asks, has_gradient, identity_of, is_unsettled, load_reward, raised
 from ipgo.store import Run
 from ipgo.task import Progress, Task
 
@@ -148,19 +151,48 @@ def load_judge(config: RunConfig) -> Judge | None:
 
 
 def run(folder: Run, models: Models) -> None:
-    """Fit every prompt that has no result yet. Safe to stop at any moment, and to call again."""
+    """Fit every prompt that has no result yet. Safe to stop at any moment, and to call again.
+
+    Raises:
+        InUseError: another thread fits something through the same pipeline.
+    """
     try:
-        pending = folder.pending()
-        if not pending:
-            folder.start(facts(models))  # refuses other models than those that its results are of
-        else:
-            try_rewards(folder.config, models)
-        for chunk in pending:
-            progress, cost = fit_chunk(folder, models, chunk)
-            finish_chunk(folder, models, chunk, progress, cost)
+        with exclusively(models.backend):
+            _run(folder, models)
         folder.close()
     finally:
         folder.release()
+
+
+def _run(folder: Run, models: Models) -> None:
+    pending = folder.pending()
+    if not pending:
+        folder.start(facts(models))  # refuses other models than those that its results are of
+    else:
+        try_rewards(folder.config, models)
+    for chunk in pending:
+        progress, cost = fit_chunk(folder, models, chunk)
+        finish_chunk(folder, models, chunk, progress, cost)
+
+
+_BUSY: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_GUARD = threading.Lock()
+
+
+@contextlib.contextmanager
+def exclusively(backend: Backend) -> Iterator[None]:
+    """One fit at a time: it counts calls, and may change the networks, while it runs."""
+    denoiser = backend.modules["denoiser"]
+    with _GUARD:
+        if denoiser in _BUSY:
+            raise InUseError(
+                f"backend {backend.name!r} is in use by another fit of this process; wait for it, or load it once more"
+            )
+        _BUSY.add(denoiser)
+    try:
+        yield
+    finally:
+        _BUSY.discard(denoiser)
 
 
 def try_rewards(config: RunConfig, models: Models) -> None:
@@ -264,7 +296,8 @@ def taken_over(folder: Run, models: Models, prompt: Prompt, twins: Sequence[Run]
         for seed in config.judged_seeds:
             folder.copy_image(twin, prompt, "before", seed)
         scores = [Score.read(each) for each in result["scores"] if each["method"] == "raw"]
-        return [replace(each, held_out=each.reward != config.reward) for each in scores]
+        own = raised(config.reward)
+        return [replace(each, held_out=each.reward not in own) for each in scores]
     return []
 
 

@@ -27,6 +27,8 @@ def check_seeds(seeds: Sequence[int], *, distinct: bool = True) -> None:
 
 def plain(seeds: Iterable[Any]) -> list[Any]:
     """numpy's and torch's numbers as Python's, which are JSON; anything else as it is."""
+    if not isinstance(seeds, Iterable) or getattr(seeds, "ndim", 1) == 0:
+        raise InputError(f"seeds is {seeds!r}; it must be a sequence of whole numbers")
     return [seed.item() if hasattr(seed, "item") else seed for seed in seeds]
 
 

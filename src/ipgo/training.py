@@ -14,7 +14,7 @@ from ipgo.adapters import Adapter
 from ipgo.ascent import Ascent, make_optimizer
 from ipgo.errors import InputError, RewardError
 from ipgo.resume import all_tensors, copied, fill
-from ipgo.rewards import score
+from ipgo.rewards import score_with_gradient
 from ipgo.sampling import decode, denoise, last_latents, redo_last_step, unconditional
 from ipgo.seeding import derive, generator, shuffled
 from ipgo.task import FRESH, Progress, Task
@@ -187,20 +187,15 @@ class _Climb:
         )
         latents = last_latents(walk)
         images = decode(backend, latents, recompute=ascent.recompute)
-        rewards = self._reward(images, prompts)
+        rewards = score_with_gradient(task.reward, images, prompts)
         penalty = self.adapter.penalty(original, cond, noise)
         objective = rewards - ascent.penalty_weight * penalty
         for number in range(ascent.renoised):
             seeds = [derive(task.seed, "renoised", prompt, step, number) for prompt in prompts]
             again = redo_last_step(backend, cond, uncond, latents, backend.noise(seeds)[:, 0], task.sampling)
-            objective = objective + self._reward(decode(backend, again, recompute=ascent.recompute), prompts)
+            redrawn = decode(backend, again, recompute=ascent.recompute)
+            objective = objective + score_with_gradient(task.reward, redrawn, prompts)
         return objective, rewards, penalty, images
-
-    def _reward(self, images: Tensor, prompts: list[str]) -> Tensor:
-        rewards = score(self.task.reward, images, prompts)
-        if not rewards.requires_grad:
-            raise RewardError(f"reward {self.task.reward.name!r} gives no gradient, which this method needs")
-        return rewards
 
     def _batches(self, step: int) -> list[Tensor]:
         """Prompt numbers: all at once, or the next ones of an endless sequence of shuffled passes."""

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from ipgo.embeds import PromptEmbeds, concatenate
-from ipgo.errors import RewardError
 from ipgo.relaxation import Mixture, Relaxation, shortcut
-from ipgo.rewards import score
+from ipgo.rewards import score_with_gradient
 from ipgo.sampling import decode, unconditional
 from ipgo.substitution import Choice, Space, Template
 from ipgo.task import Task
@@ -59,10 +58,7 @@ class MixedWords:
         index = min(int(task.sampling.steps * place + 1e-9), task.sampling.steps - 1)
         own = task.backend.noise(task.noise_seeds(prompts, step), task.sampling.noise_steps(task.backend))
         images = decode(task.backend, shortcut(task.backend, cond, uncond, own, task.sampling, index))
-        rewards = score(task.reward, images, prompts)
-        if images.requires_grad and not rewards.requires_grad:
-            raise RewardError(f"reward {task.reward.name!r} gives no gradient, which this method needs")
-        return rewards
+        return score_with_gradient(task.reward, images, prompts)
 
     def _conditions(
         self, prompts: Sequence[str], rows: Sequence[int], choices: Sequence[Choice], weights: Tensor

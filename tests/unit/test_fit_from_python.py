@@ -11,6 +11,8 @@ from PIL import Image
 
 import ipgo
 from ipgo import cli
+from ipgo.adapters import TextEncoderAdapter, WeightAdapter
+from ipgo.adapters.weights import LoRA
 from ipgo.ascent import Ascent
 from ipgo.backends import BACKENDS, GUIDANCE
 from ipgo.images import from_pil
@@ -338,3 +340,168 @@ def test_a_text_is_no_list_of_prompts(backend: ipgo.Backend) -> None:
         ipgo.evaluate(backend, {"raw": ipgo.Adapter()}, {"b": reward}, "cat", [0], ipgo.Sampling(), "b")
     with pytest.raises(ipgo.InputError, match=r"unknown ascent\.optimizer 'None'"):
         Ascent(optimizer=None)  # type: ignore[arg-type]
+
+
+def short_fit(**changes: Any) -> ipgo.Result:
+    """One step on a pipeline of its own, unless something else is asked for."""
+    settings = {"backend": tiny_pipeline(), "reward": brightness, "method": ONE_STEP, "held_out": []}
+    return ipgo.fit("a fox", **{**SHORT, **settings, **changes})
+
+
+def test_a_reward_that_is_cut_off_from_the_picture_is_refused() -> None:
+    """A scorer with weights of its own has a gradient, and none of the picture."""
+    head = torch.nn.Linear(3, 1)
+
+    def cut_off(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        return head(images.detach().mean((2, 3)))[:, 0]
+
+    def whole(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        return head(images.mean((2, 3)))[:, 0]
+
+    with pytest.raises(ipgo.RewardError, match="'cut_off' gives no gradient of the picture"):
+        short_fit(reward=cut_off)
+    assert short_fit(reward=whole)[0].history
+
+
+def test_a_compiled_pipeline_is_the_same_model() -> None:
+    """Whose weights have the same names. Nothing is drawn: compiling would take long."""
+    plain, compiled = tiny_pipeline(), tiny_pipeline()
+    for part in ("unet", "text_encoder"):
+        setattr(compiled, part, torch.compile(getattr(compiled, part), backend="eager"))
+    backends = [ipgo.load_backend(pipe) for pipe in (plain, compiled)]
+    assert backends[0].identity == backends[1].identity
+    for start in (
+        lambda backend: WeightAdapter.start(backend, ["a fox"], LoRA(), seed=0, shared=False),
+        lambda backend: TextEncoderAdapter.start(backend, ["a fox"], 0.5, shared=False),
+    ):
+        names = [list(start(backend).state_dict()) for backend in backends]
+        assert names[0]
+        assert names[0] == names[1]
+
+
+def test_a_function_is_not_taken_for_a_reward_of_that_name() -> None:
+    def contrast(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        return -brightness(images, prompts)
+
+    for settings in ({"held_out": [contrast]}, {"reward": contrast}):
+        with pytest.raises(
+            ipgo.InputError, match="two rewards are called 'contrast', one of them ipgo's own"
+        ):
+            short_fit(**settings)
+    own = short_fit(held_out=[ipgo.as_reward(contrast, "mine")])
+    assert {each.reward for each in own[0].scores} == {"brightness", "mine"}
+
+
+def test_a_reward_may_get_another_name() -> None:
+    same = ipgo.load_reward("contrast<=0.1")
+    other = ipgo.as_reward(same, "mine")
+    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert other.name == "mine"
+    assert torch.equal(other(images, ["", ""]), same(images, ["", ""]))
+    assert identity_of(other) == identity_of(same)
+    assert ipgo.as_reward(same) is ipgo.as_reward(same, same.name) is same
+
+
+def test_vectors_of_a_textual_inversion_are_all_read() -> None:
+    pipe = tiny_pipeline()
+    source = torch.Generator().manual_seed(0)
+    vectors = torch.randn(3, pipe.text_encoder.config.hidden_size, generator=source)
+    pipe.load_textual_inversion(vectors, token="<cat-toy>")
+    backend = ipgo.load_backend(pipe)
+    ours = ipgo.generate(backend, ["a <cat-toy> on"], [3], sampling=ipgo.Sampling(2, 4.0))
+    noise = backend.pipeline_latents(backend.noise([3])[:, 0])
+    theirs = pipe(
+        "a <cat-toy> on", num_inference_steps=2, guidance_scale=4.0, latents=noise, output_type="pt"
+    )
+    torch.testing.assert_close(ours, theirs.images, atol=1e-4, rtol=0)
+
+
+def test_what_the_caller_has_set_changes_nothing() -> None:
+    pipe = tiny_pipeline()
+    expected = short_fit(backend=pipe)[0].scores
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert short_fit(backend=pipe)[0].scores == expected
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(before)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert short_fit(backend=pipe)[0].scores == expected
+    backend = ipgo.load_backend(pipe)
+    with torch.device("meta"):
+        assert backend.noise([0]).device.type == "cpu"
+
+
+def test_one_fit_at_a_time_on_a_pipeline() -> None:
+    pipe = tiny_pipeline()
+
+    def inner(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        short_fit(backend=pipe)
+        return images.mean((1, 2, 3))
+
+    with pytest.raises(ipgo.InputError, match="in use by another fit"):
+        short_fit(backend=pipe, reward=inner)
+    assert short_fit(backend=pipe)[0].history  # it is free again
+
+
+def test_a_folder_of_a_backends_name_is_not_taken_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "emoji").mkdir()
+    monkeypatch.chdir(tmp_path)
+    backend = ipgo.load_backend("emoji")
+    ipgo.fit("a fox", backend=backend, method="raw", out="run", **SHORT)
+    run = ipgo.Run.open(tmp_path / "run")
+    assert run.config.backend == "emoji"
+    assert "judge-object" in {each.reward for each in run.scores()}
+
+
+def test_a_relative_folder_is_remembered_as_it_was(
+    pipeline_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(pipeline_folder).parent)
+    backend = ipgo.load_backend(Path(pipeline_folder).name + "/.", device="cpu")
+    monkeypatch.chdir(tmp_path)
+    ipgo.fit("a fox", backend=backend, reward=brightness, method="raw", out="run", held_out=[], **SHORT)
+    assert ipgo.Run.open(tmp_path / "run").config.backend == str(Path(pipeline_folder).resolve())
+
+
+class Hidden(StableDiffusionPipeline):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, **kwargs)
+
+
+def test_a_pipeline_class_of_the_users_has_the_scale_of_its_parent() -> None:
+    pipe = Hidden(**tiny_pipeline().components, requires_safety_checker=False)
+    assert ipgo.load_backend(pipe).guidance_scale == 7.5
+
+
+@pytest.mark.parametrize("part", ["vae", "unet", "tokenizer", "scheduler"])
+def test_a_pipeline_that_lacks_a_part_is_refused(part: str) -> None:
+    pipe = tiny_pipeline()
+    setattr(pipe, part, None)
+    with pytest.raises(ipgo.InputError, match=f"has no {part}"):
+        ipgo.load_backend(pipe)
+
+
+def test_weights_that_are_cast_by_layer_are_refused() -> None:
+    pipe = tiny_pipeline()
+    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float16, compute_dtype=torch.float32)
+    with pytest.raises(ipgo.InputError, match="unet keeps its weights in another format"):
+        ipgo.load_backend(pipe)
+
+
+def test_a_cast_in_inference_mode_can_be_learned_through() -> None:
+    pipe = tiny_pipeline()
+    with torch.inference_mode():
+        backend = ipgo.load_backend(pipe, dtype="bfloat16")
+    assert short_fit(backend=backend)[0].history
+
+
+@pytest.mark.parametrize("seeds", [np.array(3), torch.tensor(3), 3])
+def test_a_single_number_is_no_sequence_of_seeds(seeds: Any, backend: ipgo.Backend) -> None:
+    with pytest.raises(ipgo.InputError, match="seeds"):
+        ipgo.fit("a fox", seeds=seeds)
+    with pytest.raises(ipgo.InputError, match="seeds"):
+        ipgo.generate(backend, ["a fox"], seeds)

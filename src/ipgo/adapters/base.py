@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ipgo.backends import Backend, load_backend
+from ipgo.devices import own_numbers
 from ipgo.embeds import PromptEmbeds
 from ipgo.errors import InputError
 from ipgo.prompts import check_prompts
@@ -176,7 +177,7 @@ def generate(
         )
     check_prompts(prompts, distinct=False)
     check_seeds(seeds, distinct=False)
-    with torch.set_grad_enabled(backprop_steps > 0), adapter.attached(backend, prompts):
+    with own_numbers(), torch.set_grad_enabled(backprop_steps > 0), adapter.attached(backend, prompts):
         distinct = list(dict.fromkeys(prompts))  # often one prompt with many seeds
         places = torch.tensor([distinct.index(prompt) for prompt in prompts], device=backend.device)
         cond = adapter.condition(backend, prompts, backend.encode(distinct).select(places))

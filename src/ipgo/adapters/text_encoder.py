@@ -11,6 +11,7 @@ from torch import nn
 
 from ipgo.adapters.base import Adapter, key
 from ipgo.backends import Backend
+from ipgo.backends.weights import uncompiled
 from ipgo.embeds import PromptEmbeds
 from ipgo.errors import InputError
 from ipgo.sampling import Sampling
@@ -46,7 +47,7 @@ class TextEncoderAdapter(Adapter):
     @classmethod
     def start(cls, backend: Backend, prompts: Sequence[str], late_share: float, *, shared: bool) -> Self:
         """The point where a fit begins: nothing is changed yet."""
-        weights = backend.modules["text_encoder"].named_parameters()
+        weights = uncompiled(backend.modules["text_encoder"]).named_parameters()
         shapes = {name: weight.shape for name, weight in weights}
         return cls(None if shared else prompts, shapes, late_share)
 
@@ -76,7 +77,7 @@ class TextEncoderAdapter(Adapter):
         encode: Callable[[], PromptEmbeds],
     ) -> PromptEmbeds:
         """What `encode` answers with each prompt's own weights at the late steps, and `original` before."""
-        encoder = backend.modules["text_encoder"]
+        encoder = uncompiled(backend.modules["text_encoder"])
         self._check(encoder)
         rows: list[int] = self.rows(prompts).tolist()
         # Every set of weights encodes the whole batch, so that padding is as in `original`.

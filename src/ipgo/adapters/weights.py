@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from ipgo.adapters.base import Adapter, key
 from ipgo.backends import Backend
+from ipgo.backends.weights import uncompiled
 from ipgo.errors import InputError
 from ipgo.seeding import derive, generator
 from ipgo.typed import check_types
@@ -82,7 +83,7 @@ class WeightAdapter(Adapter):
         """
         layers = {
             name: (layer.in_features, layer.out_features)
-            for name, layer in backend.modules["denoiser"].named_modules()
+            for name, layer in uncompiled(backend.modules["denoiser"]).named_modules()
             if isinstance(layer, nn.Linear) and any(f".{name}".endswith(f".{end}") for end in lora.targets)
         }
         if not layers:
@@ -99,7 +100,7 @@ class WeightAdapter(Adapter):
             )
         from peft import LoraConfig, LoraModel  # here, because it takes a second
 
-        denoiser = backend.modules["denoiser"]
+        denoiser = uncompiled(backend.modules["denoiser"])
         self._check(denoiser)
         alpha = self.lora.rank if self.lora.alpha is None else self.lora.alpha
         config = LoraConfig(r=self.lora.rank, lora_alpha=alpha, target_modules=list(self.layers))

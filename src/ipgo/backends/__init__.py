@@ -122,6 +122,8 @@ def load_backend(
         opening.check(family.facts, kind)
         with torch.inference_mode(False):  # else nothing could be learned through its weights
             backend = family(_open(place, kind, device, dtype, text_device), str(source), opening)
+        if source not in BACKENDS and Path(source).exists():
+            backend.origin = str(Path(source).resolve())  # wherever the process goes from here
         return with_own_scale(backend, str(source), few_steps(str(source)))
     kinds = [kind.__name__ for kind in type(source).__mro__ if kind.__name__ in FAMILIES]
     if not kinds:
@@ -137,20 +139,42 @@ def load_backend(
                 f"the pipeline's {part} is moved about by accelerate (offloading, or a device map), which gradients do "
                 "not follow; load it without, and leave its text encoders on the CPU with text_device='cpu'"
             )
+        if _casts_by_layer(module):
+            raise InputError(
+                f"the pipeline's {part} keeps its weights in another format than it computes in (layerwise casting), "
+                "through which nothing can be learned; load the pipeline without it"
+            )
+        if getattr(getattr(module, "config", None), "encoder_hid_dim_type", None) == "ip_image_proj":
+            raise InputError(
+                f"the pipeline's {part} has an IP-Adapter, which wants an image beside the prompt; unload it "
+                "(`pipe.unload_ip_adapter()`)"
+            )
         if isinstance(module, nn.Module) and any(each.is_inference() for each in module.parameters()):
             raise InputError(
                 f"the pipeline's {part} was made in torch.inference_mode, through which nothing can be learned; "
                 "load the pipeline outside of it"
             )
-    if device != "auto":
-        put(given, choose_device(device), text_device)
-    elif text_device != "auto":
-        put(given, given.device, text_device)
-    if dtype != "auto":
-        cast(given, choose_dtype(dtype, given.device))
+    with torch.inference_mode(False):  # as above
+        if device != "auto":
+            put(given, choose_device(device), text_device)
+        elif text_device != "auto":
+            put(given, given.device, text_device)
+        if dtype != "auto":
+            cast(given, choose_dtype(dtype, given.device))
     backend = FAMILIES[kinds[0]](given, type(source).__name__, opening)
-    backend.origin = str(getattr(given, "name_or_path", None) or backend.name)  # it may be a Path
-    return with_own_scale(backend, backend.origin, few_steps(backend.origin) or by_pipeline(given))
+    loaded = str(getattr(given, "name_or_path", None) or "")  # it may be a Path
+    own = few_steps(loaded) if loaded else None
+    backend.origin = (
+        str(Path(loaded).resolve()) if loaded and Path(loaded).exists() else loaded or backend.name
+    )
+    return with_own_scale(backend, loaded or backend.name, own or by_pipeline(given))
+
+
+def _casts_by_layer(module: object) -> bool:
+    """Has diffusers' `enable_layerwise_casting` been called?"""
+    parts = module.modules() if isinstance(module, nn.Module) else ()
+    hooks = (getattr(getattr(part, "_diffusers_hook", None), "hooks", {}) for part in parts)
+    return any("layerwise_casting" in each for each in hooks)
 
 
 def check_backend(source: str | Path, opening: Opening) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ipgo.backends.facts import Facts, Guidance, Opening
 from ipgo.backends.few_steps import FewSteps
 from ipgo.backends.schedulers import STOCHASTIC, described, new_scheduler
+from ipgo.backends.text import expanded
 from ipgo.backends.weights import fingerprint
 from ipgo.devices import name_of
 from ipgo.embeds import PromptEmbeds, concatenate
@@ -23,6 +24,9 @@ from ipgo.errors import InputError
 from ipgo.seeding import generator
 
 Denoise = Callable[[Tensor, PromptEmbeds], Tensor]
+
+
+NEEDED = ("unet", "transformer", "vae", "scheduler", "tokenizer")  # of these what its class has
 
 
 class Backend(ABC):
@@ -66,9 +70,9 @@ class Backend(ABC):
         self.long_prompts = opening.long_prompts
         parts = pipe.components
         encoders = {part: module for part, module in parts.items() if part.startswith("text_encoder")}
-        for part, module in encoders.items():
-            if module is None and part not in self.optional:
-                raise InputError(f"backend {name!r} has no {part}, which prompts are encoded with")
+        needed = [*encoders, *(part for part in NEEDED if part in parts)]
+        for part in (part for part in needed if parts[part] is None and part not in self.optional):
+            raise InputError(f"backend {name!r} has no {part}, and cannot draw without")
         denoiser = parts["unet"] if "unet" in parts else parts["transformer"]
         self.device, self.dtype = denoiser.device, denoiser.dtype
         self.text_device: torch.device = next(iter(encoders.values())).device
@@ -140,7 +144,9 @@ class Backend(ABC):
 
     def _lengths(self, prompts: Sequence[str]) -> list[int]:
         """How long each prompt is, with its marks. Needs the tokenizer only."""
-        return [len(ids) for ids in self.tokenizer(list(prompts), padding=False).input_ids]
+        return [
+            len(ids) for ids in self.tokenizer(expanded(self.tokenizer, prompts), padding=False).input_ids
+        ]
 
     def _combine(self, uncond: Tensor, cond: Tensor, guidance_scale: float) -> Tensor:
         """What the two halves of classifier-free guidance make together."""
@@ -148,8 +154,12 @@ class Backend(ABC):
 
     def _own_scale(self) -> float:
         """The guidance scale that the stock pipeline takes unless told otherwise, in our count."""
-        default: float = inspect.signature(type(self.pipe).__call__).parameters["guidance_scale"].default
-        return default
+        return float(self._own_default("guidance_scale"))
+
+    def _own_default(self, name: str) -> Any:
+        """Of an argument of the stock pipeline's call; a class of the user's may hide it behind **kwargs."""
+        calls = (inspect.signature(kind.__call__).parameters for kind in type(self.pipe).__mro__)
+        return next(own[name].default for own in calls if name in own)
 
     def _pixels(self, latents: Tensor) -> Tensor:
         """What the VAE makes of latents, (B, 3, H, W) in [-1, 1]."""
@@ -253,8 +263,11 @@ class Backend(ABC):
         rows = []
         for seed in seeds:
             source = generator(seed)
-            first = torch.randn((1, *self.latent_shape), generator=source)
-            rows.append(torch.cat([first, torch.randn((steps, *self.latent_shape), generator=source)]))
+            first, others = (
+                torch.randn((count, *self.latent_shape), generator=source, dtype=torch.float32, device="cpu")
+                for count in (1, steps)
+            )
+            rows.append(torch.cat([first, others]))
         return torch.stack(rows).to(self.device)
 
     @property

@@ -86,6 +86,7 @@ def by_folder(folder: Path) -> FewSteps | None:
 
 def by_pipeline(pipe: Any) -> FewSteps | None:
     """`by_parts` of a pipeline object."""
-    denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
-    options = {**pipe.config, **(denoiser.config if denoiser is not None else {})}
+    parts = pipe.components
+    denoiser = parts["unet"] if "unet" in parts else parts["transformer"]
+    options = {**pipe.config, **denoiser.config}
     return by_parts(type(pipe).__name__, type(pipe.scheduler).__name__, options)

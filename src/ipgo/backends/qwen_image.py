@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -121,8 +120,7 @@ class QwenImage(PackedBackend):
         return kwargs
 
     def _own_scale(self) -> float:
-        default: float = inspect.signature(type(self.pipe).__call__).parameters["true_cfg_scale"].default
-        return default
+        return float(self._own_default("true_cfg_scale"))
 
     def pipeline_guidance(self, scale: float) -> dict[str, Any]:
         """The pipeline's `guidance_scale` is another thing. Without a negative prompt it does not guide at all."""

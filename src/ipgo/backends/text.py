@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +16,23 @@ from ipgo.embeds import PromptEmbeds
 
 def tokenize(tokenizer: Any, prompts: Sequence[str], length: int, padding: str) -> tuple[Tensor, Tensor]:
     """(B, L) ids and (B, L) bool, True at text; at most `length` long, padded to it or to the longest."""
-    tokens = tokenizer(
-        list(prompts), padding=padding, truncation=True, max_length=length, return_tensors="pt"
-    )
+    texts = expanded(tokenizer, prompts)
+    tokens = tokenizer(texts, padding=padding, truncation=True, max_length=length, return_tensors="pt")
     return tokens.input_ids, tokens.attention_mask.to(torch.bool)
+
+
+def expanded(tokenizer: Any, prompts: Sequence[str]) -> list[str]:
+    """Prompts where the name of a textual inversion stands for all of its vectors.
+
+    Those after the first are tokens of their own, `<cat>_1` and so on; diffusers' pipelines put them in, too.
+    """
+    added = getattr(tokenizer, "added_tokens_encoder", {})
+    texts = list(prompts)
+    for token in (token for token in added if f"{token}_1" in added):
+        further = itertools.takewhile(added.__contains__, (f"{token}_{n}" for n in itertools.count(1)))
+        whole = " ".join([token, *further])
+        texts = [text.replace(token, whole) for text in texts]
+    return texts
 
 
 @dataclass(frozen=True)
@@ -70,7 +84,9 @@ def read(
     ids, mask = tokenize(tokenizer, prompts, length, padding)
     if long_prompts != "chunk":
         return Windows(ids, mask, (1,) * len(ids), padding)
-    texts = [row[1:-1] for row in tokenizer(list(prompts), padding=False).input_ids]  # without the marks
+    texts = [
+        row[1:-1] for row in tokenizer(expanded(tokenizer, prompts), padding=False).input_ids
+    ]  # without the marks
     size = length - 2
     parts = [[text[at : at + size] for at in range(0, max(len(text), 1), size)] for text in texts]
     counts = tuple(map(len, parts))

@@ -21,7 +21,7 @@ def fingerprint(modules: Mapping[str, nn.Module]) -> str | None:
     """
     digest = hashlib.sha256()
     for part, module in sorted(modules.items()):
-        named = sorted(module.state_dict().items())
+        named = sorted(uncompiled(module).state_dict().items())
         tensors = [tensor for _, tensor in named if isinstance(tensor, Tensor)]
         if any(tensor.is_meta for tensor in tensors):
             return None
@@ -30,6 +30,12 @@ def fingerprint(modules: Mapping[str, nn.Module]) -> str | None:
         for tensor in tensors:
             digest.update(_some(tensor).numpy().tobytes())
     return digest.hexdigest()[:12]
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """Without the wrapper of `torch.compile`, which gives every weight another name."""
+    inner: nn.Module = getattr(module, "_orig_mod", module)
+    return inner
 
 
 def _some(tensor: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from ipgo.evaluation import Gain, Score, levels, summarise
 from ipgo.images import reading
 from ipgo.prompts import Prompt
 from ipgo.report import charts
+from ipgo.rewards import raised
 from ipgo.rewards.checkpoints import fingerprint
 from ipgo.store import EVALUATION, Run
 
@@ -78,6 +79,7 @@ def render(run: Run) -> str:
         later_strange=run.strange(scored_by),
         curve=charts.curve(rewards, bold, before),
         curve_name=name,
+        before=before is not None,
         scatters=_scatters(scores, config.reward, config.new_seeds or config.seeds),
         cards=[_card(run, prompt, result) for prompt, result in zip(run.finished, results, strict=True)],
         cost=run_cost(run),
@@ -248,21 +250,26 @@ def _before(run: Run, raw: Sequence[float]) -> float | None:
 
 
 def _mean_curve(run: Run) -> tuple[str, list[float | None], list[float | None], float | None]:
-    """The reward of each step, averaged over the prompts that got that far."""
+    """The reward of each step, averaged over the prompts; one that ended before keeps its last value."""
     prompts = run.prompts[:1] if run.config.shared else run.prompts
     histories = [run.history(prompt) for prompt in prompts]
-    steps = range(max(map(len, histories)))
-    columns = [[each[step]["reward"] for each in histories if len(each) > step] for step in steps]
-    rewards = [_mean([value for value in column if value is not None]) for column in columns]
     smoothed = [charts.so_far(history) for history in histories]
-    bold = [
-        _mean([values[step] for _, values in smoothed if len(values) > step and values[step] is not None])
-        for step in steps
-    ]
+    rewards = _mean_of([[line["reward"] for line in history] for history in histories])
+    bold = _mean_of([values for _, values in smoothed])
     fitted = [each for each in run.scores() if each.method == "raw" and each.seed in run.config.seeds]
     before = _before(run, [each.value for each in fitted if each.reward == run.config.reward])
     names = [name for name, _ in smoothed]
     return charts.BEST if charts.BEST in names else names[0], rewards, bold, before
+
+
+def _mean_of(curves: Sequence[charts.Values]) -> list[float | None]:
+    """The mean at each step of the longest, over the curves that have a value there or ended with one."""
+    longest = max(map(len, curves))
+    whole = []
+    for curve in curves:
+        known = [value for value in curve if value is not None]
+        whole.append([*curve, *(known[-1:] or [None]) * (longest - len(curve))])
+    return [_mean(values) for values in zip(*whole, strict=True)]
 
 
 def _scatters(scores: Sequence[Score], reward: str, seeds: Collection[int]) -> list[tuple[str, Markup, int]]:
@@ -272,6 +279,7 @@ def _scatters(scores: Sequence[Score], reward: str, seeds: Collection[int]) -> l
         if each.seed in seeds:
             values[each.prompt, each.seed][each.reward, each.method == "raw"] = each.value
     points: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    own = raised(reward)
     for found in values.values():
         gains = {
             name: found[name, False] - old
@@ -279,7 +287,7 @@ def _scatters(scores: Sequence[Score], reward: str, seeds: Collection[int]) -> l
             if raw and (name, False) in found
         }
         for name, gain in gains.items():
-            if name != reward and not name.startswith("judge-") and reward in gains:
+            if name not in own and not name.startswith("judge-") and reward in gains:
                 points[name].append((gains[reward], gain))
     return [(name, charts.scatter(each), sum(a > 0 > b for a, b in each)) for name, each in points.items()]
 

@@ -18,6 +18,7 @@ from ipgo.report.build import environment, picture_uri
 from ipgo.report.identity import strangers, told
 from ipgo.report.rows import Row, strange_to
 from ipgo.report.tables import span, tables
+from ipgo.rewards import raised
 from ipgo.store import Run
 
 SHEET_PROMPTS = 24  # of the contact sheet: a page must open
@@ -60,7 +61,7 @@ def render(folder: Comparison, entries: Sequence[Row]) -> str:
         curve=charts.lines({row.label: row.curve for row in shown}, hues, "calls", raw),
         curve_legend=[(row.label, hues[row.label]) for row in shown],
         scatters=_scatters(entries, reward, hues),
-        scatter_legend=[(_on_its_noise(row), hues[row.label]) for row in entries if row.fitted],
+        scatter_legend=[(_on_its_noise(row), hues[row.label]) for row in entries if row.unseen or row.fitted],
         sheets=_sheets(folder),
         common=flatten(dict(plan.common)),
         own=own,
@@ -77,7 +78,8 @@ def lead(entries: Sequence[Row], reward: str) -> str:
         if gains:
             label, gain = max(gains, key=lambda found: found[1].gain.value)
             change = f"{gain.gain.value:+.3f} {span(gain.gain)}".strip()
-            text += f"On {noise}, {label} changed {reward} most, by {change}. "
+            verb = "raised" if gain.gain.value > 0 else "lowered"
+            text += f"On {noise}, {label} {verb} {reward} {'most' if gain.gain.value > 0 else 'least'}, by {change}. "
     return text or "Nothing is finished yet that could be compared."
 
 
@@ -156,7 +158,8 @@ def numbers(entries: Sequence[Row]) -> str:
 def _scatters(entries: Sequence[Row], reward: str, hues: Mapping[str, int]) -> list[tuple[str, Markup]]:
     """For each held-out reward: every entry's gain in it against its gain in the raised one."""
     gains = {row.label: row.unseen or row.fitted for row in entries}
-    names = dict.fromkeys(name for each in gains.values() for name in each if name != reward)
+    own = raised(reward)
+    names = dict.fromkeys(name for each in gains.values() for name in each if name not in own)
     charted = []
     for name in names:
         found = {label: each for label, each in gains.items() if {name, reward} <= each.keys()}

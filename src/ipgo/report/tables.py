@@ -11,6 +11,7 @@ from ipgo.evaluation import Gain, Interval, average
 from ipgo.report.build import mood
 from ipgo.report.identity import MARK
 from ipgo.report.rows import Matrix, Row, matrices, own_scores, strange_to
+from ipgo.rewards import raised
 
 COST = {
     "denoiser": "calls",
@@ -97,7 +98,9 @@ def held_out_table(entries: Sequence[Row], reward: str) -> Table:
     )
     if any(strange.values()):
         note += f" {MARK}: scored by another reward of that name; the cell does not compare with the others."
-    return Table("Rewards that were not raised", note, ["entry", "noise", *names], lines)
+    own = raised(reward)
+    heads = (f"{name} (a part of it)" if name in own else name for name in names)
+    return Table("Other rewards", note, ["entry", "noise", *heads], lines)
 
 
 def cost_table(folder: Comparison, entries: Sequence[Row]) -> Table:

@@ -138,19 +138,46 @@ class Ceiling:
         return score(self.reward, images, prompts).float().clamp(max=self.most)
 
 
+@dataclass(frozen=True)
+class Renamed:
+    """A reward under another name."""
+
+    reward: Reward
+    name: str
+
+    @property
+    def differentiable(self) -> bool:
+        return self.reward.differentiable
+
+    @property
+    def uses_prompts(self) -> bool:
+        return uses_prompts(self.reward)
+
+    @property
+    def most(self) -> float:
+        return float(getattr(self.reward, "most", math.inf))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return dict(identity_of(self.reward))
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self.reward(images, prompts)
+
+
 def parts(reward: Reward) -> tuple[Reward, ...]:
     """The rewards that a sum or a ceiling is made of; of any other, itself."""
     if isinstance(reward, WeightedSum):
         return tuple(part for each in reward.rewards for part in parts(each))
-    return parts(reward.reward) if isinstance(reward, Ceiling) else (reward,)
+    return parts(reward.reward) if isinstance(reward, Ceiling | Renamed) else (reward,)
 
 
 def as_reward(
     function: RewardFunction | Reward, name: str | None = None, *, differentiable: bool = True
 ) -> Reward:
-    """Make a reward of a plain function; something that is one already stays as it is."""
+    """Make a reward of a plain function; of one that is a reward already only the name can be another."""
     if isinstance(function, Reward):
-        return function
+        return function if name in (None, function.name) else Renamed(function, str(name))
     if not callable(function) or isinstance(function, type) or not _takes_two(function):
         given = getattr(function, "__name__", type(function).__name__)
         raise InputError(f"a reward must be a function of (images, prompts), not {given}")
@@ -221,6 +248,14 @@ def terms(spec: str) -> list[tuple[float, str]]:
     return [(each.weight, _bare(each.name) if _bare(each.name) in REWARDS else each.name) for each in found]
 
 
+def raised(spec: str) -> set[str]:
+    """What a method raises that follows a spec: that itself, and the rewards it is made of. These are not held out."""
+    try:
+        return {spec, *(name for _, name in terms(spec)), *(_term(term).name for term in _terms(spec))}
+    except InputError:  # the name of a function of the user's, which says nothing
+        return {spec}
+
+
 def _outline(spec: str) -> Reward:
     """A reward that says of itself what the real one says, and has no model."""
 
@@ -288,6 +323,37 @@ def check_reward(spec: str, prompts: Sequence[str] = ()) -> None:
             _load(name, torch.device("cpu"))  # a function; or an unknown name
 
 
+def score_with_gradient(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """`score`, for a method that follows the gradient of the reward with respect to the images.
+
+    Raises:
+        RewardError: as in `score`, or there is no such gradient.
+    """
+    values = score(reward, images, prompts)
+    if images.requires_grad and not values.requires_grad:
+        raise RewardError(f"reward {reward.name!r} gives no gradient, which this method needs")
+    # A scorer whose own weights want a gradient hides that the picture was cut off, by PIL or .detach().
+    if images.grad_fn is not None and not _leads_to(values.grad_fn, images.grad_fn):
+        raise RewardError(
+            f"reward {reward.name!r} gives no gradient of the picture, which this method needs: it is computed from a "
+            "copy that is cut off, as by .detach(), numpy or PIL"
+        )
+    return values
+
+
+def _leads_to(start: Any, end: Any) -> bool:
+    """Is a node of the graph of gradients among those that another one passes them on to?"""
+    seen, open_ = {start}, [start]
+    while open_:
+        node = open_.pop()
+        if node is end:
+            return True
+        new = {each for each, _ in node.next_functions if each is not None} - seen
+        seen |= new
+        open_ += new
+    return False
+
+
 def score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
     """The reward's answer (B,), checked, on the device of the images.
 
@@ -297,7 +363,7 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
     if len(prompts) != len(images):
         raise InputError(f"{len(images)} images have {len(prompts)} prompts; each needs one")
     try:
-        values = reward(images, list(prompts))
+        values = reward(images.clone(), list(prompts))  # one that works in place shall not change the picture
     except (IpgoError, torch.OutOfMemoryError, MemoryError):
         raise
     except (Exception, SystemExit) as error:

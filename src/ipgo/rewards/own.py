@@ -159,7 +159,7 @@ def _lines(value: object, seen: set[int]) -> Iterator[str]:
     elif value is None or isinstance(value, str | int | float):
         yield json.dumps(value)
     elif isinstance(value, np.ndarray | np.generic):
-        with contextlib.suppress(TypeError):  # it may hold objects
+        with contextlib.suppress(TypeError, ValueError):  # it may hold objects, or its bytes in another order
             yield _digest_of(torch.as_tensor(np.ascontiguousarray(value)))
 
 
