@@ -1,6 +1,6 @@
-"""Every system on every bundled reward and prompt set, at one budget: docs/comparison.md.
+"""Every system on every learned bundled reward and prompt set, at one budget: docs/comparison.md.
 
-    python benchmarks/comparison.py --entries raw ipgo draft reno best-of-n --budget 3000 --out docs/comparison.md
+    python benchmarks/comparison.py --entries raw ipgo draft reno best-of-n --kept build/kept --out build/comparison.md
 
 Each cell, a reward on the test half of a set, is an ordinary comparison (`ipgo compare`) in
 build/benchmarks/comparison, to which entry after entry is added: an interrupted benchmark goes on. The figures are
@@ -40,6 +40,7 @@ FOLDER = Path("build/benchmarks/comparison")
 KEPT = Path("docs/comparison")
 SETTINGS = ("seeds", "count", "budget", "price", "flags")  # what all figures of a document have in common
 OURS = "ipgo"
+CHAT = ("chatgpt", "llm-search")  # want an endpoint
 # Methods that change the prompt, as text or as embeddings, and leave noise and weights alone.
 PROMPT_LEVEL = ("ipgo", "ipgo-black-box", "embedding", "dpo-diffusion", "promptist", "chatgpt", "llm-search")
 ENOUGH = 8 / 9  # of the cells in which ours should be the best of these
@@ -86,7 +87,7 @@ def run(label: str, cell: Cell, options: argparse.Namespace) -> Row:
 
 
 def keep(folder: Path, label: str, cell: Cell, row: Row, settings: Mapping[str, Any]) -> None:
-    """Add one row to FOLDER/ENTRY.json; those of other settings there are dropped."""
+    """Add one row to FOLDER/ENTRY.json, where all have the same settings (see `check_kept`)."""
     path = folder / f"{label}.json"
     plain = {key: value for key, value in asdict(row).items() if key not in ("scores", "curve")}
     folder.mkdir(parents=True, exist_ok=True)
@@ -94,8 +95,15 @@ def keep(folder: Path, label: str, cell: Cell, row: Row, settings: Mapping[str, 
     # Another process may be done with another cell at the same moment.
     with FileLock(FOLDER / f"{folder.name}-{label}.lock"):
         there = files.read_json(path) if path.is_file() else {}
-        cells = there["cells"] if there.get("settings") == settings else {}
-        files.write_json(path, {"settings": settings, "cells": {**cells, " ".join(cell): plain}})
+        cells = {**there.get("cells", {}), " ".join(cell): plain}
+        files.write_json(path, {"settings": settings, "cells": cells})
+
+
+def check_kept(folder: Path, labels: Sequence[str], settings: Mapping[str, Any]) -> None:
+    """Refuse, before anything is made, to mix figures of several settings."""
+    for path in (folder / f"{label}.json" for label in labels):
+        if path.is_file() and files.read_json(path, "settings")["settings"] != settings:
+            raise SystemExit(f"{path} holds figures of other settings; give another folder with --kept")
 
 
 def read(plain: Mapping[str, Any]) -> Row:
@@ -306,7 +314,10 @@ def mean(values: Sequence[float]) -> float:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--entries", nargs="+", default=list(read_comparison(SYSTEMS)["entries"]))
+    everything = [label for label in read_comparison(SYSTEMS)["entries"] if label not in CHAT]
+    parser.add_argument(
+        "--entries", nargs="+", default=everything, help=f"default: all but {' and '.join(CHAT)}"
+    )
     parser.add_argument("--rewards", nargs="+", default=list(REWARDS))
     parser.add_argument("--sets", nargs="+", default=list(SETS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3])
@@ -329,6 +340,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cells = list(itertools.product(options.rewards, options.sets))
     settings = {name: getattr(options, name) for name in SETTINGS}
     if not options.table:
+        check_kept(options.kept, options.entries, settings)
         for cell, label in itertools.product(cells, options.entries):
             keep(options.kept, label, cell, run(label, cell, options), settings)
     found = stored(options.kept, options.entries, cells, settings)

@@ -124,8 +124,14 @@ def main() -> None:
     parser.add_argument("--prompts", default="one:test?n=4")
     parser.add_argument("--strengths", nargs="+", default=list(STRENGTHS), choices=STRENGTHS)
     parser.add_argument("--dtype", default="auto", help="of the backend, as in fit")
-    parser.add_argument("--out", type=Path, default=Path("docs/over-optimisation"), help="without suffix")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("build/over-optimisation"),
+        help="of a page and its pictures, without suffix; what is there is replaced",
+    )
     options = parser.parse_args()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     prompts, backend = read_prompts(options.prompts), ipgo.load_backend("emoji", dtype=options.dtype)
     lines = [
         "| reward | strength | gain | in sd | held-out, in their sd | judge: object | judge: likeness |",

@@ -1,8 +1,9 @@
 """A ComfyUI node that encodes a prompt with the embeddings that IPGO learned around it.
 
-Copy this file into ComfyUI/custom_nodes and `pip install ipgo` into ComfyUI's environment. The node takes the place of
-both "CLIP Text Encode" nodes: it encodes the prompt and the negative prompt by the CLIP that it is given, as they do,
-and puts the learned embeddings around the states, as the stock "Conditioning (Concat)" would: [prefix; states; suffix].
+Copy this file into ComfyUI/custom_nodes and install ipgo (`pip install PATH/TO/ITS/REPOSITORY`) into ComfyUI's
+environment. The node takes the place of both "CLIP Text Encode" nodes: it encodes the prompt and the negative prompt by
+the CLIP that it is given, as they do, and puts the learned embeddings around the states, as the stock "Conditioning
+(Concat)" would: [prefix; states; suffix].
 
 Limits: models with one text encoder, whose denoiser does not care about the order of tokens (Stable Diffusion 1.x and
 2.x); prompts of one window of 77 tokens; adapters learned with padding="max_length" and without insertion.pooled. One

@@ -58,7 +58,9 @@ def _parser() -> ArgumentParser:
         "doctor", "Run one small step, and see whether a gradient of the reward reaches inserted embeddings."
     )
     parser.add_argument("--backend", default="emoji", help="as in fit (default: emoji)")
-    parser.add_argument("--reward", default="emoji-preference", help="as in fit (default: emoji-preference)")
+    parser.add_argument(
+        "--reward", default="emoji-preference", help="as in fit (default here: emoji-preference)"
+    )
     parser.add_argument("--prompt", default="a lemon on a blue background", help="what is drawn")
     drawn = "or what a few-step model is drawn in"
     parser.add_argument(

@@ -94,7 +94,9 @@ def _parser() -> Any:
         default="emoji",
         help="a backend's name, or a diffusers folder (its weights may be missing)",
     )
-    parser.add_argument("--reward", default="emoji-preference", help="as in fit")
+    parser.add_argument(
+        "--reward", default="emoji-preference", help="as in fit (default here: emoji-preference)"
+    )
     parser.add_argument(
         "--gpu", nargs="+", required=True, metavar="SIZE", help="memory of one GPU or several, such as 16GB"
     )

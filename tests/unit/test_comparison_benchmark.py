@@ -146,9 +146,9 @@ def test_what_is_kept_is_read_again(tmp_path: Path) -> None:
     assert found[one] == [replace(raw, curve=[]), replace(ours, curve=[])]
     assert comparison.stored(tmp_path, ["ipgo"], [one], {"budget": 300}) == {}
 
-    comparison.keep(tmp_path, "ipgo", one, ours, {"budget": 300})  # of another document: the rest goes
-    assert comparison.stored(tmp_path, ["ipgo"], [one, two], {"budget": 500}) == {}
-    assert list(comparison.stored(tmp_path, ["ipgo"], [one, two], {"budget": 300})) == [one]
+    comparison.check_kept(tmp_path, ["ipgo", "draft"], {"budget": 500})
+    with pytest.raises(SystemExit, match=r"ipgo.json holds figures of other settings; give another folder"):
+        comparison.check_kept(tmp_path, ["ipgo", "draft"], {"budget": 300})
 
     comparison.keep(tmp_path, "ipgo", one, replace(ours, rewards={"emoji-clip": ("b",)}), {"budget": 500})
     with pytest.raises(SystemExit, match="ipgo: scored by another emoji-clip than raw"):

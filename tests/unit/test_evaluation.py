@@ -3,16 +3,20 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ipgo import InputError, Score, summarise, win_rate
+from ipgo import InputError, Score, as_reward, summarise, win_rate
+from ipgo.cli import table
+from ipgo.evaluation import Drawing, score
+from ipgo.rewards import raised
 
 
-def scores(table: dict[str, list[tuple[float, float]]], reward: str = "r") -> list[Score]:
+def scores(values: dict[str, list[tuple[float, float]]], reward: str = "r") -> list[Score]:
     """{"prompt": [(ours, raw), ...]} with one pair a seed."""
     found = []
-    for prompt, pairs in table.items():
+    for prompt, pairs in values.items():
         for seed, (ours, raw) in enumerate(pairs):
             found.append(Score("ipgo", prompt, seed, reward, ours, False))
             found.append(Score("raw", prompt, seed, reward, raw, False))
@@ -73,3 +77,23 @@ def test_summarise_by_reward_and_seed() -> None:
 def test_nothing_in_common_is_an_error() -> None:
     with pytest.raises(InputError, match="share no prompt and seed"):
         win_rate(scores({"a": [(1, 0)]}), "draft", "raw", "r")
+
+
+def test_what_a_reward_is_made_of_is_not_held_out() -> None:
+    spec = "contrast+0.1*colorfulness<=3"
+    image = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(0))
+    drawings = [Drawing(name, "a fox", 0, image) for name in ("raw", "ipgo")]
+    names = (spec, "contrast", "colorfulness", "clip")
+    rewards = {name: as_reward(lambda images, _: images.mean((1, 2, 3)), name) for name in names}
+    found = {each.reward: each.held_out for each in score(drawings, rewards, spec)}
+    assert found == {spec: False, "contrast": False, "colorfulness": False, "clip": True}
+    assert raised("<lambda>") == {"<lambda>"}
+    assert raised("clip@notebook<=0.3") == {"clip@notebook<=0.3", "clip@notebook", "clip"}
+
+
+def test_an_interval_over_something_else_than_the_others_says_so() -> None:
+    gains = summarise(scores({"a": [(2, 1)], "b": [(3, 1)]}) + scores({"a": [(1, 3)] * 2}, "some"))
+    head, first, second, *_ = table(gains).splitlines()
+    assert "95% over 2 prompts" in head
+    assert " over " not in first
+    assert " over 2 seeds" in second

@@ -205,6 +205,7 @@ def test_other_adapters_are_refused_in_a_sentence(own: Backend) -> None:
         (["--reward", "nosuch"], "unknown reward 'nosuch'"),
         (["--reward", "contrast", "--top", "0"], "top is 0; it must be at least 1"),
         (["a moose", "--reward", "contrast"], "not fitted to prompt 'a moose'"),
+        (["", "--reward", "contrast"], "prompt 1 is empty"),
         (["--reward", "contrast", "--seeds", "-1"], "seeds is [-1]; they must be different whole numbers"),
         (["--reward", "contrast", "--out", "."], "out is '.', which is a folder"),
     ],

@@ -300,6 +300,7 @@ def test_nothing_fits(
     [
         ([], "required: --gpu"),
         (["--gpu", "big"], "gpu is 'big'; it must be a size such as 16GB"),
+        (["--gpu", "500MB"], "gpu is '500MB'; of every GPU 0.93 GiB are left"),
         (["--gpu", "8GB", "--backend", "sd1.5"], "unknown backend 'sd1.5'; did you mean 'sd15'"),
         (["--gpu", "8GB", "--backend", __file__], "is no local folder of diffusers, and the sizes"),
         (["--gpu", "8GB", "--backend", "some/model"], "the sizes of its models are not known"),

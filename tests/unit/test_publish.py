@@ -203,6 +203,7 @@ def test_the_code_for_a_plain_pipeline_opens_it_in_the_format_of_the_run(
         (["{run}", "--push", "just-a-name"], "'just-a-name' is no name of a model on the hub"),
         (["{run}", "--out", "{run}/prompts"], "holds something else; give a new or empty one"),
         (["{run}", "--push"], "expected one argument"),
+        (["{run}", "--out", "{run}/run.json/x"], "which cannot be written: Not a directory"),
     ],
 )
 def test_bad_input_is_one_sentence(

@@ -8,7 +8,7 @@ import pytest
 import ipgo
 from ipgo import Gain, Interval
 from ipgo.report import charts
-from ipgo.report.build import fallen, mood, render
+from ipgo.report.build import _mean_of, fallen, mood, render
 from ipgo.report.tables import _gain, _rate
 
 
@@ -115,3 +115,25 @@ def test_only_what_is_sure_has_a_colour(value: float, low: float, high: float, c
     wins = _rate(Interval(0.5 + value, 0.5 + low, 0.5 + high, 9, "prompts"))
     assert wins.mood == colour
     assert _rate(None).text == "–"
+
+
+def test_a_prompt_that_ended_keeps_its_last_value_in_the_mean() -> None:
+    assert _mean_of([[1.0, 3.0, 2.0], [5.0], [None, 4.0, None]]) == [3.0, 4.0, 3.5]
+
+
+@pytest.mark.parametrize(("fit_steps", "shown"), [(2, True), (1, False)])
+def test_the_legend_names_the_raw_prompt_where_it_is_drawn(
+    fit_steps: int, shown: bool, pipeline_folder: str, tmp_path: Path
+) -> None:
+    """Not where a fit draws in other steps than the raw prompt was drawn in."""
+    ipgo.fit(
+        "a fox",
+        backend=pipeline_folder,
+        reward="contrast",
+        method=ipgo.IPGO(ascent=ipgo.Ascent(steps=2, backprop_steps=1)),
+        sampling=ipgo.Sampling(steps=2, fit_steps=fit_steps),
+        seeds=(0,),
+        unseen_seeds=1,
+        out=tmp_path,
+    )
+    assert ("raw prompt</span>" in render(ipgo.Run.open(tmp_path))) == shown

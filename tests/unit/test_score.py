@@ -87,8 +87,9 @@ def test_a_photograph_is_scored_as_it_was_held(tmp_path: Path) -> None:
     assert torch.equal(from_pil(Image.open(tmp_path / "turned.png")), from_pil(upright))
 
 
-def test_a_table_names_the_pictures(folder: Path, tmp_path: Path) -> None:
-    table, out = tmp_path / "prompts.csv", tmp_path / "scores.csv"
+@pytest.mark.parametrize("name", ["prompts.csv", "PROMPTS.CSV"])
+def test_a_table_names_the_pictures(name: str, folder: Path, tmp_path: Path) -> None:
+    table, out = tmp_path / name, tmp_path / "scores.csv"
     table.write_text("file,prompt\nx/01.png,one\n00.png,zero\n")
     command = ["score", str(folder / "00.png"), str(folder / "01.png"), "--reward", "emoji-clip"]
     assert cli.main([*command, "--prompts", str(table), "--out", str(out)]) == 0

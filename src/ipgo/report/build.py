@@ -267,8 +267,8 @@ def _mean_of(curves: Sequence[charts.Values]) -> list[float | None]:
     longest = max(map(len, curves))
     whole = []
     for curve in curves:
-        known = [value for value in curve if value is not None]
-        whole.append([*curve, *(known[-1:] or [None]) * (longest - len(curve))])
+        last = next((value for value in reversed(curve) if value is not None), None)
+        whole.append([*curve, *[last] * (longest - len(curve))])
     return [_mean(values) for values in zip(*whole, strict=True)]
 
 

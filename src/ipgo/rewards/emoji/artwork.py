@@ -113,7 +113,7 @@ def placed(reader: Reader, prompts: Sequence[str]) -> list[Claims]:
             raise InputError(
                 f"reward {Likeness.name!r} compares with artwork, and prompt {prompt[:60]!r} names none that there is "
                 "(see `ipgo list objects`), or two and not how they stand; take another reward, such as "
-                "emoji-preference"
+                "emoji-preference, or with another backend than the bundled one clip or hpsv2.1"
             )
     return found
 

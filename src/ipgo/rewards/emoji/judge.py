@@ -138,7 +138,7 @@ def _compare(claimed: Claims, seen: Claims) -> dict[str, float]:
 
 
 def load_judge(device: str | torch.device = "cpu") -> Judge:
-    """The judge with its weights and the words it understands."""
+    """The share of what the prompt says that is in the picture, by a network that judges alone; no gradient."""
     labels = load_labels()
     network = Network(labels["sizes"])
     network.load_state_dict(
