@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from ipgo.adapters import Adapter, TextAdapter, shorten
 from ipgo.adapters.text import BYTES, from_bytes, to_bytes
 from ipgo.backends import Backend
 from ipgo.chat import Chat, parse_texts
-from ipgo.errors import InputError, ResumeError
+from ipgo.errors import InputError
 
 ATTEMPTS = 3  # questions for a text that can be used
 logger = logging.getLogger("ipgo")
@@ -35,6 +35,7 @@ class Rewrites:
         self.written = torch.zeros((), dtype=torch.long)
         self.texts = torch.zeros(total, len(prompts), BYTES, dtype=torch.uint8)
         self.rewards = torch.full((total, len(prompts)), torch.nan)
+        self.memory = {"written": self.written, "texts": self.texts, "rewards": self.rewards}
 
     def propose(self, adapter: Adapter, step: int) -> None:
         assert isinstance(adapter, TextAdapter)
@@ -59,15 +60,8 @@ class Rewrites:
             if reward.isfinite()
         ]
 
-    def state(self) -> dict[str, Tensor]:
-        return {"written": self.written, "texts": self.texts, "rewards": self.rewards}
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        if state["texts"].shape != self.texts.shape:
-            raise ResumeError("this checkpoint belongs to a search with other settings or prompts")
-        self.written.copy_(state["written"])
-        self.texts.copy_(state["texts"])
-        self.rewards.copy_(state["rewards"])
+    def resumed(self) -> None:
+        """The table is all there is."""
 
 
 def ask_texts(chat: Chat, backend: Backend, instruction: str, text: str, n: int) -> list[str]:

@@ -10,13 +10,18 @@ import torch
 from torch import Tensor
 
 from ipgo.adapters import Adapter, generate
-from ipgo.errors import ResumeError
+from ipgo.resume import copied, fill
 from ipgo.rewards import score
 from ipgo.task import Progress, Task
 
 
 class Proposer(Protocol):
     """Where candidates come from. An adapter has N rows: one for each prompt, or one that all share."""
+
+    @property
+    def memory(self) -> Mapping[str, Tensor]:
+        """All that a search goes on from with the same bits: always the same tensors, which are changed in place."""
+        ...
 
     def propose(self, adapter: Adapter, step: int) -> None:
         """Write the candidate of `step` (0 is the first) into the rows of `adapter`, over the one before."""
@@ -26,12 +31,8 @@ class Proposer(Protocol):
         """Learn the scores (N,) of the candidate in `adapter`: on the CPU, NaN where an image was not finite."""
         ...
 
-    def state(self) -> dict[str, Tensor]:
-        """All that `load` needs to go on with the same bits; always the same names."""
-        ...
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state` returned; `ResumeError` if that was another search's."""
+    def resumed(self) -> None:
+        """The memory was filled with that of an earlier search: catch up with it."""
         ...
 
 
@@ -69,8 +70,18 @@ class _Search:
         self.task, self.proposer, self.total = task, proposer, total
         self.adapter = adapter.to(task.backend.device).requires_grad_(False)
         self.kept = copy.deepcopy(self.adapter)
-        self.step = 0
-        self.best = torch.full((len(task.prompts),), torch.nan)
+        self.memory = {
+            "step": torch.zeros((), dtype=torch.long),
+            "best": torch.full((len(task.prompts),), torch.nan),
+        }
+
+    @property
+    def step(self) -> int:
+        return int(self.memory["step"])
+
+    @property
+    def best(self) -> Tensor:
+        return self.memory["best"]
 
     def run(self) -> Iterator[Progress]:
         none = torch.zeros(len(self.task.prompts))
@@ -80,7 +91,7 @@ class _Search:
                 rewards, images = self._draw()
                 self._keep(rewards)
                 self.proposer.tell(self.adapter, self._by_row(rewards))
-            self.step += 1
+            self.memory["step"] += 1
             total = self.step if self._at_the_ceiling() else self.total
             yield Progress(
                 step=self.step,
@@ -116,7 +127,7 @@ class _Search:
         """Copy the rows that are better than all before."""
         scores = self._by_row(rewards)
         better = scores.isfinite() & ~(scores <= self._by_row(self.best))
-        self.best = torch.where(better, rewards, self.best)
+        self.best.copy_(torch.where(better, rewards, self.best))
         rows = better.to(self.task.backend.device)
         pairs = zip(self.adapter.state_dict().values(), self.kept.state_dict().values(), strict=True)
         for theirs, ours in pairs:
@@ -127,29 +138,15 @@ class _Search:
         return rewards.mean(0, keepdim=True) if self.adapter.prompts is None else rewards
 
     def _tensors(self) -> dict[str, Tensor]:
-        """What the loop itself remembers, by name; not copied."""
-        tensors = {"best": self.best}
+        """Everything that it goes on from, by name; not copied."""
+        tensors = dict(self.memory)
         for prefix, adapter in (("adapter", self.adapter), ("kept", self.kept)):
             tensors |= {f"{prefix}.{name}": value for name, value in adapter.state_dict().items()}
-        return tensors
+        return tensors | {f"proposer.{name}": value for name, value in self.proposer.memory.items()}
 
     def state(self) -> dict[str, Tensor]:
-        proposed = {f"proposer.{name}": value for name, value in self.proposer.state().items()}
-        copies = {name: value.detach().cpu().clone() for name, value in (self._tensors() | proposed).items()}
-        return {"step": torch.tensor(self.step), **copies}
+        return copied(self._tensors())
 
-    @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
-        tensors = self._tensors()
-        fits = state.keys() == self.state().keys() and all(
-            state[name].shape == value.shape for name, value in tensors.items()
-        )
-        if not fits:
-            raise ResumeError("this checkpoint belongs to a search with other settings or prompts")
-        self.step = int(state["step"])
-        for name, value in tensors.items():
-            value.copy_(state[name])
-        prefix = "proposer."
-        self.proposer.load(
-            {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-        )
+        fill(self._tensors(), state)
+        self.proposer.resumed()

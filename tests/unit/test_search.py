@@ -97,18 +97,17 @@ class Script:
 
     def __init__(self, texts):
         self.texts, self.told = texts, []
+        self.memory = {"seen": torch.tensor(0)}
 
     def propose(self, adapter, step):
         adapter.set_texts([self.texts[step]] * len(adapter.text_bytes))
 
     def tell(self, adapter, rewards):
         self.told.append(rewards.tolist())
+        self.memory["seen"] += 1
 
-    def state(self):
-        return {"seen": torch.tensor(len(self.told))}
-
-    def load(self, state):
-        self.told = [None] * int(state["seen"])
+    def resumed(self):
+        self.told = [None] * int(self.memory["seen"])
 
 
 def table_reward(values):

@@ -46,6 +46,8 @@ class BestOfN:
 class _Noises:
     """The seed's own noise, and then noise that is derived for each prompt and step."""
 
+    memory: ClassVar[Mapping[str, Tensor]] = {}
+
     task: Task
 
     def propose(self, adapter: Adapter, step: int) -> None:
@@ -59,8 +61,5 @@ class _Noises:
     def tell(self, adapter: Adapter, rewards: Tensor) -> None:
         """Nothing is learned: candidates do not depend on one another."""
 
-    def state(self) -> dict[str, Tensor]:
-        return {}
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
+    def resumed(self) -> None:
         """Nothing is remembered."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ipgo.adapters import Adapter, InsertionAdapter
-from ipgo.errors import InputError, ResumeError, unknown
+from ipgo.errors import InputError, unknown
 from ipgo.insertion import Insertion
 from ipgo.optimizers import CMA, Optimizer, TuRBO, need
 from ipgo.search import search
@@ -116,9 +116,10 @@ class _Points:
 
     def __init__(self, optimizers: list[Optimizer], size: int, total: int) -> None:
         self.optimizers = optimizers
-        self.told = 0
+        self.told = torch.zeros((), dtype=torch.long)
         self.points = torch.full((len(optimizers), total, size), math.nan, dtype=torch.float64)
         self.rewards = torch.full((len(optimizers), total), math.nan, dtype=torch.float64)
+        self.memory = {"told": self.told, "points": self.points, "rewards": self.rewards}
 
     def propose(self, adapter: Adapter, step: int) -> None:
         assert isinstance(adapter, InsertionAdapter)
@@ -136,14 +137,7 @@ class _Points:
             optimizer.tell(self.points[row, self.told], float(self.rewards[row, self.told]))
         self.told += 1
 
-    def state(self) -> dict[str, Tensor]:
-        return {"told": torch.tensor(self.told), "points": self.points, "rewards": self.rewards}
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        if state["points"].shape != self.points.shape:
-            raise ResumeError("this checkpoint belongs to a search with other settings or prompts")
-        self.points.copy_(state["points"])
-        self.rewards.copy_(state["rewards"])
-        self.told = int(state["told"])
+    def resumed(self) -> None:
+        """Tell fresh optimisers all that the earlier ones were told."""
         for row, optimizer in enumerate(self.optimizers):
             optimizer.replay(list(self.points[row, : self.told]), self.rewards[row, : self.told].tolist())

@@ -13,7 +13,7 @@ from ipgo.adapters import Adapter, TextAdapter
 from ipgo.adapters.text import BYTES, fits
 from ipgo.backends import Backend
 from ipgo.chat import Chat
-from ipgo.errors import InputError, ResumeError, RewardError, unknown
+from ipgo.errors import InputError, RewardError, unknown
 from ipgo.relaxation import Relaxation
 from ipgo.sampling import Sampling
 from ipgo.search import search
@@ -316,11 +316,5 @@ class _Words:
     def tell(self, adapter: Adapter, rewards: Tensor) -> None:
         self.memory["rewards"][:, self.step] = rewards
 
-    def state(self) -> dict[str, Tensor]:
-        return dict(self.memory)
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        if any(value.shape != state[name].shape for name, value in self.memory.items()):
-            raise ResumeError("this checkpoint belongs to a search with other settings or prompts")
-        for name, value in self.memory.items():
-            value.copy_(state[name])
+    def resumed(self) -> None:
+        """The memory is all there is."""
