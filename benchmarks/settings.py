@@ -77,12 +77,12 @@ class Outcome:
     wins: float  # fraction of images
     others: tuple[float, ...]
     judge: float  # change of the fraction of images whose objects the judge finds
-    likeness: float  # change of how much they look like the artwork
+    likeness: float | None  # change of how much they look like the artwork; None where that was raised
 
     @classmethod
     def of(cls, reward: str, gains: Sequence[Gain]) -> "Outcome":
         by_name = {gain.reward: gain for gain in gains}
-        own, judge, like = (by_name[name] for name in (reward, "judge-object", "judge-likeness"))
+        own, judge, like = by_name[reward], by_name["judge-object"], by_name.get("judge-likeness")
         others = tuple(by_name[name].gain.value for name in held_out(reward))
         return cls(
             own.gain.value,
@@ -91,12 +91,18 @@ class Outcome:
             own.wins.value,
             others,
             judge.after - judge.before,
-            like.gain.value,
+            None if like is None else like.gain.value,
         )
 
 
 def held_out(reward: str) -> list[str]:
     return [name for name in BUNDLED_REWARDS["emoji"] if name not in raised(reward)]
+
+
+def told(changes: Sequence[float | None]) -> str:
+    """Their mean, if there are any."""
+    known = [change for change in changes if change is not None]
+    return f"{sum(known) / len(known):+.3f}" if known else "–"
 
 
 def line(label: str, outcome: Outcome) -> str:
@@ -107,7 +113,7 @@ def line(label: str, outcome: Outcome) -> str:
         f"{outcome.wins:.0%}",
         *(f"{other:+.3f}" for other in outcome.others),
         f"{100 * outcome.judge:+.0f}",
-        f"{outcome.likeness:+.3f}",
+        told([outcome.likeness]),
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -129,9 +135,9 @@ def summary(found: Mapping[str, Mapping[tuple[str, str], Outcome]]) -> str:
             row += [
                 " / ".join(f"{outcome.gain:+.3f}" for outcome in own),
                 f"{min(outcome.wins for outcome in own):.0%}",
-                f"{sum(others) / len(others):+.3f}",
+                told(others),
                 f"{100 * sum(outcome.judge for outcome in own) / len(own):+.1f}",
-                f"{sum(outcome.likeness for outcome in own) / len(own):+.3f}",
+                told([outcome.likeness for outcome in own]),
             ]
         lines.append(row)
     return "\n".join(f"| {' | '.join(each)} |" for each in lines)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -127,6 +127,14 @@ def fit(
         device=str(device),
         **({} if given_backend is None else asdict(given_backend.opening)),
     )
+    _check_names(
+        given,
+        [
+            each
+            for each in (reward, *(judges_of(config) if judges is None else judges))
+            if isinstance(each, str)
+        ],
+    )
     for spec in {config.reward, *judges_of(config)} - given.keys():
         check_reward(spec, config.prompts)
     if config.reward not in given:
@@ -150,14 +158,20 @@ def _own_rewards(rewards: Iterable[str | RewardFunction | Reward]) -> dict[str, 
         if isinstance(each, str):
             continue
         found = as_reward(each)
-        taken = found.name in REWARDS and isinstance(found, FunctionReward)
-        if taken or own.setdefault(found.name, found) != found:
+        if own.setdefault(found.name, found) != found:
             raise InputError(
-                f"two rewards are called {found.name!r}"
-                + (", one of them ipgo's own" if taken else "")
-                + "; as_reward(function, name) gives one another"
+                f"two rewards are called {found.name!r}; as_reward(function, name) gives one another"
             )
     return own
+
+
+def _check_names(own: Mapping[str, Reward], asked: Collection[str]) -> None:
+    """Raise `InputError` for a function that has the name of a reward of ipgo's, where that is asked for, too."""
+    for name, found in own.items():
+        if name in asked and name in REWARDS and isinstance(found, FunctionReward):
+            raise InputError(
+                f"two rewards are called {name!r}, one of them ipgo's own; as_reward(function, name) gives another"
+            )
 
 
 def place_of(backend: Backend) -> str:

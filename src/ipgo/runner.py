@@ -15,7 +15,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from ipgo.images import to_pil
 from ipgo.insertion import Insertion
 from ipgo.methods import WITHOUT_GRADIENT
 from ipgo.prompts import Prompt, unseen_words
-from ipgo.rewards import Reward, asks, has_gradient, identity_of, is_unsettled, load_reward, raised
+from ipgo.rewards import Reward, asks, has_gradient, identity_of, is_unsettled, load_reward
 from ipgo.store import Run
 from ipgo.task import Progress, Task
 
@@ -295,9 +295,7 @@ def taken_over(folder: Run, models: Models, prompt: Prompt, twins: Sequence[Run]
             continue
         for seed in config.judged_seeds:
             folder.copy_image(twin, prompt, "before", seed)
-        scores = [Score.read(each) for each in result["scores"] if each["method"] == "raw"]
-        own = raised(config.reward)
-        return [replace(each, held_out=each.reward not in own) for each in scores]
+        return [each for each in folder.scores_of(result) if each.method == "raw"]
     return []
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import json
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from ipgo.config import RunConfig
 from ipgo.errors import InputError, InUseError, ResumeError
 from ipgo.evaluation import Score
 from ipgo.prompts import Prompt, number
+from ipgo.rewards import raised
 from ipgo.task import Progress
 
 SCHEMA = 1
@@ -337,7 +338,16 @@ class Run:
 
     def scores(self) -> list[Score]:
         """The scores of all results."""
-        return [Score.read(each) for result in self.results() for each in result["scores"]]
+        return [each for result in self.results() for each in self.scores_of(result)]
+
+    def scores_of(self, result: Mapping[str, Any]) -> list[Score]:
+        """The scores of a result.json."""
+        return self.told([Score.read(each) for each in result["scores"]])
+
+    def told(self, scores: Iterable[Score]) -> list[Score]:
+        """Scores of this run's images, with what is held out as it is said now: it may have been written otherwise."""
+        own = raised(self.config.reward)
+        return [replace(each, held_out=each.reward not in own) for each in scores]
 
     def judge_again(
         self, scores: Sequence[Score], rewards: Mapping[str, Any], drawn_by: Mapping[str, Any]

@@ -88,6 +88,7 @@ def test_what_a_reward_is_made_of_is_not_held_out() -> None:
     found = {each.reward: each.held_out for each in score(drawings, rewards, spec)}
     assert found == {spec: False, "contrast": False, "colorfulness": False, "clip": True}
     assert raised("<lambda>") == {"<lambda>"}
+    assert raised("clip:/mine") == {"clip:/mine"}  # other weights
     assert raised("clip@notebook<=0.3") == {"clip@notebook<=0.3", "clip@notebook", "clip"}
 
 

@@ -15,6 +15,7 @@ from ipgo.adapters import TextEncoderAdapter, WeightAdapter
 from ipgo.adapters.weights import LoRA
 from ipgo.ascent import Ascent
 from ipgo.backends import BACKENDS, GUIDANCE
+from ipgo.backends.text import expanded
 from ipgo.images import from_pil
 from ipgo.rewards import identity_of
 from ipgo.rewards.checkpoints import sha256
@@ -383,13 +384,17 @@ def test_a_function_is_not_taken_for_a_reward_of_that_name() -> None:
     def contrast(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         return -brightness(images, prompts)
 
-    for settings in ({"held_out": [contrast]}, {"reward": contrast}):
+    for settings in (
+        {"reward": "contrast", "held_out": [contrast]},
+        {"reward": contrast, "held_out": ["contrast"]},
+    ):
         with pytest.raises(
             ipgo.InputError, match="two rewards are called 'contrast', one of them ipgo's own"
         ):
             short_fit(**settings)
-    own = short_fit(held_out=[ipgo.as_reward(contrast, "mine")])
-    assert {each.reward for each in own[0].scores} == {"brightness", "mine"}
+    own = short_fit(reward="contrast", held_out=[ipgo.as_reward(contrast, "mine")])
+    assert {each.reward for each in own[0].scores} == {"contrast", "mine"}
+    assert {each.reward for each in short_fit(reward=contrast)[0].scores} == {"contrast"}  # alone it may
 
 
 def test_a_reward_may_get_another_name() -> None:
@@ -414,6 +419,14 @@ def test_vectors_of_a_textual_inversion_are_all_read() -> None:
         "a <cat-toy> on", num_inference_steps=2, guidance_scale=4.0, latents=noise, output_type="pt"
     )
     torch.testing.assert_close(ours, theirs.images, atol=1e-4, rtol=0)
+
+
+def test_vectors_that_a_prompt_spells_out_are_left() -> None:
+    class Tokenizer:
+        added_tokens_encoder = dict.fromkeys(["<x>", "<x>_1", "<x>_2", "<y>"])
+
+    texts = ["a <x> and <y>", "<x> <x>_1", "none"]
+    assert expanded(Tokenizer(), texts) == ["a <x> <x>_1 <x>_2 and <y>", "<x> <x>_1", "none"]
 
 
 def test_what_the_caller_has_set_changes_nothing() -> None:
@@ -505,3 +518,11 @@ def test_a_single_number_is_no_sequence_of_seeds(seeds: Any, backend: ipgo.Backe
         ipgo.fit("a fox", seeds=seeds)
     with pytest.raises(ipgo.InputError, match="seeds"):
         ipgo.generate(backend, ["a fox"], seeds)
+
+
+def test_a_folder_that_is_gone_is_no_place(tmp_path: Path) -> None:
+    pipe = tiny_pipeline()
+    pipe.register_to_config(_name_or_path=str(tmp_path / "gone"))
+    assert pipe.name_or_path
+    short_fit(backend=pipe, method="raw", out=tmp_path / "run")
+    assert ipgo.Run.open(tmp_path / "run").config.backend == "StableDiffusionPipeline"

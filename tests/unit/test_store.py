@@ -357,3 +357,13 @@ def test_a_run_is_not_continued_on_a_backend_of_other_weights(tmp_path: Path) ->
     for silent in ({"rewards": {}}, {**facts, "weights": None}):  # nothing speaks against these
         again.start(silent)
         again.release()
+
+
+def test_what_is_held_out_is_read_off_the_reward(tmp_path: Path) -> None:
+    """A run of an earlier version called the terms of a sum held out."""
+    run = Run.open(tmp_path / "run", replace(CONFIG, reward="contrast+colorfulness", held_out=("clip",)))
+    stored = [
+        Score("ipgo", "a fox", 0, name, 1.0, name != run.config.reward) for name in ("contrast", "clip")
+    ]
+    run.finish(run.prompts[0], stored, {}, failed=False)
+    assert {each.reward: each.held_out for each in run.scores()} == {"contrast": False, "clip": True}

@@ -164,9 +164,10 @@ def load_backend(
     backend = FAMILIES[kinds[0]](given, type(source).__name__, opening)
     loaded = str(getattr(given, "name_or_path", None) or "")  # it may be a Path
     own = few_steps(loaded) if loaded else None
-    backend.origin = (
-        str(Path(loaded).resolve()) if loaded and Path(loaded).exists() else loaded or backend.name
-    )
+    if loaded and Path(loaded).exists():
+        backend.origin = str(Path(loaded).resolve())
+    elif loaded and not Path(loaded).is_absolute():  # a folder that is gone says nothing
+        backend.origin = loaded
     return with_own_scale(backend, loaded or backend.name, own or by_pipeline(given))
 
 

@@ -31,7 +31,7 @@ def expanded(tokenizer: Any, prompts: Sequence[str]) -> list[str]:
     for token in (token for token in added if f"{token}_1" in added):
         further = itertools.takewhile(added.__contains__, (f"{token}_{n}" for n in itertools.count(1)))
         whole = " ".join([token, *further])
-        texts = [text.replace(token, whole) for text in texts]
+        texts = [text if f"{token}_1" in text else text.replace(token, whole) for text in texts]
     return texts
 
 

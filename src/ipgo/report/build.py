@@ -65,7 +65,8 @@ def render(run: Run) -> str:
     """The page as text."""
     config, results, scores = run.config, run.results(), run.scores()
     fitted, unseen = (summarise(scores, seeds=seeds) for seeds in (config.seeds, config.new_seeds))
-    later, scored_by = load_scores(run.path / EVALUATION), load_identities(run.path / EVALUATION)
+    later = run.told(load_scores(run.path / EVALUATION))
+    scored_by = load_identities(run.path / EVALUATION)
     name, rewards, bold, before = _mean_curve(run)
     template = environment().get_template("page.html.j2")
     return template.render(
@@ -215,7 +216,7 @@ def _rows(fitted: Sequence[Gain], unseen: Sequence[Gain]) -> list[dict[str, Any]
 
 
 def _card(run: Run, prompt: Prompt, result: dict[str, Any]) -> Card:
-    scores = [Score.read(each) for each in result["scores"]]
+    scores = run.scores_of(result)
     values = {
         (each.method == "raw", each.seed): each.value for each in scores if each.reward == run.config.reward
     }

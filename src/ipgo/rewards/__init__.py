@@ -249,11 +249,15 @@ def terms(spec: str) -> list[tuple[float, str]]:
 
 
 def raised(spec: str) -> set[str]:
-    """What a method raises that follows a spec: that itself, and the rewards it is made of. These are not held out."""
+    """What a method raises that follows a spec: that itself, and the rewards it is made of. These are not held out.
+
+    Nor is another variant (`@notebook`) of the same weights.
+    """
     try:
-        return {spec, *(name for _, name in terms(spec)), *(_term(term).name for term in _terms(spec))}
+        names = {_term(term).name for term in _terms(spec)}
     except InputError:  # the name of a function of the user's, which says nothing
         return {spec}
+    return {spec, *names, *(re.sub("@[^:]*", "", name) for name in names if _bare(name) in REWARDS)}
 
 
 def _outline(spec: str) -> Reward:
@@ -335,8 +339,8 @@ def score_with_gradient(reward: Reward, images: Tensor, prompts: Sequence[str]) 
     # A scorer whose own weights want a gradient hides that the picture was cut off, by PIL or .detach().
     if images.grad_fn is not None and not _leads_to(values.grad_fn, images.grad_fn):
         raise RewardError(
-            f"reward {reward.name!r} gives no gradient of the picture, which this method needs: it is computed from a "
-            "copy that is cut off, as by .detach(), numpy or PIL"
+            f"reward {reward.name!r} gives no gradient of the picture, which this method needs; a copy that is cut "
+            "off, as by .detach(), numpy or PIL, has none"
         )
     return values
 
