@@ -41,8 +41,8 @@ UNSEEN = (1000, 1001, 1002, 1003)
 BARE = {"cross_attention": "none", "norm": 1.0, "negative": False}  # as the paper has them
 HEADER = (
     "| mode | prompts | reward | before | after, fitted | win rate, fitted | after, unseen | win rate, unseen "
-    "| held-out rewards, unseen | judge: object | calls, of which with gradient | seconds | MiB |\n"
-    "|---|---|---|---|---|---|---|---|---|---|---|---|---|"
+    "| held-out rewards, unseen | judge: object | judge: likeness | calls, of which with gradient | seconds | MiB |\n"
+    "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -93,7 +93,7 @@ def line(reward: str, fitted: list[Gain] | None, unseen: list[Gain], cost: Mappi
     others = "; ".join(
         f"{name.removeprefix('emoji-')} {by_name[name].gain.value:+.3f}" for name in REWARDS if name != reward
     )
-    judge = by_name["judge-object"]
+    judge, like = by_name["judge-object"], by_name.get("judge-likeness")
     calls, measured = cost["calls"], cost["measured"]
     cells = [
         f"{own.before:.3f}",
@@ -103,6 +103,7 @@ def line(reward: str, fitted: list[Gain] | None, unseen: list[Gain], cost: Mappi
         percent(own),
         others,
         f"{judge.before:.0%} to {judge.after:.0%}",
+        f"{like.before:.3f} to {like.after:.3f}" if like else "",  # not where it was raised
         f"{calls['denoiser']:.0f}, {calls['denoiser_grad']:.0f}",
         f"{measured['seconds']:.0f}",
         f"{measured['peak_memory_mib']:.0f}",
