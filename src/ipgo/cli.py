@@ -231,6 +231,8 @@ def show_run(folder: Run) -> int:
 
 def table(gains: Sequence[Gain]) -> str:
     """One line a reward; the raised one is marked with a star."""
+    from ipgo.evaluation import unlike
+
     over = f"95% over {gains[0].gain.n} {gains[0].gain.over}"
     rows = [("reward", "raw", gains[0].method, "gain", over, "wins over raw")]
     for each in gains:
@@ -241,7 +243,7 @@ def table(gains: Sequence[Gain]) -> str:
                 f"{each.before:.3f}",
                 f"{each.after:.3f}",
                 f"{each.gain.value:+.3f}",
-                f"{each.gain.low:+.3f} to {each.gain.high:+.3f}{_unlike(each, gains[0])}"
+                f"{each.gain.low:+.3f} to {each.gain.high:+.3f}{unlike(each, gains[0])}"
                 if some
                 else "one image",
                 f"{each.wins.value:.0%}"
@@ -253,12 +255,6 @@ def table(gains: Sequence[Gain]) -> str:
         "raw is half a win."
     )
     return "\n".join([*aligned(rows), note, ""])
-
-
-def _unlike(gain: Gain, usual: Gain) -> str:
-    """What an interval is over where it is not what the head of its table says."""
-    own = (gain.gain.n, gain.gain.over)
-    return "" if own == (usual.gain.n, usual.gain.over) else f" over {own[0]} {own[1]}"
 
 
 def _span(seeds: Sequence[int]) -> str:

@@ -206,6 +206,12 @@ def average(scores: Iterable[Score], method: str, reward: str) -> Interval:
     return _bootstrap(list(values.values()))
 
 
+def unlike(gain: Gain, usual: Gain | None) -> str:
+    """What an interval is over, where that is not what the head of its table says of `usual`; empty where it is."""
+    own, said = ((each.gain.n, each.gain.over) for each in (gain, usual or gain))
+    return "" if own == said else f" over {own[0]} {own[1]}"
+
+
 def levels(scores: Sequence[Score]) -> dict[str, float]:
     """By reward: the mean of the raw images, as `average`."""
     names = dict.fromkeys(each.reward for each in scores if each.method == "raw")

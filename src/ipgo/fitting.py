@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -127,14 +127,7 @@ def fit(
         device=str(device),
         **({} if given_backend is None else asdict(given_backend.opening)),
     )
-    _check_names(
-        given,
-        [
-            each
-            for each in (reward, *(judges_of(config) if judges is None else judges))
-            if isinstance(each, str)
-        ],
-    )
+    _check_names(given, (reward, *(judges_of(config) if judges is None else judges)))
     for spec in {config.reward, *judges_of(config)} - given.keys():
         check_reward(spec, config.prompts)
     if config.reward not in given:
@@ -165,10 +158,10 @@ def _own_rewards(rewards: Iterable[str | RewardFunction | Reward]) -> dict[str, 
     return own
 
 
-def _check_names(own: Mapping[str, Reward], asked: Collection[str]) -> None:
+def _check_names(own: Mapping[str, Reward], asked: Iterable[str | RewardFunction | Reward]) -> None:
     """Raise `InputError` for a function that has the name of a reward of ipgo's, where that is asked for, too."""
-    for name, found in own.items():
-        if name in asked and name in REWARDS and isinstance(found, FunctionReward):
+    for name in (each for each in asked if isinstance(each, str)):
+        if name in REWARDS and isinstance(own.get(name), FunctionReward):
             raise InputError(
                 f"two rewards are called {name!r}, one of them ipgo's own; as_reward(function, name) gives another"
             )

@@ -17,7 +17,7 @@ from ipgo import files
 from ipgo.adapters import Adapter, NoiseAdapter, TextEncoderAdapter, WeightAdapter
 from ipgo.artefacts import load_adapter, save_adapter
 from ipgo.errors import InputError, first_line
-from ipgo.evaluation import Gain, summarise
+from ipgo.evaluation import Gain, summarise, unlike
 from ipgo.prompts import Prompt
 from ipgo.rewards.checkpoints import HUB_ID, fingerprint
 from ipgo.store import Run
@@ -167,9 +167,8 @@ def _results(title: str, gains: Sequence[Gain]) -> str:
     lines = ["| reward | raw | adapted | gain, 95% | wins over raw |", "|---|---|---|---|---|"]
     for each in gains:
         name = escape(each.reward) + (" (held out)" if each.held_out else " (raised)")
-        own, usual = ((of.gain.n, of.gain.over) for of in (each, gains[0]))
-        unlike = "" if own == usual else f" over {own[0]} {own[1]}"
-        interval = f" ({each.gain.low:+.3f} to {each.gain.high:+.3f}{unlike})" if each.gain.n > 1 else ""
+        bounds = f"{each.gain.low:+.3f} to {each.gain.high:+.3f}{unlike(each, gains[0])}"
+        interval = f" ({bounds})" if each.gain.n > 1 else ""
         lines.append(
             f"| {name} | {each.before:.3f} | {each.after:.3f} | {each.gain.value:+.3f}{interval} "
             f"| {each.wins.value:.0%} |"

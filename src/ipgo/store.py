@@ -193,8 +193,8 @@ class Run:
 
     def chunks(self) -> list[Chunk]:
         """All prompts, cut in their order: all together if shared, single if the method cannot stack them."""
-        alone = self.config.chunk if self.config.method.stackable else 1
-        size = len(self.prompts) if self.config.shared else alone
+        stacked = self.config.chunk if self.config.method.stackable else 1
+        size = len(self.prompts) if self.config.shared else stacked
         return [Chunk(self.prompts[start : start + size]) for start in range(0, len(self.prompts), size)]
 
     def done(self, prompt: Prompt) -> bool:

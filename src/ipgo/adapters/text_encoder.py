@@ -42,7 +42,7 @@ class TextEncoderAdapter(Adapter):
         }
         count = 1 if prompts is None else len(prompts)
         changes = {key(name): torch.zeros(count, *shape) for name, shape in self.shapes.items()}
-        self.changes = nn.ParameterDict({key: nn.Parameter(value) for key, value in changes.items()})
+        self.changes = nn.ParameterDict({name: nn.Parameter(value) for name, value in changes.items()})
 
     @classmethod
     def start(cls, backend: Backend, prompts: Sequence[str], late_share: float, *, shared: bool) -> Self:

@@ -168,7 +168,9 @@ def load_backend(
         backend.origin = str(Path(loaded).resolve())
     elif loaded and not Path(loaded).is_absolute():  # a folder that is gone says nothing
         backend.origin = loaded
-    return with_own_scale(backend, loaded or backend.name, own or by_pipeline(given))
+    return with_own_scale(
+        backend, loaded or backend.name, own or by_pipeline(given, backend.modules["denoiser"])
+    )
 
 
 def _casts_by_layer(module: object) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ipgo.backends.facts import Facts, Guidance, Opening
 from ipgo.backends.few_steps import FewSteps
 from ipgo.backends.schedulers import STOCHASTIC, described, new_scheduler
-from ipgo.backends.text import expanded
+from ipgo.backends.text import unpadded
 from ipgo.backends.weights import fingerprint
 from ipgo.devices import name_of
 from ipgo.embeds import PromptEmbeds, concatenate
@@ -144,9 +144,7 @@ class Backend(ABC):
 
     def _lengths(self, prompts: Sequence[str]) -> list[int]:
         """How long each prompt is, with its marks. Needs the tokenizer only."""
-        return [
-            len(ids) for ids in self.tokenizer(expanded(self.tokenizer, prompts), padding=False).input_ids
-        ]
+        return [len(ids) for ids in unpadded(self.tokenizer, prompts)]
 
     def _combine(self, uncond: Tensor, cond: Tensor, guidance_scale: float) -> Tensor:
         """What the two halves of classifier-free guidance make together."""

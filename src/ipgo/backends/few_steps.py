@@ -84,9 +84,7 @@ def by_folder(folder: Path) -> FewSteps | None:
     return by_parts(str(index.get("_class_name")), scheduler, options)
 
 
-def by_pipeline(pipe: Any) -> FewSteps | None:
-    """`by_parts` of a pipeline object."""
-    parts = pipe.components
-    denoiser = parts["unet"] if "unet" in parts else parts["transformer"]
+def by_pipeline(pipe: Any, denoiser: Any) -> FewSteps | None:
+    """`by_parts` of a pipeline object and the network that denoises in it."""
     options = {**pipe.config, **denoiser.config}
     return by_parts(type(pipe).__name__, type(pipe.scheduler).__name__, options)

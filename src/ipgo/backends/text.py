@@ -21,6 +21,12 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], length: int, padding: str) 
     return tokens.input_ids, tokens.attention_mask.to(torch.bool)
 
 
+def unpadded(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
+    """The ids of each prompt with its marks, however many they are."""
+    ids: list[list[int]] = tokenizer(expanded(tokenizer, prompts), padding=False).input_ids
+    return ids
+
+
 def expanded(tokenizer: Any, prompts: Sequence[str]) -> list[str]:
     """Prompts where the name of a textual inversion stands for all of its vectors.
 
@@ -84,9 +90,7 @@ def read(
     ids, mask = tokenize(tokenizer, prompts, length, padding)
     if long_prompts != "chunk":
         return Windows(ids, mask, (1,) * len(ids), padding)
-    texts = [
-        row[1:-1] for row in tokenizer(expanded(tokenizer, prompts), padding=False).input_ids
-    ]  # without the marks
+    texts = [row[1:-1] for row in unpadded(tokenizer, prompts)]  # without the marks
     size = length - 2
     parts = [[text[at : at + size] for at in range(0, max(len(text), 1), size)] for text in texts]
     counts = tuple(map(len, parts))

@@ -179,11 +179,12 @@ class _Words:
     def __init__(self, method: DPODiffusion, task: Task, spaces: Sequence[Space]) -> None:
         self.method, self.task, self.spaces = method, task, spaces
         negative, climbing = method.target != "positive", method.climbing
-        # Refuses a backend whose words cannot be mixed, before anything is drawn.
         self.mixed = None
         if climbing:
-            words, relaxation = (method.temperature, method.window, climbing), Relaxation(task.backend)
-            self.mixed = MixedWords(task, spaces, negative, *words, relaxation)
+            relaxation = Relaxation(task.backend)  # refuses what cannot be mixed, before anything is drawn
+            self.mixed = MixedWords(
+                task, spaces, negative, method.temperature, method.window, climbing, relaxation
+            )
         self.step = 0
         slots = max(len(space.slots) for space in spaces)
         options = max(len(slot) for space in spaces for slot in space.slots)

@@ -19,7 +19,7 @@ from PIL import Image
 from ipgo.artefacts import load_identities, load_scores
 from ipgo.config import flatten
 from ipgo.errors import InputError
-from ipgo.evaluation import Gain, Score, levels, summarise
+from ipgo.evaluation import Gain, Score, levels, summarise, unlike
 from ipgo.images import reading
 from ipgo.prompts import Prompt
 from ipgo.report import charts
@@ -125,7 +125,7 @@ def environment() -> Environment:
     made = Environment(
         loader=PackageLoader("ipgo.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    made.filters |= {"signed": "{:+.3f}".format, "percent": "{:.0%}".format, "mood": mood}
+    made.filters |= {"signed": "{:+.3f}".format, "percent": "{:.0%}".format, "mood": mood, "unlike": unlike}
     return made
 
 

@@ -78,8 +78,8 @@ def lead(entries: Sequence[Row], reward: str) -> str:
         if gains:
             label, gain = max(gains, key=lambda found: found[1].gain.value)
             change = f"{gain.gain.value:+.3f} {span(gain.gain)}".strip()
-            verb = "raised" if gain.gain.value > 0 else "lowered"
-            text += f"On {noise}, {label} {verb} {reward} {'most' if gain.gain.value > 0 else 'least'}, by {change}. "
+            verb, degree = ("raised", "most") if gain.gain.value > 0 else ("lowered", "least")
+            text += f"On {noise}, {label} {verb} {reward} {degree}, by {change}. "
     return text or "Nothing is finished yet that could be compared."
 
 
