@@ -72,6 +72,31 @@ class Ascent:
             if not getattr(self, field) >= 0:
                 raise InputError(f"ascent.{field} is {getattr(self, field)}; it must be at least 0")
 
+    def check_depth(self, steps: int, field: str = "steps") -> None:
+        """Raise `InputError` if gradient is asked for in more denoising steps than there are."""
+        if self.backprop_steps is not None and self.backprop_steps > steps:
+            raise InputError(
+                f"ascent.backprop_steps is {self.backprop_steps}; sampling.{field} allows at most {steps}"
+            )
+
+    def check_task(self, steps: int, seeds: int, shared: bool, whole: bool) -> None:
+        """Raise `InputError` for settings that do not go with the fit.
+
+        Args:
+            steps: denoising steps.
+            seeds: how many take turns.
+            shared: prompt-batch.
+            whole: something is learned that needs gradient through all denoising steps, as the initial noise does.
+        """
+        if not shared and self.steps < seeds:
+            raise InputError(f"ascent.steps is {self.steps}; {seeds} seeds take turns and need as many")
+        depth = self.backprop_steps or steps
+        if whole and (depth < steps or self.random_backprop):
+            raise InputError(
+                f"ascent.backprop_steps is {depth}; noise gets its gradient through all {steps} steps (null), "
+                "without ascent.random_backprop"
+            )
+
 
 def make_optimizer(parameters: Mapping[str, nn.Parameter], kind: Optimizer) -> torch.optim.Optimizer:
     """One group for each parameter, with all the state that it will ever have, for `load` to fill."""

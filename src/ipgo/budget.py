@@ -13,11 +13,9 @@ from typing import Any
 
 import torch
 
-from ipgo.ascent import Ascent
 from ipgo.backends import Backend
 from ipgo.config import RunConfig
 from ipgo.errors import InputError
-from ipgo.insertion import Insertion
 from ipgo.sampling import Sampling, unconditional
 from ipgo.task import Method, Progress
 
@@ -118,17 +116,17 @@ def step_cost(config: RunConfig, image: int, price: Price, guided: bool = True) 
         image: denoiser calls of one image.
         guided: whether guidance has a negative prompt, which insertion.negative looks at where it is left open.
     """
-    ascent = getattr(config.method, "ascent", None)
-    if not isinstance(ascent, Ascent):
+    ascent = config.method.ascent
+    if ascent is None:
         return float(image * max(1, len(config.seeds)))
     every = ascent.backprop_steps is None or ascent.backprop_steps >= config.sampling.fitting.steps
     depth = float(image if every else ascent.backprop_steps or 0)
     if ascent.random_backprop:
         depth = (1 + depth) / 2
     # After the first differentiated call the latents carry gradient too, into both halves of the next.
-    insertion = getattr(config.method, "insertion", None)
-    negative = isinstance(insertion, Insertion) and insertion.decided(guided).negative
-    first = price.both if negative or getattr(config.method, "both_halves", False) else price.gradient
+    insertion = config.method.insertion
+    negative = insertion is not None and insertion.decided(guided).negative
+    first = price.both if negative or config.method.both_halves else price.gradient
     differentiated = first - 1 + (price.both - 1) * (depth - 1)
     again = depth if ascent.recompute else 0
     cost = image + differentiated + again + first * ascent.renoised
@@ -148,7 +146,7 @@ def fit_to(config: RunConfig, path: str, steps: int) -> RunConfig:
 def paid(config: RunConfig, budget: int, cost: float) -> int:
     """How many steps `budget` pays for, at `cost` weighted calls each; `InputError` if that is too few to keep one."""
     steps = int((budget + SLACK) // cost)
-    turns = isinstance(getattr(config.method, "ascent", None), Ascent) and not config.shared
+    turns = config.method.ascent is not None and not config.shared
     seeds = max(1, len(config.seeds)) if turns else 1
     if steps < seeds:
         what = "one step" if seeds == 1 else f"a step on each of {seeds} seeds"

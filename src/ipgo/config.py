@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import re
 from argparse import SUPPRESS, ArgumentError
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
@@ -114,41 +115,31 @@ class RunConfig:
             raise InputError(
                 "unseen_seeds is 0 and seeds is empty; the result needs at least one seed to be judged on"
             )
-        if getattr(self.method, "one_seed", False):
+        if self.method.one_seed:
             check_one_seed(self.seeds, self.shared)
-        ascent, steps = getattr(self.method, "ascent", None), self.sampling.fitting.steps
-        if ascent is not None and (ascent.backprop_steps or 1) > steps:
-            field = "steps" if steps == self.sampling.steps else "fit_steps"
-            raise InputError(
-                f"method.ascent.backprop_steps is {ascent.backprop_steps}; sampling.{field} allows at most {steps}"
-            )
+        ascent, steps = self.method.ascent, self.sampling.fitting.steps
+        if ascent is not None:
+            with _of_the_method():
+                ascent.check_depth(steps, "steps" if steps == self.sampling.steps else "fit_steps")
 
     def check_fit(self) -> None:
         """Raise `InputError` for settings of the method that do not go with the others, before a fit begins.
 
         Stored settings are read without: a comparison keeps those of entries that have failed.
         """
-        if self.shared and getattr(self.method, "prompt_wise", False):
+        if self.shared and self.method.prompt_wise:
             raise InputError(f"shared is true; method {self.method_name!r} learns each prompt by itself")
-        ascent, steps = getattr(self.method, "ascent", None), self.sampling.fitting.steps
-        if ascent is not None and not self.shared and ascent.steps < len(self.seeds):
-            raise InputError(
-                f"method.ascent.steps is {ascent.steps}; {len(self.seeds)} seeds take turns and need as many"
-            )
-        depth = steps if ascent is None else ascent.backprop_steps or steps
-        if getattr(self.method, "one_seed", False) and (
-            depth < steps or getattr(ascent, "random_backprop", False)
-        ):
-            raise InputError(
-                f"method.ascent.backprop_steps is {depth}; noise gets its gradient through all {steps} steps (null), "
-                "without method.ascent.random_backprop"
-            )
-        insertion, scale = getattr(self.method, "insertion", None), self.sampling.guidance_scale
+        ascent = self.method.ascent
+        if ascent is not None:
+            with _of_the_method():
+                steps, whole = self.sampling.fitting.steps, self.method.one_seed
+                ascent.check_task(steps, len(self.seeds), self.shared, whole)
+        insertion, scale = self.method.insertion, self.sampling.guidance_scale
         if insertion is not None and scale is not None:
             insertion.check_guidance(scale)
         ddim = {
             "sampling.eta": self.sampling.eta,
-            "method.ascent.renoised": getattr(ascent, "renoised", 0),
+            "method.ascent.renoised": 0 if ascent is None else ascent.renoised,
             "method.ppo.eta": getattr(getattr(self.method, "ppo", None), "eta", 0),
         }
         for field, value in ddim.items():
@@ -213,6 +204,15 @@ def _read_json(text: str) -> RunConfig:
     return replace(build(parse(parser, rest, []), prompts), prompts_from=settings.get("prompts_from"))
 
 
+@contextlib.contextmanager
+def _of_the_method() -> Iterator[None]:
+    """Errors of a method's settings name them as its own; here they are those of the run."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"method.{error}") from None
+
+
 FIRST_UNSEEN = 1000
 SEVERAL = (
     4  # seeds of a fit where none are asked for: with one, what is learned suits its noise and few others
@@ -241,10 +241,9 @@ FLAGS: dict[str, dict[str, Any]] = {
 
 def default_seeds(method: Method) -> tuple[int, ...]:
     """The seeds of a fit where none are asked for: several, but no more than it has steps; or one (see `Method`)."""
-    if getattr(method, "one_seed", False) or getattr(method, "prefers_one_seed", False):
+    if method.one_seed or method.prefers_one_seed:
         return (0,)
-    steps = getattr(getattr(method, "ascent", None), "steps", SEVERAL)
-    return tuple(range(min(SEVERAL, steps)))
+    return tuple(range(SEVERAL if method.ascent is None else min(SEVERAL, method.ascent.steps)))
 
 
 def presets() -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from typing import Any, cast
 
 from ipgo.backends import FewSteps, few_steps
@@ -21,18 +21,18 @@ def for_backend(backend: str, method: str) -> dict[str, Any]:
     if few is None:
         return {}
     chosen: dict[str, Any] = {"sampling": asdict(few)}
-    if any(each.name == "ascent" for each in fields(cast(Any, METHODS[method]))):
+    if METHODS[method]().ascent is not None:
         chosen["method"] = {"ascent": {"backprop_steps": None}}
     return chosen
 
 
-def defaults(few: FewSteps | None, method: str = "ipgo") -> tuple[Method, Sampling]:
+def method_and_sampling(few: FewSteps | None, method: str = "ipgo") -> tuple[Method, Sampling]:
     """What `ipgo.fit` does with a backend of few steps or of many, and the method of this name."""
     if method not in METHODS:
         raise unknown("method", method, METHODS)
     chosen = METHODS[method]()
     if few is None:
         return chosen, Sampling()
-    if hasattr(chosen, "ascent"):
+    if chosen.ascent is not None:
         chosen = replace(cast(Any, chosen), ascent=replace(chosen.ascent, backprop_steps=None))
     return chosen, Sampling(**asdict(few))

@@ -14,7 +14,7 @@ from PIL import Image
 from ipgo.adapters import Adapter
 from ipgo.backends import BACKENDS, Backend, few_steps, load_backend
 from ipgo.config import RunConfig
-from ipgo.defaults import defaults
+from ipgo.defaults import method_and_sampling
 from ipgo.devices import own_numbers
 from ipgo.errors import InputError
 from ipgo.evaluation import Gain, Score, summarise
@@ -107,7 +107,7 @@ def fit(
     if not isinstance(backend, str | Path | Backend):
         given_backend = load_backend(backend, device=device)
     name = str(backend) if given_backend is None else place_of(given_backend)
-    own_method, own_sampling = defaults(
+    own_method, own_sampling = method_and_sampling(
         few_steps(name) if given_backend is None else given_backend.few_steps,
         method if isinstance(method, str) else "ipgo",
     )

@@ -32,7 +32,6 @@ from ipgo.devices import choose_device
 from ipgo.errors import InputError, InUseError
 from ipgo.evaluation import Judge, Score, draw, score
 from ipgo.images import to_pil
-from ipgo.insertion import Insertion
 from ipgo.methods import WITHOUT_GRADIENT
 from ipgo.prompts import Prompt, unseen_words
 from ipgo.rewards import Reward, asks, has_gradient, identity_of, is_unsettled, load_reward
@@ -91,8 +90,8 @@ def load_models(
         logger.warning(
             "prompt %r is cut to the %d tokens that the encoder takes", text[:60], backend.max_tokens
         )
-    if isinstance(insertion := getattr(config.method, "insertion", None), Insertion):
-        insertion.check(backend.embed_dim)
+    if config.method.insertion is not None:
+        config.method.insertion.check(backend.embed_dim)
     given = given or {}
     # Where a backend was given that stays where it is, its pictures are there.
     device = backend.device if config.device == "auto" else config.device
@@ -118,17 +117,14 @@ def check_method(folder: Run) -> None:
 
 
 def check_settings(config: RunConfig, prompts: Sequence[str]) -> None:
-    """Refuse, before a model is loaded, what a fit of these prompts cannot do (`check` of the method, if any)."""
+    """Refuse, before a model is loaded, what a fit of these prompts cannot do ."""
     config.check_fit()
-    check = getattr(config.method, "check", None)
-    if check is not None:
-        check(config.request(prompts))
+    config.method.check(config.request(prompts))
 
 
 def check_gradient(config: RunConfig) -> None:
     """Refuse, before a model is loaded, a method that climbs and a reward that has no gradient."""
-    climbs = getattr(config.method, "climbing", hasattr(config.method, "ascent"))
-    if climbs and not has_gradient(config.reward):
+    if config.method.climbing and not has_gradient(config.reward):
         raise InputError(
             f"reward {config.reward!r} has no gradient, which method {config.method_name!r} needs; "
             f"take one that needs none: {WITHOUT_GRADIENT}"

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 from torch import Tensor
 
 from ipgo.adapters import Adapter
+from ipgo.ascent import Ascent
 from ipgo.backends import Backend
 from ipgo.errors import InputError
+from ipgo.insertion import Insertion
 from ipgo.prompts import check_prompts
 from ipgo.rewards import Reward
 from ipgo.sampling import Sampling
@@ -116,20 +118,41 @@ class Progress:
     keeps_best: bool = True
 
 
-class Method(Protocol):
-    """A frozen dataclass of hyperparameters that knows how to search.
+@dataclass(frozen=True)
+class Method:
+    """What every method is: a frozen dataclass of hyperparameters that knows how to search.
 
     Attributes:
         stackable: can one fit hold the rows of many prompts?
-
-    A method that learns the noise of a single seed says so by a class attribute `one_seed`, and one that does better on
-    a single seed, where several are allowed, by `prefers_one_seed`. One whose gradient goes through both halves of
-    guidance from its first call on says so by `both_halves`; one that learns each prompt by itself, and cannot be
-    shared, by `prompt_wise`. `climbing` says of one that can do either whether it follows a gradient. One that sees
-    from what is asked whether it can work has a method `check(request)` (see `Request`), which is called before a model
-    is loaded.
+        one_seed: does it learn the noise of a single seed?
+        prefers_one_seed: does it do better on a single seed, where several are allowed?
+        prompt_wise: does it learn each prompt by itself, so that prompts cannot share what is learned?
+        both_halves: does its gradient go through both halves of guidance from the first call on?
     """
 
-    stackable: ClassVar[bool]
+    stackable: ClassVar[bool] = True
+    one_seed: ClassVar[bool] = False
+    prefers_one_seed: ClassVar[bool] = False
+    prompt_wise: ClassVar[bool] = False
+    both_halves: ClassVar[bool] = False
 
-    def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]: ...
+    @property
+    def ascent(self) -> Ascent | None:
+        """The settings of the gradient loop, of a method that has one."""
+        return None
+
+    @property
+    def insertion(self) -> Insertion | None:
+        """The settings of inserted embeddings, of a method that learns some."""
+        return None
+
+    @property
+    def climbing(self) -> bool:
+        """Does it follow the reward's gradient?"""
+        return self.ascent is not None
+
+    def check(self, request: Request) -> None:
+        """Raise `InputError`, before a model is loaded, for what it cannot do."""
+
+    def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
+        raise NotImplementedError

@@ -12,7 +12,7 @@ from torch import Tensor, distributed
 
 from ipgo.adapters import Adapter
 from ipgo.ascent import Ascent, make_optimizer
-from ipgo.errors import InputError, RewardError
+from ipgo.errors import RewardError
 from ipgo.resume import all_tensors, copied, fill
 from ipgo.rewards import score_with_gradient
 from ipgo.sampling import decode, denoise, last_latents, redo_last_step, unconditional
@@ -68,16 +68,8 @@ def first_gradient(task: Task, adapter: Adapter, ascent: Ascent) -> None:
 
 def _start(task: Task, adapter: Adapter, ascent: Ascent) -> _Climb:
     """Check that settings fit together; see `maximize`."""
-    depth, total = ascent.backprop_steps, task.sampling.steps
-    if depth is not None and depth > total:
-        raise InputError(f"ascent.backprop_steps is {depth}; sampling has only {total} steps")
-    if adapter.needs_all_steps and (ascent.random_backprop or (depth or total) < total):
-        raise InputError(
-            f"ascent.backprop_steps is {depth}; the initial noise gets its gradient through all {total} steps "
-            "(null), without ascent.random_backprop"
-        )
-    if not task.shared and ascent.steps < len(task.seeds):
-        raise InputError(f"ascent.steps is {ascent.steps}; {len(task.seeds)} seeds need at least as many")
+    ascent.check_depth(task.sampling.steps)
+    ascent.check_task(task.sampling.steps, len(task.seeds), task.shared, whole=adapter.needs_all_steps)
     if not task.reward.differentiable:
         raise RewardError(f"reward {task.reward.name!r} has no gradient, which this method needs")
     return _Climb(task, adapter, ascent)

@@ -11,7 +11,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -46,6 +46,7 @@ from ipgo.report.identity import fingerprint, fingerprints, strangers
 from ipgo.report.rows import matrices, own_scores, rows
 from ipgo.rewards import identity_of, score
 from ipgo.sampling import Sampling
+from ipgo.task import Method
 
 PRICE = Price(2.0, 3.0)
 PROMPTS = ("a fox", "a <b>lemon</b> | more")
@@ -54,10 +55,8 @@ REWARD = load_reward("colorfulness", device="cpu")
 
 
 @dataclasses.dataclass(frozen=True)
-class Picky:
+class Picky(Method):
     """Raw, but for foxes."""
-
-    stackable: ClassVar[bool] = True
 
     def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
         if any("fox" in prompt for prompt in task.prompts):
@@ -66,10 +65,8 @@ class Picky:
 
 
 @dataclasses.dataclass(frozen=True)
-class Spender:
+class Spender(Method):
     """Draws one image in its first step, two in its second, and so on."""
-
-    stackable: ClassVar[bool] = True
 
     def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
         start = int(resume["step"]) if resume is not None else 0

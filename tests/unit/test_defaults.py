@@ -15,7 +15,7 @@ import ipgo
 from ipgo import cli
 from ipgo.backends import BACKENDS, GUIDANCE, few_steps
 from ipgo.cli_compare import entries_of
-from ipgo.defaults import defaults, for_backend
+from ipgo.defaults import for_backend, method_and_sampling
 from ipgo.methods import METHODS
 from tests import tiny_families as tiny
 
@@ -78,7 +78,7 @@ def test_few_steps_by_what_a_pipeline_is_made_of(
     if expected is not None:
         assert backend.guidance_scale == expected[1]
         assert for_backend(str(tmp_path / "mine"), "ipgo")["sampling"]["steps"] == expected[0]
-        method, sampling = defaults(backend.few_steps)
+        method, sampling = method_and_sampling(backend.few_steps)
         assert (sampling.steps, sampling.guidance_scale) == expected
         assert method.ascent.backprop_steps is None  # type: ignore[attr-defined]
 
@@ -101,7 +101,7 @@ def test_every_name_of_few_steps_is_known() -> None:
 def test_gradient_goes_through_every_step_where_a_method_has_the_choice(method: str) -> None:
     chosen = for_backend("sd-turbo", method)
     assert chosen["sampling"] == {"steps": 1, "guidance_scale": 1.0}
-    has_it = hasattr(METHODS[method](), "ascent")
+    has_it = METHODS[method]().ascent is not None
     assert chosen.get("method") == ({"ascent": {"backprop_steps": None}} if has_it else None)
 
 

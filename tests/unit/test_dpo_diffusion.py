@@ -273,17 +273,17 @@ def test_each_solver_keeps_to_the_words_and_to_each_row(backend, words, solver):
     task = Task(backend, REWARD, PROMPTS, SAMPLING)
     search = proposer(method, task)
     with torch.no_grad():
-        rows = play(search, TextAdapter(PROMPTS), method.climbing + 12, length)
+        rows = play(search, TextAdapter(PROMPTS), method.climbs + 12, length)
     for row, (prompt, seen) in enumerate(zip(PROMPTS, rows, strict=True)):
         space = search.spaces[row]
         every = [space.texts(choice) for choice in itertools.product(*(range(len(s)) for s in space.slots))]
         assert set(seen) <= set(every)
         assert seen[0] == (prompt, "")
-        later = seen[method.climbing :]
+        later = seen[method.climbs :]
         assert len(set(later)) == len(later)
         alone = proposer(method, replace(task, prompts=(prompt,)))
         with torch.no_grad():
-            assert play(alone, TextAdapter((prompt,)), method.climbing + 12, length) == [seen]
+            assert play(alone, TextAdapter((prompt,)), method.climbs + 12, length) == [seen]
 
 
 def test_hybrid_begins_where_the_gradient_ends(backend, words):

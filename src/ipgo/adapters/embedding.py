@@ -35,7 +35,11 @@ class EmbeddingAdapter(Adapter):
         Raises:
             InputError: `shared`, or a backend without padding.
         """
-        check_whole(shared, backend.padding)
+        if shared:
+            raise InputError(
+                "shared is true; whole prompts cannot be shared, so this method is prompt-wise only"
+            )
+        check_padding(backend.padding)
         with torch.no_grad():
             own = backend.encode(prompts)
             adapter = cls(prompts, own.length, backend.embed_dim, backend.long_prompts)
@@ -43,7 +47,7 @@ class EmbeddingAdapter(Adapter):
         return adapter
 
     def condition(self, backend: Backend, prompts: Sequence[str], original: PromptEmbeds) -> PromptEmbeds:
-        check_whole(False, backend.padding)
+        check_padding(backend.padding)
         (most, width), (length, taken) = self.embeds.shape[1:], original.embeds.shape[1:]
         # Of prompts read in windows, those of fewer windows than the longest have rows that end with filling.
         fits = length <= most if self.long_prompts == "chunk" else length == most
@@ -81,9 +85,7 @@ class EmbeddingAdapter(Adapter):
         return torch.stack([1 - each.mean() for each in cosines])
 
 
-def check_whole(shared: bool, padding: str) -> None:
+def check_padding(padding: str) -> None:
     """Raise `InputError` where whole prompts cannot be learned."""
-    if shared:
-        raise InputError("shared is true; whole prompts cannot be shared, so this method is prompt-wise only")
     if padding != "max_length":
         raise InputError(f"padding is {padding!r}; whole prompts are learned with 'max_length' only")

@@ -12,12 +12,12 @@ from ipgo.adapters import Adapter, NoiseAdapter
 from ipgo.errors import InputError
 from ipgo.search import search
 from ipgo.seeding import derive
-from ipgo.task import Progress, Task
+from ipgo.task import Method, Progress, Task
 from ipgo.typed import check_types
 
 
 @dataclass(frozen=True)
-class BestOfN:
+class BestOfN(Method):
     """Draw each prompt from N noises and keep the best one. Needs no gradient.
 
     Candidates are drawn in `sampling.fit_steps` steps, and the one that is kept again in all of them.
@@ -26,7 +26,6 @@ class BestOfN:
         n: candidates for each prompt; the first is the seed's own noise.
     """
 
-    stackable: ClassVar[bool] = True
     one_seed: ClassVar[bool] = True
 
     n: int = 16

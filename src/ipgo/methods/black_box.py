@@ -16,7 +16,7 @@ from ipgo.insertion import Insertion
 from ipgo.optimizers import CMA, Optimizer, TuRBO, need
 from ipgo.search import search
 from ipgo.seeding import derive
-from ipgo.task import Progress, Request, Task
+from ipgo.task import Method, Progress, Request, Task
 from ipgo.typed import check_types
 
 Search = Literal["cma", "bayes"]
@@ -27,7 +27,7 @@ FEW = Insertion(num_prefix=2, num_suffix=2, rank=8, norm=None, start=1.0, negati
 
 
 @dataclass(frozen=True)
-class BlackBoxIPGO:
+class BlackBoxIPGO(Method):
     """Search IPGO's coefficients and angles in a fixed random basis, for any reward (arXiv 2503.21812).
 
     Every row has an optimiser of its own. Candidates are drawn on every seed of the task, in `sampling.fit_steps`
@@ -43,7 +43,6 @@ class BlackBoxIPGO:
         initial: bayes: candidates before the first model of the reward; null is 2 D.
     """
 
-    stackable: ClassVar[bool] = True
     prefers_one_seed: ClassVar[bool] = (
         True  # each candidate is drawn on all of them: with one it has more candidates
     )

@@ -14,7 +14,7 @@ from ipgo.errors import InputError
 from ipgo.rewards import terms
 from ipgo.rewriting import Rewrites, ask_texts
 from ipgo.search import search
-from ipgo.task import Progress, Request, Task
+from ipgo.task import Method, Progress, Request, Task
 from ipgo.typed import check_types
 
 # What each reward values, by its name without "emoji-"; the others get GENERAL.
@@ -48,7 +48,7 @@ SEVERAL = "Answer with {n} different rewritten prompts, numbered, one on each li
 
 
 @dataclass(frozen=True)
-class ChatGPT:
+class ChatGPT(Method):
     """Let a chat model rewrite each prompt, told what the reward values. Needs no gradient.
 
     The instructions are ours: the comparison with ChatGPT-4o in arXiv 2503.21812 does not publish its own.
@@ -59,7 +59,6 @@ class ChatGPT:
         chat: the model, and how it is asked.
     """
 
-    stackable: ClassVar[bool] = True
     prompt_wise: ClassVar[bool] = True
 
     n: int = 1

@@ -11,11 +11,11 @@ from torch import Tensor
 from ipgo.adapters import LoRA, WeightAdapter
 from ipgo.policy import reinforce
 from ipgo.ppo import PPO
-from ipgo.task import Progress, Task
+from ipgo.task import Method, Progress, Task
 
 
 @dataclass(frozen=True)
-class DDPO:
+class DDPO(Method):
     """Learn a LoRA of the denoiser by PPO, from rewards without gradients (arXiv 2305.13301).
 
     Needs the ddim scheduler. The fit draws its own noise, not that of the task's seeds.

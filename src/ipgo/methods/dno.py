@@ -12,12 +12,12 @@ from ipgo.adapters import NoiseAdapter
 from ipgo.ascent import Ascent
 from ipgo.backends import BACKENDS, few_steps
 from ipgo.errors import InputError
-from ipgo.task import Progress, Request, Task
+from ipgo.task import Method, Progress, Request, Task
 from ipgo.training import maximize
 
 
 @dataclass(frozen=True)
-class DNO:
+class DNO(Method):
     """Learn the initial noise of each prompt and that of all steps, kept like noise (arXiv 2405.18881).
 
     Needs a stochastic sampler: the ddim scheduler with `sampling.eta` above 0, as published 1. Where a schedule ends a
@@ -27,7 +27,6 @@ class DNO:
         ascent: how it is found; the penalty is how surprising the noise is as a standard normal draw.
     """
 
-    stackable: ClassVar[bool] = True
     one_seed: ClassVar[bool] = True
     both_halves: ClassVar[bool] = True
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from ipgo.sampling import Sampling
 from ipgo.search import search
 from ipgo.seeding import derive, generator
 from ipgo.substitution import PLAIN, Choice, Space, negative_slots, synonym_slots
-from ipgo.task import Progress, Request, Task
+from ipgo.task import Method, Progress, Request, Task
 from ipgo.thesaurus import check_word_list, word_list_of
 from ipgo.training import FLOAT16_SCALE
 from ipgo.typed import check_types
@@ -35,7 +35,7 @@ MAX_GRADIENT, MAX_LOGIT = 0.025, 3.0
 
 
 @dataclass(frozen=True)
-class DPODiffusion:
+class DPODiffusion(Method):
     """Choose words for the prompt or its negative prompt out of a list (DPO-Diff, arXiv 2407.01606).
 
     The prompt as it is is the first candidate. "gradient" learns how likely each word is, from the gradient of
@@ -59,8 +59,6 @@ class DPODiffusion:
         mutation: how probably a mutation changes a word.
         chat: the model that names words, with word_list llm.
     """
-
-    stackable: ClassVar[bool] = True
 
     target: Target = "negative"
     solver: Solver = "evolutionary"
@@ -92,9 +90,13 @@ class DPODiffusion:
             raise InputError(f"mutation is {self.mutation}; it must be above 0 and at most 1")
 
     @property
-    def climbing(self) -> int:
+    def climbing(self) -> bool:
+        return self.solver != "evolutionary"
+
+    @property
+    def climbs(self) -> int:
         """Steps with a gradient."""
-        return 0 if self.solver == "evolutionary" else self.gradient_steps
+        return self.gradient_steps if self.climbing else 0
 
     @property
     def looked_up(self) -> dict[str, bool]:
@@ -119,7 +121,7 @@ class DPODiffusion:
             self._check_guidance(task.backend, task.sampling)
         spaces = self.spaces(task)
         adapter = TextAdapter(None) if task.shared else TextAdapter(task.prompts)
-        return search(task, adapter, _Words(self, task, spaces), self.climbing + self.candidates, resume)
+        return search(task, adapter, _Words(self, task, spaces), self.climbs + self.candidates, resume)
 
     def _check_guidance(self, backend: Backend, sampling: Sampling) -> None:
         """`InputError` where no negative prompt takes part, so that its words would change nothing."""
@@ -178,12 +180,12 @@ class _Words:
 
     def __init__(self, method: DPODiffusion, task: Task, spaces: Sequence[Space]) -> None:
         self.method, self.task, self.spaces = method, task, spaces
-        negative, climbing = method.target != "positive", method.climbing
+        negative, climbs = method.target != "positive", method.climbs
         self.mixed = None
-        if climbing:
+        if climbs:
             relaxation = Relaxation(task.backend)  # refuses what cannot be mixed, before anything is drawn
             self.mixed = MixedWords(
-                task, spaces, negative, method.temperature, method.window, climbing, relaxation
+                task, spaces, negative, method.temperature, method.window, climbs, relaxation
             )
         self.step = 0
         slots = max(len(space.slots) for space in spaces)
@@ -193,9 +195,9 @@ class _Words:
             for number, slot in enumerate(space.slots):
                 self.allowed[row, number, : len(slot)] = True
         logits = torch.zeros(self.allowed.shape, dtype=torch.promote_types(task.backend.dtype, torch.float32))
-        if method.climbing:
+        if method.climbs:
             logits[..., 0] = 1  # the gradient starts from the text as it is, evolution from anywhere
-        total = method.climbing + method.candidates
+        total = method.climbs + method.candidates
         half = task.backend.dtype == torch.float16
         # Everything that lives from step to step.
         self.memory = {
@@ -213,7 +215,7 @@ class _Words:
         assert isinstance(adapter, TextAdapter)
         self.step = step
         choices = [self._choose(row, step) for row in range(len(self.spaces))]
-        if step < self.method.climbing:
+        if step < self.method.climbs:
             self._climb(choices, step)
         if step == 0:
             choices = [[0] * len(choice) for choice in choices]  # the text as it is
@@ -230,14 +232,14 @@ class _Words:
         for attempt in range(ATTEMPTS):
             choice: list[int] = self._draw(row, step, attempt)[:count].tolist()
             # A gradient step takes the draw that its mixture belongs to, seen before or not.
-            if (step < self.method.climbing or choice not in seen) and self._fits(row, choice):
+            if (step < self.method.climbs or choice not in seen) and self._fits(row, choice):
                 return choice
         return [0] * count
 
     def _draw(self, row: int, step: int, attempt: int) -> Tensor:
         """(S,): the more attempts have failed, the bolder the draw, until it is uniform."""
         method, count = self.method, len(self.spaces[row].slots)
-        first = method.climbing + method.population  # of the candidates that have parents
+        first = method.climbs + method.population  # of the candidates that have parents
         if method.solver == "gradient" or step < first:
             logits = self.memory["logits"][row].masked_fill(~self.allowed[row], -torch.inf)
             return (logits * (1 - attempt / ATTEMPTS) + self._gumbel(row, step, attempt)).argmax(-1)

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from ipgo.adapters import LoRA, WeightAdapter
 from ipgo.ascent import Ascent
-from ipgo.task import Progress, Task
+from ipgo.task import Method, Progress, Task
 from ipgo.training import maximize
 
 
 @dataclass(frozen=True)
-class DRaFT:
+class DRaFT(Method):
     """Learn a LoRA of the denoiser, for each prompt or for all (arXiv 2309.17400).
 
     `ascent.backprop_steps` is the K of DRaFT-K. `ascent.renoised` makes DRaFT-LV of it, which needs the ddim

@@ -9,28 +9,27 @@ from typing import ClassVar
 from torch import Tensor
 
 from ipgo.adapters import EmbeddingAdapter
-from ipgo.adapters.embedding import check_whole
+from ipgo.adapters.embedding import check_padding
 from ipgo.ascent import Ascent
-from ipgo.task import Progress, Request, Task
+from ipgo.task import Method, Progress, Request, Task
 from ipgo.training import maximize
 
 
 @dataclass(frozen=True)
-class Embedding:
+class Embedding(Method):
     """Learn all states of each prompt, freely (PEO, arXiv 2510.02599).
 
     Attributes:
         ascent: how they are found; the penalty is how far the state at the end of the text turns.
     """
 
-    stackable: ClassVar[bool] = True
     prompt_wise: ClassVar[bool] = True
 
     ascent: Ascent = Ascent(steps=50, lr=0.01, lr_decay=1.0, penalty_weight=0.5)
 
     def check(self, request: Request) -> None:
         """Before a model is loaded: `InputError` for prompts without padding."""
-        check_whole(request.shared, request.padding)
+        check_padding(request.padding)
 
     def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
         adapter = EmbeddingAdapter.start(task.backend, task.prompts, shared=task.shared)

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
 from ipgo.adapters import InsertionAdapter
 from ipgo.ascent import Ascent
 from ipgo.insertion import Insertion
-from ipgo.task import Progress, Task
+from ipgo.task import Method, Progress, Task
 from ipgo.training import maximize
 
 
 @dataclass(frozen=True)
-class IPGO:
+class IPGO(Method):
     """Learn a few embeddings around each prompt's (arXiv 2503.21812).
 
     Its defaults were chosen by benchmarks/settings.py on the bundled model (docs/settings.md); the preset `paper-code`
@@ -26,8 +25,6 @@ class IPGO:
         insertion: what is inserted.
         ascent: how it is found.
     """
-
-    stackable: ClassVar[bool] = True
 
     insertion: Insertion = Insertion()
     ascent: Ascent = Ascent()

@@ -12,7 +12,7 @@ from ipgo.adapters import InsertionAdapter, JointAdapter, NoiseAdapter
 from ipgo.ascent import Ascent
 from ipgo.errors import InputError
 from ipgo.insertion import Insertion
-from ipgo.task import Progress, Task
+from ipgo.task import Method, Progress, Task
 from ipgo.training import maximize
 from ipgo.typed import check_types
 
@@ -24,7 +24,7 @@ INSERTED = Insertion(start=0.2)
 
 
 @dataclass(frozen=True)
-class Joint:
+class Joint(Method):
     """Learn IPGO's embeddings and ReNO's initial noise of each prompt at once (arXiv 2503.21812, 2406.04312).
 
     One gradient through the whole trajectory moves both. PG-MAP (arXiv 2606.22958) also moves condition and
@@ -36,7 +36,6 @@ class Joint:
         ascent: how both are found.
     """
 
-    stackable: ClassVar[bool] = True
     one_seed: ClassVar[bool] = True
     both_halves: ClassVar[bool] = True
 

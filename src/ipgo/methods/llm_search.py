@@ -13,7 +13,7 @@ from ipgo.chat import Chat
 from ipgo.errors import InputError
 from ipgo.rewriting import Rewrites, ask_texts
 from ipgo.search import search
-from ipgo.task import Progress, Request, Task
+from ipgo.task import Method, Progress, Request, Task
 from ipgo.typed import check_types
 
 INSTRUCTION = (
@@ -30,7 +30,7 @@ HINT = (
 
 
 @dataclass(frozen=True)
-class LLMSearch:
+class LLMSearch(Method):
     """Search rewritten prompts with a chat model that sees past rewards. Needs no gradient.
 
     After RATTPO (arXiv 2506.16853): the model is not told what the reward is; it gets the prompts tried so far
@@ -47,7 +47,6 @@ class LLMSearch:
         chat: the model, and how it is asked.
     """
 
-    stackable: ClassVar[bool] = True
     prompt_wise: ClassVar[bool] = True
 
     rounds: int = 5

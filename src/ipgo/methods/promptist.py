@@ -15,7 +15,7 @@ from ipgo.adapters import TextAdapter
 from ipgo.errors import InputError, first_line
 from ipgo.rewriting import Rewrites, fitted
 from ipgo.search import search
-from ipgo.task import Progress, Task
+from ipgo.task import Method, Progress, Task
 from ipgo.typed import check_types
 
 BUNDLED = {"emoji": Path(__file__).parents[1] / "rewriters/emoji"}  # backend: the folder of its own rewriter
@@ -26,7 +26,7 @@ logger = logging.getLogger("ipgo")
 
 
 @dataclass(frozen=True)
-class Promptist:
+class Promptist(Method):
     """Let a language model trained on a reward rewrite each prompt (Promptist, arXiv 2212.09611).
 
     The first of `beams` beams of "PROMPT Rephrase:" is taken as it is, as its authors' code does, and cut to what
@@ -41,7 +41,6 @@ class Promptist:
         length_penalty: exponent of the length in a beam's score; below 0 favours short ones.
     """
 
-    stackable: ClassVar[bool] = True
     prompt_wise: ClassVar[bool] = True
 
     model: str | None = None

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ipgo.adapters import Adapter, generate
 from ipgo.rewards import score
-from ipgo.task import Progress, Task
+from ipgo.task import Method, Progress, Task
 
 
 @dataclass(frozen=True)
-class Raw:
+class Raw(Method):
     """Change nothing: draw each prompt once for each seed, and score it."""
-
-    stackable: ClassVar[bool] = True
 
     def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
         adapter, prompts = Adapter(), list(task.prompts)

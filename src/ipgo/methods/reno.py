@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ipgo.adapters import NoiseAdapter
 from ipgo.ascent import Ascent
-from ipgo.task import Progress, Task
+from ipgo.task import Method, Progress, Task
 from ipgo.training import maximize
 
 # As published, for a one-step model with 16,384 latents. backprop_steps=None: through every step there is.
@@ -26,14 +26,13 @@ PUBLISHED = Ascent(
 
 
 @dataclass(frozen=True)
-class ReNO:
+class ReNO(Method):
     """Learn each prompt's initial noise, kept at the norm that noise has (arXiv 2406.04312).
 
     Attributes:
         ascent: how it is found; the penalty is minus the log-density of the noise's norm.
     """
 
-    stackable: ClassVar[bool] = True
     one_seed: ClassVar[bool] = True
     both_halves: ClassVar[bool] = True
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ipgo.adapters import TextEncoderAdapter
 from ipgo.ascent import Ascent
 from ipgo.errors import InputError
-from ipgo.task import Progress, Task
+from ipgo.task import Method, Progress, Task
 from ipgo.training import maximize
 from ipgo.typed import check_types
 
@@ -29,7 +29,7 @@ DEFAULT = Ascent(
 
 
 @dataclass(frozen=True)
-class TextCraftor:
+class TextCraftor(Method):
     """Learn all weights of the text encoder, for each prompt or for all (arXiv 2403.18978).
 
     Images are drawn in the fit as they are afterwards: all late steps get the tuned encoder's states, of which

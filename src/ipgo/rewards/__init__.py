@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ipgo.devices import choose_device
 from ipgo.errors import InputError, IpgoError, RewardError, unknown
-from ipgo.rewards.checkpoints import Checkpoint, Source
+from ipgo.rewards.checkpoints import Checkpoint, Source, bare_name
 from ipgo.rewards.own import parts_of, read_function, said, unsettled
 
 RewardFunction = Callable[[Tensor, Sequence[str]], Tensor]
@@ -239,13 +239,15 @@ def has_gradient(spec: str) -> bool:
 
 def asks(spec: str) -> bool:
     """Does a person give it?"""
-    return any(_term(term).name.startswith("ask:") for term in _terms(spec))
+    return any(each.name.startswith("ask:") for each in _terms(spec))
 
 
 def terms(spec: str) -> list[tuple[float, str]]:
     """What a spec adds up: weights and names, those in `REWARDS` without a path or variant."""
-    found = [_term(term) for term in _terms(spec)]
-    return [(each.weight, _bare(each.name) if _bare(each.name) in REWARDS else each.name) for each in found]
+    return [
+        (each.weight, bare if (bare := bare_name(each.name)) in REWARDS else each.name)
+        for each in _terms(spec)
+    ]
 
 
 def raised(spec: str) -> set[str]:
@@ -254,19 +256,19 @@ def raised(spec: str) -> set[str]:
     Nor is another variant (`@notebook`) of the same weights.
     """
     try:
-        names = {_term(term).name for term in _terms(spec)}
+        names = {each.name for each in _terms(spec)}
     except InputError:  # the name of a function of the user's, which says nothing
         return {spec}
-    return {spec, *names, *(re.sub("@[^:]*", "", name) for name in names if _bare(name) in REWARDS)}
+    return {spec, *names, *(re.sub("@[^:]*", "", name) for name in names if bare_name(name) in REWARDS)}
 
 
 def _outline(spec: str) -> Reward:
     """A reward that says of itself what the real one says, and has no model."""
 
     def stand_in(name: str) -> Reward:
-        if _bare(name) not in REWARDS:
+        bare = bare_name(name)
+        if bare not in REWARDS:
             return _load(name, torch.device("cpu"))  # a function, a command, a person: no model
-        bare = _bare(name)
         return FunctionReward(lambda images, _: images, name, bare not in JUDGES, bare not in BLIND)
 
     return combine(spec, stand_in)
@@ -296,7 +298,7 @@ def load_reward(spec: str, *, device: str | torch.device = "auto") -> Reward:
 
 def combine(spec: str, load: Callable[[str], Reward]) -> Reward:
     """What `load` makes of the name in a spec, or the weighted sum of what it makes of each."""
-    found = [_term(term) for term in _terms(spec)]
+    found = _terms(spec)
     rewards = tuple(_below(load(each.name), each) for each in found)
     weights = tuple(each.weight for each in found)
     if weights == (1.0,):
@@ -313,11 +315,10 @@ def check_reward(spec: str, prompts: Sequence[str] = ()) -> None:
 
     Also for one that has no answer for one of the prompts.
     """
-    for term in _terms(spec):
-        name = _term(term).name
+    for name in (each.name for each in _terms(spec)):
         if name[:4] in EXTERNAL:
             _load_external(name)
-        elif _bare(name) in REWARDS:
+        elif bare_name(name) in REWARDS:
             checkpoint = _checkpoint(name)
             if checkpoint is not None:
                 checkpoint.check()
@@ -388,11 +389,11 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
     return values.to(images.device)
 
 
-def _terms(spec: str) -> list[str]:
+def _terms(spec: str) -> list[Term]:
     """The parts between the +."""
     head, tail = _cut(spec)
-    *terms, last = _PLUS.split(head)
-    return _whole_paths([*terms, last + tail])
+    *parts, last = _PLUS.split(head)
+    return [_term(part) for part in _whole_paths([*parts, last + tail])]
 
 
 def _whole_paths(parts: Sequence[str]) -> list[str]:
@@ -400,7 +401,7 @@ def _whole_paths(parts: Sequence[str]) -> list[str]:
     terms, start = [], 0
     while start < len(parts):
         name, _, place = parts[start].partition(":")
-        known = _bare(name.rpartition("*")[2].strip()) in SOURCES and bool(place)
+        known = bare_name(name.rpartition("*")[2].strip()) in SOURCES and bool(place)
         ends = range(start + 1, len(parts) + 1)
         end = next((end for end in ends if _is_there("+".join(parts[start:end]), known)), start + 1)
         terms.append("+".join(parts[start:end]))
@@ -467,8 +468,8 @@ def _finite(number: str, what: str, term: str) -> float:
 def _load(name: str, device: torch.device) -> Reward:
     if name[:4] in EXTERNAL:
         return _load_external(name)
-    if _bare(name) in REWARDS:
-        load, checkpoint = pkgutil.resolve_name(REWARDS[_bare(name)]), _checkpoint(name)
+    if (bare := bare_name(name)) in REWARDS:
+        load, checkpoint = pkgutil.resolve_name(REWARDS[bare]), _checkpoint(name)
         return as_reward(load(device) if checkpoint is None else load(device, checkpoint), name)
     if ".py:" in name:
         return as_reward(*read_function(name))
@@ -478,12 +479,7 @@ def _load(name: str, device: torch.device) -> Reward:
 def _unknown(name: str) -> InputError:
     if name.endswith(".py"):
         return InputError(f"reward {name!r} names no function; write {name}:FUNCTION")
-    return unknown("reward", _bare(name), REWARDS)
-
-
-def _bare(name: str) -> str:
-    """`clip@notebook:folder` to `clip`."""
-    return re.split("[@:]", name, maxsplit=1)[0]
+    return unknown("reward", bare_name(name), REWARDS)
 
 
 def _checkpoint(name: str) -> Checkpoint | None:

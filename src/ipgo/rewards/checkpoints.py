@@ -42,6 +42,11 @@ class Source:
         return f"{self.file} of {self.repo}" if self.file else self.repo
 
 
+def bare_name(spec: str) -> str:
+    """`clip@notebook:folder` to `clip`."""
+    return re.split("[@:]", spec, maxsplit=1)[0]
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """What `hpsv2.1@notebook:/models/HPS_v2.1_compressed.pt` asks for.
@@ -61,7 +66,7 @@ class Checkpoint:
     @property
     def name(self) -> str:
         """`hpsv2.1`."""
-        return re.split("[@:]", self.spec, maxsplit=1)[0]
+        return bare_name(self.spec)
 
     def check(self) -> None:
         """Raise `InputError` if the given path cannot be what is needed, without reading or fetching weights."""

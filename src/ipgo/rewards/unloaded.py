@@ -5,7 +5,6 @@ tests/unit/test_published.py compares the numbers of parameters with the publish
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from ipgo.errors import InputError
 from ipgo.memory import UNBOUNDED, Tokens, build
 from ipgo.rewards import PARTICULAR, SOURCES, Reward, check_reward, combine, load_reward
 from ipgo.rewards.aesthetic import Aesthetic
+from ipgo.rewards.checkpoints import bare_name
 from ipgo.rewards.clip import ClipReward, TextTower
 from ipgo.rewards.imagereward import ImageReward
 from ipgo.rewards.preprocessing import Preprocessing
@@ -96,7 +96,7 @@ def unloaded_reward(spec: str, sizes: FakeTensorMode | None, device: str = "cpu"
 
 
 def _unloaded(name: str, sizes: FakeTensorMode | None, device: str) -> Reward:
-    bare = re.split("[@:]", name, maxsplit=1)[0]
+    bare = bare_name(name)
     if name in PARTICULAR:
         raise InputError(f"reward {name!r} cannot be planned: it looks at the values of pictures")
     if bare not in SOURCES:
