@@ -9,10 +9,11 @@ import torch
 from ipgo import chat as chat_module
 from ipgo import cli
 from ipgo.adapters import Adapter, TextAdapter, generate
-from ipgo.chat import Chat, parse_texts
+from ipgo.adapters.text import from_bytes
+from ipgo.chat import Chat, parse_text, parse_texts
 from ipgo.errors import InputError, MissingExtraError, ResumeError
 from ipgo.methods import ChatGPT, LLMSearch, Promptist
-from ipgo.rewards import FunctionReward, load_reward, score
+from ipgo.rewards import FunctionReward, as_reward, load_reward, score
 from ipgo.rewriting import Rewrites, ask_texts
 from ipgo.sampling import Sampling
 from ipgo.store import Run
@@ -157,6 +158,26 @@ def test_answers_are_read_in_whatever_form_they_come(answer, texts):
 # -- methods -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        ("A red fox on a hill,\nsoft evening light", "A red fox on a hill, soft evening light"),
+        ("A street scene:\n- neon signs\n* rain", "A street scene: neon signs rain"),
+        ("Here is the rewritten prompt: A red fox", "A red fox"),
+        ('Sure! Here\'s your prompt:\n\n```\n"A fox, at dawn"\n```', "A fox, at dawn"),
+        ("**Rewritten prompt:** A red fox", "A red fox"),
+        ("Here is a fox on a hill", "Here is a fox on a hill"),
+        ("1. A fox\n2. A cat", "A fox"),
+        ("2 foxes on a hill", "2 foxes on a hill"),
+        ('["a fox"]', "a fox"),
+        ("<think>a fox?</think>a cat", "a cat"),
+        ("<think>a fox?", ""),
+    ],
+)
+def test_an_answer_that_is_one_text_is_read_whole(answer, text):
+    assert parse_text(answer) == text
+
+
 def test_chatgpt_takes_a_single_answer_as_it_is(backend, endpoint):
     endpoint.answer = lambda request: f"Prompt: {request['messages'][1]['content']}, at dawn"
     worse = FunctionReward(lambda images, prompts: -images.mean((1, 2, 3)), "darkness", differentiable=False)
@@ -260,6 +281,18 @@ def test_llm_search_learns_from_its_history(backend, endpoint):
         method.fit(Task(backend, COLOUR, PROMPTS, SAMPLING, shared=True))
     with pytest.raises(InputError, match="rounds is 0"):
         LLMSearch(rounds=0)
+
+
+def test_llm_search_asks_anew_when_a_round_changed_nothing(backend, endpoint):
+    """The question is that of the round before where no new text is among the best."""
+    endpoint.answer = lambda request: f"1. a dog {len(endpoint.requests)}\n2. a cat {len(endpoint.requests)}"
+    falling = iter(range(9, 0, -1))
+    reward = as_reward(
+        lambda images, prompts: torch.tensor([float(next(falling))]), "falling", differentiable=False
+    )
+    task = Task(backend, reward, ("sun",), SAMPLING)
+    *_, last = LLMSearch(rounds=4, n=2, shown=1, hints=False).fit(task)
+    assert len(set(from_bytes(last.state()["proposer.texts"][:, 0]))) == 9
 
 
 def test_history_leaves_out_what_was_not_finite():
