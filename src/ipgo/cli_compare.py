@@ -66,7 +66,7 @@ def compare(argv: list[str]) -> int:
     from ipgo.runner import warn_of_unseen_words
 
     some = plan.config(next(iter(plan.entries)))
-    check(folder)
+    check(folder, plan.entries)  # what is there from other commands may fail by itself
     warn_of_unseen_words(some.backend, some.prompts)
     loading(some.backend)
     run_all(folder)

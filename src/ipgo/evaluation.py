@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from ipgo.seeding import plain
 
 BATCH = 8  # images made at once
 RESAMPLES = 2000  # of the bootstrap
+ROUNDING = 1e-6  # of rewards, relative above 1
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,13 @@ class Drawing:
 
 
 class Judge(Protocol):
-    """Looks whether what a prompt states is in its image. It takes no part in a fit."""
+    """Looks whether what a prompt states is in its image. It takes no part in a fit.
+
+    Attributes:
+        made: by the name of a reward, the marks that it is made of.
+    """
+
+    made: ClassVar[Mapping[str, Sequence[str]]]
 
     def marks(self, images: Tensor, prompts: Sequence[str]) -> Mapping[str, Tensor]:
         """(B,) in [0, 1] for "object", "colour", "likeness" and so on; NaN where the prompt states none."""
@@ -131,15 +138,15 @@ def score(
 ) -> list[Score]:
     """Every reward's value, and the judge's verdicts as scores named judge-object, judge-colour, ..."""
     scores, own = [], raised(trained_on)
+    made = judge.made if judge is not None else {}
+    followed = {mark for name in own for mark in made.get(name, ())}  # what was raised judges nothing
     for start in range(0, len(drawings), BATCH):
         part = drawings[start : start + BATCH]
         images, prompts = torch.stack([each.image for each in part]), [each.prompt for each in part]
         with torch.no_grad():
             columns = {name: checked(reward, images, prompts) for name, reward in rewards.items()}
             verdicts = judge.marks(images, prompts) if judge is not None else {}
-        # What was raised judges nothing.
-        marks = {name: column for name, column in verdicts.items() if f"emoji-{name}" not in trained_on}
-        columns.update({f"judge-{name}": column for name, column in marks.items()})
+        columns.update({f"judge-{name}": marks for name, marks in verdicts.items() if name not in followed})
         for name, column in columns.items():
             for each, value in zip(part, column.tolist(), strict=True):
                 if not math.isnan(value):
@@ -188,7 +195,14 @@ def win_rate(scores: Iterable[Score], method: str, baseline: str, reward: str) -
         InputError: the two methods share no prompt and seed.
     """
     pairs = _pairs(scores, method, baseline, reward)
-    return _bootstrap([[(a > b) + 0.5 * (a == b) for a, b in values] for values in pairs.values()])
+    return _bootstrap([[_win(a, b) for a, b in values] for values in pairs.values()])
+
+
+def _win(ours: float, theirs: float) -> float:
+    """1, or 0; or 1/2 where they differ by no more than rounding, as the same picture drawn in another batch may."""
+    if math.isclose(ours, theirs, rel_tol=ROUNDING, abs_tol=ROUNDING):
+        return 0.5
+    return float(ours > theirs)
 
 
 def average(scores: Iterable[Score], method: str, reward: str) -> Interval:

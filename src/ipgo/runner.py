@@ -221,26 +221,29 @@ def fit_chunk(folder: Run, models: Models, chunk: Chunk, limit: Limit | None = N
     earlier = found.cost if found is not None else Cost()
     started = saved = time.monotonic()
     counted, about = Counter(backend.calls), facts(models)
-    progress, cost = None, earlier
+    progress = None
     search = config.method.fit(task, found.state if found is not None else None)
     if limit is not None:
         search = limit(search, earlier.calls)
+
+    def so_far() -> Cost:
+        calls = earlier.calls + (backend.calls - counted)
+        memory = max(earlier.peak_memory, peak_memory(backend.device))
+        return Cost(calls, earlier.seconds + time.monotonic() - started, memory, earlier.sessions)
+
     with progress_bar(chunk, folder) as bar:
         for progress in search:
             folder.start(about)  # not sooner: settings that the method refuses leave no run behind
-            now = time.monotonic()
-            calls = earlier.calls + (backend.calls - counted)
-            memory = max(earlier.peak_memory, peak_memory(backend.device))
-            cost = Cost(calls, earlier.seconds + now - started, memory, earlier.sessions)
+            cost = so_far()
             folder.record(chunk, progress, cost)
             last = progress.step == progress.total or bool(progress.failed.all())
-            if now - saved > CHECKPOINT_SECONDS and not last:
+            if time.monotonic() - saved > CHECKPOINT_SECONDS and not last:
                 folder.save_checkpoint(chunk, progress, cost)
-                saved = now
+                saved = time.monotonic()
             show(bar, progress)
     if progress is None:
         raise InputError(f"method {config.method_name!r} made no step; give it at least one")
-    return progress, cost
+    return progress, so_far()  # a step that `limit` broke off has cost something too
 
 
 def finish_chunk(

@@ -388,9 +388,9 @@ def test_nobody_spends_more_than_the_budget(compared: Path) -> None:
     assert folder.plan.price == PRICE
     found = {row.label: row for row in rows(folder)}
     # ipgo: 2 calls an image, both with gradient through both halves, which weigh 3: 6 a step, 3 steps.
-    # best-of-n: 2 a candidate. spender: 2 + 4 + 6, the next 8 are broken off.
+    # best-of-n: 2 a candidate. spender: 2 + 4 + 6, and 7 of the next 8.
     assert {label: row.weighted for label, row in found.items()} == {
-        "raw": 2, "ipgo": 18, "ipgo-once": 6, "best-of-n": 18, "picky": 2, "spender": 12
+        "raw": 2, "ipgo": 18, "ipgo-once": 6, "best-of-n": 18, "picky": 2, "spender": 19
     }  # fmt: skip
     assert found["ipgo"].calls == {"denoiser": 6, "denoiser_grad": 6, "denoiser_grad_both": 6, "decoder": 3}
     run = folder.run("ipgo")
@@ -449,7 +449,22 @@ def test_what_cannot_be_fitted_any_more_can_still_be_read(pipeline_folder: str, 
     files.write_json(tmp_path / "table/plan.json", stored)
     assert [row.label for row in rows(Comparison.open(tmp_path / "table"))] == ["raw", "hill"]
     with pytest.raises(InputError, match=r"entry 'hill': .* 2 seeds take turns"):
-        work.check(Comparison.open(tmp_path / "table"))
+        work.check(Comparison.open(tmp_path / "table"), ["raw", "hill"])
+    work.check(
+        Comparison.open(tmp_path / "table"), ["raw"]
+    )  # what another command left does not stop this one
+
+
+def test_entries_that_share_models_run_one_after_another() -> None:
+    settings = RunConfig(PROMPTS).to_json()
+    entries: dict[str, Any] = {
+        "raw": {"method": {"name": "raw"}},
+        "bare": {"padding": "none"},
+        "ipgo": {},
+        "x": {"padding": "none"},
+    }
+    common = {key: value for key, value in settings.items() if key not in ("prompts", "method")}
+    assert work._in_turn(Plan(PROMPTS, common, entries)) == ["raw", "ipgo", "bare", "x"]
 
 
 @pytest.mark.usefixtures("fakes")
@@ -609,7 +624,8 @@ def test_the_page_is_self_contained_and_escapes_what_users_wrote(compared: Path)
     assert "no &lt;i&gt;foxes&lt;/i&gt;" in html
     for text in ("<b>lemon", "<i>foxes", "http://", "https://", 'src="/', "url("):
         assert text not in html
-    assert html.count("data:image/png;base64,") == 2 * (1 + 5) * 2 - 2  # raw and five others, but for a fox
+    # Raw and five others, but for a fox, and for the chosen noise where another is drawn.
+    assert html.count("data:image/png;base64,") == 2 * (1 + 5) * 2 - 2 - 2
     for text in ("prefers-color-scheme: dark", "<svg", "Win rates on unseen noise", "peak MiB", "last step"):
         assert text in html
     table = (compared / "comparison.md").read_text()
@@ -621,6 +637,13 @@ def test_the_page_is_self_contained_and_escapes_what_users_wrote(compared: Path)
     own = [each.value for each in raw.scores() if each.reward == "contrast" and each.seed >= 1000]
     assert f"| raw | unseen | {sum(own) / len(own):.3f} |" in table
     lines = list(csv.DictReader((compared / "comparison.csv").read_text().splitlines()))
+    level = next(
+        each
+        for each in lines
+        if (each["entry"], each["reward"]) == ("raw", "contrast") and each["on"] == "unseen noise"
+    )
+    assert float(level["value"]) == pytest.approx(sum(own) / len(own))
+    assert level["gain"] == level["last_step"] == ""
     line = next(
         x for x in lines if (x["entry"], x["on"], x["reward"]) == ("ipgo", "unseen noise", "contrast")
     )

@@ -26,7 +26,7 @@ def gain(reward: str, value: float) -> Gain:
 def row(label: str, method: str, unseen: dict[str, float], **other: Any) -> Row:
     level = Interval(0.5, 0.4, 0.6, 20, "prompts")
     gains = {name: gain(name, value) for name, value in unseen.items()}
-    made = Row(label, method, False, "unseen seeds", 20, 20, 0, (), {}, None, [], gains, gains, {}, (level, level),
+    made = Row(label, method, False, "unseen seeds", 20, 20, 20, 0, (), {}, None, [], gains, gains, {}, (level, level),
                0.5, 0.6, [], {}, 2990.0, 12.0, 900, 100)  # fmt: skip
     return replace(made, **other)
 

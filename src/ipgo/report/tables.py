@@ -63,7 +63,7 @@ def raised_table(entries: Sequence[Row], reward: str) -> Table:
     head += ["unseen noise", "gain there", "wins there", *(["gain on unseen prompts"] if prompts else [])]
     lines, strange = [], strange_to(entries, reward)
     for row in entries:
-        label = f"{row.label} {MARK}" if row.label in strange else row.label
+        label = f"{row.title} {MARK}" if row.label in strange else row.title
         line = [Cell(label), _value(row.means[0]), _gain(row.fitted, reward), _wins(row.fitted, reward)]
         line += [_number(row.final), _number(row.best)]
         line += [_value(row.means[1]), _gain(row.unseen, reward), _wins(row.unseen, reward)]
@@ -87,7 +87,7 @@ def held_out_table(entries: Sequence[Row], reward: str) -> Table:
     strange = {name: strange_to(entries, name) for name in names}
     lines = [
         [
-            Cell(row.label),
+            Cell(row.title),
             Cell("unseen" if row.means[1] else "fitted" if row.means[0] else "–"),
             *(_judged(row, name, row.label in strange[name]) for name in names),
         ]
