@@ -18,14 +18,25 @@ from ipgo.evaluation import Score
 SCHEMA = 1
 
 
-def save_adapter(adapter: Adapter, folder: str | Path, settings: Mapping[str, Any] | None = None) -> None:
-    """Write adapter.safetensors and adapter.json. `settings`: the backend and sampling that it belongs to."""
+def save_adapter(
+    adapter: Adapter,
+    folder: str | Path,
+    settings: Mapping[str, Any] | None = None,
+    drawn_by: Mapping[str, Any] | None = None,
+) -> None:
+    """Write adapter.safetensors and adapter.json.
+
+    Args:
+        settings: the backend and sampling that it belongs to.
+        drawn_by: what was behind the backend's name when it was learned, as `Backend.identity` has it.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.state_dict().items()}
     about = {"schema": SCHEMA, "kind": adapter.kind, "options": adapter.options, "prompts": adapter.prompts}
     files.write(folder / "adapter.safetensors", save(tensors))
-    files.write_json(folder / "adapter.json", {**about, "settings": dict(settings or {})})
+    about |= {"settings": dict(settings or {})} | ({"drawn_by": dict(drawn_by)} if drawn_by else {})
+    files.write_json(folder / "adapter.json", about)
 
 
 def load_adapter(folder: Path | str) -> Adapter:

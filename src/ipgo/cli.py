@@ -24,18 +24,16 @@ from ipgo.cli_plan import plan
 from ipgo.cli_publish import publish
 from ipgo.cli_score import score
 from ipgo.errors import InputError, IpgoError, first_line, unknown
-from ipgo.prompts import read_prompts, slug
+from ipgo.prompts import slug
 from ipgo.terminal import (
+    add_adapter_flags,
     add_device_flags,
     aligned,
     backend_of,
     command_parser,
-    compare_backend,
-    find_adapter,
-    fitted_prompts,
     loading,
+    open_stored,
     read_texts,
-    run_of,
     underscores,
 )
 
@@ -267,16 +265,11 @@ def _span(seeds: Sequence[int]) -> str:
 def generate(argv: list[str]) -> int:
     """`ipgo generate`: draw prompts with a stored adapter."""
     parser = command_parser("generate", "Draw prompts with embeddings that were learned.")
-    parser.add_argument("adapter", type=Path, help="an adapter's folder, or a run's")
-    parser.add_argument(
-        "text", nargs="*", default=[], help="prompts, each in quotes (default: those that were fitted)"
-    )
-    parser.add_argument("--prompts", help="prompts from a file or a set, as in fit")
+    add_adapter_flags(parser)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="noise seeds (default: 0)")
     parser.add_argument(
         "--out", type=Path, default=Path("images"), help="where to put the images (default: images)"
     )
-    parser.add_argument("--backend", help="another backend than the adapter was fitted on")
     parser.add_argument("--steps", type=int, help="denoising steps (default: as many as it was judged with)")
     parser.add_argument("--guidance-scale", type=float, help="likewise; 1 draws without guidance")
     add_device_flags(parser)
@@ -285,18 +278,15 @@ def generate(argv: list[str]) -> int:
     from ipgo.backends import load_backend
     from ipgo.evaluation import draw
     from ipgo.images import to_pil
-    from ipgo.prompts import check_prompts, number
+    from ipgo.prompts import number
     from ipgo.runner import warn_of_unseen_words
     from ipgo.sampling import Sampling
     from ipgo.seeding import check_seeds
 
     check_seeds(tuple(args.seeds))
     files.check_out(args.out, folder=True)
-    adapter, settings = find_adapter(args.adapter)
-    begun = run_of(args.adapter)
-    texts = read_texts(args.text, args.prompts) or fitted_prompts(adapter, begun)
-    check_prompts(texts)
-    adapter.rows(texts)
+    stored = open_stored(args.adapter)
+    texts, settings = stored.prompts(args.text, args.prompts), stored.settings
     own = {"steps": args.steps, "guidance_scale": args.guidance_scale}
     sampling = replace(
         Sampling(**settings.pop("sampling", {})),
@@ -307,8 +297,8 @@ def generate(argv: list[str]) -> int:
     loading(source)
     backend = load_backend(source, device=args.device, text_device=args.text_device, **settings)
     backend.check_prompts(texts)
-    compare_backend(begun, backend)
-    adapter.to(backend.device)
+    stored.check_backend(backend)
+    adapter = stored.adapter.to(backend.device)
     args.out.mkdir(parents=True, exist_ok=True)
     for prompt in number(texts):
         for drawing in draw(backend, {"adapter": adapter}, prompt.text, args.seeds, sampling):
@@ -335,7 +325,6 @@ def evaluate(argv: list[str]) -> int:
 
     from ipgo.adapters import Adapter
     from ipgo.evaluation import evaluate, levels, summarise
-    from ipgo.prompts import check_prompts
     from ipgo.report import write_report
     from ipgo.runner import load_models, warn_of_unseen_words
     from ipgo.seeding import check_seeds
@@ -344,11 +333,9 @@ def evaluate(argv: list[str]) -> int:
     check_seeds(tuple(args.seeds))
     folder = Run.open(args.run)
     files.check_out(folder.path, folder=True)
-    adapter, settings = find_adapter(args.run)
-    prompts = read_prompts(args.prompts) if args.prompts else [prompt.text for prompt in folder.finished]
-    check_prompts(prompts)
-    adapter.rows(prompts)
-    source, raised = backend_of(settings, args.backend), folder.config.reward
+    stored = open_stored(args.run)
+    prompts = stored.prompts([], args.prompts)
+    source, raised = backend_of(stored.settings, args.backend), folder.config.reward
     try:
         judges = _judges(raised, args.rewards or list(folder.identities), prompts)
     except InputError as error:
@@ -360,8 +347,8 @@ def evaluate(argv: list[str]) -> int:
     loading(config.backend)
     models = load_models(config, begun_in=folder.dtype)
     models.backend.check_prompts(prompts)
-    compare_backend(folder, models.backend)
-    adapters = {"raw": Adapter(), config.method_name: adapter.to(models.backend.device)}
+    stored.check_backend(models.backend)
+    adapters = {"raw": Adapter(), config.method_name: stored.adapter.to(models.backend.device)}
     scores = evaluate(
         models.backend,
         adapters,

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tqdm import tqdm
+
 from ipgo import files
 from ipgo.errors import InputError
 from ipgo.terminal import command_parser, loading
@@ -19,7 +21,8 @@ if TYPE_CHECKING:
     from ipgo.rewards import Reward
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-BATCH = 16  # pictures of one size that are scored at once
+BATCH = 16  # most pictures of one size that are scored at once ...
+PIXELS = 4_000_000  # ... and most pixels of several: rewards take some hundred bytes for each
 
 
 def score(argv: list[str]) -> int:
@@ -56,7 +59,7 @@ def score(argv: list[str]) -> int:
     for spec in args.reward:
         check_reward(spec, prompts or ())
     device = choose_device(args.device)
-    for file in pictures:
+    for file in tqdm(pictures, "checking", unit="image", disable=None, leave=False):
         _check_picture(file)
     loading(", ".join(args.reward))
     rewards = {spec: load_reward(spec, device=args.device) for spec in args.reward}
@@ -174,7 +177,6 @@ def scored(
     """{"file", "prompt", reward: score, ...} for each picture, which is put on `device` as in a fit."""
     import torch
     from PIL import Image
-    from tqdm import tqdm
 
     from ipgo.images import from_pil, reading
     from ipgo.rewards import score as checked
@@ -186,8 +188,8 @@ def scored(
             yield file, prompt, pixels
 
     with tqdm(total=len(pictures), desc="scoring", unit="image", disable=None, leave=False) as bar:
-        for _, alike in itertools.groupby(opened(), key=lambda each: each[2].shape):
-            for part in _batched(alike):
+        for shape, alike in itertools.groupby(opened(), key=lambda each: each[2].shape):
+            for part in _batched(alike, max(1, min(BATCH, PIXELS // shape[-2:].numel()))):
                 names, texts, images = zip(*part, strict=True)
                 batch = torch.stack(images).to(device)
                 with torch.no_grad():
@@ -198,8 +200,8 @@ def scored(
                 bar.update(len(part))
 
 
-def _batched(rows: Iterator[Any]) -> Iterator[tuple[Any, ...]]:
-    while part := tuple(itertools.islice(rows, BATCH)):
+def _batched(rows: Iterator[Any], size: int) -> Iterator[tuple[Any, ...]]:
+    while part := tuple(itertools.islice(rows, size)):
         yield part
 
 

@@ -33,11 +33,12 @@ def coco(place: str, options: Options) -> list[str]:
 
     Args:
         place: captions_val2017.json, or the folder that holds it; the files of categories lie beside it. Or val2017
-            or train2017, where there is no such folder: the captions on the hub, which know no categories.
+            or train2017, where no folder of that name has captions: those on the hub, which know no categories.
     """
-    if place in COCO_SPLITS and not Path(place).exists():
+    split = place if place in COCO_SPLITS else "val2017"
+    file = Path(place) if place.endswith(".json") else Path(place) / f"captions_{split}.json"
+    if place in COCO_SPLITS and not file.is_file():  # a folder of that name has COCO's pictures, as a rule
         return _coco_of_the_hub(place, options)
-    file = Path(place) if place.endswith(".json") else Path(place) / "captions_val2017.json"
     if not place or not file.is_file():
         raise InputError(
             f"COCO captions {str(file)!r} do not exist; download them from {COCO_FILES} and give their place, "

@@ -47,7 +47,7 @@ def save_pretrained(run: Run | str | Path, folder: str | Path) -> Path:
         folder.is_dir() and (not any(folder.iterdir()) or (folder / FILES[0]).is_file())
     ):
         raise InputError(f"folder {str(folder)!r} holds something else; give a new or empty one")
-    save_adapter(whole, folder, settings)
+    save_adapter(whole, folder, settings, run.drawn_by)
     shutil.rmtree(folder / "images", ignore_errors=True)
     for prompt in run.finished[:MOST]:
         for when in ("before", "after"):
@@ -117,7 +117,7 @@ def model_card(run: Run, adapter: Adapter) -> str:
         f"---\n{yaml.safe_dump({k: v for k, v in about.items() if v}, sort_keys=False)}---",
         f"# {config.method_name} for {whose}, raising {escape(config.reward)}",
         f"Learned with ipgo {version('ipgo')} on {escape(config.backend)}: "
-        f"{count:,} numbers beside the frozen model, by the reward {escape(config.reward)}.",
+        f"{count:,} numbers beside the frozen model, by the reward {escape(config.reward)}." + _behind(run),
         _limits(run, adapter),
         "## Results",
         _results("On the noise that it was fitted to", summarise(scores, seeds=config.seeds)),
@@ -277,6 +277,14 @@ def _given(settings: Any, names: Sequence[str]) -> list[str]:
     default = {each.name: each.default for each in fields(settings)}
     own = {name: getattr(settings, name) for name in names}
     return [f"{name}={_literal(value)}" for name, value in own.items() if value != default[name]]
+
+
+def _behind(run: Run) -> str:
+    """What the name of the model does not say: a LoRA or a scheduler may have been put into it."""
+    known = run.drawn_by
+    weights = f" Its weights have the fingerprint {known['weights']}" if known.get("weights") else ""
+    schedule = f" and its scheduler is {escape(known['schedule'])}" if known.get("schedule") else ""
+    return f"{weights}{schedule}." if weights else ""
 
 
 def _identities(run: Run) -> str:

@@ -34,6 +34,7 @@ from ipgo.task import Progress
 
 SCHEMA = 1
 LOCK = ".lock"
+DRAWN_BY = ("dtype", "guidance_scale", "schedule", "weights")  # of `Backend.identity`
 EVALUATION = "evaluation.jsonl"  # what a finished run was judged on later
 
 
@@ -264,7 +265,14 @@ class Run:
         """Put a prompt's adapter (or the shared one) into its folder, with the settings it was made under."""
         settings = self.config.to_json()
         keys = ("backend", "sampling", "padding", "scheduler", "image_size", "long_prompts", "dtype")
-        save_adapter(adapter, self.adapter_folder(prompt), {key: settings[key] for key in keys})
+        made_under = {key: settings[key] for key in keys}
+        save_adapter(adapter, self.adapter_folder(prompt), made_under, self.drawn_by)
+
+    @property
+    def drawn_by(self) -> dict[str, Any]:
+        """What was behind the backend's name, as `Backend.identity` has it; {} before the first step."""
+        facts = self.facts if (self.path / "run.json").is_file() else {}
+        return {key: value for key, value in facts.items() if key in DRAWN_BY}
 
     @property
     def transfers(self) -> str | None:

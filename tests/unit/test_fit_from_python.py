@@ -69,7 +69,7 @@ def test_a_pipeline_that_was_changed_is_noticed(
     assert ipgo.Run.open(tmp_path / "run").config.backend == str(Path(pipeline_folder).resolve())
     monkeypatch.chdir(tmp_path)
     assert cli.main(["generate", str(tmp_path / "run"), "a fox"]) == 0
-    assert "fitted on a backend of other weights" in caplog.text
+    assert "learned on a backend of other weights" in caplog.text
 
 
 def test_held_out_rewards_are_named(pipeline_folder: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,22 @@ def test_what_is_published_draws_what_the_run_drew(
     (folder / "adapter.json").unlink()
     with pytest.raises(ipgo.InputError, match="holds something else"):
         ipgo.save_pretrained(run, folder)
+
+
+def test_what_is_published_knows_the_weights_it_was_learned_on(
+    run: ipgo.Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A pipeline may have been another one than its name says, as with a LoRA."""
+    folder = ipgo.save_pretrained(run, tmp_path / "card")
+    assert f"the fingerprint {run.facts['weights']}" in (folder / "README.md").read_text()
+    words = ["generate", str(folder), PROMPTS[0], "--steps", "1", "--out", str(tmp_path / "images")]
+    assert cli.main(words) == 0
+    assert "other weights" not in caplog.text
+    stored = json.loads((folder / "adapter.json").read_text())
+    stored["drawn_by"]["weights"] = "those of a LoRA"
+    (folder / "adapter.json").write_text(json.dumps(stored))
+    assert cli.main(words) == 0
+    assert "learned on a backend of other weights" in caplog.text
 
 
 def test_what_is_tied_to_its_noise_is_shown_on_it(pipeline_folder: str, tmp_path: Path) -> None:
