@@ -5,7 +5,6 @@ Whatever needs torch is imported inside the commands, so that `ipgo --help` answ
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
@@ -33,8 +32,8 @@ from ipgo.terminal import (
     command_parser,
     loading,
     open_stored,
+    peek,
     read_texts,
-    underscores,
 )
 
 if TYPE_CHECKING:
@@ -139,14 +138,7 @@ def fit(argv: list[str]) -> int:
     from ipgo.runner import check_gradient, check_method, held_out, load_models, run, warn_of_unseen_words
     from ipgo.store import Run
 
-    # These decide which other options there are.
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("--preset", "--config", "--method", "--backend"):
-        first.add_argument(name)
-    try:
-        chosen, rest = first.parse_known_args([underscores(word) for word in argv])
-    except argparse.ArgumentError as error:
-        raise InputError(str(error)) from None
+    chosen, rest = peek(argv, ("--preset", "--config", "--method", "--backend"))
     settings = read_settings(chosen.preset, chosen.config)
     if chosen.method not in (None, method_of(settings)):
         settings["method"] = {"name": chosen.method}

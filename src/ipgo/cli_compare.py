@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ipgo.errors import InputError, unknown
 from ipgo.prompts import halves, read_prompts, slug
-from ipgo.terminal import aligned, loading, read_texts, underscores
+from ipgo.terminal import aligned, loading, peek, read_texts
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -29,21 +28,13 @@ def compare(argv: list[str]) -> int:
     from ipgo.config import merge, parse
     from ipgo.defaults import for_backend
 
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--config")
-    first.add_argument("--out")
-    first.add_argument("--backend")
-    first.add_argument("--redraw", action="store_true")
     for word in argv:
         if word.startswith("--method."):
             raise InputError(
                 f"{word.partition('=')[0]!r} is of one method; write it under that entry of a --config file "
                 "(docs/compare.md)"
             )
-    try:
-        chosen, rest = first.parse_known_args([underscores(word) for word in argv])
-    except argparse.ArgumentError as error:
-        raise InputError(str(error)) from None
+    chosen, rest = peek(argv, ("--config", "--out", "--backend"), flags=("--redraw",))
     if chosen.redraw:
         if chosen.out is None:
             raise InputError("--redraw needs the comparison's folder: --out FOLDER")
@@ -138,7 +129,7 @@ def read_comparison(spec: str) -> Settings:
 def plan_of(parsed: Namespace, entries: Mapping[str, Any], method: Mapping[str, Any]) -> Plan:
     """The plan that flags and a file's entries make."""
     from ipgo.budget import Price
-    from ipgo.comparison import Plan
+    from ipgo.comparison import Plan, common_settings
     from ipgo.config import build
 
     prompts = tuple(read_texts(parsed.text, parsed.prompts))
@@ -148,10 +139,9 @@ def plan_of(parsed: Namespace, entries: Mapping[str, Any], method: Mapping[str, 
     name, _, half = (parsed.prompts or "").partition("?")[0].partition(":")
     if unseen is None and half == "train" and "test" in halves(name):
         unseen = parsed.prompts.replace(":train", ":test", 1)
-    common = build(parsed, prompts).to_json()
     return Plan(
         prompts=prompts,
-        common={key: value for key, value in common.items() if key not in ("prompts", "method")},
+        common=common_settings(build(parsed, prompts)),
         entries=entries_of(parsed.methods, entries, method, parsed.backend),
         budget=parsed.budget,
         price=Price(*parsed.price) if parsed.price else None,

@@ -131,6 +131,11 @@ class Plan:
         return flatten(settings)
 
 
+def common_settings(config: RunConfig) -> dict[str, Any]:
+    """What a plan's entries may have in common: all but prompts and method."""
+    return {key: value for key, value in config.to_json().items() if key not in ("prompts", "method")}
+
+
 def _results(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key not in NOT_RESULTS}
 
@@ -162,11 +167,7 @@ class Comparison:
         if not found.is_file():
             if plan is None:
                 raise InputError(f"{str(path)!r} is not a comparison's folder: it has no {PLAN}")
-            files.check_out(path, folder=True)
-            if path.is_dir() and not all(map(left_over, path.iterdir())):
-                raise InputError(
-                    f"out is {str(path)!r}, which holds something else; give a new or empty folder"
-                )
+            files.check_new(path, left_over)
             return cls(path, plan)
         stored = files.read_json(found, "plan")
         if stored.get("schema") != SCHEMA:
@@ -187,22 +188,19 @@ class Comparison:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
         except OSError as error:
-            raise self._unwritable(error) from None
+            raise files.unwritable(self.path, error.strerror) from None
         try:
             self.plan = Comparison.open(self.path, self.plan).plan
             yield
         finally:
             self._lock.release()
 
-    def _unwritable(self, error: OSError) -> InputError:
-        return InputError(f"out is {str(self.path)!r}, which cannot be written: {error.strerror}")
-
     def start(self, plan: Plan, about: Mapping[str, Any]) -> None:
         """Make the folder; `about`: versions, device and models that it begins with."""
         try:
             files.write_json(self.path / PLAN, {"schema": SCHEMA, **about, "plan": plan.to_json()})
         except OSError as error:
-            raise self._unwritable(error) from None
+            raise files.unwritable(self.path, error.strerror) from None
         self.plan = plan
 
     @property

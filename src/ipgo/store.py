@@ -68,12 +68,7 @@ class Run:
         if not found.is_file():
             if config is None:
                 raise InputError(f"{str(path)!r} is not a run folder: it has no run.json")
-            others = [file for file in path.iterdir() if not left_over(file)] if path.is_dir() else []
-            files.check_out(path, folder=True)
-            if others:
-                raise InputError(
-                    f"out is {str(path)!r}, which holds something else; give a new or empty folder"
-                )
+            files.check_new(path, left_over)
             return cls(path, config)
         stored = files.read_json(found, "config")
         if not isinstance(stored["config"], dict):
@@ -116,7 +111,7 @@ class Run:
                 about = {"schema": SCHEMA, "digest": self.config.digest(), **facts}
                 files.write_json(self.path / "run.json", {**about, "config": self.config.to_json()})
         except OSError as error:
-            raise self._unwritable(error) from None
+            raise files.unwritable(self.path, error.strerror) from None
         self._begun = True
 
     def _take(self) -> None:
@@ -128,10 +123,7 @@ class Run:
         except Timeout:
             raise InUseError(f"{str(self.path)!r} is in use: another process works on this run") from None
         except OSError as error:
-            raise self._unwritable(error) from None
-
-    def _unwritable(self, error: OSError) -> InputError:
-        return InputError(f"out is {str(self.path)!r}, which cannot be written: {error.strerror}")
+            raise files.unwritable(self.path, error.strerror) from None
 
     def _continue(self, facts: Mapping[str, Any]) -> None:
         """Refuse other models; but a reward that only judges may be repaired as long as it has scored nothing."""

@@ -110,6 +110,21 @@ def loading(name: str) -> None:
         print(f"loading {name} ...", file=sys.stderr)
 
 
+def peek(
+    argv: Sequence[str], options: Sequence[str], flags: Sequence[str] = ()
+) -> tuple[argparse.Namespace, list[str]]:
+    """The options that decide which others there are, and the words that are left."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in options:
+        parser.add_argument(name)
+    for name in flags:
+        parser.add_argument(name, action="store_true")
+    try:
+        return parser.parse_known_args([underscores(word) for word in argv])
+    except argparse.ArgumentError as error:
+        raise InputError(str(error)) from None
+
+
 def underscores(word: str) -> str:
     """`--unseen-seeds=4` is `--unseen_seeds=4`."""
     name, equals, value = word.partition("=")

@@ -37,7 +37,7 @@ from ipgo import compare as work
 from ipgo.backends import Backend
 from ipgo.budget import BudgetSpent, Ledger, Price, fit_to, length_of, measure, paid, step_cost, watch
 from ipgo.cli_compare import comparisons, entries_of, read_comparison
-from ipgo.comparison import Comparison, Plan
+from ipgo.comparison import Comparison, Plan, common_settings
 from ipgo.config import RunConfig
 from ipgo.insertion import Insertion
 from ipgo.methods import METHODS, BestOfN, BlackBoxIPGO, Raw
@@ -224,9 +224,7 @@ def configs_of(name: str) -> dict[str, RunConfig]:
     """The settings of all entries of a bundled comparison."""
     settings = read_comparison(name)
     entries = entries_of(None, settings["entries"], settings.get("method") or {})
-    common = {
-        k: v for k, v in RunConfig(("a",), seeds=(0,)).to_json().items() if k not in ("prompts", "method")
-    }
+    common = common_settings(RunConfig(("a",), seeds=(0,)))
     plan = Plan(("a",), common, entries, 3000)
     plan.check()
     return {label: plan.config(label) for label in entries}
@@ -332,9 +330,7 @@ def test_variants_may_be_named_without_a_file() -> None:
 
 
 def test_every_method_has_the_length_that_is_said_of_it() -> None:
-    common = {
-        k: v for k, v in RunConfig(("a",), seeds=(0,)).to_json().items() if k not in ("prompts", "method")
-    }
+    common = common_settings(RunConfig(("a",), seeds=(0,)))
     plan = Plan(("a",), common, entries_of(",".join(METHODS), {}, {}))
     plan.check()
     without = {name for name in METHODS if length_of(plan.config(name).method, plan.length(name)) is None}
@@ -456,14 +452,13 @@ def test_what_cannot_be_fitted_any_more_can_still_be_read(pipeline_folder: str, 
 
 
 def test_entries_that_share_models_run_one_after_another() -> None:
-    settings = RunConfig(PROMPTS).to_json()
     entries: dict[str, Any] = {
         "raw": {"method": {"name": "raw"}},
         "bare": {"padding": "none"},
         "ipgo": {},
         "x": {"padding": "none"},
     }
-    common = {key: value for key, value in settings.items() if key not in ("prompts", "method")}
+    common = common_settings(RunConfig(PROMPTS))
     assert work._in_turn(Plan(PROMPTS, common, entries)) == ["raw", "ipgo", "bare", "x"]
 
 

@@ -13,7 +13,7 @@ import yaml
 from benchmarks import comparison
 from ipgo import Gain, Interval
 from ipgo.cli_compare import SYSTEMS, read_comparison
-from ipgo.comparison import Plan
+from ipgo.comparison import Plan, common_settings
 from ipgo.config import RunConfig
 from ipgo.report.rows import Row
 
@@ -129,8 +129,7 @@ def test_its_plan_fits_noise_on_one_seed() -> None:
         assert list(made["entries"]) == [label]
         if made["entries"][label].get("seeds") == [0]:
             tied.add(label)
-        common = {**RunConfig(("a",)).to_json(), "seeds": made["seeds"]}
-        common = {name: value for name, value in common.items() if name not in ("prompts", "method")}
+        common = {**common_settings(RunConfig(("a",))), "seeds": made["seeds"]}
         Plan(("a",), common, made["entries"], 3000).check()
     assert tied == {"reno", "dno", "joint", "best-of-n", "ipgo-black-box"}
 
