@@ -36,6 +36,9 @@ NOT_RESULTS = (
     "prompts_from",
     *(f"method.chat.{name}" for name in ("timeout", "retries", "cache")),
 )
+FIRST_UNSEEN = 1000
+# Seeds of a fit where none are asked for: with one, what is learned suits its noise and few others.
+SEVERAL = 4
 
 
 @dataclass(frozen=True)
@@ -213,11 +216,7 @@ def _of_the_method() -> Iterator[None]:
         raise InputError(f"method.{error}") from None
 
 
-FIRST_UNSEEN = 1000
-SEVERAL = (
-    4  # seeds of a fit where none are asked for: with one, what is learned suits its noise and few others
-)
-# Flags that are no `--name value`.
+# Flags that are not `--name value`.
 FLAGS: dict[str, dict[str, Any]] = {
     "seeds": {
         "nargs": "*",

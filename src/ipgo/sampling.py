@@ -127,10 +127,9 @@ def denoise(
     """
     latents = noise[:, 0].to(backend.device, torch.promote_types(backend.dtype, torch.float32))
     scheduler = backend.scheduler(sampling.steps, latents)
-    latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)  # flows start from the noise itself ...
-    scale_input = getattr(
-        scheduler, "scale_model_input", lambda latents, timestep: latents
-    )  # ... and never scale
+    # Flows start from the noise itself, and never scale.
+    latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
+    scale_input = getattr(scheduler, "scale_model_input", lambda latents, timestep: latents)
     calls = len(scheduler.timesteps)
     first_grad = 0 if backprop_steps >= sampling.steps else calls - backprop_steps
     for index, timestep in enumerate(scheduler.timesteps):

@@ -77,9 +77,8 @@ class Run:
             raise ResumeError(
                 f"{str(found)!r} has schema {stored.get('schema')}; this version reads {SCHEMA}"
             )
-        there = RunConfig.from_json(
-            stored["config"]
-        )  # settings that it did not have yet are at their defaults
+        # Settings that it did not have yet are at their defaults.
+        there = RunConfig.from_json(stored["config"])
         if config is None:
             return cls(path, there)
         differing = differences(there.identity(), config.identity())

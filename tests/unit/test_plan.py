@@ -93,9 +93,8 @@ def test_folders_whose_text_a_language_model_reads(
     found, real = (each.footprint(Choice(2, False)) for each in (planned, run))
     assert found.weights == real.weights
     assert found.saved == pytest.approx(real.saved, rel=tolerance)
-    assert (
-        found.peak > 0.99 * real.peak
-    )  # of Sana, more: the tiny tokenizer reads its instruction in few tokens
+    # Of Sana, more: the tiny tokenizer reads its instruction in few tokens.
+    assert found.peak > 0.99 * real.peak
 
 
 def test_the_allocator_agrees(sizes: Workload) -> None:

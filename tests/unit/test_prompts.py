@@ -348,9 +348,8 @@ def test_parquet_tables(tmp_path: Path) -> None:
     gaps = {"prompt": ["a cat", None, "a dog"], "prompt_nsfw": [0.0, 0.0, None]}
     parquet.write_table(pyarrow.table(gaps), file)
     assert read_prompts(f"diffusiondb:{file}") == ["a cat", "a dog"]
-    assert read_prompts(f"diffusiondb:{file}?max_nsfw=0.5") == [
-        "a cat"
-    ]  # what has no score is not known to be safe
+    # What has no score is not known to be safe.
+    assert read_prompts(f"diffusiondb:{file}?max_nsfw=0.5") == ["a cat"]
     parquet.write_table(pyarrow.table({"caption": ["x", "y", "x"]}), file)
     assert read_prompts(f"pickapic:{file}") == ["x", "y"]
     with pytest.raises(InputError, match=r"has no \.parquet file"):

@@ -285,9 +285,8 @@ def test_dropout_and_batch_norm_in_training_mode_are_noticed():
         assert not is_unsettled(as_reward(reward, "mine"))
     for reward in (seen_through(moody), functools.partial(seen_through(torch.nn.BatchNorm1d(3)))):
         assert is_unsettled(as_reward(reward, "mine"))
-    wrapped = functools.wraps(divmod)(
-        lambda images, prompts: images.mean((1, 2, 3))
-    )  # what is wrapped has no code
+    # What is wrapped has no code.
+    wrapped = functools.wraps(divmod)(lambda images, prompts: images.mean((1, 2, 3)))
     assert not is_unsettled(as_reward(wrapped, "mine"))
     backwards = brighter(np.arange(3.0)[::-1])
     assert weights_of(backwards) != weights_of(brighter(np.arange(3.0)))

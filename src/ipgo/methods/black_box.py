@@ -43,9 +43,8 @@ class BlackBoxIPGO(Method):
         initial: bayes: candidates before the first model of the reward; null is 2 D, but no more than half of all.
     """
 
-    prefers_one_seed: ClassVar[bool] = (
-        True  # each candidate is drawn on all of them: with one it has more candidates
-    )
+    # Each candidate is drawn on all seeds: with one there are more candidates.
+    prefers_one_seed: ClassVar[bool] = True
 
     insertion: Insertion = FEW
     optimizer: Search = "cma"
