@@ -1,4 +1,4 @@
-"""`ipgo compare`: many methods on one task, and the table of what came out."""
+"""`ipgo compare`: many methods on one task, and the table of their results."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def compare(argv: list[str]) -> int:
     for word in argv:
         if word.startswith("--method."):
             raise InputError(
-                f"{word.partition('=')[0]!r} is of one method; write it under that entry of a --config file "
+                f"{word.partition('=')[0]!r} is an option of one method; set it under its entry in a --config file "
                 "(docs/compare.md)"
             )
     chosen, rest = peek(argv, ("--config", "--out", "--backend"), flags=("--redraw",))
@@ -72,7 +72,7 @@ def _parser() -> ArgumentParser:
     parser.set_defaults(seeds=[0])  # the same for all, also for methods that learn the noise of one seed
     parser.usage = "ipgo compare PROMPT... --methods NAME,NAME,... [options]"
     parser.description = (
-        "Run many methods on the same prompts, seeds, rewards and budget, and make the table."
+        "Run many methods on the same prompts, seeds, rewards and budget, and tabulate the results."
     )
     variants = [label for label in read_comparison(SYSTEMS)["entries"] if label not in METHODS]
     parser.epilog = f"Methods: {', '.join(METHODS)}. Variants: {', '.join(variants)}. Docs: docs/compare.md."
@@ -81,31 +81,31 @@ def _parser() -> ArgumentParser:
         "--prompts", type=str, help="prompts from a .txt, .csv or .jsonl file, or a set such as styled"
     )
     parser.add_argument(
-        "--methods", type=str, help="methods, or labels of the file's entries, with commas between"
+        "--methods", type=str, help="methods, or labels of the file's entries, comma-separated"
     )
     parser.add_argument(
         "--budget",
         type=int,
-        help="denoiser calls for each prompt, those with gradient weighted by their time; "
-        "default: as long as methods search by themselves",
+        help="denoiser calls per prompt, those with gradient weighted by their time (default: each method's own "
+        "length)",
     )
     parser.add_argument(
         "--price",
         nargs=2,
         type=float,
-        help="what a call with gradient weighs, through one half of guidance and both; default: measured",
+        help="weight of a call with gradient, through one half of guidance and through both (default: measured)",
     )
     parser.add_argument(
         "--unseen_prompts",
         type=str,
-        help="a file or set to judge shared entries on; for --prompts NAME:train it is NAME:test, if there is one",
+        help="a file or set to evaluate shared entries on (default for --prompts NAME:train: NAME:test, if it exists)",
     )
     parser.add_argument("--config", help=f"a YAML file with entries, or one of {', '.join(comparisons())}")
     parser.add_argument(
         "--out", type=str, help="the comparison's folder (default: runs/compare- and the prompts)"
     )
     parser.add_argument(
-        "--redraw", action="store_true", help="make the table of --out again, without a model"
+        "--redraw", action="store_true", help="only rewrite the table of --out; loads no model"
     )
     return parser
 
@@ -155,10 +155,10 @@ def entries_of(
     """The entries that are asked for by label: a file's, or methods with the settings that they need.
 
     Args:
-        names: labels and methods with commas between; None is all of the file's entries.
-        entries: the file's, by label; those of the bundled `systems` may be named beside them.
+        names: labels and methods, comma-separated; None is all of the file's entries.
+        entries: the file's, by label; those of the bundled `systems` may be named besides.
         method: what the file's entries of one method have in common, with its name.
-        backend: whose name may say that it draws in a few steps.
+        backend: its name may say that it is a few-step model.
 
     Raises:
         InputError: nothing to compare, or a name that is neither.

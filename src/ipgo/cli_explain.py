@@ -1,4 +1,4 @@
-"""`ipgo explain`: what learned embeddings are close to, and what each of them does."""
+"""`ipgo explain`: the words nearest to learned embeddings, and what each one contributes."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 
 
 def explain(argv: list[str]) -> int:
-    """`ipgo explain`: a table for each prompt, and all of it as JSON."""
+    """`ipgo explain`: a table per prompt, and all numbers as JSON."""
     parser = command_parser(
-        "explain", "Say what learned embeddings are close to, and what each of them does."
+        "explain", "Show the words nearest to learned embeddings, and what each one contributes."
     )
     add_adapter_flags(parser)
     parser.add_argument(
         "--seeds", type=int, nargs="+", help="noise seeds (default: the run's fitted ones, or 0)"
     )
-    parser.add_argument("--reward", help="what each embedding's effect is measured by (default: the run's)")
-    parser.add_argument("--top", type=int, default=3, help="nearest words to name (default: 3)")
-    parser.add_argument("--out", type=Path, help="a JSON file for all numbers, those of each step too")
+    parser.add_argument("--reward", help="reward that measures each one's effect (default: the run's)")
+    parser.add_argument("--top", type=int, default=3, help="number of nearest words (default: 3)")
+    parser.add_argument("--out", type=Path, help="a JSON file for all numbers, including each step's")
     add_device_flags(parser)
     args = parser.parse_args(argv)
 
@@ -56,7 +56,7 @@ def explain(argv: list[str]) -> int:
     config = None if stored.run is None else stored.run.config
     spec = args.reward or (config.reward if config is not None else None)
     if spec is None:
-        raise InputError(f"{str(args.adapter)!r} is in no run's folder; name a reward with --reward")
+        raise InputError(f"{str(args.adapter)!r} is not in a run's folder; name a reward with --reward")
     texts = stored.prompts(args.text, args.prompts)
     check_reward(spec, texts)
     seeds = tuple(args.seeds or (config.seeds if config is not None else ()) or (0,))

@@ -1,4 +1,4 @@
-"""`ipgo score`: pictures that are already there, scored by any rewards."""
+"""`ipgo score`: score existing image files by any rewards."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ PIXELS = 4_000_000  # ... and most pixels of several: rewards take some hundred 
 
 
 def score(argv: list[str]) -> int:
-    """`ipgo score`: a line for each picture, and the means."""
-    parser = command_parser("score", "Score picture files by one reward or several.")
-    parser.add_argument("images", nargs="+", type=Path, help="picture files, and folders of them")
+    """`ipgo score`: a line per image, and the means."""
+    parser = command_parser("score", "Score existing image files by one or more rewards.")
+    parser.add_argument("images", nargs="+", type=Path, help="image files, and folders of them")
     parser.add_argument("--reward", nargs="+", required=True, help="rewards, as in fit")
     parser.add_argument(
         "--prompts",
-        help="a file with a prompt for each picture, in the order of their names, or a .csv file with columns file "
+        help="a file with one prompt per image, in the order of their names, or a .csv file with columns file "
         "and prompt",
     )
-    parser.add_argument("--prompt", help="one prompt for all pictures")
+    parser.add_argument("--prompt", help="one prompt for all images")
     parser.add_argument("--out", type=Path, help="a .csv or .json file (default: the terminal)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     args = parser.parse_args(argv)
@@ -95,7 +95,7 @@ def _check_out(out: Path | None) -> None:
 
 
 def _check_picture(file: Path) -> None:
-    """Raise `InputError` for a file that is no picture or breaks off."""
+    """Raise `InputError` for a file that is not an image or is cut off."""
     from PIL import Image
 
     from ipgo.images import check_range, reading
@@ -112,12 +112,12 @@ def find_pictures(places: Sequence[Path]) -> list[Path]:
         if place.is_dir():
             inside = sorted(file for file in place.iterdir() if file.suffix.lower() in PICTURES)
             if not inside:
-                raise InputError(f"folder {str(place)!r} has no picture ({', '.join(PICTURES)})")
+                raise InputError(f"folder {str(place)!r} has no image file ({', '.join(PICTURES)})")
             found += inside
         elif place.suffix.lower() in PICTURES and place.is_file():
             found.append(place)
         else:
-            raise InputError(f"{str(place)!r} is no folder and no picture ({', '.join(PICTURES)})")
+            raise InputError(f"{str(place)!r} is neither a folder nor an image file ({', '.join(PICTURES)})")
     return found
 
 

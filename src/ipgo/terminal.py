@@ -26,21 +26,19 @@ def command_parser(command: str, description: str) -> argparse.ArgumentParser:
 
 
 def add_adapter_flags(parser: argparse.ArgumentParser) -> None:
-    """What is drawn with, and what is drawn."""
+    """The adapter to draw with, and what to draw."""
     parser.add_argument("adapter", type=Path, help="an adapter's folder, or a run's")
     parser.add_argument(
-        "text", nargs="*", default=[], help="prompts, each in quotes (default: those that were fitted)"
+        "text", nargs="*", default=[], help="prompts, each in quotes (default: the fitted ones)"
     )
     parser.add_argument("--prompts", help="prompts from a file or a set, as in fit")
-    parser.add_argument("--backend", help="another backend than the adapter was fitted on")
+    parser.add_argument("--backend", help="a backend other than the one it was fitted on")
 
 
 def add_device_flags(parser: argparse.ArgumentParser) -> None:
     """Where a backend and the rewards are put."""
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument(
-        "--text-device", default="auto", help="auto, or cpu to leave a GPU's memory to the other models"
-    )
+    parser.add_argument("--text-device", default="auto", help="auto, or cpu to save GPU memory")
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -50,7 +48,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, with one sentence in place of its usage lines, and prompts after options as well as before."""
+    """argparse, with one sentence instead of its usage lines, and prompts after options as well as before."""
 
     def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
         return self.parse_intermixed_args(args, namespace)
@@ -98,9 +96,11 @@ def read_texts(texts: Sequence[str], spec: str | None) -> list[str]:
         words = " ".join(texts)
         if len(set(texts)) < len(texts):
             raise InputError(
-                f"these are {len(texts)} prompts, of which two are alike; one prompt is quoted: {words!r}"
+                f"these are {len(texts)} prompts, two of them the same; put a single prompt in quotes: {words!r}"
             )
-        logging.getLogger("ipgo").warning("these are %d prompts; one prompt is quoted: %r", len(texts), words)
+        logging.getLogger("ipgo").warning(
+            "these are %d prompts; put a single prompt in quotes: %r", len(texts), words
+        )
     return [*texts, *(read_prompts(spec) if spec else [])]
 
 
@@ -178,9 +178,9 @@ class Stored(NamedTuple):
         return chosen
 
     def check_backend(self, backend: Backend) -> None:
-        """Say so if it was learned through other weights, or drawn by another scheduler.
+        """Warn if it was learned with other weights, or drawn with another scheduler.
 
-        The same weights under another name, as a copy of the bundled model, get the guidance scale that they had.
+        The same weights under another name, such as a copy of the bundled model, get the guidance scale they had.
         """
         from ipgo.store import differing_in
 
@@ -188,11 +188,13 @@ class Stored(NamedTuple):
         if self.drawn_by.get("weights") == now["weights"]:
             backend.guidance_scale = self.drawn_by.get("guidance_scale", backend.guidance_scale)
         if differing == "weights":
-            text = "what is drawn with was learned on a backend of other weights, and may do nothing here"
+            text = "this adapter was learned on a backend with other weights; it may have no effect here"
             logging.getLogger("ipgo").warning(text)
         elif differing == "schedule":
             schedules = self.drawn_by["schedule"], now["schedule"]
-            logging.getLogger("ipgo").warning("it was drawn by the scheduler %s, not %s", *schedules)
+            logging.getLogger("ipgo").warning(
+                "this adapter was made with the scheduler %s, not %s", *schedules
+            )
 
 
 def open_stored(path: Path) -> Stored:

@@ -287,7 +287,7 @@ def test_a_function_is_a_reward(pipeline_folder: str, tmp_path: Path) -> None:
     ("prompts", "flags", "message"),
     [
         ([], [], "prompts is empty"),
-        (["a", "a"], [], "these are 2 prompts, of which two are alike; one prompt is quoted: 'a a'"),
+        (["a", "a"], [], "these are 2 prompts, two of them the same; put a single prompt in quotes: 'a a'"),
         (["a fox", "a fox"], [], "prompt 2 repeats prompt 1"),
         (["x " * 100], [], "tokens"),
         (["x"], ["--prompts", "nowhere.txt"], "does not exist"),
@@ -476,7 +476,7 @@ def test_a_run_is_judged_again_without_the_reward_that_is_gone(
     assert cli.main([*command, "--rewards", "contrast", "contrats"]) == 2
     assert "unknown reward 'contrats'; did you mean 'contrast'?\n" in capsys.readouterr().err
     assert cli.main([*command, "--rewards", "contrast"]) == 0
-    assert "judged without the reward that was raised: unknown reward 'dark'" in caplog.text
+    assert "scored without the reward that was maximised: unknown reward 'dark'" in caplog.text
     assert {each.reward for each in load_scores(tmp_path / "run/evaluation.jsonl")} == {"contrast"}
 
 
@@ -487,10 +487,10 @@ def test_a_reward_that_was_edited_is_said_to_be_another(
     mine.write_text("def warmth(images, prompts):\n    return images[:, 0].mean((1, 2))\n")
     assert fit(pipeline_folder, tmp_path / "run", ["a fox"], "--reward", f"{mine}:warmth") == 0
     assert cli.main(["evaluate", str(tmp_path / "run"), "--seeds", "5"]) == 0
-    assert "is not what scored the run" not in caplog.text
+    assert "is not the reward that scored the run" not in caplog.text
     mine.write_text("def warmth(images, prompts):\n    return images[:, 1].mean((1, 2))\n")
     assert cli.main(["evaluate", str(tmp_path / "run"), "--seeds", "5"]) == 0
-    assert f"'{mine}:warmth' is not what scored the run under that name" in caplog.text
+    assert f"'{mine}:warmth' is not the reward that scored the run under this name" in caplog.text
     next((tmp_path / "run/prompts").glob("*/before-0.png")).write_bytes(b"no picture")
     assert cli.main(["report", str(tmp_path / "run")]) == 0
     assert "before-0.png' cannot be read" in caplog.text
@@ -596,7 +596,7 @@ def test_a_full_disk_loses_nothing_and_the_run_goes_on(
     monkeypatch.setattr(Path, "replace", full)
     assert fit(pipeline_folder, out, PROMPTS, "--chunk", "2") == 1
     error = capsys.readouterr().err
-    assert "before-0.png': No space left on device; nothing finished is lost" in error
+    assert "before-0.png': No space left on device; finished prompts are kept" in error
     assert error.count("\n") == 1
     assert not list(out.rglob(".*.draft"))
     assert len(Run.open(out).results()) == 1
@@ -625,7 +625,8 @@ def test_a_failed_prompt_does_not_stop_its_neighbour(
     monkeypatch.setattr(runner, "load_reward", lambda spec, device: ipgo.as_reward(reward, spec))
     assert fit(pipeline_folder, tmp_path / "run", ["a fox", "a lemon"]) == 1
     assert (
-        "1 of 2 prompts failed, their reward or gradient was not finite: 'a fox'" in capsys.readouterr().err
+        "1 of 2 prompts failed because their reward or gradient was not finite: 'a fox'"
+        in capsys.readouterr().err
     )
     assert [result["status"] for result in Run.open(tmp_path / "run").results()] == ["failed", "finished"]
 

@@ -98,7 +98,7 @@ def test_the_list_of_backends_says_all_that_is_declared(capsys: pytest.CaptureFi
         (["list", "--objects=3"], "unknown option '--objects'; see --help"),
         (["generate", "x", "--seeds", "one"], "invalid int value: 'one'"),
         (["list", "rewards", "clipp"], "unknown reward 'clipp'; did you mean 'clip'"),
-        (["fit", "a", "cat", "and", "a", "dog"], "one prompt is quoted: 'a cat and a dog'"),
+        (["fit", "a", "cat", "and", "a", "dog"], "put a single prompt in quotes: 'a cat and a dog'"),
         (
             ["score", "docs", "--reward", "contrast", "--prompt", " "],
             "is empty; it needs at least one word",
@@ -142,7 +142,7 @@ def test_a_file_in_place_of_a_prompt(tmp_path: Path) -> None:
 
 def test_a_prompt_without_quotes_is_noticed(caplog: pytest.LogCaptureFixture) -> None:
     assert cli.read_texts(["a", "lemon"], None) == ["a", "lemon"]
-    assert caplog.messages == ["these are 2 prompts; one prompt is quoted: 'a lemon'"]
+    assert caplog.messages == ["these are 2 prompts; put a single prompt in quotes: 'a lemon'"]
     caplog.clear()
     cli.read_texts(["a lemon", "fox"], None)
     cli.read_texts(["lemon"], None)
@@ -158,7 +158,7 @@ def test_a_full_disk_is_one_sentence(
     monkeypatch.setitem(cli.COMMANDS, "fit", full)
     assert cli.main(["fit"]) == 1
     expected = (
-        "ipgo: cannot read or write 'runs/a/run.json': No space left on device; nothing finished is lost\n"
+        "ipgo: cannot read or write 'runs/a/run.json': No space left on device; finished prompts are kept\n"
     )
     assert capsys.readouterr().err == expected
 

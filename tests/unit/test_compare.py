@@ -1008,7 +1008,10 @@ class RunPrice:
             "entry 'dpo-gradient': reward '0.5*",
         ),
         ("--methods raw --config nosuch", "unknown comparison 'nosuch'; choose from ablations, systems"),
-        ("--methods ipgo --method.ascent.lr 3", "'--method.ascent.lr' is of one method; write it under that"),
+        (
+            "--methods ipgo --method.ascent.lr 3",
+            "'--method.ascent.lr' is an option of one method; set it under",
+        ),
         ("--methods ,", "methods is empty"),
         ("--redraw", "is not a comparison's folder: it has no plan.json"),
         (

@@ -145,7 +145,7 @@ def one_number(images: Tensor, prompts: Sequence[str]) -> Tensor:
         (one_number, "must return a tensor of shape (1,), not ()", "one number a row"),
         (
             ipgo.as_reward(brightness, differentiable=False),
-            "says itself that it has no gradient",
+            "declares that it has no gradient",
             "best-of-n",
         ),
     ],
@@ -214,7 +214,7 @@ def test_too_little_memory(backend: Backend) -> None:
         raise torch.OutOfMemoryError
 
     found = findings(backend, greedy)
-    assert "the memory of cpu is not enough" in found[-2].text
+    assert "out of memory on cpu" in found[-2].text
     assert "`ipgo plan`" in found[-2].advice
 
 

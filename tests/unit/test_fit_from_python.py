@@ -69,7 +69,7 @@ def test_a_pipeline_that_was_changed_is_noticed(
     assert ipgo.Run.open(tmp_path / "run").config.backend == str(Path(pipeline_folder).resolve())
     monkeypatch.chdir(tmp_path)
     assert cli.main(["generate", str(tmp_path / "run"), "a fox"]) == 0
-    assert "learned on a backend of other weights" in caplog.text
+    assert "learned on a backend with other weights" in caplog.text
 
 
 def test_held_out_rewards_are_named(pipeline_folder: str) -> None:
@@ -278,7 +278,7 @@ def test_what_is_given_up_is_no_gain(
     words = ["fit", "a fox", "--backend", pipeline_folder, "--reward", f"{file}:bad", "--sampling.steps", "2"]
     words += ["--seeds", "0", "--unseen-seeds", "1", "--out", str(tmp_path / "run")]
     assert cli.main([*words, "--method.ascent.backprop-steps", "1"]) == 1
-    assert "`ipgo doctor` says more, and a new --out tries again" in capsys.readouterr().err
+    assert "see `ipgo doctor`, and try again with a new --out" in capsys.readouterr().err
     page = (tmp_path / "run/report.html").read_text()
     assert "Nothing was learned" in page
     assert " raised " not in page.split("Nothing was learned")[1][:300]

@@ -291,7 +291,7 @@ def test_nothing_fits(
     monkeypatch.setattr(plan, "RESERVE", 0)
     command = ["plan", "--backend", folder, "--reward", "contrast", "--gpu", "0.2MB", "--backprop-steps", "1"]
     assert cli.main(command) == 1
-    assert "0.2MB: nothing fits, the least is" in capsys.readouterr().out
+    assert "0.2MB: nothing fits; the smallest needs" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -299,7 +299,7 @@ def test_nothing_fits(
     [
         ([], "required: --gpu"),
         (["--gpu", "big"], "gpu is 'big'; it must be a size such as 16GB"),
-        (["--gpu", "500MB"], "gpu is '500MB'; of every GPU 0.93 GiB are left"),
+        (["--gpu", "500MB"], "gpu is '500MB'; 0.93 GiB of each GPU are reserved"),
         (["--gpu", "8GB", "--backend", "sd1.5"], "unknown backend 'sd1.5'; did you mean 'sd15'"),
         (["--gpu", "8GB", "--backend", __file__], "is no local folder of diffusers, and the sizes"),
         (["--gpu", "8GB", "--backend", "some/model"], "the sizes of its models are not known"),

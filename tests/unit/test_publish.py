@@ -216,7 +216,7 @@ def test_the_code_for_a_plain_pipeline_opens_it_in_the_format_of_the_run(
     ("words", "message"),
     [
         (["/nowhere"], "'/nowhere' is not a run folder: it has no run.json"),
-        (["{run}", "--private"], "private is for the hub; give --push OWNER/NAME too"),
+        (["{run}", "--private"], "private needs --push OWNER/NAME"),
         (["{run}", "--push", "just-a-name"], "'just-a-name' is no name of a model on the hub"),
         (["{run}", "--out", "{run}/prompts"], "holds something else; give a new or empty one"),
         (["{run}", "--push"], "expected one argument"),

@@ -143,8 +143,8 @@ def test_who_looks_at_prompts_is_known_without_loading(spec: str) -> None:
     [
         (["{folder}", "--reward", "emoji-clip"], "looks at prompts; give --prompts or --prompt"),
         (["{folder}", "--reward", "contras"], "unknown reward 'contras'; did you mean 'contrast'"),
-        (["{folder}/notes.txt", "--reward", "contrast"], "is no folder and no picture"),
-        (["{tmp}", "--reward", "contrast"], "has no picture"),
+        (["{folder}/notes.txt", "--reward", "contrast"], "is neither a folder nor an image file"),
+        (["{tmp}", "--reward", "contrast"], "has no image file"),
         (["{folder}", "--reward", "contrast", "--out", "x.txt"], "must end in .csv or .json"),
         (["{folder}", "--reward", "contrast", "--prompts", "one:test"], "has 30 lines for 19 pictures"),
         (["{folder}", "--reward", "contrast", "--prompts", "one", "--prompt", "a"], "both given"),
