@@ -88,7 +88,7 @@ def save_scores(
 
 
 def load_scores(file: Path) -> list[Score]:
-    """The scores that `save_scores` wrote; no file is no scores."""
+    """The scores that `save_scores` wrote; without a file there are none."""
     return [Score.read(line) for line in files.read_lines(file) if "rewards" not in line]
 
 

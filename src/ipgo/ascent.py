@@ -84,12 +84,14 @@ class Ascent:
 
         Args:
             steps: denoising steps.
-            seeds: how many take turns.
+            seeds: number of seeds, used in turn.
             shared: prompt-batch.
             whole: something is learned that needs gradient through all denoising steps, as the initial noise does.
         """
         if not shared and self.steps < seeds:
-            raise InputError(f"ascent.steps is {self.steps}; {seeds} seeds take turns and need as many")
+            raise InputError(
+                f"ascent.steps is {self.steps}; {seeds} seeds, used in turn, need at least as many"
+            )
         depth = self.backprop_steps or steps
         if whole and (depth < steps or self.random_backprop):
             raise InputError(

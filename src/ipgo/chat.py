@@ -180,7 +180,7 @@ class Chat:
                 _seconds(error.response.headers.get("retry-after")),
             )
         except (APIError, ValueError, TypeError, LookupError, AttributeError):
-            return None, "an answer that is no chat completion", None
+            return None, "an answer that is not a chat completion", None
         if not isinstance(answer, str) or not answer.strip():
             return None, "an empty answer", None
         return _valid(answer), "", None

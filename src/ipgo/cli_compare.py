@@ -186,7 +186,7 @@ def entries_of(
             entries[label] = systems[label]
         own = entries.get(label) or {}
         if not isinstance(own, Mapping):
-            raise InputError(f"entry {label!r} is {own!r}; it must be settings, each with its own name")
+            raise InputError(f"entry {label!r} is {own!r}; it must be a mapping of settings")
         own = dict(own)
         if "prompts" in own:
             raise InputError(f"entry {label!r} has prompts of its own; all entries have the same")

@@ -208,7 +208,7 @@ def _batched(rows: Iterator[Any], size: int) -> Iterator[tuple[Any, ...]]:
 def with_fingerprints(
     rows: Sequence[dict[str, Any]], identities: Mapping[str, Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The rows, with the digits of its reward's identity beside each score: scores of other digits do not compare."""
+    """The rows, with its reward's fingerprint beside each score: scores of other fingerprints are not comparable."""
     from ipgo.rewards.checkpoints import fingerprint
 
     digits = {f"{spec} fingerprint": fingerprint(identity) for spec, identity in identities.items()}

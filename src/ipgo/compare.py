@@ -233,7 +233,7 @@ def _fit(plan: Plan, label: str, run: Run, models: Models, chunk: Chunk) -> tupl
                 break
             # The step after the checkpoint is not paid for, and only a step gives an adapter: start again.
             run.drop_checkpoint(chunk)
-    raise InputError(f"budget is {plan.budget}; {config.method_name!r} takes more for a first result")
+    raise InputError(f"budget is {plan.budget}; {config.method_name!r} needs more for a first result")
 
 
 def _judge_unseen_prompts(run: Run, models: Models, prompts: Sequence[str]) -> None:

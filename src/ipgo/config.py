@@ -105,14 +105,14 @@ class RunConfig:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if self.judged_prompts is not None and not (self.shared and self.judged_prompts >= 1):
             raise InputError(
-                f"judged_prompts is {self.judged_prompts}; it must be at least 1, and goes with shared: "
-                "what is learned prompt by prompt is judged on each"
+                f"judged_prompts is {self.judged_prompts}; it must be at least 1, and needs shared: "
+                "prompt-wise results are judged on every prompt"
             )
         check_seeds(self.seeds)
         clash = sorted(set(self.seeds) & set(self.new_seeds))
         if clash:
             raise InputError(
-                f"seeds {clash} are kept for judging the result; choose seeds below {FIRST_UNSEEN}"
+                f"seeds {clash} are reserved for judging the result; choose seeds below {FIRST_UNSEEN}"
             )
         if not self.seeds and not self.unseen_seeds:
             raise InputError(
@@ -131,7 +131,7 @@ class RunConfig:
         Stored settings are read without: a comparison keeps those of entries that have failed.
         """
         if self.shared and self.method.prompt_wise:
-            raise InputError(f"shared is true; method {self.method_name!r} learns each prompt by itself")
+            raise InputError(f"shared is true; method {self.method_name!r} fits each prompt by itself")
         ascent = self.method.ascent
         if ascent is not None:
             with _of_the_method():
@@ -254,7 +254,7 @@ def read_settings(preset: str | None, file: str | None) -> dict[str, Any]:
     """Nested settings of a bundled preset, overridden by those of a YAML file, which may name the preset itself.
 
     Raises:
-        InputError: an unknown preset, or a file that is missing or is no YAML mapping of settings.
+        InputError: an unknown preset, or a file that is missing or is not a YAML mapping of settings.
     """
     over = _read_yaml(Path(file)) if file is not None else {}
     stated = over.pop("preset", None)
@@ -382,7 +382,7 @@ def _reason(error: Exception) -> str:
     """Of a file that cannot be read; YAML's says the line."""
     mark = getattr(error, "problem_mark", None)
     if mark is not None:
-        return f"{getattr(error, 'problem', None) or 'no YAML'} in line {mark.line + 1}"
+        return f"{getattr(error, 'problem', None) or 'invalid YAML'} in line {mark.line + 1}"
     return first_line(error)
 
 
@@ -392,17 +392,17 @@ def method_settings(given: Any) -> dict[str, Any]:
         return {} if given is None else {"name": given}
     name = given.get("name", "") if isinstance(given, dict) else None
     if not isinstance(name, str):
-        raise InputError(f"method is {given!r}; it must be a name, or settings with a name among them")
+        raise InputError(f"method is {given!r}; it must be a name, or settings that include one")
     return dict(given)
 
 
 def _check_shape(settings: dict[Any, Any], groups: set[str], prefix: str = "") -> None:
-    """Raise `InputError` for a group of settings that is none, or a key that is no name."""
+    """Raise `InputError` for a group that is not a mapping of settings, or a key that is not a name."""
     for key, value in settings.items():
         name = f"{prefix}{key}"
         if not isinstance(key, str):
-            raise InputError(f"{name} is no name of a setting; see --help")
+            raise InputError(f"{name} is not a setting; see --help")
         if name in groups and not isinstance(value, dict):
-            raise InputError(f"{name} is {value!r}; it must be settings, each with its own name")
+            raise InputError(f"{name} is {value!r}; it must be a mapping of settings")
         if name in groups:
             _check_shape(value, groups, f"{name}.")

@@ -43,7 +43,7 @@ class Score:
         try:
             return cls(**stored)
         except TypeError:
-            raise InputError(f"stored scores are damaged: {str(stored)[:80]!r} is none") from None
+            raise InputError(f"stored scores are damaged: {str(stored)[:80]!r} is not a score") from None
 
 
 @dataclass(frozen=True)
@@ -266,7 +266,7 @@ def _pairs(
             pairs[prompt].append((found[method], found[baseline]))
     if not pairs:
         raise InputError(
-            f"methods {method!r} and {baseline!r} share no prompt and seed with reward {reward!r}"
+            f"methods {method!r} and {baseline!r} have no prompt and seed in common for reward {reward!r}"
         )
     return dict(pairs)
 

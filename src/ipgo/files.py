@@ -69,7 +69,7 @@ def read_json(file: Path, *needed: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise InputError(f"{str(file)!r} cannot be read: {error}") from None
     if not isinstance(content, dict):
-        raise InputError(f"{str(file)!r} is damaged: it holds no JSON object")
+        raise InputError(f"{str(file)!r} is damaged: it is not a JSON object")
     for key in needed:
         if key not in content:
             raise InputError(f"{str(file)!r} is damaged: it has no {key!r}")

@@ -145,7 +145,7 @@ def _name(reward: str | RewardFunction | Reward) -> str:
 
 
 def _own_rewards(rewards: Iterable[str | RewardFunction | Reward]) -> dict[str, Reward]:
-    """Those that are no specs, by name, which a spec may repeat; `InputError` for two of one name."""
+    """Those that are not specs, by name, which a spec may repeat; `InputError` for two of one name."""
     own: dict[str, Reward] = {}
     for each in rewards:
         if isinstance(each, str):
@@ -153,7 +153,7 @@ def _own_rewards(rewards: Iterable[str | RewardFunction | Reward]) -> dict[str, 
         found = as_reward(each)
         if own.setdefault(found.name, found) != found:
             raise InputError(
-                f"two rewards are called {found.name!r}; as_reward(function, name) gives one another"
+                f"two rewards are called {found.name!r}; rename one with as_reward(function, name)"
             )
     return own
 
@@ -163,7 +163,7 @@ def _check_names(own: Mapping[str, Reward], asked: Iterable[str | RewardFunction
     for name in (each for each in asked if isinstance(each, str)):
         if name in REWARDS and isinstance(own.get(name), FunctionReward):
             raise InputError(
-                f"two rewards are called {name!r}, one of them ipgo's own; as_reward(function, name) gives another"
+                f"two rewards are called {name!r}, one of them ipgo's own; rename yours with as_reward(function, name)"
             )
 
 

@@ -87,7 +87,7 @@ class CMA:
         for point, value in zip(points, values, strict=True):
             if not torch.allclose(self.ask(), point, rtol=0, atol=REPRODUCED):
                 raise ResumeError(
-                    "cma asks for other points than it did in this checkpoint; "
+                    "cma asks for points other than those in this checkpoint; "
                     "continue with the version of cma that began it"
                 )
             self.tell(point, value)

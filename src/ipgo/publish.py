@@ -68,7 +68,7 @@ def push_to_hub(run: Run, folder: str | Path, repository: str, *, private: bool 
     from huggingface_hub.errors import HfHubHTTPError
 
     if not HUB_ID.fullmatch(repository):
-        raise InputError(f"{repository!r} is no name of a model on the hub; it must be as in owner/name")
+        raise InputError(f"{repository!r} is not a model name of the hub; write owner/name")
     save_pretrained(run, folder)
     hub = HfApi(library_name="ipgo", library_version=version("ipgo"))
     try:
@@ -95,7 +95,7 @@ def fetch(source: str | Path) -> Path:
         return Path(snapshot_download(str(source), allow_patterns=list(FILES)))
     except (OSError, ValueError) as error:
         raise InputError(
-            f"adapter {str(source)!r} is no folder, and cannot be read from the hub: {first_line(error)}"
+            f"adapter {str(source)!r} is not a folder, and cannot be read from the hub: {first_line(error)}"
         ) from error
 
 
@@ -117,7 +117,7 @@ def model_card(run: Run, adapter: Adapter) -> str:
         f"---\n{yaml.safe_dump({k: v for k, v in about.items() if v}, sort_keys=False)}---",
         f"# {config.method_name} for {whose}, raising {escape(config.reward)}",
         f"Learned with ipgo {version('ipgo')} on {escape(config.backend)}: "
-        f"{count:,} numbers beside the frozen model, by the reward {escape(config.reward)}." + _behind(run),
+        f"{count:,} numbers besides the frozen model, by the reward {escape(config.reward)}." + _behind(run),
         _limits(run, adapter),
         "## Results",
         _results("On the noise that it was fitted to", summarise(scores, seeds=config.seeds)),
@@ -175,7 +175,7 @@ def _results(title: str, gains: Sequence[Gain]) -> str:
         )
     several = gains[0].gain.n > 1
     over = f"intervals over {gains[0].gain.n} {gains[0].gain.over}" if several else "one image"
-    return f"{title}, {over}; an image as good as raw is half a win:\n\n" + "\n".join(lines)
+    return f"{title}, {over}; a tie counts as half a win:\n\n" + "\n".join(lines)
 
 
 def _seed(run: Run) -> int:

@@ -84,7 +84,7 @@ def ask_texts(
         texts = [each for each in dict.fromkeys(texts) if each]
         if texts:
             if len(texts) < n:
-                logger.warning("chat.model %r gave %d texts in place of %d", chat.model, len(texts), n)
+                logger.warning("chat.model %r gave %d texts instead of %d", chat.model, len(texts), n)
             return [texts[place % len(texts)] for place in range(n)]
     raise InputError(f"chat.model {chat.model!r} gave no text for {text[:60]!r} in {ATTEMPTS} answers")
 

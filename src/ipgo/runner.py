@@ -77,9 +77,7 @@ def load_models(
     taken = [name for name in (config.reward, *held_out(config)) if re.fullmatch("judge-[a-z]+", name)]
     judge = load_judge(config)
     if taken and judge is not None:
-        raise InputError(
-            f"reward {taken[0]!r} has a name that is kept for the judge's verdicts; give it another"
-        )
+        raise InputError(f"reward {taken[0]!r} has a name reserved for the judge's verdicts; give it another")
     dtype = begun_in if config.dtype == "auto" and begun_in else config.dtype
     backend = backend or load_backend(
         config.backend, device=config.device, dtype=dtype, **asdict(config.opening)
@@ -127,7 +125,7 @@ def check_gradient(config: RunConfig) -> None:
     if config.method.climbing and not has_gradient(config.reward):
         raise InputError(
             f"reward {config.reward!r} has no gradient, which method {config.method_name!r} needs; "
-            f"take one that needs none: {WITHOUT_GRADIENT}"
+            f"use one that needs none: {WITHOUT_GRADIENT}"
         )
 
 
@@ -182,7 +180,7 @@ def exclusively(backend: Backend) -> Iterator[None]:
     with _GUARD:
         if denoiser in _BUSY:
             raise InUseError(
-                f"backend {backend.name!r} is in use by another fit of this process; wait for it, or load it once more"
+                f"backend {backend.name!r} is in use by another fit of this process; wait for it, or load it again"
             )
         _BUSY.add(denoiser)
     try:
@@ -353,7 +351,7 @@ def forget_peak_memory(device: torch.device) -> None:
 
 
 def facts(models: Models) -> dict[str, Any]:
-    """What a reader of the results wants to know beside the settings, and what must stay the same to continue them."""
+    """What a reader of the results wants to know besides the settings, and what must stay the same to continue them."""
     backend = models.backend
     packages = ("torch", "diffusers", "transformers")
     cuda = backend.device.type == "cuda"

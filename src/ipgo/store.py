@@ -120,7 +120,9 @@ class Run:
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
-            raise InUseError(f"{str(self.path)!r} is in use: another process works on this run") from None
+            raise InUseError(
+                f"{str(self.path)!r} is in use: another process is working on this run"
+            ) from None
         except OSError as error:
             raise files.unwritable(self.path, error.strerror) from None
 
@@ -140,7 +142,7 @@ class Run:
         return found
 
     def strange(self, identities: Mapping[str, Any]) -> list[str]:
-        """The rewards among these that are not what scored the run under their names."""
+        """The rewards among these that differ from those that scored the run under their names."""
         known = self.identities
         return [name for name, own in identities.items() if known.get(name, own) != own]
 
@@ -392,9 +394,9 @@ def with_judges_of(there: Mapping[str, Any], now: Mapping[str, Any], raised: str
 
 
 def check_models(path: Path, there: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise `ResumeError` if `path`, with the facts `there`, was drawn or scored by other models than `now`'s.
+    """Raise `ResumeError` if `path`, with the facts `there`, was drawn or scored by models other than `now`'s.
 
-    What is in one folder is compared, so one name must stay one model, in one format.
+    What is in one folder is compared, so a name must keep its model, in one format.
     """
     before, after = there.get("rewards", {}), now.get("rewards", {})
     other = [name for name in after if name in before and before[name] != after[name]]
@@ -406,16 +408,16 @@ def check_models(path: Path, there: Mapping[str, Any], now: Mapping[str, Any]) -
             else "its weights, preprocessing or version"
         )
         raise ResumeError(
-            f"{str(path)!r} was scored by another {other[0]!r} ({what} differ{'s' * own}), and the scores do not "
-            f"compare; give the same {'one' if own else 'weights'}, or another folder"
+            f"{str(path)!r} was scored by another {other[0]!r} ({what} differ{'s' * own}), and the scores are not "
+            f"comparable; give the same {'one' if own else 'weights'}, or another folder"
         )
     differing = differing_in(there, now)
     if differing is None:
         return
     words = {
-        "dtype": "was drawn in {0}, not {1}, and the images do not compare; give a backend in that format",
-        "schedule": "was drawn by the scheduler {0}, not {1}, and the images do not compare; give the same one",
-        "weights": "was drawn by a backend of other weights ({0} there, {1} now), and the images do not compare; "
+        "dtype": "was drawn in {0}, not {1}, and the images are not comparable; give a backend in that format",
+        "schedule": "was drawn with the scheduler {0}, not {1}, and the images are not comparable; give the same one",
+        "weights": "was drawn by a backend with other weights ({0} there, {1} now), and the images are not comparable; "
         "give the same weights",
     }
     told = words[differing].format(there[differing], now[differing])

@@ -124,6 +124,6 @@ class WordNet:
 
 
 def _plain(word: str, words: list[str]) -> tuple[str, ...]:
-    """The different single words beside `word` itself, as many as are taken."""
+    """The different single words other than `word` itself, as many as are taken."""
     different = dict.fromkeys(each for each in words if "_" not in each and each.lower() != word.lower())
     return tuple(different)[:MOST]

@@ -201,12 +201,12 @@ def test_a_shared_adapter_is_for_any_prompt(
     assert {line["prompt"] for line in lines} == {"a bus", "a cup"}
     page = (shared / "report.html").read_text()
     assert "Judged again" in page
-    assert "do not compare with those above" not in page
+    assert "not comparable with those above" not in page
     raised = run.config.reward
     first["rewards"][raised]["version"] += 1
     files.write_lines(shared / "evaluation.jsonl", [first, *lines])
     assert cli.main(["report", str(shared)]) == 0
-    assert f"{raised}: not scored by what scored the run" in (shared / "report.html").read_text()
+    assert f"{raised}: not the reward that scored the run" in (shared / "report.html").read_text()
 
 
 def test_generate_and_evaluate_of_what_has_no_prompts_of_its_own_or_learned_nothing(
@@ -249,7 +249,7 @@ def test_a_shared_fit_is_judged_on_as_many_prompts_as_are_asked_for(
     capsys.readouterr()
     for wrong, message in (
         (["--shared", "--judged-prompts", "0"], "judged_prompts is 0; it must be at least 1"),
-        (["--judged-prompts", "2"], "judged_prompts is 2; it must be at least 1, and goes with shared"),
+        (["--judged-prompts", "2"], "judged_prompts is 2; it must be at least 1, and needs shared"),
     ):
         assert fit(pipeline_folder, tmp_path / "wrong", texts, *wrong) == 2
         assert message in capsys.readouterr().err
@@ -310,7 +310,7 @@ def test_a_function_is_a_reward(pipeline_folder: str, tmp_path: Path) -> None:
             ["--sampling.eta", "1", "--scheduler", "euler"],
             "sampling.eta above 0 needs the ddim scheduler",
         ),
-        (["x"], ["--seeds", "0", "1", "2", "3", "4"], "method.ascent.steps is 4; 5 seeds take turns"),
+        (["x"], ["--seeds", "0", "1", "2", "3", "4"], "method.ascent.steps is 4; 5 seeds, used in turn"),
     ],
 )
 def test_bad_input_is_one_sentence_and_leaves_nothing(
@@ -354,7 +354,7 @@ def test_a_reward_that_only_judges_fails_before_the_search_or_can_be_repaired(
         assert ours == (fitted / "prompts" / theirs.id / "adapter.safetensors").read_bytes()
     mine.write_text(whole + "\n")
     assert fit(pipeline_folder, out, PROMPTS, *judged) == 2
-    assert "the scores do not compare" in capsys.readouterr().err
+    assert "the scores are not comparable" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

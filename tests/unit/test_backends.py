@@ -121,11 +121,11 @@ def change(part, edit):
             lambda f: (f / "unet/diffusion_pytorch_model.safetensors.index.json").write_text(
                 '{"weight_map": {'
             ),
-            "is no index of shards",
+            "is not an index of shards",
         ),
         (
             lambda f: (f / "unet/diffusion_pytorch_model.safetensors.index.json").write_text("{}"),
-            "is no index of shards",
+            "is not an index of shards",
         ),
         (lambda f: (f / "unet/diffusion_pytorch_model.safetensors").unlink(), "weights are missing"),
         (
@@ -190,9 +190,7 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(monkeypatch):
         raise OSError("no such repository\nmore")
 
     monkeypatch.setattr(folders, "hf_hub_download", fail)
-    with pytest.raises(
-        InputError, match=r"'owner/name' is not here.*\(no such repository\); a copy of it can be"
-    ):
+    with pytest.raises(InputError, match=r"'owner/name' is not here.*\(no such repository\); give a copy as"):
         load_backend("owner/name")
 
 

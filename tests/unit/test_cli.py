@@ -107,7 +107,7 @@ def test_the_list_of_backends_says_all_that_is_declared(capsys: pytest.CaptureFi
         (["generate", "/nowhere", "--out", __file__], "which is a file; give a folder"),
         (["fit", "a fox", "--out", f"{__file__}/run"], "which cannot be written"),
         (["fit", "a fox", "a  fox "], "prompt 2 repeats prompt 1"),
-        (["fit", "a \udcff fox"], "which is no valid Unicode text"),
+        (["fit", "a \udcff fox"], "which is not valid Unicode"),
     ],
 )
 def test_bad_words(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

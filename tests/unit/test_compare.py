@@ -180,9 +180,9 @@ def test_the_length_that_a_budget_pays_for() -> None:
     assert fit_to(config, "n", 2).method == BestOfN(n=2)
     ipgo = RunConfig(("a",), IPGO())
     assert fit_to(ipgo, "ascent.steps", 7).method == IPGO(ascent=dataclasses.replace(IPGO().ascent, steps=7))
-    with pytest.raises(InputError, match=r"budget is 39; one step of 'best-of-n' takes 40.0 denoiser calls"):
+    with pytest.raises(InputError, match=r"budget is 39; one step of 'best-of-n' needs 40.0 denoiser calls"):
         paid(config, 39, 40.0)
-    with pytest.raises(InputError, match=r"budget is 29; a step on each of 3 seeds of 'ipgo' takes 30.0"):
+    with pytest.raises(InputError, match=r"budget is 29; a step on each of 3 seeds of 'ipgo' needs 30.0"):
         paid(RunConfig(("a",), IPGO(), seeds=(0, 1, 2)), 29, 10.0)
     # The weights' gradient goes through both halves of guidance from the first call on.
     assert step_cost(RunConfig(("a",), DRaFT(ascent=Ascent(backprop_steps=1))), 20, PRICE) == 20 + 2
@@ -444,11 +444,10 @@ def test_what_cannot_be_fitted_any_more_can_still_be_read(pipeline_folder: str, 
     }
     files.write_json(tmp_path / "table/plan.json", stored)
     assert [row.label for row in rows(Comparison.open(tmp_path / "table"))] == ["raw", "hill"]
-    with pytest.raises(InputError, match=r"entry 'hill': .* 2 seeds take turns"):
+    with pytest.raises(InputError, match=r"entry 'hill': .* 2 seeds, used in turn"):
         work.check(Comparison.open(tmp_path / "table"), ["raw", "hill"])
-    work.check(
-        Comparison.open(tmp_path / "table"), ["raw"]
-    )  # what another command left does not stop this one
+    # What another command left does not stop this one.
+    work.check(Comparison.open(tmp_path / "table"), ["raw"])
 
 
 def test_entries_that_share_models_run_one_after_another() -> None:
@@ -729,7 +728,7 @@ def test_a_reward_that_only_judges_fails_before_any_search_or_can_be_repaired(
     assert folder.facts["rewards"][f"{mine}:mine"] == identity_of(load_reward(f"{mine}:mine"))
     mine.write_text(whole + "\n")
     assert cli.main(words) == 2
-    assert "the scores do not compare" in capsys.readouterr().err
+    assert "the scores are not comparable" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("fakes")
@@ -741,7 +740,7 @@ def test_another_backend_in_the_same_folder_is_refused(
     }
     monkeypatch.setattr(Backend, "identity", {"dtype": "float32", "weights": "other"})
     assert command(pipeline_folder, compared) == 2
-    assert "was drawn by a backend of other weights" in capsys.readouterr().err
+    assert "was drawn by a backend with other weights" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("fakes")
@@ -1001,7 +1000,7 @@ class RunPrice:
         ("--methods raw --reward nosuch", "unknown reward 'nosuch'"),
         (
             "--methods raw,draft --reward 'cmd:wc {image}'",
-            "entry 'draft': reward 'cmd:wc {image}' has no gradient, which method 'draft' needs; take one",
+            "entry 'draft': reward 'cmd:wc {image}' has no gradient, which method 'draft' needs; use one",
         ),
         (
             "--methods dpo-gradient --reward '0.5*contrast+cmd:wc {image}'",
@@ -1018,16 +1017,16 @@ class RunPrice:
             "--methods raw,dno --backend emoji --config FILE:still",
             "entry 'dno': sampling.eta is 0; dno learns the noise of every step",
         ),
-        ("--methods embedding --shared", "entry 'embedding': shared is true; method 'embedding' learns each"),
+        ("--methods embedding --shared", "entry 'embedding': shared is true; method 'embedding' fits each"),
         (
             "--methods ipgo --seeds 0 1 --budget 9 --config FILE:short",
-            "ascent.steps is 1; 2 seeds take turns",
+            "ascent.steps is 1; 2 seeds, used in turn",
         ),
         (
             "--config FILE:reward",
-            "entry 'x': reward is 'contrast'; all entries raise the comparison's, 'emoji-",
+            "entry 'x': reward is 'contrast'; all entries maximise the comparison's, 'emoji-",
         ),
-        ("--methods promptist --shared", "entry 'promptist': shared is true; method 'promptist' learns each"),
+        ("--methods promptist --shared", "entry 'promptist': shared is true; method 'promptist' fits each"),
         (
             "--methods dpo-diffusion --shared --config FILE:positive",
             "entry 'dpo-diffusion': shared is true; prompts",

@@ -45,7 +45,7 @@ def test_a_scheduler_that_hides_its_noise_is_refused():
 def test_a_pipeline_without_its_text_encoder_is_refused():
     pipe = tiny.sdxl()
     pipe.register_modules(text_encoder=None)
-    with pytest.raises(InputError, match="has no text_encoder, and cannot draw without"):
+    with pytest.raises(InputError, match="has no text_encoder, without which it cannot draw"):
         load_backend(pipe, device="cpu")
 
 

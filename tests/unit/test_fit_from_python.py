@@ -54,7 +54,7 @@ def test_a_pipeline_object_is_fitted_where_it_is(
     out = ["--out", str(tmp_path / "images")]
     assert cli.main(["generate", str(tmp_path / "own"), "a fox", "--backend", pipeline_folder, *out]) == 0
     own.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    with pytest.raises(ipgo.ResumeError, match=r"by the scheduler EulerDiscreteScheduler-\w{8}, not DDIM"):
+    with pytest.raises(ipgo.ResumeError, match=r"with the scheduler EulerDiscreteScheduler-\w{8}, not DDIM"):
         ipgo.fit("a fox", backend=own, reward=brightness, method="raw", out=tmp_path / "own", **SHORT)
 
 
@@ -144,7 +144,7 @@ def test_numbers_of_numpy_are_numbers(pipeline_folder: str, tmp_path: Path) -> N
         ),
         (lambda: ipgo.Adapter().prompt_kwargs(None, ["a"]), r"prompt is \['a'\]; it must be one text"),  # type: ignore[arg-type]
         (lambda: ipgo.save_pretrained("tests", "x"), r"'tests' is not a run folder"),
-        (lambda: ipgo.fit([3]), r"prompt 1 is 3; a prompt is a text"),  # type: ignore[list-item]
+        (lambda: ipgo.fit([3]), r"prompt 1 is 3; a prompt must be text"),  # type: ignore[list-item]
         (
             lambda: ipgo.fit("a", reward=lambda images: images),
             r"a function of \(images, prompts\), not <lambda>",
@@ -195,7 +195,7 @@ def test_more_steps_than_a_scheduler_has(backend: ipgo.Backend) -> None:
 @pytest.mark.parametrize(
     ("prompts", "seeds", "others", "message"),
     [
-        ([None], [0], {}, "prompt 1 is None; a prompt is a text"),
+        ([None], [0], {}, "prompt 1 is None; a prompt must be text"),
         (["a", "b", " "], [0, 1, 2], {}, "prompt 3 is empty"),
         (["a", "a"], [0, -1], {}, r"seeds is \[0, -1\]; they must be whole numbers"),
         (["a"], [0.5], {}, r"seeds is \[0.5\]"),
@@ -222,7 +222,7 @@ def test_plain_functions_and_numbers_of_numpy_judge(backend: ipgo.Backend) -> No
 
 
 def test_a_judges_name_is_not_free(backend: ipgo.Backend) -> None:
-    with pytest.raises(ipgo.InputError, match="kept for the judge's verdicts"):
+    with pytest.raises(ipgo.InputError, match="reserved for the judge's verdicts"):
         ipgo.fit("a", reward=ipgo.as_reward(brightness, "judge-object"), **SHORT)
     # Where no judge is, nothing is taken; and a reward may be held out by the name that it is raised by.
     reward = ipgo.as_reward(brightness, "judge-object")
@@ -359,7 +359,7 @@ def test_a_reward_that_is_cut_off_from_the_picture_is_refused() -> None:
     def whole(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         return head(images.mean((2, 3)))[:, 0]
 
-    with pytest.raises(ipgo.RewardError, match="'cut_off' gives no gradient of the picture"):
+    with pytest.raises(ipgo.RewardError, match="'cut_off' gives no gradient with respect to the picture"):
         short_fit(reward=cut_off)
     assert short_fit(reward=whole)[0].history
 

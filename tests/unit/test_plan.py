@@ -179,7 +179,7 @@ def test_a_reward_that_looks_at_values_cannot_be_planned(sizes: Workload) -> Non
     def picky(images: Tensor, prompts: Sequence[str]) -> Tensor:
         return images.mean((1, 2, 3)) * float(images.max())
 
-    with pytest.raises(ipgo.InputError, match="reward 'picky' cannot be planned: it looks at the values"):
+    with pytest.raises(ipgo.InputError, match="reward 'picky' cannot be planned: it depends on pixel values"):
         replace(sizes, reward=ipgo.as_reward(picky)).footprint(Choice(1, False))
 
 
@@ -301,8 +301,8 @@ def test_nothing_fits(
         (["--gpu", "big"], "gpu is 'big'; it must be a size such as 16GB"),
         (["--gpu", "500MB"], "gpu is '500MB'; 0.93 GiB of each GPU are reserved"),
         (["--gpu", "8GB", "--backend", "sd1.5"], "unknown backend 'sd1.5'; did you mean 'sd15'"),
-        (["--gpu", "8GB", "--backend", __file__], "is no local folder of diffusers, and the sizes"),
-        (["--gpu", "8GB", "--backend", "some/model"], "the sizes of its models are not known"),
+        (["--gpu", "8GB", "--backend", __file__], "is not a local folder of diffusers, and its sizes"),
+        (["--gpu", "8GB", "--backend", "some/model"], "its sizes are unknown"),
         (["--gpu", "8GB", "--reward", "hpsv3"], "unknown reward 'hpsv3'"),
         (["--gpu", "8GB", "--reward", "cmd:true {image}"], "has no gradient"),
         (["--gpu", "8GB", "--dtype", "half"], "unknown dtype 'half'; choose from bfloat16, float16, float32"),

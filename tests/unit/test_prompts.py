@@ -206,7 +206,7 @@ def test_coco_captions_and_their_categories(annotations: Path) -> None:
     with pytest.raises(InputError, match=r"unknown COCO category 'buss'; did you mean 'bus'"):
         read("?category=buss")
     (annotations / "stuff_val2017.json").write_text('{"annotations": []}')
-    with pytest.raises(InputError, match=r"stuff_val2017.json' is no COCO file: its categories need id"):
+    with pytest.raises(InputError, match=r"stuff_val2017.json' is not a COCO file: its categories need id"):
         read("?category=person")
     (annotations / "stuff_val2017.json").unlink()
     with pytest.raises(InputError, match=r"stuff_val2017.json is not beside the captions"):
@@ -241,7 +241,7 @@ def test_prompts_with_unwanted_words_are_dropped_before_the_draw(annotations: Pa
     with pytest.raises(InputError, match=r"n is 3 in .*, which has 2 prompts"):
         read_prompts(f"{mine}?exclude={words}&n=3")
     words.write_text("a\nthe\n")
-    with pytest.raises(InputError, match="each of the 3 prompts holds one of its words"):
+    with pytest.raises(InputError, match="each of the 3 prompts contains one of its words"):
         read_prompts(f"{mine}?exclude={words}")
     with pytest.raises(InputError, match=r"exclude is 'man'; it must be a \.txt file"):
         read_prompts("one?exclude=man")

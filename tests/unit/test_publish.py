@@ -217,7 +217,7 @@ def test_the_code_for_a_plain_pipeline_opens_it_in_the_format_of_the_run(
     [
         (["/nowhere"], "'/nowhere' is not a run folder: it has no run.json"),
         (["{run}", "--private"], "private needs --push OWNER/NAME"),
-        (["{run}", "--push", "just-a-name"], "'just-a-name' is no name of a model on the hub"),
+        (["{run}", "--push", "just-a-name"], "'just-a-name' is not a model name of the hub"),
         (["{run}", "--out", "{run}/prompts"], "holds something else; give a new or empty one"),
         (["{run}", "--push"], "expected one argument"),
         (["{run}", "--out", "{run}/run.json/x"], "which cannot be written: Not a directory"),
@@ -248,7 +248,7 @@ def test_a_run_without_results_and_an_unknown_model(
     with pytest.raises(ipgo.InputError, match="no finished prompt yet"):
         ipgo.save_pretrained(config, tmp_path / "card")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(ipgo.InputError, match=r"'nobody/nothing' is no folder.*no route to host$"):
+    with pytest.raises(ipgo.InputError, match=r"'nobody/nothing' is not a folder.*no route to host$"):
         ipgo.from_pretrained("nobody/nothing")
 
 

@@ -222,7 +222,7 @@ def test_answers_without_a_text_are_asked_for_anew(backend, endpoint, caplog):
     answers = iter(["Sorry:", "```\n```", "1. a dog\n2. a dog"])
     endpoint.answer = lambda request: next(answers)
     assert ask_texts(Chat(), backend, "", "sun", 3) == ["a dog"] * 3
-    assert "gave 1 texts in place of 3" in caplog.text
+    assert "gave 1 texts instead of 3" in caplog.text
     assert len(endpoint.requests) == 3
     endpoint.answer = lambda request: "Sorry:"
     with pytest.raises(InputError, match="gave no text for 'moon' in 3 answers"):

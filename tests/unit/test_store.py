@@ -348,7 +348,7 @@ def test_a_run_is_not_continued_on_a_backend_of_other_weights(tmp_path: Path) ->
     facts = {"rewards": {}, "dtype": "float32", "weights": "aa"}
     Run.open(tmp_path / "run", CONFIG).start(facts)
     again = Run.open(tmp_path / "run", CONFIG)
-    with pytest.raises(ResumeError, match=r"drawn by a backend of other weights \(aa there, bb now\)"):
+    with pytest.raises(ResumeError, match=r"drawn by a backend with other weights \(aa there, bb now\)"):
         again.start({**facts, "weights": "bb"})
     again.release()
     with pytest.raises(ResumeError, match="was drawn in float32, not float16"):

@@ -60,7 +60,7 @@ class Adapter(nn.Module):
         return torch.tensor([numbers[prompt] for prompt in prompts])
 
     def condition(self, backend: Backend, prompts: Sequence[str], original: PromptEmbeds) -> PromptEmbeds:
-        """What the denoiser gets in place of `original`, the states of `prompts`."""
+        """What the denoiser gets instead of `original`, the states of `prompts`."""
         return original
 
     def unconditional(

@@ -72,7 +72,7 @@ class Backend(ABC):
         encoders = {part: module for part, module in parts.items() if part.startswith("text_encoder")}
         needed = [*encoders, *(part for part in NEEDED if part in parts)]
         for part in (part for part in needed if parts[part] is None and part not in self.optional):
-            raise InputError(f"backend {name!r} has no {part}, and cannot draw without")
+            raise InputError(f"backend {name!r} has no {part}, without which it cannot draw")
         denoiser = parts["unet"] if "unet" in parts else parts["transformer"]
         self.device, self.dtype = denoiser.device, denoiser.dtype
         self.text_device: torch.device = next(iter(encoders.values())).device
@@ -103,7 +103,7 @@ class Backend(ABC):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides an image beside the settings.
+        """What decides an image besides the settings.
 
         "dtype", "weights" as `weights.fingerprint` has it, and "schedule": the model's own scheduler with a digest of
         its settings; None if the run's settings name another one.

@@ -96,7 +96,7 @@ def lead(entries: Sequence[Row], reward: str) -> str:
 
 
 def incomparable(entries: Sequence[Row]) -> list[str]:
-    """In words, whose scores do not compare with those of the others."""
+    """In words, whose scores are not comparable with those of the others."""
     return told(strangers([(row.label, row.rewards) for row in entries]))
 
 
@@ -115,7 +115,7 @@ def markdown(folder: Comparison, entries: Sequence[Row]) -> str:
         parts.append("\n".join(f"| {' | '.join(map(_plain, line))} |" for line in lines))
     strange = [f"- {_plain(each)}" for each in incomparable(entries)]
     if strange:
-        parts.append("\n".join(["## Scores that do not compare\n", *strange]))
+        parts.append("\n".join(["## Scores that are not comparable\n", *strange]))
     errors = [f"- {row.label}: {_plain(error)}" for row in entries for error in row.errors]
     if errors:
         parts.append("\n".join(["## Failures\n", *errors]))

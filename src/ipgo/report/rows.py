@@ -27,7 +27,7 @@ class Row:
 
     Attributes:
         label, method: its name here, and that of its method.
-        transfers: what its adapter serves beside what it was fitted to: "unseen seeds", "unseen seeds and
+        transfers: what its adapter serves besides what it was fitted to: "unseen seeds", "unseen seeds and
             prompts" or "nothing"; "" before a prompt is finished, and of bare prompts.
         prompts, judged, finished, failed: how many there are, have images that its numbers are means of, have a
             result, and went wrong.
@@ -243,7 +243,7 @@ def matrices(entries: Sequence[Row], reward: str) -> list[Matrix]:
 
 
 def strange_to(entries: Sequence[Row], reward: str) -> tuple[str, ...]:
-    """The labels of the entries whose scores of a reward do not compare with the others'."""
+    """The labels of the entries whose scores of a reward are not comparable with the others'."""
     found = strangers([(row.label, row.rewards) for row in entries])
     return found[reward][1] if reward in found else ()
 

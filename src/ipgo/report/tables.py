@@ -76,7 +76,7 @@ def raised_table(entries: Sequence[Row], reward: str) -> Table:
         "colour."
     )
     note += (
-        f" {MARK}: scored by another {reward}; the line does not compare with the others." if strange else ""
+        f" {MARK}: scored by another {reward}; the line is not comparable with the others." if strange else ""
     )
     return Table(f"{reward}, which was raised", note, head, lines)
 
@@ -97,7 +97,7 @@ def held_out_table(entries: Sequence[Row], reward: str) -> Table:
         "Before → after, gain and its interval; on unseen noise, or on fitted noise where there is no other."
     )
     if any(strange.values()):
-        note += f" {MARK}: scored by another reward of that name; the cell does not compare with the others."
+        note += f" {MARK}: scored by another reward of that name; the cell is not comparable with the others."
     own = raised(reward)
     heads = (f"{name} (a part of it)" if name in own else name for name in names)
     return Table("Other rewards", note, ["entry", "noise", *heads], lines)

@@ -198,7 +198,7 @@ def _takes_two(function: RewardFunction) -> bool:
 
 
 def identity_of(reward: Reward) -> dict[str, Any]:
-    """What decides a reward's scores beside picture and prompt: two that differ in it are not to be compared.
+    """What decides a reward's scores besides picture and prompt: scores of two that differ in it are not comparable.
 
     A reward of one's own that states no `identity` has that of what it is written in and computes by
     (`own.parts_of`); "weights" is None if nothing of that shows.
@@ -285,13 +285,11 @@ def load_reward(spec: str, *, device: str | torch.device = "auto") -> Reward:
         device: auto, cpu, cuda or cuda:N.
 
     Raises:
-        InputError: an unknown name, a weight that is no number, a file without that function, weights that are
+        InputError: an unknown name, a weight that is not a number, a file without that function, weights that are
             not there and cannot be fetched, a command that cannot be run, or a question without a terminal.
     """
     if not isinstance(spec, str):
-        raise InputError(
-            f"a reward is loaded by its name, not from {spec!r}; as_reward makes one of a function"
-        )
+        raise InputError(f"a reward is loaded by its name, not from {spec!r}; for a function use as_reward")
     place = choose_device(device)
     return combine(spec, lambda name: _load(name, place))
 
@@ -340,8 +338,8 @@ def score_with_gradient(reward: Reward, images: Tensor, prompts: Sequence[str]) 
     # A scorer whose own weights want a gradient hides that the picture was cut off, by PIL or .detach().
     if images.grad_fn is not None and not _leads_to(values.grad_fn, images.grad_fn):
         raise RewardError(
-            f"reward {reward.name!r} gives no gradient of the picture, which this method needs; a copy that is cut "
-            "off, as by .detach(), numpy or PIL, has none"
+            f"reward {reward.name!r} gives no gradient with respect to the picture, which this method needs; "
+            ".detach(), numpy and PIL cut it off"
         )
     return values
 
@@ -491,9 +489,9 @@ def _checkpoint(name: str) -> Checkpoint | None:
             raise InputError(f"reward {bare!r} takes no path and no variant, but is given as {name!r}")
         return None
     if at and variant != VARIANT:
-        raise InputError(f"reward {name!r}: there is no variant {variant!r}; the one there is: {VARIANT}")
+        raise InputError(f"reward {name!r}: there is no variant {variant!r}; the only one is {VARIANT}")
     if colon and not place:
-        raise InputError(f"reward {name!r} ends where its path should be")
+        raise InputError(f"reward {name!r} has no path after its colon")
     return Checkpoint(name, bool(at), place, SOURCES[bare])
 
 
