@@ -1,4 +1,4 @@
-"""What others read too: adapters and scores, as files."""
+"""Adapters and scores as files, which other programs read too."""
 
 from __future__ import annotations
 
@@ -24,10 +24,12 @@ def save_adapter(
     settings: Mapping[str, Any] | None = None,
     drawn_by: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write adapter.safetensors and adapter.json.
+    """Write an adapter: its tensors to adapter.safetensors, and all that rebuilds it to adapter.json.
 
     Args:
-        settings: the backend and sampling that it belongs to.
+        adapter: what is stored.
+        folder: where; it is made if it does not exist.
+        settings: the backend and sampling that the adapter belongs to, as JSON values.
         drawn_by: what was behind the backend's name when it was learned, as `Backend.identity` has it.
     """
     folder = Path(folder)

@@ -53,7 +53,7 @@ logger = logging.getLogger("ipgo")
 
 
 def check(folder: Comparison, labels: Iterable[str]) -> None:
-    """Refuse, before a model is loaded, what shows without one that it cannot work in these entries: `InputError`."""
+    """Raise `InputError` for one of these entries that cannot work, as far as that shows without loading a model."""
     seen = set[object]()
     for label in labels:
         config, run = folder.plan.config(label), folder.run(label)

@@ -47,27 +47,27 @@ class RunConfig:
 
     Attributes:
         prompts: the texts to fit.
-        prompts_from: the file, set or collection that they were read from, for the record.
+        prompts_from: the file, set or collection that they were read from; only recorded.
         method: what learns, and its hyperparameters.
         backend: a backend's name, a diffusers folder, a .safetensors file, or a hub id.
-        reward: what to raise: a name, a sum such as "emoji-clip+0.5*emoji-aesthetic", or mine.py:function.
-        held_out: rewards that only judge the result; None is all those that come with the backend.
+        reward: what is maximised: a name, a sum such as "emoji-clip+0.5*emoji-aesthetic", or mine.py:function.
+        held_out: rewards that only judge the result; None: those that come with the backend.
         sampling: how images are sampled.
-        seeds: noise seeds, cycled over the steps; none at all, (), is fresh noise at every step. Left out: 0 to 3, or 0
-            for a method that learns the noise or wants a single seed (`ipgo-black-box`).
-        unseen_seeds: how many seeds that were not fitted the result is judged on (1000, 1001, ...).
-        seed: where initial values and the order of prompts come from.
-        shared: one set of embeddings for all prompts (prompt-batch) in place of one for each (prompt-wise).
-        judged_prompts: with `shared`, how many of the prompts are drawn before and after and scored, evenly spaced;
-            None is all of them.
-        padding: max_length as stock pipelines do, or none: the denoiser sees the text alone.
-        scheduler: ddim, pndm, lms, euler or dpm++; None is the model's own.
-        image_size: side of the images in pixels; None is the model's own.
+        seeds: noise seeds, which gradient steps use in turn; empty: fresh noise at every step. Default: 0 to 3, or only
+            0 for a method that learns the noise or prefers a single seed (`ipgo-black-box`).
+        unseen_seeds: number of held-out seeds (1000, 1001, ...) that the result is also evaluated on.
+        seed: random seed of the initial values, the prompt order and other random choices.
+        shared: one set of embeddings for all prompts (prompt-batch) instead of one per prompt (prompt-wise).
+        judged_prompts: with `shared`, number of prompts, evenly spaced, that are drawn and scored before and after;
+            None: all.
+        padding: max_length, as in stock pipelines, or none (the denoiser sees no padding tokens).
+        scheduler: ddim, pndm, lms, euler or dpm++; None: the model's own.
+        image_size: side of the images in pixels; None: the model's own.
         long_prompts: refuse prompts that are too long for the encoder, truncate them, or chunk them into windows.
         dtype: auto, float32, bfloat16 or float16.
-        chunk: how many prompts are fitted at once: a matter of memory, not of results.
+        chunk: number of prompts fitted at once; affects memory, not results.
         device: auto, cpu, cuda or cuda:N.
-        text_device: where the text encoders are: auto (with the rest), or cpu, which saves a GPU's memory.
+        text_device: device of the text encoders: auto (with the rest), or cpu, which saves GPU memory.
     """
 
     prompts: tuple[str, ...]
@@ -222,24 +222,24 @@ FLAGS: dict[str, dict[str, Any]] = {
         "nargs": "*",
         "type": int,
         "default": None,
-        "help": "noise seeds, cycled over the steps; none at all is fresh noise at every step. Left out: 0 1 2 3, or 0 "
-        "for a method that learns the noise or wants a single seed; in `ipgo compare` 0",
+        "help": "noise seeds, which gradient steps use in turn; empty: fresh noise at every step. Default: 0 1 2 3, or "
+        "only 0 for a method that learns the noise or prefers a single seed; in `ipgo compare` 0",
     },
     "held_out": {
         "nargs": "*",
         "type": str,
         "default": None,
-        "help": "rewards that only judge the result; by default all those that come with the backend",
+        "help": "rewards that only judge the result (default: those that come with the backend)",
     },
     "shared": {
         "action": "store_true",
-        "help": "prompt-batch: one set of embeddings for all prompts, in place of one for each",
+        "help": "prompt-batch: one set of embeddings for all prompts instead of one per prompt",
     },
 }
 
 
 def default_seeds(method: Method) -> tuple[int, ...]:
-    """The seeds of a fit where none are asked for: several, but no more than it has steps; or one (see `Method`)."""
+    """The default seeds of a fit: several, but no more than it has steps; or one (see `Method`)."""
     if method.one_seed or method.prefers_one_seed:
         return (0,)
     return tuple(range(SEVERAL if method.ascent is None else min(SEVERAL, method.ascent.steps)))

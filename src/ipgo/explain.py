@@ -1,4 +1,4 @@
-"""What inserted embeddings say and do: nearest words, drift, attention, and what is lost without each one."""
+"""What inserted embeddings mean and do: nearest words, drift, attention, and what is lost without each one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a step of a fit takes of a GPU's memory, found without GPU and weights, and the fastest choice that fits.
+"""The GPU memory of a step of a fit, estimated without a GPU and without weights, and the fastest choice that fits.
 
 The step is ipgo's own (`training.first_gradient`), run on models that have sizes and no numbers.
 """

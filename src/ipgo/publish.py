@@ -1,4 +1,4 @@
-"""What was learned as a folder for others: the adapter, a model card, and pictures; on the hub if wanted."""
+"""What was learned, to be shared: a folder with the adapter, a model card and pictures, also on the hub."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ SAMPLED = ("steps", "guidance_scale", "eta", "negative_prompt")
 
 
 def save_pretrained(run: Run | str | Path, folder: str | Path) -> Path:
-    """Write a finished run's adapter (of many prompts: one with a row for each) and its card README.md.
+    """Write a run's adapter (one row per finished prompt, or the shared one) and its model card, README.md.
 
     Args:
         run: the run, or its folder.
 
     Raises:
-        InputError: no prompt of the run is finished, or `folder` holds something else.
+        InputError: no prompt of the run is finished, its method learns nothing, or `folder` holds something else.
     """
     run, folder = run if isinstance(run, Run) else Run.open(run), Path(folder)
     if run.config.method_name == "raw":
@@ -59,10 +59,10 @@ def save_pretrained(run: Run | str | Path, folder: str | Path) -> Path:
 
 
 def push_to_hub(run: Run, folder: str | Path, repository: str, *, private: bool = False) -> str:
-    """`save_pretrained`, and upload the folder as the hub's model `owner/name`: its address.
+    """`save_pretrained`, and upload the folder as the hub's model `owner/name`; returns its address.
 
     Raises:
-        InputError: the hub cannot be reached, or refuses.
+        InputError: as `save_pretrained`; `repository` is not owner/name; or the hub cannot be reached, or refuses.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
@@ -80,7 +80,11 @@ def push_to_hub(run: Run, folder: str | Path, repository: str, *, private: bool 
 
 
 def from_pretrained(source: str | Path) -> Adapter:
-    """Read an adapter from a folder, or from the hub's model `owner/name`."""
+    """Read an adapter from a folder, or from the hub's model `owner/name`.
+
+    Raises:
+        InputError: it is neither, or cannot be downloaded; or the adapter there is damaged or of an unknown kind.
+    """
     return load_adapter(fetch(source))
 
 

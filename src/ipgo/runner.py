@@ -1,4 +1,4 @@
-"""From settings to a finished folder: fit, draw before and after, score, and go on after a stop."""
+"""From settings to a finished folder: fit, draw before and after, score, and resume after a stop."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ logger = logging.getLogger("ipgo")
 
 @dataclass(frozen=True)
 class Models:
-    """What a run computes with: `rewards` holds the one that is raised and those held out, by name."""
+    """What a run computes with: `rewards` holds the maximised reward and those held out, by name."""
 
     backend: Backend
     reward: Reward
@@ -190,9 +190,9 @@ def exclusively(backend: Backend) -> Iterator[None]:
 
 
 def try_rewards(config: RunConfig, models: Models) -> None:
-    """Score one picture of the first prompt, so that a reward which only judges fails before the search, if it does.
+    """Score one picture of the first prompt by the held-out rewards, so that a broken one fails before the search.
 
-    A person is not asked for the sake of it.
+    Rewards that ask a person are left out.
     """
     judges = {
         name: reward for name, reward in models.rewards.items() if name != config.reward and not asks(name)

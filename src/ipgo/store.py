@@ -96,7 +96,7 @@ class Run:
             facts: the versions, the device and the models that the run begins with.
 
         Raises:
-            InUseError: another process is at work in it. ResumeError: its models were others.
+            InUseError: another process is working in it. ResumeError: it was begun with other models.
             InputError: it cannot be written.
         """
         if self._begun:
@@ -147,7 +147,7 @@ class Run:
         return [name for name, own in identities.items() if known.get(name, own) != own]
 
     def release(self) -> None:
-        """Leave the folder to other processes; the end of this one does so too, however it comes."""
+        """Release the folder to other processes; the end of this process does so too, however it comes."""
         self._lock.release()
         self._begun = False
 
@@ -164,13 +164,15 @@ class Run:
     # -- where things are -------------------------------------------------------------------------------
 
     def folder(self, prompt: Prompt) -> Path:
+        """The folder of a prompt's images and result."""
         return self.path / "prompts" / prompt.id
 
     def image(self, prompt: Prompt, when: str, seed: int) -> Path:
-        """`when` is before or after."""
+        """The file of an image; `when` is before or after."""
         return self.folder(prompt) / f"{when}-{seed}.png"
 
     def adapter_folder(self, prompt: Prompt) -> Path:
+        """The folder of a prompt's adapter and history; shared: the one of all prompts."""
         return self.path / "shared" if self.config.shared else self.folder(prompt)
 
     def _histories(self, chunk: Chunk) -> dict[int, Path]:
@@ -192,6 +194,7 @@ class Run:
         return [Chunk(self.prompts[start : start + size]) for start in range(0, len(self.prompts), size)]
 
     def done(self, prompt: Prompt) -> bool:
+        """Has the prompt a result, finished or failed?"""
         return (self.folder(prompt) / "result.json").is_file()
 
     @property
@@ -250,6 +253,7 @@ class Run:
         return found
 
     def drop_checkpoint(self, chunk: Chunk) -> None:
+        """Delete a chunk's checkpoint, if there is one."""
         self._checkpoint_file(chunk).unlink(missing_ok=True)
 
     # -- when a chunk is done ---------------------------------------------------------------------------
@@ -274,6 +278,7 @@ class Run:
         return None if done is None else ADAPTERS[adapter_facts(self.adapter_folder(done))["kind"]].transfers
 
     def load_adapter(self, prompt: Prompt) -> Adapter:
+        """A prompt's adapter, or the shared one; `InputError` if there is none yet."""
         return load_adapter(self.adapter_folder(prompt))
 
     def whole_adapter(self) -> tuple[Adapter, dict[str, Any]]:
@@ -290,6 +295,7 @@ class Run:
         return (adapters[0] if adapters[0].prompts is None else stack(adapters)), settings
 
     def save_image(self, prompt: Prompt, when: str, seed: int, picture: Image.Image) -> None:
+        """Store an image as PNG; `when` is before or after."""
         stream = io.BytesIO()
         picture.save(stream, "PNG")
         files.write(self.image(prompt, when, seed), stream.getvalue())

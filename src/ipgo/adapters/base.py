@@ -25,7 +25,7 @@ class Adapter(nn.Module):
 
     Attributes:
         kind: its name in `ADAPTERS`.
-        transfers: "seeds" if it serves noise that it was not fitted to, "nothing" if it is tied to one seed.
+        transfers: "seeds" if it also works on noise that it was not fitted to, "nothing" if it is tied to one seed.
         needs_all_steps: does a gradient reach it only through every denoising step?
         learns_unconditional: does what `unconditional` returns depend on the parameters?
         options: JSON values: `ADAPTERS[kind](prompts, **options)` builds an adapter that the tensors fit

@@ -35,6 +35,7 @@ class Backend(ABC):
     It never decides about gradients: the caller's grad mode does.
 
     Attributes:
+        pipe: the diffusers pipeline.
         facts: what holds for every model of this family.
         name: what it was loaded from; of a pipeline object, its class.
         origin: the same, or what such an object was loaded from, if it says.
@@ -44,9 +45,12 @@ class Backend(ABC):
         embed_dim: D, the width of the prompt embeddings.
         max_tokens: the longest prompt, or with long_prompts="chunk" the longest window, with its marks.
         guidance: what this model has of `facts.guidance`.
-        guidance_scale: what it is sampled with where nothing else is asked for.
-        few_steps: how it is sampled if it draws in a few; None for others.
+        guidance_scale: the scale that it is sampled with by default.
+        few_steps: how a few-step model is sampled; None for others.
         padding: "max_length" (prompts are padded as stock pipelines do) or "none" (the denoiser sees text only).
+        long_prompts: "refuse", "truncate" or "chunk": what is done with prompts longer than the encoder takes.
+        latent_shape: (C, h, w) of one image's latents.
+        image_size: side of the images in pixels.
         modules: "denoiser", "text_encoder" (and "text_encoder_2" ...), "decoder": frozen, in eval mode.
         calls: the cost ledger, in rows: "denoiser" counts one for each image row of each `predict` call,
             whether guidance makes that one network evaluation or two; "denoiser_grad" counts those under
