@@ -82,6 +82,7 @@ def test_what_is_published_knows_the_weights_it_was_learned_on(
 def test_what_is_tied_to_its_noise_is_shown_on_it(pipeline_folder: str, tmp_path: Path) -> None:
     own = settings(pipeline_folder) | {"method": ipgo.BestOfN(n=3)}
     ipgo.fit(PROMPTS[:1], out=tmp_path / "run", **own)
+    assert cli.main(["report", str(tmp_path / "run")]) == 0
     card = (ipgo.save_pretrained(tmp_path / "run", tmp_path / "card") / "README.md").read_text()
     assert "| prompt | raw, seed 0 (fitted) | adapted |" in card
     assert ", [0], adapter" in card

@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 import torch
 
-from ipgo import cli
 from ipgo.adapters import Adapter, TextEncoderAdapter, generate, stack
 from ipgo.artefacts import load_adapter, save_adapter
 from ipgo.backends import load_backend
@@ -14,7 +13,6 @@ from ipgo.errors import InputError
 from ipgo.methods import TextCraftor
 from ipgo.rewards import load_reward, score
 from ipgo.sampling import Sampling, decode
-from ipgo.store import Run
 from ipgo.task import Task
 
 PROMPTS = ("a red cat", "sun")
@@ -152,7 +150,9 @@ def test_a_fit_climbs_resumes_and_draws_what_it_promised(backend, tmp_path, shar
     adapters = [last.adapter] if shared else [last.adapter.row(row) for row in range(2)]
     for row, prompt in enumerate(PROMPTS):
         save_adapter(adapters[0 if shared else row], tmp_path / str(row))
-        images = generate(backend, [prompt], [0], load_adapter(tmp_path / str(row)), SAMPLING)
+        stored = load_adapter(tmp_path / str(row))
+        assert stored.late_share == defaults.late_share
+        images = generate(backend, [prompt], [0], stored, SAMPLING)
         torch.testing.assert_close(score(REWARD, images, [prompt]), last.best[row : row + 1])
     if not shared:
         assert stack(adapters).prompts == PROMPTS
@@ -173,13 +173,3 @@ def test_it_refuses_what_it_cannot_do(backend, pipe):
         generate(backend, PROMPTS, [0, 0], other, SAMPLING)
     with pytest.raises(InputError, match="not fitted to prompt 'moon'"):
         generate(backend, ["moon"], [0], adapter, SAMPLING)
-
-
-def test_it_runs_from_the_command_line(pipeline_folder, tmp_path):
-    flags = "--method textcraftor --method.ascent.steps 2 --method.ascent.backprop_steps 1 --sampling.steps 2"
-    rewards = ["--reward", "colorfulness", "--held-out", "contrast", "--unseen-seeds", "1"]
-    command = ["fit", "sun", "--backend", pipeline_folder, *flags.split(), *rewards]
-    assert cli.main([*command, "--out", str(tmp_path / "run")]) == 0
-    run = Run.open(tmp_path / "run")
-    assert [result["status"] for result in run.results()] == ["finished"]
-    assert run.load_adapter(run.prompts[0]).late_share == 0.6
