@@ -188,14 +188,6 @@ def test_held_out_combinations_are_a_fifth_and_never_in_training() -> None:
     assert 0.15 < np.mean(triples) < 0.25
 
 
-def test_prompt_sets_have_sixty_prompts_and_halves_that_share_none() -> None:
-    folder = Path(world.__file__).parents[2] / "src/ipgo/prompt_sets"
-    for name in ("one", "two", "styled"):
-        train, test = ((folder / f"{name}.{half}.txt").read_text().splitlines() for half in ("train", "test"))
-        assert len(set(train)) == len(set(test)) == 30
-        assert not set(train) & set(test)
-
-
 def test_the_shipped_vocabulary_is_that_of_the_world() -> None:
     package = Path(world.__file__).parents[2] / "src/ipgo/backends/emoji/vocabulary.json"
     shipped = json.loads(package.read_text())

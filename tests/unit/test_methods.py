@@ -373,19 +373,6 @@ def test_the_gradient_of_draft_lv(backend64):
     torch.testing.assert_close(step.rewards.double(), REWARD(image, ["sun"]).detach(), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"renoised": -1}, r"ascent\.renoised is -1; it must be at least 0"),
-        ({"backprop_steps": 0}, r"ascent\.backprop_steps is 0"),
-        ({"optimizer": "adma"}, r"unknown ascent\.optimizer 'adma'; did you mean 'adam'"),
-    ],
-)
-def test_wrong_ascents_are_refused(options, message):
-    with pytest.raises(InputError, match=message):
-        Ascent(**options)
-
-
 def test_draft_lv_needs_ddim(pipe):
     backend = load_backend(pipe, device="cpu", scheduler="euler")
     with pytest.raises(InputError, match=r"ascent\.renoised above 0 needs the ddim scheduler, not Euler"):

@@ -9,7 +9,7 @@ from ipgo.artefacts import load_adapter, save_adapter
 from ipgo.backends import load_backend
 from ipgo.errors import InputError, ResumeError
 from ipgo.methods import BestOfN
-from ipgo.rewards import Ceiling, as_reward, load_reward
+from ipgo.rewards import Ceiling, load_reward
 from ipgo.sampling import Sampling
 from ipgo.search import search
 from ipgo.task import Task
@@ -184,15 +184,6 @@ def test_a_search_resumes_with_its_proposer(backend):
     for broken in ({"step": torch.tensor(1)}, {**straight[1], "best": torch.zeros(3)}):
         with pytest.raises(ResumeError, match="other settings"):
             search(task, text_adapter(), Script(texts), 3, resume=broken)
-
-
-def test_a_reward_without_a_gradient_is_enough(backend):
-    steps = as_reward(
-        lambda images, prompts: images.mean((1, 2, 3)).round(decimals=3), "steps", differentiable=False
-    )
-    task = Task(backend, steps, PROMPTS, SAMPLING)
-    last = list(search(task, TextAdapter.start(PROMPTS, shared=False), Script(["one", "two"]), 2))[-1]
-    assert last.best.isfinite().all()
 
 
 def test_a_search_ends_where_nothing_is_left_to_gain(backend):
