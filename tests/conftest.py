@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, GPT2Config, GPT2LMHeadModel
 
+from ipgo import Adapter, Progress
 from ipgo.backends import Backend, load_backend
 from tests.chat_endpoint import Endpoint, serving
 
@@ -128,6 +130,47 @@ def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("tiny-pipeline")
     tiny_pipeline().save_pretrained(folder, safe_serialization=True)
     return str(folder)
+
+
+@pytest.fixture
+def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever loads a model fails, so that what is refused or written was so without one."""
+
+    def unloadable(*arguments: object, **named: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("ipgo.backends.load_backend", unloadable)
+    for name in ("load_backend", "load_reward", "load_models", "load_judge"):
+        monkeypatch.setattr(f"ipgo.runner.{name}", unloadable)
+
+
+class Terminal(io.StringIO):
+    """A standard stream with a person at it."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def brightness(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+    """A reward whose slope is not the same everywhere."""
+    return images.square().mean((1, 2, 3))
+
+
+def progress(step: int, rewards: Sequence[float] | torch.Tensor = (1.0, 2.0), total: int = 4) -> Progress:
+    """What a fit says after a step, with one reward for each prompt."""
+    values = torch.as_tensor(rewards)
+    return Progress(
+        step=step,
+        total=total,
+        rewards=values,
+        best=values,
+        penalty=values / 10,
+        grad_norm=values * 10,
+        failed=torch.zeros(len(values), dtype=torch.bool),
+        images=None,
+        adapter=Adapter(),
+        state=lambda: {"step": torch.tensor(step), "values": values},
+    )
 
 
 def put_into_cache(cache: Path, repo: str, source: Path, *names: str) -> None:

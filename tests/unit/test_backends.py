@@ -36,15 +36,8 @@ def test_a_hub_id_is_opened_from_what_the_hub_has_given_before(pipeline_folder: 
     """By the command, in a process that cannot reach it."""
     put_into_cache(tmp_path / "cache", "owner/tiny", Path(pipeline_folder))
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "cache")}
-    words = [
-        "generate",
-        str(tmp_path / "one"),
-        "a fox",
-        "--backend",
-        "owner/tiny",
-        "--out",
-        str(tmp_path / "drawn"),
-    ]
+    words = ["generate", str(tmp_path / "one"), "a fox", "--backend", "owner/tiny"]
+    words += ["--out", str(tmp_path / "drawn")]
     backend = load_backend(pipeline_folder, device="cpu")
     adapter = InsertionAdapter.start(
         backend, ("a fox",), Insertion(), seed=0, shared=False, sampling=Sampling(2)

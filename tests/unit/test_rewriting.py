@@ -1,7 +1,6 @@
 """The methods that rewrite prompts; chat models over loopback HTTP."""
 
 import json
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -311,44 +310,25 @@ def test_from_the_command_line_without_and_with_a_key(
 ):
     endpoint.answer = lambda request: "1. a dog\n2. a cat"
     command = ["fit", *PROMPTS, "--method", name, "--method.n", "2", "--backend", pipeline_folder]
-    judged = [
-        "--reward",
-        "colorfulness",
-        "--held-out",
-        "contrast",
-        "--unseen-seeds",
-        "1",
-        "--sampling.steps",
-        "1",
-    ]
-    out = ["--out", str(tmp_path / "run")]
+    flags = "--reward colorfulness --held-out contrast --unseen-seeds 1 --sampling.steps 1"
+    command += flags.split()
     if name == "llm-search":
-        judged += ["--method.rounds", "1"]
-    monkeypatch.delenv("OPENAI_API_KEY")
-    monkeypatch.setattr("ipgo.runner.load_backend", None)  # not even looked at
-    assert cli.main([*command, *judged, *out]) == 2
+        command += ["--method.rounds", "1"]
+    out = ["--out", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        patch.delenv("OPENAI_API_KEY")
+        patch.setattr("ipgo.runner.load_backend", None)  # not even looked at
+        assert cli.main([*command, *out]) == 2
     assert "OPENAI_API_KEY is not set" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-    monkeypatch.undo()
-    with patched(endpoint, tmp_path) as again:
-        assert cli.main([*command, *judged, *out]) == 0
-        run = Run.open(tmp_path / "run")
-        assert [result["status"] for result in run.results()] == ["finished"] * 2
-        assert all(run.load_adapter(prompt).texts[0] in ("", "a dog", "a cat") for prompt in run.prompts)
-        asked = len(endpoint.requests)
-        again.delenv("OPENAI_API_KEY")
-        assert cli.main([*command, *judged, "--out", str(tmp_path / "again")]) == 0
-        assert len(endpoint.requests) == asked == 2
-
-
-@contextmanager
-def patched(endpoint, tmp_path):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{endpoint.server_port}")
-        patch.setenv("OPENAI_API_KEY", "secret")
-        patch.setenv("NO_PROXY", "127.0.0.1")
-        patch.setenv("IPGO_CACHE", str(tmp_path / "cache"))
-        yield patch
+    assert cli.main([*command, *out]) == 0
+    run = Run.open(tmp_path / "run")
+    assert [result["status"] for result in run.results()] == ["finished"] * 2
+    assert all(run.load_adapter(prompt).texts[0] in ("", "a dog", "a cat") for prompt in run.prompts)
+    asked = len(endpoint.requests)
+    monkeypatch.delenv("OPENAI_API_KEY")
+    assert cli.main([*command, "--out", str(tmp_path / "again")]) == 0
+    assert len(endpoint.requests) == asked == 2
 
 
 # -- Promptist ---------------------------------------------------------------------------------------------

@@ -171,10 +171,10 @@ def test_the_gradient_of_words_out_of_wordnet(net: WordNet, tmp_path: Path, back
     assert float(last.best) >= float(reward(raw, ["a huge red sun"])) - 1e-6
 
 
+@pytest.mark.usefixtures("no_models")
 def test_a_missing_list_is_refused_before_a_model_is_loaded(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("ipgo.runner.load_backend", None)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.setenv("IPGO_CACHE", str(tmp_path / "cache"))
     command = ["fit", "a cat", "--method", "dpo-diffusion", "--out", str(tmp_path / "run")]
