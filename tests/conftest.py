@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +149,45 @@ class Terminal(io.StringIO):
 
     def isatty(self) -> bool:
         return True
+
+
+def one_sentence(capsys: pytest.CaptureFixture[str]) -> str:
+    """What the command line has said on stderr, which is one line of its own."""
+    error = capsys.readouterr().err
+    assert error.startswith("ipgo: ")
+    assert error.count("\n") == 1
+    assert error.endswith("\n")
+    return error
+
+
+def assert_same_state(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> None:
+    """The same names with the same bits; what is no number is alike."""
+    torch.testing.assert_close(dict(ours), dict(theirs), rtol=0, atol=0, equal_nan=True)
+
+
+def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+def difference_quotient(
+    value: Callable[[], torch.Tensor],
+    parameters: Sequence[torch.Tensor],
+    directions: Sequence[torch.Tensor],
+    step: float = 1e-6,
+) -> torch.Tensor:
+    """The slope of `value()` along the directions, in which the parameters are moved a step each way and put back."""
+    starts, found = [parameter.detach().clone() for parameter in parameters], []
+    with torch.no_grad():
+        for length in (step, -step, 0.0):
+            for parameter, start, direction in zip(parameters, starts, directions, strict=True):
+                parameter.copy_(start + length * direction)
+            if length:
+                found.append(value())
+    return (found[0] - found[1]) / (2 * step)
+
+
+def redness(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+    return images[:, 0].mean((1, 2)) - images[:, 2].mean((1, 2))
 
 
 def brightness(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:

@@ -18,7 +18,7 @@ from ipgo.rewards import as_reward
 from ipgo.sampling import Sampling, sample, unconditional
 from ipgo.task import Task
 from tests import tiny_families as tiny
-from tests.conftest import tiny_pipeline
+from tests.conftest import redness, tiny_pipeline
 
 PROMPTS = ("a red cat", "a dog", "sun")
 SEEDS = [11, 12, 13]
@@ -311,9 +311,6 @@ def test_our_gradient_is_that_of_the_undecorated_pipeline(pipes, name):
 @pytest.mark.parametrize("name", ONE_EACH)
 def test_ipgo_raises_a_reward(pipes, name):
     case, _, backend = open_case(pipes, name)
-
-    def redness(images, prompts):
-        return images[:, 0].mean((1, 2)) - images[:, 2].mean((1, 2))
 
     sampling = Sampling(2, case.guidance[-1])
     task = Task(backend, as_reward(redness), PROMPTS[:2], sampling)

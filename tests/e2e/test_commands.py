@@ -22,6 +22,7 @@ from ipgo.prompts import read_prompts
 from ipgo.rewards.checkpoints import fingerprint
 from ipgo.store import Run
 from tests import sessions
+from tests.conftest import one_sentence
 
 PROMPTS = ("a fox", "a <b>lemon</b> & more")
 SETTINGS = (
@@ -130,9 +131,7 @@ def test_another_setting_is_refused_with_its_name(
     fitted: Path, pipeline_folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert fit(pipeline_folder, fitted, PROMPTS, "--seed", "5") == 2
-    error = capsys.readouterr().err
-    assert "seed 0 there, 5 now" in error
-    assert error.count("\n") == 1
+    assert "seed 0 there, 5 now" in one_sentence(capsys)
 
 
 def test_the_report_is_one_page_with_escaped_prompts(fitted: Path) -> None:
@@ -310,10 +309,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert fit(pipeline_folder, tmp_path / "run", prompts, *flags) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.startswith("ipgo: ")
-    assert error.count("\n") == 1
+    assert message in one_sentence(capsys)
     assert list(tmp_path.rglob("*.png")) == []
 
 
@@ -375,9 +371,8 @@ def test_a_damaged_file_is_one_sentence(
     (folder / name).write_text(content)
     words = ["generate", str(place)] if name == "adapter.json" else ["report", str(place)]
     assert cli.main(words) == 2
-    error = capsys.readouterr().err
+    error = one_sentence(capsys)
     assert "damaged" in error or "cannot be read" in error
-    assert error.count("\n") == 1
 
 
 def test_a_run_goes_on_in_the_format_that_it_began_in(
@@ -564,9 +559,7 @@ def test_a_full_disk_loses_nothing_and_the_run_goes_on(
 
     monkeypatch.setattr(Path, "replace", full)
     assert fit(pipeline_folder, out, PROMPTS, "--chunk", "2") == 1
-    error = capsys.readouterr().err
-    assert "before-0.png': No space left on device; nothing finished is lost" in error
-    assert error.count("\n") == 1
+    assert "before-0.png': No space left on device; nothing finished is lost" in one_sentence(capsys)
     assert not list(out.rglob(".*.draft"))
     assert len(Run.open(out).results()) == 1
     monkeypatch.setattr(Path, "replace", replace)

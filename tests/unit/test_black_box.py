@@ -21,6 +21,7 @@ from ipgo.optimizers import CMA, TuRBO
 from ipgo.rewards import as_reward, load_reward, score
 from ipgo.sampling import Sampling
 from ipgo.task import Task
+from tests.conftest import assert_same_state
 
 PROMPTS = ("a red cat", "sun")
 SAMPLING = Sampling(steps=2, guidance_scale=3.0)
@@ -221,9 +222,7 @@ def test_it_resumes_with_the_same_bits(backend, method):
     task = Task(backend, JPEG, PROMPTS, SAMPLING)
     states = [step.state() for step in method.fit(task)]
     end = list(method.fit(task, resume=states[4]))[-1].state()
-    assert end.keys() == states[-1].keys()
-    for name, value in states[-1].items():
-        assert torch.equal(value.nan_to_num(-1), end[name].nan_to_num(-1)), name
+    assert_same_state(states[-1], end)
     with pytest.raises(ResumeError, match="other settings"):
         replace(method, candidates=9).fit(task, resume=states[4])
 

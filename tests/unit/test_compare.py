@@ -47,7 +47,7 @@ from ipgo.report.rows import matrices, own_scores, rows
 from ipgo.rewards import identity_of, score
 from ipgo.sampling import Sampling
 from ipgo.task import Method
-from tests.conftest import progress
+from tests.conftest import one_sentence, progress
 
 PRICE = Price(2.0, 3.0)
 PROMPTS = ("a fox", "a <b>lemon</b> | more")
@@ -751,9 +751,7 @@ def test_another_plan_is_refused_with_what_differs(
         (["--price", "2", "4"], "price.both 3.0 there, 4.0 now"),
     ):
         assert command(pipeline_folder, compared, *flags) == 2
-        error = capsys.readouterr().err
-        assert message in error
-        assert error.count("\n") == 1
+        assert message in one_sentence(capsys)
 
 
 @pytest.mark.usefixtures("fakes")
@@ -995,7 +993,5 @@ def test_bad_input_is_one_sentence_before_a_model_is_loaded(
         flags = flags.replace(f"FILE:{name}", f"{tmp_path}/{name}.yaml")
     words = ["compare", "a fox", "--backend", pipeline_folder, "--out", str(tmp_path / "table")]
     assert cli.main([*words, *shlex.split(flags)]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
+    assert message in one_sentence(capsys)
     assert not (tmp_path / "table").exists()

@@ -16,6 +16,7 @@ from ipgo.ppo import PPO, advantages, log_probability, surrogate
 from ipgo.rewards import as_reward, score
 from ipgo.sampling import Sampling
 from ipgo.task import Task
+from tests.conftest import assert_same_state
 
 PROMPTS = ("a red cat", "sun")
 SAMPLING = Sampling(steps=2, guidance_scale=3.0)
@@ -170,8 +171,7 @@ def test_resuming_gives_the_same_bits(backend, shared):
     assert [step.step for step in resumed] == [2, 3]
     assert torch.equal(resumed[-1].rewards, straight[-1].rewards)
     end = resumed[-1].state()
-    for name, value in straight[-1].state().items():
-        assert torch.equal(value.nan_to_num(-1), end[name].nan_to_num(-1)), name
+    assert_same_state(straight[-1].state(), end)
     assert resumed[0].grad_norm[0] > 0
     with pytest.raises(ResumeError, match="other settings"):
         quick(samples=3, history=5).fit(task, resume=states[0])

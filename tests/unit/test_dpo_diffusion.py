@@ -21,6 +21,7 @@ from ipgo.rewards import as_reward, load_reward, score
 from ipgo.sampling import Sampling, denoise, unconditional
 from ipgo.substitution import Space, Template, load_word_list, negative_slots, synonym_slots
 from ipgo.task import Task
+from tests.conftest import assert_same_state
 from tools.emoji import word_list
 
 PROMPTS = ("a red cat", "sun")
@@ -316,9 +317,7 @@ def test_each_solver_resumes_with_the_same_bits(backend, words, solver):
     states = [step.state() for step in method.fit(task)]
     for begin in (1, 3):
         end = list(method.fit(task, resume=states[begin - 1]))[-1].state()
-        assert end.keys() == states[-1].keys()
-        for name, value in states[-1].items():
-            assert torch.equal(value.nan_to_num(-1), end[name].nan_to_num(-1)), name
+        assert_same_state(states[-1], end)
     with pytest.raises(ResumeError, match="other settings"):
         replace(method, candidates=9).fit(task, resume=states[0])
 

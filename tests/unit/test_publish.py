@@ -18,6 +18,7 @@ from ipgo import cli
 from ipgo.images import to_pil
 from ipgo.publish import MOST, escape, model_card
 from ipgo.rewards.checkpoints import fingerprint
+from tests.conftest import one_sentence
 
 PROMPTS = ("a fox | ![x](http://evil) <script>", "```\n# a *lemon*")
 
@@ -228,9 +229,7 @@ def test_bad_input_is_one_sentence(
     words: list[str], message: str, run: ipgo.Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["publish", *(word.format(run=run.path) for word in words)]) == 2
-    error = capsys.readouterr().err.strip()
-    assert message in error
-    assert error.count("\n") == 0
+    assert message in one_sentence(capsys)
     assert not (run.path / "published").exists()
 
 

@@ -18,6 +18,7 @@ from ipgo.sampling import Sampling
 from ipgo.store import Run
 from ipgo.task import Task
 from tests.chat_endpoint import completion
+from tests.conftest import assert_same_state
 
 PROMPTS = ("a red cat", "sun")
 SAMPLING = Sampling(steps=1, guidance_scale=3.0)
@@ -207,7 +208,7 @@ def test_chatgpt_keeps_the_best_of_several(backend, endpoint, caplog):
     assert "is too long for the encoder; it is cut to 'abcdefg" in caplog.text
     states = [step.state() for step in method.fit(task)]
     resumed = list(method.fit(task, resume=states[0]))
-    assert all(torch.equal(value, resumed[-1].state()[name]) for name, value in states[-1].items())
+    assert_same_state(states[-1], resumed[-1].state())
     assert len(endpoint.requests) == 2
     with pytest.raises(ResumeError, match="other settings"):
         list(ChatGPT(n=2).fit(task, resume=states[0]))
@@ -274,7 +275,7 @@ def test_llm_search_learns_from_its_history(backend, endpoint):
     # Stopped in the middle of a round and continued: the same bits, and nothing is asked again.
     states = [step.state() for step in method.fit(task)]
     resumed = list(method.fit(task, resume=states[1]))
-    assert all(torch.equal(value, resumed[-1].state()[name]) for name, value in states[-1].items())
+    assert_same_state(states[-1], resumed[-1].state())
     assert len(endpoint.requests) == 3
     with pytest.raises(InputError, match="shared is true"):
         method.fit(Task(backend, COLOUR, PROMPTS, SAMPLING, shared=True))

@@ -20,6 +20,7 @@ from ipgo.task import Request, Task
 from ipgo.thesaurus import ANTONYMS, SYNONYMS, check_word_list, parse_lines, word_list_of, words_of
 from ipgo.wordnet import WordNet
 from tests.chat_endpoint import Endpoint
+from tests.conftest import one_sentence
 
 # By part of speech and key: kind, words, and pointers (sign, key of the other, from, to); all adjectives here.
 ADJECTIVES = {
@@ -184,7 +185,5 @@ def test_a_missing_list_is_refused_before_a_model_is_loaded(
         ("none.json", "word_list file 'none.json' does not exist"),
     ):
         assert cli.main([*command, "--method.word_list", spec]) == 2
-        error = capsys.readouterr().err
-        assert message in error
-        assert error.count("\n") == 1
+        assert message in one_sentence(capsys)
     assert not (tmp_path / "run").exists()
