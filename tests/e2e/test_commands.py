@@ -5,9 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +21,8 @@ from ipgo.fitting import result_of
 from ipgo.prompts import read_prompts
 from ipgo.rewards.checkpoints import fingerprint
 from ipgo.store import Run
+from tests import sessions
+from tests.conftest import one_sentence
 
 PROMPTS = ("a fox", "a <b>lemon</b> & more")
 SETTINGS = (
@@ -132,9 +131,7 @@ def test_another_setting_is_refused_with_its_name(
     fitted: Path, pipeline_folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert fit(pipeline_folder, fitted, PROMPTS, "--seed", "5") == 2
-    error = capsys.readouterr().err
-    assert "seed 0 there, 5 now" in error
-    assert error.count("\n") == 1
+    assert "seed 0 there, 5 now" in one_sentence(capsys)
 
 
 def test_the_report_is_one_page_with_escaped_prompts(fitted: Path) -> None:
@@ -175,18 +172,8 @@ def test_a_shared_adapter_is_for_any_prompt(
     prompts = tmp_path / "new.txt"
     prompts.write_text("a bus\na cup\n")
     capsys.readouterr()
-    command = [
-        "evaluate",
-        str(shared),
-        "--prompts",
-        str(prompts),
-        "--seeds",
-        "5",
-        "6",
-        "--rewards",
-        "contrast",
-    ]
-    assert cli.main(command) == 0
+    flags = "--seeds 5 6 --rewards contrast"
+    assert cli.main(["evaluate", str(shared), "--prompts", str(prompts), *flags.split()]) == 0
     out = capsys.readouterr().out
     assert "2 prompts, never fitted, seeds 5, 6" in out
     assert "contrast" in out
@@ -322,10 +309,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert fit(pipeline_folder, tmp_path / "run", prompts, *flags) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.startswith("ipgo: ")
-    assert error.count("\n") == 1
+    assert message in one_sentence(capsys)
     assert list(tmp_path.rglob("*.png")) == []
 
 
@@ -387,9 +371,8 @@ def test_a_damaged_file_is_one_sentence(
     (folder / name).write_text(content)
     words = ["generate", str(place)] if name == "adapter.json" else ["report", str(place)]
     assert cli.main(words) == 2
-    error = capsys.readouterr().err
+    error = one_sentence(capsys)
     assert "damaged" in error or "cannot be read" in error
-    assert error.count("\n") == 1
 
 
 def test_a_run_goes_on_in_the_format_that_it_began_in(
@@ -423,27 +406,8 @@ def test_a_run_goes_on_in_the_format_that_it_began_in(
 
 def test_a_copy_of_the_backend_draws_as_the_run_did(tmp_path: Path) -> None:
     """The bundled model has a guidance scale of its own, which a copy of its folder does not know."""
-    flags = (
-        "--reward",
-        "colorfulness",
-        "--held-out",
-        "contrast",
-        "--method.ascent.steps",
-        "1",
-        "--seeds",
-        "0",
-    )
-    words = [
-        "fit",
-        "a lemon",
-        *flags,
-        "--sampling.steps",
-        "2",
-        "--unseen-seeds",
-        "1",
-        "--out",
-        str(tmp_path / "run"),
-    ]
+    flags = "--reward colorfulness --held-out contrast --method.ascent.steps 1 --seeds 0 --sampling.steps 2"
+    words = ["fit", "a lemon", *flags.split(), "--unseen-seeds", "1", "--out", str(tmp_path / "run")]
     assert cli.main(words) == 0
     shutil.copytree(ipgo.backends.BACKENDS["emoji"][1], tmp_path / "copy")
     copy = ("--backend", str(tmp_path / "copy"))
@@ -562,11 +526,11 @@ def test_a_prompt_that_is_cut_is_named_and_recorded(
     assert [result["truncated"] for result in Run.open(tmp_path / "run").results()] == [False, True]
 
 
+@pytest.mark.usefixtures("no_models")
 def test_what_cannot_be_written_is_refused_before_it_is_computed(
     fitted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("os.access", lambda path, mode: Path(path) != fitted)  # the tests may run as root
-    monkeypatch.setattr(runner, "load_models", None)
     assert cli.main(["evaluate", str(fitted)]) == 2
     assert "which cannot be written: Permission denied" in capsys.readouterr().err
 
@@ -595,9 +559,7 @@ def test_a_full_disk_loses_nothing_and_the_run_goes_on(
 
     monkeypatch.setattr(Path, "replace", full)
     assert fit(pipeline_folder, out, PROMPTS, "--chunk", "2") == 1
-    error = capsys.readouterr().err
-    assert "before-0.png': No space left on device; finished prompts are kept" in error
-    assert error.count("\n") == 1
+    assert "before-0.png': No space left on device; finished prompts are kept" in one_sentence(capsys)
     assert not list(out.rglob(".*.draft"))
     assert len(Run.open(out).results()) == 1
     monkeypatch.setattr(Path, "replace", replace)
@@ -694,47 +656,17 @@ def assert_same_bits(undisturbed: Path, other: Path) -> None:
             assert ours.read_bytes() == theirs.read_bytes(), name
 
 
-COMMAND = """
-import sys
-from ipgo import cli, runner
-runner.CHECKPOINT_SECONDS = 0.05
-sys.exit(cli.main(sys.argv[1:]))
-"""
-
-
 @pytest.mark.slow
 def test_kill_minus_nine_at_random_moments(pipeline_folder: str, tmp_path: Path) -> None:
     """Ten kills, each a random while after the work went on; the last run is left alone."""
-    flags = ["a fox", "a lemon", "an owl", "--chunk", "2", "--backend", pipeline_folder, *SETTINGS]
-
-    def start(out: Path) -> subprocess.Popen[bytes]:
-        command = [
-            sys.executable,
-            "-c",
-            COMMAND,
-            "fit",
-            *flags,
-            "--method.ascent.steps",
-            "300",
-            "--out",
-            str(out),
-        ]
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-    def newest(out: Path) -> float:
-        return max((file.stat().st_mtime for file in out.rglob("history.jsonl")), default=0.0)
-
+    words = ["fit", "a fox", "a lemon", "an owl", "--chunk", "2", "--backend", pipeline_folder, *SETTINGS]
+    words += ["--method.ascent.steps", "300", "--out"]
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    assert start(undisturbed).wait() == 0
+    assert sessions.begin([*words, str(undisturbed)], undisturbed).wait() == 0
     for moment in torch.rand(10, generator=torch.Generator().manual_seed(0)).tolist():
-        process, before = start(killed), newest(killed)
-        while newest(killed) == before and process.poll() is None:
-            time.sleep(0.01)  # imports take seconds
-        time.sleep(moment)
-        assert process.poll() is None, "it finished before the last kill: give it more steps"
-        process.kill()
-        process.wait()
-    assert start(killed).wait() == 0
+        process = sessions.begin([*words, str(killed)], killed, "history.jsonl")
+        assert sessions.kill(process, moment), "it finished before the last kill: give it more steps"
+    assert sessions.begin([*words, str(killed)], killed).wait() == 0
     assert_same_bits(undisturbed, killed)
-    measured = [result["cost"]["measured"]["sessions"] for result in Run.open(killed).results()]
-    assert sum(measured) > 3  # checkpoints were really used
+    counts = [result["cost"]["measured"]["sessions"] for result in Run.open(killed).results()]
+    assert sum(counts) > 3  # checkpoints were really used

@@ -47,6 +47,7 @@ from ipgo.report.rows import matrices, own_scores, rows
 from ipgo.rewards import identity_of, score
 from ipgo.sampling import Sampling
 from ipgo.task import Method
+from tests.conftest import one_sentence, progress
 
 PRICE = Price(2.0, 3.0)
 PROMPTS = ("a fox", "a <b>lemon</b> | more")
@@ -76,13 +77,7 @@ class Spender(Method):
                     task.backend, task.prompts, [0] * len(task.prompts), Adapter(), task.sampling
                 )
             rewards = score(task.reward, images, list(task.prompts)).detach()
-            yield progress(step + 1, 50, rewards)
-
-
-def progress(step: int, total: int, rewards: Tensor) -> Progress:
-    none = torch.zeros(len(rewards))
-    state = {"step": torch.tensor(step)}
-    return Progress(step, total, rewards, rewards, none, none, none.bool(), None, Adapter(), lambda: state)
+            yield progress(step + 1, rewards, 50)
 
 
 class Counted:
@@ -102,7 +97,7 @@ def steps_of(
         for step, calls in enumerate(costs, 1):
             for count in calls:
                 backend.calls["denoiser"] += count
-            yield progress(step, len(costs), torch.ones(1))
+            yield progress(step, [1.0], len(costs))
 
     found = watch(search(), backend, PRICE, limit, Counter(denoiser=earlier))
     return [(each.step, each.total) for each in found], backend.calls
@@ -149,7 +144,7 @@ def test_a_search_that_goes_on_need_not_begin_again() -> None:
         for step, calls in ((7, 4), (8, 4), (9, 40)):
             for _ in range(calls):  # the last step is dearer, and broken off
                 backend.calls["denoiser"] += 1
-            yield dataclasses.replace(progress(step, 20, torch.ones(1)), over=4)
+            yield dataclasses.replace(progress(step, [1.0], 20), over=4)
 
     assert [each.step for each in watch(search(), backend, PRICE, 40, Counter(denoiser=28))] == [7, 8]
 
@@ -424,19 +419,9 @@ def test_an_entry_without_a_finite_image_has_no_mean(compared: Path, tmp_path: P
 
 def test_what_cannot_be_fitted_any_more_can_still_be_read(pipeline_folder: str, tmp_path: Path) -> None:
     """Entries of earlier versions, which were refused at their turn only, and stand in the plan."""
-    words = [
-        "compare",
-        "a fox",
-        "--methods",
-        "raw",
-        "--backend",
-        pipeline_folder,
-        "--reward",
-        "contrast",
-        "--held-out",
-    ]
-    words += ["--sampling.steps", "2", "--price", "2", "3", "--out", str(tmp_path / "table")]
-    assert cli.main(words) == 0
+    flags = "--methods raw --reward contrast --held-out --sampling.steps 2 --price 2 3"
+    words = ["compare", "a fox", "--backend", pipeline_folder, *flags.split()]
+    assert cli.main([*words, "--out", str(tmp_path / "table")]) == 0
     stored = files.read_json(tmp_path / "table/plan.json")
     stored["plan"]["common"]["seeds"] = [0, 1]
     stored["plan"]["entries"]["hill"] = {
@@ -497,18 +482,9 @@ def test_what_failed_together_is_freed_before_it_is_tried_alone(
             raise RuntimeError("wrapped") from error
 
     monkeypatch.setattr(work, "fit_chunk", hungry)
-    words = [
-        "compare",
-        "a fox",
-        "a cup",
-        "--methods",
-        "ipgo",
-        "--backend",
-        pipeline_folder,
-        "--reward",
-        "contrast",
-    ]
-    assert cli.main([*words, "--held-out", "--out", str(tmp_path / "table")]) == 1
+    flags = "--methods ipgo --reward contrast --held-out"
+    words = ["compare", "a fox", "a cup", "--backend", pipeline_folder, *flags.split()]
+    assert cli.main([*words, "--out", str(tmp_path / "table")]) == 1
     assert seen == [(2, 0), (1, 0), (1, 0)]
 
 
@@ -539,19 +515,8 @@ def test_rows_say_what_the_runs_stored(compared: Path) -> None:
 
 def test_candidates_on_several_seeds_compare_with_each_other(pipeline_folder: str, tmp_path: Path) -> None:
     """And what is learned from fresh noise does not, so that its last step counts."""
-    words = ["compare", "a red cat", "--methods", "raw,dpo-diffusion,ddpo", "--backend", pipeline_folder]
-    words += [
-        "--seeds",
-        "0",
-        "1",
-        "1500",
-        "--reward",
-        "colorfulness",
-        "--held-out",
-        "contrast",
-        "--budget",
-        "24",
-    ]
+    flags = "--methods raw,dpo-diffusion,ddpo --seeds 0 1 1500 --reward colorfulness --held-out contrast"
+    words = ["compare", "a red cat", "--backend", pipeline_folder, *flags.split(), "--budget", "24"]
     file = tmp_path / "entries.yaml"
     small = "{samples: 2, batch_size: 2, accumulate: 1}"
     file.write_text(f"entries: {{raw: {{}}, dpo-diffusion: {{}}, ddpo: {{method: {{ppo: {small}}}}}}}")
@@ -589,20 +554,13 @@ def test_matrices_are_win_rates_and_leave_out_what_does_not_transfer(compared: P
     assert fitted.wins["picky", "raw"].n == 1
 
 
-@pytest.mark.usefixtures("fakes")
-def test_the_table_is_redrawn_without_a_model(
-    compared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.usefixtures("fakes", "no_models")
+def test_the_table_is_redrawn_without_a_model(compared: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = ("comparison.html", "comparison.md", "comparison.csv")
     before = {name: (compared / name).read_bytes() for name in names}
     for name in names:
         (compared / name).unlink()
 
-    def unloadable(*arguments: object, **named: object) -> None:
-        raise AssertionError("a model was loaded")
-
-    for name in ("load_backend", "load_reward", "load_models", "load_judge"):
-        monkeypatch.setattr(runner, name, unloadable)
     assert cli.main(["report", str(compared)]) == 1
     printed = capsys.readouterr()
     assert "colorfulness, which was raised" in printed.out
@@ -693,27 +651,9 @@ def test_a_reward_that_only_judges_fails_before_any_search_or_can_be_repaired(
     pipeline_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mine, out = tmp_path / "mine.py", tmp_path / "table"
-    words = [
-        "compare",
-        "a fox",
-        "--methods",
-        "raw,best-of-n",
-        "--backend",
-        pipeline_folder,
-        "--out",
-        str(out),
-    ]
-    words += [
-        "--reward",
-        "colorfulness",
-        "--held-out",
-        f"{mine}:mine",
-        "--sampling.steps",
-        "2",
-        "--budget",
-        "8",
-    ]
-    words += ["--unseen-seeds", "1", "--price", "2", "2"]
+    flags = "--methods raw,best-of-n --reward colorfulness --sampling.steps 2 --unseen-seeds 1 --budget 8"
+    words = ["compare", "a fox", "--backend", pipeline_folder, "--out", str(out), *flags.split()]
+    words += ["--price", "2", "2", "--held-out", f"{mine}:mine"]
     mine.write_text("def mine(images, prompts):\n    raise ValueError\n")
     assert cli.main(words) == 2
     assert "reward 'mine' fails: ValueError (mine.py, line 2)" in capsys.readouterr().err
@@ -810,9 +750,7 @@ def test_another_plan_is_refused_with_what_differs(
         (["--price", "2", "4"], "price.both 3.0 there, 4.0 now"),
     ):
         assert command(pipeline_folder, compared, *flags) == 2
-        error = capsys.readouterr().err
-        assert message in error
-        assert error.count("\n") == 1
+        assert message in one_sentence(capsys)
 
 
 @pytest.mark.usefixtures("fakes")
@@ -852,27 +790,11 @@ def test_shared_entries_are_judged_on_prompts_they_never_saw(pipeline_folder: st
     (tmp_path / "x.yaml").write_text(
         "method: {name: ipgo, ascent: {steps: 2, backprop_steps: 1, accumulate: 1}}"
     )
-    words = [
-        "compare",
-        "--prompts",
-        str(tmp_path / "train.txt"),
-        "--unseen-prompts",
-        str(tmp_path / "test.txt"),
-    ]
-    words += ["--methods", "raw,ipgo", "--shared", "--config", str(tmp_path / "x.yaml")]
-    words += ["--backend", pipeline_folder, "--reward", "colorfulness", "--held-out", "contrast"]
-    words += [
-        "--sampling.steps",
-        "2",
-        "--unseen-seeds",
-        "1",
-        "--price",
-        "2",
-        "3",
-        "--out",
-        str(tmp_path / "table"),
-    ]
-    assert cli.main(words) == 0
+    flags = "--methods raw,ipgo --shared --reward colorfulness --held-out contrast --sampling.steps 2"
+    words = ["compare", "--prompts", str(tmp_path / "train.txt"), *flags.split()]
+    words += ["--unseen-prompts", str(tmp_path / "test.txt"), "--config", str(tmp_path / "x.yaml")]
+    words += ["--backend", pipeline_folder, "--unseen-seeds", "1", "--price", "2", "3"]
+    assert cli.main([*words, "--out", str(tmp_path / "table")]) == 0
     folder = Comparison.open(tmp_path / "table")
     raw, ipgo = rows(folder)
     assert ipgo.unseen_prompts["colorfulness"].gain.n == 1
@@ -1057,6 +979,7 @@ class RunPrice:
         ("--config FILE:scheduler", "entry 'x': unknown scheduler 'dim'; did you mean 'ddim'"),
     ],
 )
+@pytest.mark.usefixtures("no_models")
 def test_bad_input_is_one_sentence_before_a_model_is_loaded(
     flags: str,
     message: str,
@@ -1065,10 +988,6 @@ def test_bad_input_is_one_sentence_before_a_model_is_loaded(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def unloadable(*arguments: object, **named: object) -> None:
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr(runner, "load_backend", unloadable)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.setenv("IPGO_CACHE", str(tmp_path / "cache"))
     for name, content in BAD_ENTRIES.items():
@@ -1076,7 +995,5 @@ def test_bad_input_is_one_sentence_before_a_model_is_loaded(
         flags = flags.replace(f"FILE:{name}", f"{tmp_path}/{name}.yaml")
     words = ["compare", "a fox", "--backend", pipeline_folder, "--out", str(tmp_path / "table")]
     assert cli.main([*words, *shlex.split(flags)]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
+    assert message in one_sentence(capsys)
     assert not (tmp_path / "table").exists()

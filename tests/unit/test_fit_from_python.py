@@ -19,14 +19,10 @@ from ipgo.backends.text import expanded
 from ipgo.images import from_pil
 from ipgo.rewards import identity_of
 from ipgo.rewards.checkpoints import sha256
-from tests.conftest import tiny_pipeline
+from tests.conftest import brightness, tiny_pipeline
 
 SHORT: dict[str, Any] = {"sampling": ipgo.Sampling(steps=2), "seeds": (0,), "unseen_seeds": 1}
 ONE_STEP = ipgo.IPGO(ascent=Ascent(steps=1))
-
-
-def brightness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-    return images.mean((1, 2, 3))
 
 
 def darkness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
@@ -88,7 +84,7 @@ def test_held_out_rewards_are_named(pipeline_folder: str) -> None:
     }
     assert dark == pytest.approx({method: -value for method, value in bright.items()})
     assert result.rewards["contrast"] == identity_of(ipgo.load_reward("contrast"))
-    assert result.rewards["brightness"]["weights"][0] == sha256(Path(__file__))
+    assert result.rewards["brightness"]["weights"][0] == sha256(Path(__file__).parents[1] / "conftest.py")
     assert {gain.reward: gain.held_out for gain in result.on_unseen_seeds} == {
         "brightness": False,
         "contrast": True,

@@ -25,7 +25,7 @@ from ipgo.memory import LiveMemory, new_sizes
 from ipgo.plan import Choice, Workload, fastest, memory_of, unloaded
 from ipgo.training import first_gradient, maximize
 from tests import tiny_families
-from tests.conftest import byte_tokenizer, tiny_pipeline
+from tests.conftest import brightness, byte_tokenizer, one_sentence, tiny_pipeline
 from tests.reward_models import tiny_clip
 
 SAMPLING = ipgo.Sampling(steps=3, fit_steps=None)
@@ -33,10 +33,6 @@ FAMILIES = (
     tiny_pipeline, tiny_families.lcm, tiny_families.sdxl, tiny_families.sd3, tiny_families.flux,
     tiny_families.pixart, tiny_families.chroma,
 )  # fmt: skip
-
-
-def brightness(images: Tensor, prompts: Sequence[str]) -> Tensor:
-    return images.square().mean((1, 2, 3))
 
 
 REWARD = ipgo.as_reward(brightness)
@@ -318,9 +314,7 @@ def test_bad_input_is_one_sentence(
     words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["plan", *words]) == 2
-    error = capsys.readouterr().err.strip()
-    assert message in error
-    assert error.count("\n") == 0
+    assert message in one_sentence(capsys)
 
 
 @pytest.mark.parametrize(

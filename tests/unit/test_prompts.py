@@ -217,14 +217,18 @@ def test_coco_captions_and_their_categories(annotations: Path) -> None:
 
 def test_damaged_annotations_are_one_sentence(annotations: Path) -> None:
     file = annotations / "captions_val2017.json"
-    for entry, message in (
-        ({"image_id": 1, "id": 2, "caption": None}, "caption 2 is None"),
-        ({"image_id": "a", "id": 2, "caption": "a fox"}, "caption 2 is 'a fox'"),
-        ("no object", "its annotations need image_id, id, caption"),
+    for content, message in (
+        ("[]", "must hold an object"),
+        ("{", "cannot be read"),
+        ('{"annotations": [{}]}', "image_id"),
+        ('{"annotations": ["no object"]}', "its annotations need image_id, id, caption"),
+        ('{"annotations": [{"image_id": 1, "id": 2, "caption": null}]}', "caption 2 is None"),
+        ('{"annotations": [{"image_id": "a", "id": 2, "caption": "a fox"}]}', "caption 2 is 'a fox'"),
     ):
-        file.write_text(json.dumps({"annotations": [entry]}))
-        with pytest.raises(InputError, match=message):
-            read_prompts(f"coco:{annotations}")
+        file.write_text(content)
+        for place in (annotations, file):
+            with pytest.raises(InputError, match=message):
+                read_prompts(f"coco:{place}")
     file.write_text(json.dumps({"annotations": [{"image_id": 9, "id": 2, "caption": "a fox"}]}))
     with pytest.raises(InputError, match="there is no prompt in 'coco:"):
         read_prompts(f"coco:{annotations}?category=person")
@@ -320,18 +324,6 @@ def test_without_the_extra_its_pip_line_is_said(monkeypatch: pytest.MonkeyPatch,
             MissingExtraError, match=rf'{spec} needs the datasets package: pip install "ipgo\[data\]"'
         ):
             read_prompts(spec)
-
-
-def test_damaged_coco_files(tmp_path: Path) -> None:
-    file = tmp_path / "captions_val2017.json"
-    for content, message in (
-        ("[]", "must hold an object"),
-        ("{", "cannot be read"),
-        ('{"annotations": [{}]}', "image_id"),
-    ):
-        file.write_text(content)
-        with pytest.raises(InputError, match=message):
-            read_prompts(f"coco:{file}")
 
 
 def test_parquet_tables(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from ipgo import cli
 from ipgo.images import to_pil
 from ipgo.publish import MOST, escape, model_card
 from ipgo.rewards.checkpoints import fingerprint
+from tests.conftest import one_sentence
 
 PROMPTS = ("a fox | ![x](http://evil) <script>", "```\n# a *lemon*")
 
@@ -82,6 +83,7 @@ def test_what_is_published_knows_the_weights_it_was_learned_on(
 def test_what_is_tied_to_its_noise_is_shown_on_it(pipeline_folder: str, tmp_path: Path) -> None:
     own = settings(pipeline_folder) | {"method": ipgo.BestOfN(n=3)}
     ipgo.fit(PROMPTS[:1], out=tmp_path / "run", **own)
+    assert cli.main(["report", str(tmp_path / "run")]) == 0
     card = (ipgo.save_pretrained(tmp_path / "run", tmp_path / "card") / "README.md").read_text()
     assert "| prompt | raw, seed 0 (fitted) | adapted |" in card
     assert ", [0], adapter" in card
@@ -227,9 +229,7 @@ def test_bad_input_is_one_sentence(
     words: list[str], message: str, run: ipgo.Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["publish", *(word.format(run=run.path) for word in words)]) == 2
-    error = capsys.readouterr().err.strip()
-    assert message in error
-    assert error.count("\n") == 0
+    assert message in one_sentence(capsys)
     assert not (run.path / "published").exists()
 
 

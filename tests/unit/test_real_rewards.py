@@ -251,10 +251,6 @@ def test_an_open_clip_that_is_none_or_not_whole_is_refused(folder: Path, tmp_pat
             load_reward(f"hpsv2.1:{tmp_path / 'hps.pt'}", device="cpu")
 
 
-def test_every_source_is_a_reward() -> None:
-    assert SOURCES.keys() < REWARDS.keys()
-
-
 def test_a_path_may_hold_a_plus(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "a+b")
     reward = load_reward(f"contrast+2*clip:{tmp_path / 'a+b'}+colorfulness", device="cpu")

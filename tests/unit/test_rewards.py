@@ -15,7 +15,6 @@ import torch
 
 from ipgo.errors import InputError, RewardError
 from ipgo.rewards import (
-    REWARDS,
     Ceiling,
     WeightedSum,
     as_reward,
@@ -108,10 +107,6 @@ def test_wrong_specs_are_refused(spec, message):
     for load in (check_reward, load_reward):
         with pytest.raises(InputError, match=message):
             load(spec)
-
-
-def test_the_bundled_names_are_there():
-    assert {"emoji-clip", "emoji-aesthetic", "emoji-preference", "colorfulness", "contrast"} <= REWARDS.keys()
 
 
 @pytest.mark.parametrize(

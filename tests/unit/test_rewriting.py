@@ -1,7 +1,6 @@
 """The methods that rewrite prompts; chat models over loopback HTTP."""
 
 import json
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from ipgo.sampling import Sampling
 from ipgo.store import Run
 from ipgo.task import Task
 from tests.chat_endpoint import completion
+from tests.conftest import assert_same_state
 
 PROMPTS = ("a red cat", "sun")
 SAMPLING = Sampling(steps=1, guidance_scale=3.0)
@@ -208,7 +208,7 @@ def test_chatgpt_keeps_the_best_of_several(backend, endpoint, caplog):
     assert "is too long for the encoder; it is cut to 'abcdefg" in caplog.text
     states = [step.state() for step in method.fit(task)]
     resumed = list(method.fit(task, resume=states[0]))
-    assert all(torch.equal(value, resumed[-1].state()[name]) for name, value in states[-1].items())
+    assert_same_state(states[-1], resumed[-1].state())
     assert len(endpoint.requests) == 2
     with pytest.raises(ResumeError, match="other settings"):
         list(ChatGPT(n=2).fit(task, resume=states[0]))
@@ -275,7 +275,7 @@ def test_llm_search_learns_from_its_history(backend, endpoint):
     # Stopped in the middle of a round and continued: the same bits, and nothing is asked again.
     states = [step.state() for step in method.fit(task)]
     resumed = list(method.fit(task, resume=states[1]))
-    assert all(torch.equal(value, resumed[-1].state()[name]) for name, value in states[-1].items())
+    assert_same_state(states[-1], resumed[-1].state())
     assert len(endpoint.requests) == 3
     with pytest.raises(InputError, match="shared is true"):
         method.fit(Task(backend, COLOUR, PROMPTS, SAMPLING, shared=True))
@@ -311,44 +311,25 @@ def test_from_the_command_line_without_and_with_a_key(
 ):
     endpoint.answer = lambda request: "1. a dog\n2. a cat"
     command = ["fit", *PROMPTS, "--method", name, "--method.n", "2", "--backend", pipeline_folder]
-    judged = [
-        "--reward",
-        "colorfulness",
-        "--held-out",
-        "contrast",
-        "--unseen-seeds",
-        "1",
-        "--sampling.steps",
-        "1",
-    ]
-    out = ["--out", str(tmp_path / "run")]
+    flags = "--reward colorfulness --held-out contrast --unseen-seeds 1 --sampling.steps 1"
+    command += flags.split()
     if name == "llm-search":
-        judged += ["--method.rounds", "1"]
-    monkeypatch.delenv("OPENAI_API_KEY")
-    monkeypatch.setattr("ipgo.runner.load_backend", None)  # not even looked at
-    assert cli.main([*command, *judged, *out]) == 2
+        command += ["--method.rounds", "1"]
+    out = ["--out", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        patch.delenv("OPENAI_API_KEY")
+        patch.setattr("ipgo.runner.load_backend", None)  # not even looked at
+        assert cli.main([*command, *out]) == 2
     assert "OPENAI_API_KEY is not set" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-    monkeypatch.undo()
-    with patched(endpoint, tmp_path) as again:
-        assert cli.main([*command, *judged, *out]) == 0
-        run = Run.open(tmp_path / "run")
-        assert [result["status"] for result in run.results()] == ["finished"] * 2
-        assert all(run.load_adapter(prompt).texts[0] in ("", "a dog", "a cat") for prompt in run.prompts)
-        asked = len(endpoint.requests)
-        again.delenv("OPENAI_API_KEY")
-        assert cli.main([*command, *judged, "--out", str(tmp_path / "again")]) == 0
-        assert len(endpoint.requests) == asked == 2
-
-
-@contextmanager
-def patched(endpoint, tmp_path):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{endpoint.server_port}")
-        patch.setenv("OPENAI_API_KEY", "secret")
-        patch.setenv("NO_PROXY", "127.0.0.1")
-        patch.setenv("IPGO_CACHE", str(tmp_path / "cache"))
-        yield patch
+    assert cli.main([*command, *out]) == 0
+    run = Run.open(tmp_path / "run")
+    assert [result["status"] for result in run.results()] == ["finished"] * 2
+    assert all(run.load_adapter(prompt).texts[0] in ("", "a dog", "a cat") for prompt in run.prompts)
+    asked = len(endpoint.requests)
+    monkeypatch.delenv("OPENAI_API_KEY")
+    assert cli.main([*command, "--out", str(tmp_path / "again")]) == 0
+    assert len(endpoint.requests) == asked == 2
 
 
 # -- Promptist ---------------------------------------------------------------------------------------------
