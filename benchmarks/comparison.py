@@ -28,11 +28,11 @@ from ipgo.comparison import Comparison
 from ipgo.config import default_seeds
 from ipgo.evaluation import Gain, Interval
 from ipgo.methods import METHODS
+from ipgo.models import BUNDLED_REWARDS
 from ipgo.report.identity import comparable
 from ipgo.report.rows import Row, rows
 from ipgo.report.tables import span
 from ipgo.rewards import raised
-from ipgo.runner import BUNDLED_REWARDS
 
 REWARDS = BUNDLED_REWARDS["emoji"]
 SETS = ("one", "two", "styled")

@@ -22,9 +22,9 @@ import numpy as np
 from PIL import Image
 
 import ipgo
+from ipgo.models import BUNDLED_REWARDS
 from ipgo.prompts import read_prompts
 from ipgo.rewards import raised
-from ipgo.runner import BUNDLED_REWARDS
 
 REWARDS = BUNDLED_REWARDS["emoji"]
 TRUTH = "emoji-likeness"

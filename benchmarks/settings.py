@@ -27,9 +27,9 @@ from ipgo.compare import within_budget
 from ipgo.comparison import Plan, common_settings
 from ipgo.config import RunConfig
 from ipgo.evaluation import Drawing, Gain, Score, score, summarise
+from ipgo.models import BUNDLED_REWARDS, Models, load_models
 from ipgo.prompts import read_prompts
 from ipgo.rewards import raised
-from ipgo.runner import BUNDLED_REWARDS, Models, load_models
 from ipgo.task import Task
 
 ENTRIES = Path(__file__).with_suffix(".yaml")

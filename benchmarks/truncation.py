@@ -23,8 +23,8 @@ from torch import Tensor
 import ipgo
 from ipgo.adapters import Adapter, InsertionAdapter
 from ipgo.evaluation import Score, evaluate, summarise
+from ipgo.models import BUNDLED_REWARDS
 from ipgo.prompts import read_prompts
-from ipgo.runner import BUNDLED_REWARDS
 from ipgo.training import first_gradient
 
 STEPS = (8, 20, 50)

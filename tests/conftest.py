@@ -141,7 +141,7 @@ def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("ipgo.backends.load_backend", unloadable)
     for name in ("load_backend", "load_reward", "load_models", "load_judge"):
-        monkeypatch.setattr(f"ipgo.runner.{name}", unloadable)
+        monkeypatch.setattr(f"ipgo.models.{name}", unloadable)
 
 
 class Terminal(io.StringIO):

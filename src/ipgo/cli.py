@@ -136,9 +136,11 @@ def fit(argv: list[str]) -> int:
     from ipgo.config import build, flatten, merge, method_of, parse, presets, read_settings, run_parser
     from ipgo.defaults import for_backend
     from ipgo.methods import METHODS
+    from ipgo.models import judging_rewards, load_models
     from ipgo.rewards import check_reward
-    from ipgo.runner import check_gradient, check_method, held_out, load_models, run, warn_of_unseen_words
+    from ipgo.runner import check_gradient, check_method, run
     from ipgo.store import Run
+    from ipgo.vocabulary import warn_of_unseen_words
 
     chosen, rest = peek(argv, ("--preset", "--config", "--method", "--backend"))
     settings = read_settings(chosen.preset, chosen.config)
@@ -175,7 +177,7 @@ def fit(argv: list[str]) -> int:
 
     texts = read_texts(parsed.text, parsed.prompts)
     config = build(parsed, tuple(texts))
-    for name in (config.reward, *held_out(config)):
+    for name in (config.reward, *judging_rewards(config)):
         check_reward(name, config.prompts)
     check_gradient(config)
     place = Path(parsed.out or Path("runs") / (slug(parsed.prompts or texts[0]) or "run"))
@@ -272,9 +274,9 @@ def generate(argv: list[str]) -> int:
     from ipgo.evaluation import draw
     from ipgo.images import to_pil
     from ipgo.prompts import number
-    from ipgo.runner import warn_of_unseen_words
     from ipgo.sampling import Sampling
     from ipgo.seeding import check_seeds
+    from ipgo.vocabulary import warn_of_unseen_words
 
     check_seeds(tuple(args.seeds))
     files.check_out(args.out, folder=True)
@@ -318,10 +320,11 @@ def evaluate(argv: list[str]) -> int:
 
     from ipgo.adapters import Adapter
     from ipgo.evaluation import evaluate, levels, summarise
+    from ipgo.models import load_models
     from ipgo.report import write_report
-    from ipgo.runner import load_models, warn_of_unseen_words
     from ipgo.seeding import check_seeds
     from ipgo.store import EVALUATION, Run
+    from ipgo.vocabulary import warn_of_unseen_words
 
     check_seeds(tuple(args.seeds))
     folder = Run.open(args.run)

@@ -54,7 +54,7 @@ def compare(argv: list[str]) -> int:
 
     from ipgo.compare import check
     from ipgo.compare import compare as run_all
-    from ipgo.runner import warn_of_unseen_words
+    from ipgo.vocabulary import warn_of_unseen_words
 
     some = plan.config(next(iter(plan.entries)))
     check(folder, plan.entries)  # what is there from other commands may fail by itself

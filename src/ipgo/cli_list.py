@@ -70,7 +70,7 @@ def _backend(name: str, place: str, facts: Facts) -> list[str]:
 
 def _objects(backend: str) -> list[str]:
     """What a backend's vocabulary says that it can draw, with other words for the same in brackets."""
-    from ipgo.runner import vocabulary
+    from ipgo.vocabulary import vocabulary
 
     known = vocabulary(backend)
     if known is None:

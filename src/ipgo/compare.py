@@ -28,18 +28,15 @@ from ipgo.comparison import UNSEEN_PROMPTS, Comparison, Plan
 from ipgo.config import RunConfig
 from ipgo.errors import InputError, InUseError, MissingExtraError
 from ipgo.evaluation import evaluate
+from ipgo.models import Models, facts, judging_rewards, load_models
 from ipgo.rewards import check_reward
 from ipgo.runner import (
-    Models,
     check_gradient,
     check_method,
     check_settings,
-    facts,
     finish_chunk,
     fit_chunk,
     forget_peak_memory,
-    held_out,
-    load_models,
     try_rewards,
 )
 from ipgo.store import Run
@@ -60,7 +57,7 @@ def check(folder: Comparison, labels: Iterable[str]) -> None:
         if run is not None and not run.pending():
             continue
         try:
-            for name in dict.fromkeys((config.reward, *held_out(config))):
+            for name in dict.fromkeys((config.reward, *judging_rewards(config))):
                 if name not in seen:
                     check_reward(name, (*folder.plan.prompts, *folder.plan.unseen_prompts))
                 seen.add(name)

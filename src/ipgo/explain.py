@@ -15,8 +15,8 @@ from ipgo.backends import Backend
 from ipgo.embeds import PromptEmbeds
 from ipgo.errors import InputError
 from ipgo.rewards import Reward, score
-from ipgo.runner import vocabulary
 from ipgo.sampling import Sampling, denoise, sample, unconditional
+from ipgo.vocabulary import vocabulary
 
 WORDS = 64  # words encoded at once
 

@@ -18,15 +18,16 @@ from ipgo.defaults import method_and_sampling
 from ipgo.devices import own_numbers
 from ipgo.errors import InputError
 from ipgo.evaluation import Gain, Score, summarise
+from ipgo.models import judging_rewards, load_models
 from ipgo.prompts import Prompt
 from ipgo.rewards import REWARDS, FunctionReward, Reward, RewardFunction, as_reward, check_reward
 from ipgo.rewards.checkpoints import HUB_ID
-from ipgo.runner import check_gradient, check_method, load_models, run, warn_of_unseen_words
-from ipgo.runner import held_out as judges_of
+from ipgo.runner import check_gradient, check_method, run
 from ipgo.sampling import Sampling
 from ipgo.seeding import plain
 from ipgo.store import Run
 from ipgo.task import Method
+from ipgo.vocabulary import warn_of_unseen_words
 
 
 @dataclass(frozen=True)
@@ -141,8 +142,8 @@ def fit(
         device=str(device),
         **({} if given_backend is None else asdict(given_backend.opening)),
     )
-    _check_names(given, (reward, *(judges_of(config) if judges is None else judges)))
-    for spec in {config.reward, *judges_of(config)} - given.keys():
+    _check_names(given, (reward, *(judging_rewards(config) if judges is None else judges)))
+    for spec in {config.reward, *judging_rewards(config)} - given.keys():
         check_reward(spec, config.prompts)
     if config.reward not in given:
         check_gradient(config)

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib.metadata
-import json
 import logging
-import platform
-import re
 import sys
 import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,89 +17,23 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ipgo import __version__, files
 from ipgo.adapters import Adapter
-from ipgo.backends import BACKENDS, Backend, load_backend
+from ipgo.backends import Backend
 from ipgo.chunks import Chunk, Cost
 from ipgo.config import RunConfig
-from ipgo.devices import choose_device
 from ipgo.errors import InputError, InUseError
-from ipgo.evaluation import Judge, Score, draw, score
+from ipgo.evaluation import Score, draw, score
 from ipgo.images import to_pil
 from ipgo.methods import WITHOUT_GRADIENT
-from ipgo.prompts import Prompt, unseen_words
-from ipgo.rewards import Reward, asks, has_gradient, identity_of, is_unsettled, load_reward
+from ipgo.models import Models, facts
+from ipgo.prompts import Prompt
+from ipgo.rewards import asks, has_gradient
 from ipgo.store import Run
 from ipgo.task import Progress, Task
 
-BUNDLED_REWARDS = {"emoji": ("emoji-preference", "emoji-clip", "emoji-aesthetic")}
 CHECKPOINT_SECONDS = 10.0
 Limit = Callable[[Iterator[Progress], Counter[str]], Iterator[Progress]]
 logger = logging.getLogger("ipgo")
-
-
-@dataclass(frozen=True)
-class Models:
-    """What a run computes with: `rewards` holds the maximised reward and those held out, by name."""
-
-    backend: Backend
-    reward: Reward
-    rewards: Mapping[str, Reward]
-    judge: Judge | None
-
-    @functools.cached_property
-    def identities(self) -> dict[str, Any]:
-        """What decides the scores, by reward; JSON's own types, as they are read back."""
-        found: dict[str, Any] = json.loads(
-            json.dumps({name: identity_of(reward) for name, reward in self.rewards.items()})
-        )
-        return found
-
-
-def load_models(
-    config: RunConfig,
-    backend: Backend | None = None,
-    given: Mapping[str, Reward] | None = None,
-    begun_in: str | None = None,
-) -> Models:
-    """Load what the settings name, or take what is given; refuse prompts that the backend cannot take.
-
-    Args:
-        given: rewards that no name can load, by the names that the settings have for them.
-        begun_in: the format of a run that is continued: its own, where the settings leave it to the device.
-    """
-    taken = [name for name in (config.reward, *held_out(config)) if re.fullmatch("judge-[a-z]+", name)]
-    judge = load_judge(config)
-    if taken and judge is not None:
-        raise InputError(f"reward {taken[0]!r} has a name reserved for the judge's verdicts; give it another")
-    dtype = begun_in if config.dtype == "auto" and begun_in else config.dtype
-    backend = backend or load_backend(
-        config.backend, device=config.device, dtype=dtype, **asdict(config.opening)
-    )
-    config.sampling.check(backend)  # all steps: a fit that draws in fewer would notice after it
-    backend.check_prompts(config.prompts)
-    for text in backend.truncated(config.prompts):
-        logger.warning(
-            "prompt %r is cut to the %d tokens that the encoder takes", text[:60], backend.max_tokens
-        )
-    if config.method.insertion is not None:
-        config.method.insertion.check(backend.embed_dim)
-    given = given or {}
-    # Where a backend was given that stays where it is, its pictures are there.
-    device = backend.device if config.device == "auto" else config.device
-    rewards = {
-        name: given[name] if name in given else load_reward(name, device=device)
-        for name in dict.fromkeys((config.reward, *held_out(config)))
-    }
-    models = Models(backend, rewards[config.reward], rewards, judge)
-    _ = models.identities  # before a call can change anything
-    for name in (name for name, each in rewards.items() if is_unsettled(each)):
-        logger.warning(
-            "reward %r has batch norm or dropout in training mode, so its numbers do not depend on the picture alone; "
-            "call .eval() on the module",
-            name,
-        )
-    return models
 
 
 def check_method(folder: Run) -> None:
@@ -127,21 +55,6 @@ def check_gradient(config: RunConfig) -> None:
             f"reward {config.reward!r} has no gradient, which method {config.method_name!r} needs; "
             f"use one that needs none: {WITHOUT_GRADIENT}"
         )
-
-
-def held_out(config: RunConfig) -> tuple[str, ...]:
-    """The rewards that only judge: those asked for, or those that come with the backend."""
-    return BUNDLED_REWARDS.get(config.backend, ()) if config.held_out is None else config.held_out
-
-
-def load_judge(config: RunConfig) -> Judge | None:
-    """The judge that comes with the bundled model; other backends have none."""
-    if config.backend != "emoji":
-        return None
-    from ipgo.rewards import emoji
-
-    judge: Judge = emoji.load_judge(choose_device(config.device))
-    return judge
 
 
 def run(folder: Run, models: Models) -> None:
@@ -348,37 +261,3 @@ def forget_peak_memory(device: torch.device) -> None:
     elif sys.platform == "linux":
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # proc(5): the peak resident set size
-
-
-def facts(models: Models) -> dict[str, Any]:
-    """What a reader of the results wants to know besides the settings, and what must stay the same to continue them."""
-    backend = models.backend
-    packages = ("torch", "diffusers", "transformers")
-    cuda = backend.device.type == "cuda"
-    return {
-        "versions": {"ipgo": __version__, "python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in packages},
-        "device": torch.cuda.get_device_name(backend.device) if cuda else platform.machine(),
-        "threads": torch.get_num_threads(),
-        **backend.identity,
-        "guidance_scale": backend.guidance_scale,  # where the settings leave it to the backend
-        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "rewards": models.identities,
-    }
-
-
-def vocabulary(backend: str) -> dict[str, Any] | None:
-    """What a backend's folder says that it can draw (vocabulary.json); None if it says nothing."""
-    file = Path(BACKENDS[backend][1] if backend in BACKENDS else backend) / "vocabulary.json"
-    return files.read_json(file, "words") if file.is_file() else None
-
-
-def warn_of_unseen_words(backend: str, prompts: Sequence[str]) -> None:
-    """Name the words that the backend was never trained on, each with the nearest one that it knows."""
-    known = vocabulary(backend)
-    unseen = unseen_words(prompts, known["words"]) if known is not None else {}
-    if unseen:
-        words = ", ".join(
-            f"{word!r} (nearest: {near!r})" if near else repr(word) for word, near in unseen.items()
-        )
-        logger.warning("the model has never seen %s; `ipgo list objects` shows what it can draw", words)

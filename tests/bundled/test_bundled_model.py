@@ -13,9 +13,9 @@ import ipgo
 from ipgo.adapters import Adapter, generate
 from ipgo.backends import Backend
 from ipgo.methods import Promptist
+from ipgo.models import BUNDLED_REWARDS
 from ipgo.prompts import read_prompts
 from ipgo.rewards.emoji import load_judge
-from ipgo.runner import BUNDLED_REWARDS
 from ipgo.task import Task
 
 PACKAGE = Path(ipgo.__file__).parent

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import ipgo
-from ipgo import cli, files, runner
+from ipgo import cli, files, models, runner
 from ipgo.artefacts import load_identities, load_scores
 from ipgo.fitting import result_of
 from ipgo.prompts import read_prompts
@@ -382,13 +382,13 @@ def test_a_run_goes_on_in_the_format_that_it_began_in(
     place = tmp_path / "run"
     shutil.copytree(fitted, place)
     opened = []
-    real = runner.load_backend
+    real = models.load_backend
 
     def load_backend(*args: Any, **options: Any) -> ipgo.Backend:
         opened.append(options["dtype"])
         return real(*args, **options)
 
-    monkeypatch.setattr(runner, "load_backend", load_backend)
+    monkeypatch.setattr(models, "load_backend", load_backend)
     about = files.read_json(place / "run.json")
     assert about["dtype"] == "float32"
     files.write_json(place / "run.json", {**about, "dtype": "bfloat16", "weights": None})
@@ -538,7 +538,7 @@ def test_what_cannot_be_written_is_refused_before_it_is_computed(
 def test_an_insertion_that_does_not_fit_is_refused_before_rewards_are_loaded(
     pipeline_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(runner, "load_reward", None)
+    monkeypatch.setattr(models, "load_reward", None)
     assert fit(pipeline_folder, tmp_path / "run", ["a fox"], "--method.insertion.rank", "999") == 2
     assert "insertion.rank is 999" in capsys.readouterr().err
 
@@ -584,7 +584,7 @@ def test_a_failed_prompt_does_not_stop_its_neighbour(
         broken = torch.tensor(["fox" in prompt for prompt in prompts])
         return Broken.apply(images.mean((1, 2, 3)), broken)  # type: ignore[no-any-return]
 
-    monkeypatch.setattr(runner, "load_reward", lambda spec, device: ipgo.as_reward(reward, spec))
+    monkeypatch.setattr(models, "load_reward", lambda spec, device: ipgo.as_reward(reward, spec))
     assert fit(pipeline_folder, tmp_path / "run", ["a fox", "a lemon"]) == 1
     assert (
         "1 of 2 prompts failed because their reward or gradient was not finite: 'a fox'"

@@ -14,8 +14,8 @@ from PIL import Image
 
 import ipgo
 from ipgo.images import from_pil, to_pil
+from ipgo.models import BUNDLED_REWARDS
 from ipgo.rewards.emoji import load_judge
-from ipgo.runner import BUNDLED_REWARDS
 from ipgo.training import maximize
 
 HERE = Path(__file__).parent

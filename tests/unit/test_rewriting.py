@@ -318,7 +318,7 @@ def test_from_the_command_line_without_and_with_a_key(
     out = ["--out", str(tmp_path / "run")]
     with monkeypatch.context() as patch:
         patch.delenv("OPENAI_API_KEY")
-        patch.setattr("ipgo.runner.load_backend", None)  # not even looked at
+        patch.setattr("ipgo.models.load_backend", None)  # not even looked at
         assert cli.main([*command, *out]) == 2
     assert "OPENAI_API_KEY is not set" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

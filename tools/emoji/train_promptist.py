@@ -22,9 +22,9 @@ import ipgo
 from ipgo.adapters import shorten
 from ipgo.backends import Backend
 from ipgo.methods.promptist import ASK, BUNDLED, Promptist
+from ipgo.models import BUNDLED_REWARDS
 from ipgo.prompts import read_prompts
 from ipgo.rewards.emoji import load_judge
-from ipgo.runner import BUNDLED_REWARDS
 from ipgo.task import Task
 from tools.emoji import loop, world
 from tools.emoji.loop import DEVICE, Figures, Schedule, keep, train, trained

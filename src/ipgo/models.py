@@ -1,0 +1,129 @@
+"""What a run computes with: a backend, rewards and the judge."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import json
+import logging
+import platform
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from ipgo import __version__
+from ipgo.backends import Backend, load_backend
+from ipgo.config import RunConfig
+from ipgo.devices import choose_device
+from ipgo.errors import InputError
+from ipgo.evaluation import Judge
+from ipgo.rewards import Reward, identity_of, is_unsettled, load_reward
+
+BUNDLED_REWARDS = {"emoji": ("emoji-preference", "emoji-clip", "emoji-aesthetic")}
+logger = logging.getLogger("ipgo")
+
+
+@dataclass(frozen=True)
+class Models:
+    """What a run computes with: `rewards` holds the maximised reward and those held out, by name."""
+
+    backend: Backend
+    reward: Reward
+    rewards: Mapping[str, Reward]
+    judge: Judge | None
+
+    @functools.cached_property
+    def identities(self) -> dict[str, Any]:
+        """What decides the scores, by reward; JSON's own types, as they are read back."""
+        found: dict[str, Any] = json.loads(
+            json.dumps({name: identity_of(reward) for name, reward in self.rewards.items()})
+        )
+        return found
+
+
+def load_models(
+    config: RunConfig,
+    backend: Backend | None = None,
+    given: Mapping[str, Reward] | None = None,
+    begun_in: str | None = None,
+) -> Models:
+    """Load what the settings name, or take what is given; refuse prompts that the backend cannot take.
+
+    Args:
+        given: rewards that no name can load, by the names that the settings have for them.
+        begun_in: the format of a run that is continued: its own, where the settings leave it to the device.
+    """
+    taken = [name for name in (config.reward, *judging_rewards(config)) if re.fullmatch("judge-[a-z]+", name)]
+    judge = load_judge(config)
+    if taken and judge is not None:
+        raise InputError(f"reward {taken[0]!r} has a name reserved for the judge's verdicts; give it another")
+    dtype = begun_in if config.dtype == "auto" and begun_in else config.dtype
+    backend = backend or load_backend(
+        config.backend, device=config.device, dtype=dtype, **asdict(config.opening)
+    )
+    config.sampling.check(backend)  # all steps: a fit that draws in fewer would notice after it
+    backend.check_prompts(config.prompts)
+    for text in backend.truncated(config.prompts):
+        logger.warning(
+            "prompt %r is cut to the %d tokens that the encoder takes", text[:60], backend.max_tokens
+        )
+    if config.method.insertion is not None:
+        config.method.insertion.check(backend.embed_dim)
+    # Where a backend was given that stays where it is, its pictures are there.
+    rewards = _load_rewards(config, backend.device if config.device == "auto" else config.device, given or {})
+    models = Models(backend, rewards[config.reward], rewards, judge)
+    _ = models.identities  # before a call can change anything
+    return models
+
+
+def _load_rewards(
+    config: RunConfig, device: str | torch.device, given: Mapping[str, Reward]
+) -> dict[str, Reward]:
+    """The maximised reward, then those that only judge, by name."""
+    rewards = {
+        name: given[name] if name in given else load_reward(name, device=device)
+        for name in dict.fromkeys((config.reward, *judging_rewards(config)))
+    }
+    for name in (name for name, each in rewards.items() if is_unsettled(each)):
+        logger.warning(
+            "reward %r has batch norm or dropout in training mode, so its numbers do not depend on the picture alone; "
+            "call .eval() on the module",
+            name,
+        )
+    return rewards
+
+
+def judging_rewards(config: RunConfig) -> tuple[str, ...]:
+    """The rewards that only judge: those asked for, or those that come with the backend."""
+    return BUNDLED_REWARDS.get(config.backend, ()) if config.held_out is None else config.held_out
+
+
+def load_judge(config: RunConfig) -> Judge | None:
+    """The judge that comes with the bundled model; other backends have none."""
+    if config.backend != "emoji":
+        return None
+    from ipgo.rewards import emoji
+
+    judge: Judge = emoji.load_judge(choose_device(config.device))
+    return judge
+
+
+def facts(models: Models) -> dict[str, Any]:
+    """What a reader of the results wants to know besides the settings, and what must stay the same to continue them."""
+    backend = models.backend
+    packages = ("torch", "diffusers", "transformers")
+    cuda = backend.device.type == "cuda"
+    return {
+        "versions": {"ipgo": __version__, "python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in packages},
+        "device": torch.cuda.get_device_name(backend.device) if cuda else platform.machine(),
+        "threads": torch.get_num_threads(),
+        **backend.identity,
+        "guidance_scale": backend.guidance_scale,  # where the settings leave it to the backend
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "rewards": models.identities,
+    }
