@@ -16,7 +16,7 @@ from PIL import Image
 import ipgo
 from ipgo import cli
 from ipgo.images import to_pil
-from ipgo.publish import MOST, escape, model_card
+from ipgo.model_card import MOST, escape, model_card
 from ipgo.rewards.checkpoints import fingerprint
 from tests.conftest import one_sentence
 
@@ -77,7 +77,7 @@ def test_what_is_published_knows_the_weights_it_was_learned_on(
     stored["drawn_by"]["weights"] = "those of a LoRA"
     (folder / "adapter.json").write_text(json.dumps(stored))
     assert cli.main(words) == 0
-    assert "learned on a backend of other weights" in caplog.text
+    assert "learned on a backend with other weights" in caplog.text
 
 
 def test_what_is_tied_to_its_noise_is_shown_on_it(pipeline_folder: str, tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_the_code_for_a_plain_pipeline_draws_the_picture_too(
 ) -> None:
     sampling = ipgo.Sampling(steps=3, guidance_scale=2.0, negative_prompt="a `dog`")
     other = ipgo.Run(run.path, replace(run.config, sampling=sampling, scheduler=scheduler))
-    monkeypatch.setattr("ipgo.publish._base", lambda backend: backend)  # as if the folder were the hub's
+    monkeypatch.setattr("ipgo.model_card._base", lambda backend: backend)  # as if the folder were the hub's
     ipgo.save_pretrained(other, tmp_path / "card")
     _, code, _, plain, *_ = (tmp_path / "card/README.md").read_text().split("```")
     names: dict[str, Any] = {}
@@ -181,7 +181,7 @@ def test_code_for_a_plain_pipeline_is_shown_where_it_runs(
     sampling = ipgo.Sampling(steps=2, guidance_scale=2.0, eta=float(isinstance(method, ipgo.DNO)))
     own = settings(pipeline_folder) | {"method": method, "sampling": sampling, "seeds": [0]}
     ipgo.fit(PROMPTS[:1], out=tmp_path / "run", **own)
-    monkeypatch.setattr("ipgo.publish._base", lambda backend: backend)  # as if the folder were the hub's
+    monkeypatch.setattr("ipgo.model_card._base", lambda backend: backend)  # as if the folder were the hub's
     ipgo.save_pretrained(tmp_path / "run", tmp_path / "card")
     card = (tmp_path / "card/README.md").read_text()
     assert ("Or in a pipeline of diffusers" in card) == isinstance(method, ipgo.DRaFT)
@@ -206,7 +206,7 @@ def test_what_learned_nothing_is_not_published(pipeline_folder: str, tmp_path: P
 def test_the_code_for_a_plain_pipeline_opens_it_in_the_format_of_the_run(
     run: ipgo.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ipgo.publish._base", lambda backend: backend)
+    monkeypatch.setattr("ipgo.model_card._base", lambda backend: backend)
     other = ipgo.Run(run.path, replace(run.config, dtype="bfloat16"))
     plain = model_card(other, run.load_adapter(run.prompts[0])).split("```")[3].removeprefix("python\n")
     names: dict[str, Any] = {}
