@@ -11,7 +11,7 @@ from torch import nn
 from ipgo.backends.base import Backend
 from ipgo.backends.chroma import Chroma
 from ipgo.backends.facts import Facts, Opening
-from ipgo.backends.few_steps import FewSteps, by_folder, by_name, by_pipeline
+from ipgo.backends.few_steps import FewSteps, by_folder, by_name, by_pipeline, either
 from ipgo.backends.flux import Flux
 from ipgo.backends.flux_2 import Flux2Klein
 from ipgo.backends.pixart import PixArtAlpha, PixArtSigma
@@ -124,7 +124,7 @@ def load_backend(
             backend = family(_open(place, kind, device, dtype, text_device), str(source), opening)
         if source not in BACKENDS and Path(source).exists():
             backend.origin = str(Path(source).resolve())  # wherever the process goes from here
-        return with_own_scale(backend, str(source), few_steps(str(source)))
+        return with_own_scale(backend, str(source), _few_steps_of(backend, str(place)))
     kinds = [kind.__name__ for kind in type(source).__mro__ if kind.__name__ in FAMILIES]
     if not kinds:
         raise InputError(
@@ -163,14 +163,11 @@ def load_backend(
             cast(given, choose_dtype(dtype, given.device))
     backend = FAMILIES[kinds[0]](given, type(source).__name__, opening)
     loaded = str(getattr(given, "name_or_path", None) or "")  # it may be a Path
-    own = few_steps(loaded) if loaded else None
     if loaded and Path(loaded).exists():
         backend.origin = str(Path(loaded).resolve())
     elif loaded and not Path(loaded).is_absolute():  # a folder that is gone says nothing
         backend.origin = loaded
-    return with_own_scale(
-        backend, loaded or backend.name, own or by_pipeline(given, backend.modules["denoiser"])
-    )
+    return with_own_scale(backend, loaded or backend.name, _few_steps_of(backend, loaded))
 
 
 def _casts_by_layer(module: object) -> bool:
@@ -189,7 +186,12 @@ def check_backend(source: str | Path, opening: Opening) -> None:
 def few_steps(source: str) -> FewSteps | None:
     """How a model is sampled that draws in a few steps, by its name or what is in its folder; None for others."""
     place = BACKENDS[source][1] if source in BACKENDS else source
-    return by_name(place) or by_folder(Path(place))
+    return either(by_name(place), by_folder(Path(place)))
+
+
+def _few_steps_of(backend: Backend, place: str) -> FewSteps | None:
+    """The same for one that is open, loaded from `place`; "" says nothing."""
+    return either(by_name(place), by_pipeline(backend.pipe, backend.modules["denoiser"]))
 
 
 def with_own_scale(backend: Backend, source: str, few: FewSteps | None) -> Backend:
