@@ -13,16 +13,19 @@ from diffusers import (
     DDPMParallelScheduler,
     DDPMScheduler,
     EulerDiscreteScheduler,
+    FirstBlockCacheConfig,
     FlowMatchHeunDiscreteScheduler,
     FlowMatchLCMScheduler,
 )
+from diffusers.hooks import apply_group_offloading
 
-from ipgo.adapters import Adapter, NoiseAdapter, generate
+from ipgo.adapters import Adapter, InsertionAdapter, LoRA, NoiseAdapter, WeightAdapter, generate
 from ipgo.backends import load_backend, put
 from ipgo.backends.packed import pack, unpack
 from ipgo.backends.qwen_image import compact
 from ipgo.embeds import PromptEmbeds
 from ipgo.errors import InputError
+from ipgo.insertion import Insertion
 from ipgo.relaxation import Relaxation
 from ipgo.sampling import Sampling
 from tests import tiny_families as tiny
@@ -150,13 +153,46 @@ def test_sd3_with_another_flow_scheduler_draws_what_its_pipeline_draws():
     )
 
 
-def test_what_moves_about_is_refused():
-    pipe = tiny.sdxl()
-    accelerate.cpu_offload(pipe.unet, execution_device=torch.device("cpu"))
+def by_accelerate(pipe):
+    for part in ("text_encoder", "unet", "vae"):
+        accelerate.cpu_offload(getattr(pipe, part), torch.device("cpu"), offload_buffers=True)
+
+
+def by_groups(pipe):
+    for part in ("text_encoder", "unet"):
+        apply_group_offloading(
+            getattr(pipe, part), torch.device("cpu"), torch.device("cpu"), offload_type="leaf_level"
+        )
+
+
+@pytest.mark.parametrize("offload", [by_accelerate, by_groups])
+def test_what_moves_about_is_refused_but_draws_what_was_learned(offload):
+    usual, moved = tiny_pipeline(), tiny_pipeline()
+    offload(moved)
+    with pytest.raises(InputError, match=r"the pipeline's \w+ is moved about .* text_device='cpu'"):
+        load_backend(moved)
+    backend = load_backend(usual, device="cpu")
+    inserted = InsertionAdapter(("sun",), backend.embed_dim, Insertion(2, 2, rank=8))
+    weights = WeightAdapter.start(backend, ["sun"], LoRA(), seed=0, shared=False)
+    for change in weights.up.values():
+        torch.nn.init.normal_(change)
+    options = {"num_inference_steps": 1, "output_type": "pt"}
+    for kwargs, learned in ((inserted.prompt_kwargs(moved, "sun"), inserted), ({"prompt": "sun"}, weights)):
+        with learned.attached(moved, ["sun"]):
+            theirs = moved(latents=backend.noise([3])[:, 0], **kwargs, **options).images
+        ours = generate(backend, ["sun"], [3], learned, Sampling(1))
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_a_cache_of_features_is_refused():
+    pipe = tiny.flux()
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.5))
     with pytest.raises(
-        InputError, match=r"the pipeline's unet is moved about by accelerate .* text_device='cpu'"
+        InputError, match=r"the pipeline's transformer keeps features .*`pipe\.transformer\.dis"
     ):
         load_backend(pipe)
+    pipe.transformer.disable_cache()
+    load_backend(pipe)
 
 
 def test_schedules_of_few_steps_begin_at_pure_noise():

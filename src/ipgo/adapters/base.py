@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ipgo.backends import Backend, load_backend
+from ipgo.backends import Backend, load_backend, open_to_draw
 from ipgo.devices import own_numbers
 from ipgo.embeds import PromptEmbeds
 from ipgo.errors import InputError
@@ -82,8 +82,8 @@ class Adapter(nn.Module):
         """(B, 1 + steps, C, h, w), as `Backend.noise`."""
         return backend.noise(seeds, steps)
 
-    def attached(self, backend: Backend, prompts: Sequence[str]) -> AbstractContextManager[None]:
-        """While open, the backend's weights are those that `prompts` are drawn with."""
+    def attached(self, backend: Backend | object, prompts: Sequence[str]) -> AbstractContextManager[None]:
+        """While open, the backend's weights, or a pipeline object's, are those that `prompts` are drawn with."""
         return nullcontext()
 
     def penalty(self, original: PromptEmbeds, conditioned: PromptEmbeds, noise: Tensor) -> Tensor:
@@ -108,14 +108,14 @@ class Adapter(nn.Module):
     def prompt_kwargs(self, pipe: Any, prompt: str, negative_prompt: str = "") -> dict[str, Any]:
         """Arguments that make a plain diffusers pipeline draw the adapted prompt: `pipe(**kwargs)`.
 
-        See `Backend.pipeline_kwargs`. Parameters of `pipe` are frozen by this call.
+        See `Backend.pipeline_kwargs`. Parameters of `pipe` are frozen by this call. It may be one that offloads.
 
         Raises:
             InputError: the adapter was not fitted to `prompt`, or does not fit the pipeline.
         """
         if not isinstance(prompt, str):
             raise InputError(f"prompt is {prompt!r}; it must be one text: call this for each prompt")
-        backend = load_backend(pipe, padding=self.padding, long_prompts=self.long_prompts)
+        backend = open_to_draw(pipe, padding=self.padding, long_prompts=self.long_prompts)
         with torch.no_grad():
             cond = self.condition(backend, [prompt], backend.encode([prompt]))
             # Any scale above 1: only the prompts are wanted.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ipgo.adapters.base import Adapter
-from ipgo.backends import Backend, load_backend
+from ipgo.backends import Backend, open_to_draw
 from ipgo.embeds import PromptEmbeds
 from ipgo.errors import InputError, unknown
 from ipgo.seeding import derive, generator
@@ -107,7 +107,7 @@ class NoiseAdapter(Adapter):
 
     def pipeline_latents(self, pipe: Any, prompt: str) -> Tensor:
         """The initial noise of `prompt`, in the layout and format of the pipeline's `latents`."""
-        backend = load_backend(pipe)
+        backend = open_to_draw(pipe)
         latents = self.latents[self.rows([prompt])][:, 0].detach()
         return backend.pipeline_latents(latents).to(backend.device, backend.dtype)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ipgo.adapters.base import Adapter, key
-from ipgo.backends import Backend
+from ipgo.backends import Backend, open_to_draw
 from ipgo.backends.weights import uncompiled
 from ipgo.errors import InputError
 from ipgo.seeding import derive, generator
@@ -91,7 +91,7 @@ class WeightAdapter(Adapter):
         return cls(None if shared else prompts, layers, lora, seed)
 
     @contextmanager
-    def attached(self, backend: Backend, prompts: Sequence[str]) -> Iterator[None]:
+    def attached(self, backend: Backend | object, prompts: Sequence[str]) -> Iterator[None]:
         rows = torch.unique(self.rows(prompts)).tolist()
         if len(rows) > 1:
             raise InputError(
@@ -100,7 +100,8 @@ class WeightAdapter(Adapter):
             )
         from peft import LoraConfig, LoraModel  # here, because it takes a second
 
-        denoiser = uncompiled(backend.modules["denoiser"])
+        opened = backend if isinstance(backend, Backend) else open_to_draw(backend)
+        denoiser = uncompiled(opened.modules["denoiser"])
         self._check(denoiser)
         alpha = self.lora.rank if self.lora.alpha is None else self.lora.alpha
         config = LoraConfig(r=self.lora.rank, lora_alpha=alpha, target_modules=list(self.layers))
