@@ -212,8 +212,8 @@ def test_a_plain_pipeline_draws_what_was_inserted(pipes, name, count, steps):
     case, pipe, backend = open_case(pipes, name)
     adapter = InsertionAdapter(PROMPTS, backend.embed_dim, INSERTION)
     prompts = PROMPTS[:count]
-    kwargs = joined([adapter.prompt_kwargs(pipe, prompt) for prompt in prompts])
     for scale in case.guidance:
+        kwargs = joined([adapter.prompt_kwargs(pipe, prompt, guidance_scale=scale) for prompt in prompts])
         ours = generate(backend, prompts, SEEDS[:count], adapter, Sampling(steps, scale))
         theirs = pipe(
             **kwargs,

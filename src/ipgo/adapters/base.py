@@ -105,10 +105,15 @@ class Adapter(nn.Module):
         alone.load_state_dict({name: rows[number : number + 1] for name, rows in self.state_dict().items()})
         return alone
 
-    def prompt_kwargs(self, pipe: Any, prompt: str, negative_prompt: str = "") -> dict[str, Any]:
+    def prompt_kwargs(
+        self, pipe: Any, prompt: str, negative_prompt: str = "", guidance_scale: float | None = None
+    ) -> dict[str, Any]:
         """Arguments that make a plain diffusers pipeline draw the adapted prompt: `pipe(**kwargs)`.
 
         See `Backend.pipeline_kwargs`. Parameters of `pipe` are frozen by this call. It may be one that offloads.
+
+        Args:
+            guidance_scale: that it will draw with, in our count; None is the model's own, as of `load_backend`.
 
         Raises:
             InputError: the adapter was not fitted to `prompt`, or does not fit the pipeline.
@@ -121,6 +126,9 @@ class Adapter(nn.Module):
             # Any scale above 1: only the prompts are wanted.
             guided = Sampling(guidance_scale=2, negative_prompt=negative_prompt)
             uncond = self.unconditional(backend, [prompt], cond, guided)
+        scale = backend.guidance_scale if guidance_scale is None else guidance_scale
+        if scale <= 1 and not negative_prompt and uncond is not None and uncond.length != cond.length:
+            uncond = None  # it would not be looked at, and to bring both to one length can take a hundred times as many
         return backend.pipeline_kwargs(cond, uncond)
 
 

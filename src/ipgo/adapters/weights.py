@@ -126,7 +126,9 @@ class WeightAdapter(Adapter):
             if not isinstance(layer, nn.Linear) or (layer.in_features, layer.out_features) != widths:
                 raise InputError(f"this adapter changes layer {name!r} {widths}, which the backend lacks")
 
-    def prompt_kwargs(self, pipe: Any, prompt: str, negative_prompt: str = "") -> dict[str, Any]:
+    def prompt_kwargs(
+        self, pipe: Any, prompt: str, negative_prompt: str = "", guidance_scale: float | None = None
+    ) -> dict[str, Any]:
         """Refused: this adapter is not in the prompt. Call the pipeline while `attached`."""
         raise InputError("an adapter of weights has no prompt_kwargs; call the pipeline inside `attached`")
 
