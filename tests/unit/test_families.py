@@ -12,10 +12,12 @@ from diffusers import (
     DDIMScheduler,
     DDPMParallelScheduler,
     DDPMScheduler,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FirstBlockCacheConfig,
     FlowMatchHeunDiscreteScheduler,
     FlowMatchLCMScheduler,
+    UniPCMultistepScheduler,
 )
 from diffusers.hooks import apply_group_offloading
 
@@ -163,6 +165,45 @@ def by_groups(pipe):
         apply_group_offloading(
             getattr(pipe, part), torch.device("cpu"), torch.device("cpu"), offload_type="leaf_level"
         )
+
+
+@pytest.mark.parametrize("build", [tiny.flux, tiny.flux_2])
+@pytest.mark.parametrize("scheduler", [UniPCMultistepScheduler, DPMSolverMultistepScheduler])
+def test_flux_lets_a_scheduler_space_its_steps(build, scheduler):
+    """Three of them: the first ones of a multistep scheduler are all alike."""
+    pipe = build()
+    own = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "use_dynamic_shifting": True}
+    pipe.scheduler = scheduler(**own, time_shift_type="exponential")
+    backend = load_backend(pipe, device="cpu", image_size=16)
+    ours = generate(backend, ["sun"], [3], Adapter(), Sampling(3, 1.0))
+    theirs = pipe(
+        **Adapter().prompt_kwargs(pipe, "sun"),
+        latents=backend.pipeline_latents(backend.noise([3])[:, 0]),
+        **{"num_inference_steps": 3, "guidance_scale": 1.0, "height": 16, "width": 16, "output_type": "pt"},
+    ).images
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_a_scheduler_that_a_family_cannot_set_is_refused():
+    pipe = tiny.chroma()
+    pipe.scheduler = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
+    with pytest.raises(
+        InputError, match=r"scheduler is DPMSolverMultistepScheduler, which does not take .*sigmas"
+    ):
+        generate(load_backend(pipe, device="cpu", image_size=16), ["sun"], [3], Adapter(), Sampling(3, 1.0))
+
+
+@pytest.mark.parametrize("build", [tiny.sana, tiny.flux_2])
+def test_a_class_of_the_users_own_is_opened(build):
+    """It hides the arguments of the call that it passes on."""
+    pipe = build()
+
+    class Mine(type(pipe)):
+        def __call__(self, **options):
+            return super().__call__(**options)
+
+    pipe.__class__ = Mine
+    assert load_backend(pipe, device="cpu").encode(["sun"]).embeds.isfinite().all()
 
 
 @pytest.mark.parametrize("offload", [by_accelerate, by_groups])

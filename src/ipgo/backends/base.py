@@ -282,6 +282,11 @@ class Backend(ABC):
             raise InputError(
                 f"sampling.steps is {steps}; the model's scheduler refuses it: {error}"
             ) from None
+        except TypeError as error:
+            raise InputError(
+                f"the pipeline's scheduler is {type(scheduler).__name__}, which does not take what a pipeline of this "
+                f"family gives its scheduler ({error}); give it one that does"
+            ) from None
         return scheduler
 
     def guided(

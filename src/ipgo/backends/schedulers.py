@@ -81,6 +81,15 @@ def shifted(steps: int, tokens: int, config: Any) -> dict[str, Any]:
     return {"sigmas": np.linspace(1.0, 1 / steps, steps), "mu": shift(tokens, config)}
 
 
+def shifted_or_own(steps: int, tokens: int, config: Any) -> dict[str, Any]:
+    """As `shifted`, unless the scheduler is configured to space a flow's steps itself: FLUX's pipelines let it."""
+    arguments = shifted(steps, tokens, config)
+    if config.get("use_flow_sigmas"):
+        del arguments["sigmas"]
+        arguments["num_inference_steps"] = steps
+    return arguments
+
+
 class Denoised(NamedTuple):
     """What a consistency step makes of noisy latents: clean ones (B, C, h, w)."""
 
