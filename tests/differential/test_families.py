@@ -216,13 +216,12 @@ def test_a_plain_pipeline_draws_what_was_inserted(pipes, name, count, steps):
         kwargs = joined([adapter.prompt_kwargs(pipe, prompt, guidance_scale=scale) for prompt in prompts])
         ours = generate(backend, prompts, SEEDS[:count], adapter, Sampling(steps, scale))
         theirs = pipe(
-            **kwargs,
+            **{**kwargs, **case.call},
             num_inference_steps=steps,
             output_type="pt",
             **backend.pipeline_guidance(scale),
             **noise_of(backend, count),
             **case.steps(steps),
-            **case.call,
         ).images
         close(ours, theirs)
     raw = generate(backend, prompts, SEEDS[:count], Adapter(), Sampling(steps, scale))
@@ -257,14 +256,14 @@ def test_the_default_draws_the_same_in_the_pipeline(pipes, name):
     for negative_prompt in ("", "dull"):
         sampling = Sampling(2, case.guidance[-1], negative_prompt=negative_prompt)
         ours = generate(backend, PROMPTS[:2], SEEDS[:2], adapter, sampling)
+        kwargs = joined([adapter.prompt_kwargs(pipe, prompt, negative_prompt) for prompt in PROMPTS[:2]])
         theirs = pipe(
-            **joined([adapter.prompt_kwargs(pipe, prompt, negative_prompt) for prompt in PROMPTS[:2]]),
+            **{**kwargs, **case.call},
             num_inference_steps=2,
             output_type="pt",
             **backend.pipeline_guidance(sampling.guidance_scale),
             **noise_of(backend, 2),
             **case.steps(2),
-            **case.call,
         ).images
         close(ours, theirs)
 
@@ -290,13 +289,12 @@ def test_our_gradient_is_that_of_the_undecorated_pipeline(pipes, name):
             type(pipe)
             .__call__.__wrapped__(
                 pipe,
-                **backend.pipeline_kwargs(cond, uncond),
+                **{**backend.pipeline_kwargs(cond, uncond), **case.call},
                 num_inference_steps=3,
                 output_type="pt",
                 **backend.pipeline_guidance(sampling.guidance_scale),
                 **noise_of(backend, 2),
                 **case.steps(3),
-                **case.call,
             )
             .images
         )

@@ -13,10 +13,12 @@ from diffusers import (
     DDPMParallelScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     EulerDiscreteScheduler,
     FirstBlockCacheConfig,
     FlowMatchHeunDiscreteScheduler,
     FlowMatchLCMScheduler,
+    IPNDMScheduler,
     UniPCMultistepScheduler,
 )
 from diffusers.hooks import apply_group_offloading
@@ -191,6 +193,38 @@ def test_a_scheduler_that_a_family_cannot_set_is_refused():
         InputError, match=r"scheduler is DPMSolverMultistepScheduler, which does not take .*sigmas"
     ):
         generate(load_backend(pipe, device="cpu", image_size=16), ["sun"], [3], Adapter(), Sampling(3, 1.0))
+
+
+@pytest.mark.parametrize("build", [tiny.pixart_told_its_size, tiny.sana])
+def test_a_size_that_is_none_of_the_pipelines_own_is_drawn_by_it(build):
+    pipe = build()
+    backend = load_backend(pipe, device="cpu", image_size=64)
+    ours = generate(backend, ["sun"], [3], Adapter(), Sampling(2, 4.0))
+    theirs = pipe(
+        **Adapter().prompt_kwargs(pipe, "sun"),
+        **{"num_inference_steps": 2, "guidance_scale": 4.0, "height": 64, "width": 64, "output_type": "pt"},
+        latents=backend.noise([3])[:, 0],
+    ).images
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("scheduler", [EDMEulerScheduler, IPNDMScheduler])
+def test_noise_levels_that_no_other_scheduler_has_are_not_exchanged(scheduler):
+    pipe = tiny_pipeline()
+    pipe.scheduler = scheduler()
+    with pytest.raises(
+        InputError, match=f"scheduler is 'ddim'; the model's own, {scheduler.__name__}, has noise le"
+    ):
+        generate(load_backend(pipe, device="cpu", scheduler="ddim"), ["sun"], [3], Adapter(), Sampling(1))
+
+
+@pytest.mark.parametrize("padding", ["max_length", "none"])
+def test_an_encoder_that_reads_without_padding_is_heard(padding):
+    pipe = tiny_pipeline()
+    pipe.text_encoder.config.use_attention_mask = True
+    states = load_backend(pipe, device="cpu", padding=padding).encode(["sun"]).embeds
+    theirs, _ = pipe.encode_prompt("sun", "cpu", 1, False)
+    torch.testing.assert_close(states, theirs[:, : states.shape[1]])
 
 
 @pytest.mark.parametrize("build", [tiny.sana, tiny.flux_2])
