@@ -417,6 +417,24 @@ def test_sdxl_in_float16_decodes_in_float32():
     assert (backend.decode(latents) - exact).abs().max() < 1e-2
 
 
+def test_a_decoder_in_float32_is_tiled_as_the_pipelines_own(monkeypatch):
+    pipe = tiny.sdxl().to(torch.float16)
+    pipe.vae.enable_tiling()
+    pipe.vae.enable_slicing()
+    pipe.vae.tile_sample_min_size, pipe.vae.tile_latent_min_size = 8, 4
+    with torch.inference_mode():
+        backend = load_backend(pipe, device="cpu")
+        latents = backend.noise([0, 1])[:, 0]
+        ours = backend.decode(latents)
+    vae = backend.modules["decoder"]
+    assert not any(weights.is_inference() for weights in vae.parameters())
+    own = pipe.vae.float()
+    assert (vae is not own, vae.use_slicing) == (True, True)
+    close(ours, (own.decode(latents / own.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1))
+    monkeypatch.setattr("ipgo.backends.stable_diffusion_xl.upcast", None)
+    Adapter().prompt_kwargs(tiny.sdxl().to(torch.float16), "sun")  # draws nothing, so copies nothing
+
+
 def test_sdxl_with_unpadded_text(pipes):
     """Padding that is hidden from the UNet, against no padding at all; the pooled vectors are equal."""
     _, pipe, _ = open_case(pipes, "sdxl")

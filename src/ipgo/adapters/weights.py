@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from ipgo.adapters.base import Adapter, key
 from ipgo.backends import Backend, open_to_draw
+from ipgo.backends.base import denoiser_of
 from ipgo.backends.weights import uncompiled
 from ipgo.errors import InputError
 from ipgo.seeding import derive, generator
@@ -100,8 +101,8 @@ class WeightAdapter(Adapter):
             )
         from peft import LoraConfig, LoraModel  # here, because it takes a second
 
-        opened = backend if isinstance(backend, Backend) else open_to_draw(backend)
-        denoiser = uncompiled(opened.modules["denoiser"])
+        pipe = (backend if isinstance(backend, Backend) else open_to_draw(backend)).pipe
+        denoiser = uncompiled(denoiser_of(pipe))
         self._check(denoiser)
         alpha = self.lora.rank if self.lora.alpha is None else self.lora.alpha
         config = LoraConfig(r=self.lora.rank, lora_alpha=alpha, target_modules=list(self.layers))

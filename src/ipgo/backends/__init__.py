@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ipgo.backends.base import Backend
+from ipgo.backends.base import Backend, denoiser_of
 from ipgo.backends.chroma import Chroma
 from ipgo.backends.facts import Facts, Opening
 from ipgo.backends.few_steps import FewSteps, by_folder, by_name, by_pipeline, either
@@ -250,7 +250,7 @@ def few_steps(source: str) -> FewSteps | None:
 
 def _few_steps_of(backend: Backend, place: str) -> FewSteps | None:
     """The same for one that is open, loaded from `place`; "" says nothing."""
-    return either(by_name(place), by_pipeline(backend.pipe, backend.modules["denoiser"]))
+    return either(by_name(place), by_pipeline(backend.pipe, denoiser_of(backend.pipe)))
 
 
 def with_own_scale(backend: Backend, source: str, few: FewSteps | None) -> Backend:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ipgo.backends.base import Backend, upcast
 from ipgo.backends.facts import Facts, Opening
@@ -83,9 +83,8 @@ class PixArtSigma(PixArtAlpha):
 
     facts: ClassVar[Facts] = replace(PixArtAlpha.facts, tokens=300)
 
-    def __init__(self, pipe: Any, name: str, opening: Opening) -> None:
-        super().__init__(pipe, name, opening)
-        self.modules["decoder"] = upcast(pipe.vae)
+    def _decoder(self) -> nn.Module:
+        return upcast(self.pipe.vae)
 
 
 def masked_kwargs(cond: PromptEmbeds, uncond: PromptEmbeds | None) -> dict[str, Any]:

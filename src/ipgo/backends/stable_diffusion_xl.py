@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ipgo.backends.base import Backend, upcast
 from ipgo.backends.facts import Facts, Opening
@@ -40,7 +40,9 @@ class StableDiffusionXL(Backend):
         self.max_tokens = min(clip_tokens(tokenizer, encoder) for tokenizer, encoder in self._encoders())
         if pipe.unet.config.time_cond_proj_dim is not None:
             self.guidance = "distilled"
-        self.modules["decoder"] = upcast(pipe.vae)
+
+    def _decoder(self) -> nn.Module:
+        return upcast(self.pipe.vae)
 
     def _encoders(self) -> list[tuple[Any, Any]]:
         pipe = self.pipe
