@@ -24,7 +24,7 @@ from ipgo.adapters import Adapter, generate
 from ipgo.budget import Price
 from ipgo.cli_compare import entries_of, read_comparison
 from ipgo.compare import within_budget
-from ipgo.comparison import Plan
+from ipgo.comparison import Plan, common_settings
 from ipgo.config import RunConfig
 from ipgo.evaluation import Drawing, Gain, Score, score, summarise
 from ipgo.prompts import read_prompts
@@ -149,15 +149,15 @@ def outcomes(
     """Each entry on one cell, printed as it comes; `shared` holds what serves all sets, by reward and entry."""
     judged_on = tuple(read_prompts(prompts))
     fit = tuple(read_prompts(options.shared)) if options.shared else judged_on
-    common = RunConfig(
+    config = RunConfig(
         fit,
         reward=reward,
         seeds=() if options.shared else SEEDS,
         shared=bool(options.shared),
         device=options.device,
         dtype=options.dtype,
-    ).to_json()
-    common = {key: value for key, value in common.items() if key not in ("prompts", "method")}
+    )
+    common = common_settings(config)
     entries = read_comparison(str(ENTRIES))["entries"]
     chosen = options.entries or [
         label for label in entries if label.startswith("shared") == bool(options.shared)

@@ -80,7 +80,7 @@ def encoded(clip: Any, text: str, width: int, insert: Callable[[PromptEmbeds], P
     ends = [place for place, entry in enumerate(windows[0]) if isinstance(entry[0], int) and entry[0] == END]
     if not ends:
         raise ipgo.InputError(
-            "this model's text encoder is no CLIP; the node takes Stable Diffusion 1.x and 2.x"
+            "this model's text encoder is not a CLIP; the node takes Stable Diffusion 1.x and 2.x"
         )
     found: Conditioning = []
     for states, about in clip.encode_from_tokens_scheduled(tokens):

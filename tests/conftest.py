@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, GPT2Config, GPT2LMHeadModel
 
+from ipgo import Adapter, Progress
 from ipgo.backends import Backend, load_backend
 from tests.chat_endpoint import Endpoint, serving
 
@@ -128,6 +130,86 @@ def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("tiny-pipeline")
     tiny_pipeline().save_pretrained(folder, safe_serialization=True)
     return str(folder)
+
+
+@pytest.fixture
+def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever loads a model fails, so that what is refused or written was so without one."""
+
+    def unloadable(*arguments: object, **named: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("ipgo.backends.load_backend", unloadable)
+    for name in ("load_backend", "load_reward", "load_models", "load_judge"):
+        monkeypatch.setattr(f"ipgo.runner.{name}", unloadable)
+
+
+class Terminal(io.StringIO):
+    """A standard stream with a person at it."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def one_sentence(capsys: pytest.CaptureFixture[str]) -> str:
+    """What the command line has said on stderr, which is one line of its own."""
+    error = capsys.readouterr().err
+    assert error.startswith("ipgo: ")
+    assert error.count("\n") == 1
+    assert error.endswith("\n")
+    return error
+
+
+def assert_same_state(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> None:
+    """The same names with the same bits; what is no number is alike."""
+    torch.testing.assert_close(dict(ours), dict(theirs), rtol=0, atol=0, equal_nan=True)
+
+
+def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+def difference_quotient(
+    value: Callable[[], torch.Tensor],
+    parameters: Sequence[torch.Tensor],
+    directions: Sequence[torch.Tensor],
+    step: float = 1e-6,
+) -> torch.Tensor:
+    """The slope of `value()` along the directions, in which the parameters are moved a step each way and put back."""
+    starts, found = [parameter.detach().clone() for parameter in parameters], []
+    with torch.no_grad():
+        for length in (step, -step, 0.0):
+            for parameter, start, direction in zip(parameters, starts, directions, strict=True):
+                parameter.copy_(start + length * direction)
+            if length:
+                found.append(value())
+    return (found[0] - found[1]) / (2 * step)
+
+
+def redness(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+    return images[:, 0].mean((1, 2)) - images[:, 2].mean((1, 2))
+
+
+def brightness(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+    """A reward whose slope is not the same everywhere."""
+    return images.square().mean((1, 2, 3))
+
+
+def progress(step: int, rewards: Sequence[float] | torch.Tensor = (1.0, 2.0), total: int = 4) -> Progress:
+    """What a fit says after a step, with one reward for each prompt."""
+    values = torch.as_tensor(rewards)
+    return Progress(
+        step=step,
+        total=total,
+        rewards=values,
+        best=values,
+        penalty=values / 10,
+        grad_norm=values * 10,
+        failed=torch.zeros(len(values), dtype=torch.bool),
+        images=None,
+        adapter=Adapter(),
+        state=lambda: {"step": torch.tensor(step), "values": values},
+    )
 
 
 def put_into_cache(cache: Path, repo: str, source: Path, *names: str) -> None:

@@ -1,4 +1,4 @@
-"""What others read too: adapters and scores, as files."""
+"""Adapters and scores as files, which other programs read too."""
 
 from __future__ import annotations
 
@@ -18,14 +18,27 @@ from ipgo.evaluation import Score
 SCHEMA = 1
 
 
-def save_adapter(adapter: Adapter, folder: str | Path, settings: Mapping[str, Any] | None = None) -> None:
-    """Write adapter.safetensors and adapter.json. `settings`: the backend and sampling that it belongs to."""
+def save_adapter(
+    adapter: Adapter,
+    folder: str | Path,
+    settings: Mapping[str, Any] | None = None,
+    drawn_by: Mapping[str, Any] | None = None,
+) -> None:
+    """Write an adapter: its tensors to adapter.safetensors, and all that rebuilds it to adapter.json.
+
+    Args:
+        adapter: what is stored.
+        folder: where; it is made if it does not exist.
+        settings: the backend and sampling that the adapter belongs to, as JSON values.
+        drawn_by: what was behind the backend's name when it was learned, as `Backend.identity` has it.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.state_dict().items()}
     about = {"schema": SCHEMA, "kind": adapter.kind, "options": adapter.options, "prompts": adapter.prompts}
     files.write(folder / "adapter.safetensors", save(tensors))
-    files.write_json(folder / "adapter.json", {**about, "settings": dict(settings or {})})
+    about |= {"settings": dict(settings or {})} | ({"drawn_by": dict(drawn_by)} if drawn_by else {})
+    files.write_json(folder / "adapter.json", about)
 
 
 def load_adapter(folder: Path | str) -> Adapter:
@@ -77,7 +90,7 @@ def save_scores(
 
 
 def load_scores(file: Path) -> list[Score]:
-    """The scores that `save_scores` wrote; no file is no scores."""
+    """The scores that `save_scores` wrote; without a file there are none."""
     return [Score.read(line) for line in files.read_lines(file) if "rewards" not in line]
 
 

@@ -1,4 +1,4 @@
-"""How a reward is climbed: the settings of the gradient loop, and its optimisers."""
+"""Gradient ascent on a reward: the settings of the loop, and its optimisers."""
 
 from __future__ import annotations
 
@@ -19,25 +19,26 @@ MOMENTUM = 0.9  # Nesterov's, of optimizer="sgd"
 
 @dataclass(frozen=True)
 class Ascent:
-    """How the reward is climbed, with each row on its own. The defaults are IPGO's: other methods have others.
+    """Gradient ascent on the reward, each row independently. The defaults are IPGO's; other methods have their own.
 
     Attributes:
         steps: optimiser steps.
         optimizer: adam, or sgd with Nesterov's momentum of 0.9.
         lr: learning rate.
-        lr_basis: learning rate of the orthonormal basis, where there is one; None is `lr`.
-        lr_decay: factor on the learning rates after every `decay_every` steps.
+        lr_basis: learning rate of the orthonormal basis, where there is one; None: `lr`.
+        lr_decay: factor applied to the learning rates every `decay_every` steps.
         decay_every: steps between decays.
-        max_grad_norm: each row's gradient is shortened to this norm; None never shortens.
-        backprop_steps: last denoising steps that carry gradient (DRaFT's K); None is all of them.
-        random_backprop: draw their number from 1 to backprop_steps, anew for each trajectory (AlignProp).
-        renoised: further gradients of the last step alone, each from fresh noise (DRaFT-LV; 0 is none).
-        keep_best: return the step with the highest reward (with S seeds in turn, mean reward of S steps), not the last
-            one. Fresh noise and prompt-batch have the last one in any case: their steps do not compare.
-        penalty_weight: weight of the adapter's penalty, for IPGO the conformity penalty.
-        batch_size: prompt-batch: prompts in one forward pass.
-        accumulate: prompt-batch: forward passes in one optimiser step.
-        recompute: save memory by computing the differentiated calls twice, the decoder block by block.
+        max_grad_norm: each row's gradient is clipped to this norm; None: no clipping.
+        backprop_steps: number of last denoising steps to backpropagate through (DRaFT's K); None: all.
+        random_backprop: draw that number from 1 to backprop_steps, anew for each batch (AlignProp).
+        renoised: further gradients of the last step alone, each from fresh noise (DRaFT-LV); 0: none.
+        keep_best: return the step with the highest reward (with S seeds, the highest mean over S consecutive steps),
+            not the last one. Fresh noise and prompt-batch always return the last: their steps are not comparable.
+        penalty_weight: weight of the adapter's penalty; for IPGO, the conformity penalty.
+        batch_size: prompt-batch: prompts per forward pass.
+        accumulate: prompt-batch: forward passes per optimiser step.
+        recompute: gradient checkpointing: recompute activations of the differentiated denoiser calls, and of the
+            decoder block by block, in the backward pass.
     """
 
     steps: int = 40
@@ -84,12 +85,14 @@ class Ascent:
 
         Args:
             steps: denoising steps.
-            seeds: how many take turns.
+            seeds: number of seeds, used in turn.
             shared: prompt-batch.
             whole: something is learned that needs gradient through all denoising steps, as the initial noise does.
         """
         if not shared and self.steps < seeds:
-            raise InputError(f"ascent.steps is {self.steps}; {seeds} seeds take turns and need as many")
+            raise InputError(
+                f"ascent.steps is {self.steps}; {seeds} seeds, used in turn, need at least as many"
+            )
         depth = self.backprop_steps or steps
         if whole and (depth < steps or self.random_backprop):
             raise InputError(

@@ -20,7 +20,7 @@ from ipgo.sampling import Sampling, unconditional
 from ipgo.task import Method, Progress
 
 REPEATS = 5  # timings of each kind of call, of which the median counts
-SLACK = 1e-6  # of a call: weights are no whole numbers
+SLACK = 1e-6  # of a call: weights are not whole numbers
 LENGTH = "ascent.steps"  # of methods that climb; what others call theirs is in comparisons/methods.yaml
 
 
@@ -151,7 +151,7 @@ def paid(config: RunConfig, budget: int, cost: float) -> int:
     if steps < seeds:
         what = "one step" if seeds == 1 else f"a step on each of {seeds} seeds"
         raise InputError(
-            f"budget is {budget}; {what} of {config.method_name!r} takes {cost * seeds:.1f} denoiser calls"
+            f"budget is {budget}; {what} of {config.method_name!r} needs {cost * seeds:.1f} denoiser calls"
         )
     return steps
 

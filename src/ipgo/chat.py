@@ -23,8 +23,13 @@ PASSING = (408, 409, 425, 429)  # statuses that may be others a little later, as
 
 OPENAI = "https://api.openai.com/v1"
 QUOTES = {'"': '"', "'": "'", "`": "`", "“": "”", "‘": "’", "«": "»"}
-ITEM = re.compile(r"^(?:\**\(?\d+[.):]\**|[-*•])\s+")
+NUMBERED = re.compile(r"^\**\(?\d+[.):]\**\s+")
+ITEM = re.compile(rf"{NUMBERED.pattern}|^[-*•]\s+")
 LABEL = re.compile(r"^(?:(?:rewritten|improved|new)\s+)?prompt(?:\s*\d+)?\s*:\s*", re.IGNORECASE)
+ANNOUNCED = re.compile(
+    r"^(?:(?:sure|certainly|of course|okay|ok)\b[^\w]*)?(?:here(?:'s|’s| is| are)|this is)\b[^:]{0,80}:\s*",
+    re.IGNORECASE,
+)
 LIST = re.compile(r"(?:^|:)\s*(\[.*\])[\s.,;}]*$", re.DOTALL | re.MULTILINE)
 THOUGHT = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL | re.IGNORECASE)
 logger = logging.getLogger("ipgo")
@@ -175,7 +180,7 @@ class Chat:
                 _seconds(error.response.headers.get("retry-after")),
             )
         except (APIError, ValueError, TypeError, LookupError, AttributeError):
-            return None, "an answer that is no chat completion", None
+            return None, "an answer that is not a chat completion", None
         if not isinstance(answer, str) or not answer.strip():
             return None, "an empty answer", None
         return _valid(answer), "", None
@@ -203,6 +208,22 @@ def parse_texts(answer: str) -> list[str]:
     found = items or [line for line in lines if not line.endswith(":")]
     texts = [_bare(text) for text in found]
     return [text for text in dict.fromkeys(texts) if text]
+
+
+def parse_text(answer: str) -> str:
+    """The text of an answer that was to be one text, on one line; empty if there is none.
+
+    Lines and bullets are parts of it, numbered lines are several texts, of which the first is taken. Thoughts, fences,
+    labels, quotation marks, and what announces it ("Sure! Here is your prompt:") are taken off.
+    """
+    answer = THOUGHT.sub("", answer)
+    listed = _json_texts(answer)
+    lines = listed[:1] or [line.strip() for line in answer.splitlines()]
+    lines = [line for line in lines if line and not line.startswith("```")]
+    several = [line for line in lines if NUMBERED.match(line)]
+    whole = " ".join(ITEM.sub("", line) for line in several[:1] or lines)
+    text = _bare(ANNOUNCED.sub("", whole))
+    return "" if text.endswith(":") else text  # it announces what did not come
 
 
 def _json_texts(answer: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Prompts that are fitted together, what that costs, and where an interrupted fit goes on from."""
+"""Prompts that are fitted together, what that costs, and where an interrupted fit resumes from."""
 
 from __future__ import annotations
 

@@ -5,7 +5,6 @@ Whatever needs torch is imported inside the commands, so that `ipgo --help` answ
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
@@ -24,19 +23,17 @@ from ipgo.cli_plan import plan
 from ipgo.cli_publish import publish
 from ipgo.cli_score import score
 from ipgo.errors import InputError, IpgoError, first_line, unknown
-from ipgo.prompts import read_prompts, slug
+from ipgo.prompts import slug
 from ipgo.terminal import (
+    add_adapter_flags,
     add_device_flags,
     aligned,
     backend_of,
     command_parser,
-    compare_backend,
-    find_adapter,
-    fitted_prompts,
     loading,
+    open_stored,
+    peek,
     read_texts,
-    run_of,
-    underscores,
 )
 
 if TYPE_CHECKING:
@@ -50,25 +47,26 @@ Make the images of a text-to-image model score higher, by learning a few embeddi
   ipgo fit "a lemon on a blue background" --out runs/lemon
 
 commands:
-  fit        learn embeddings for one prompt or many, and judge them on new noise
-  generate   draw prompts with embeddings that were learned
-  evaluate   judge a finished run on more seeds, other rewards, or prompts it never saw
-  compare    run many methods on the same prompts, seeds and budget, and make the table
-  score      score pictures that are already there
-  plan       say what a fit takes of a GPU's memory, without one
-  explain    say what learned embeddings are close to, and what each of them does
-  doctor     see whether a backend can follow a reward, and what is wrong if it cannot
-  report     write the page that shows a run or a comparison
+  fit        learn embeddings for one or more prompts, and evaluate them on unseen noise
+  generate   draw prompts with what was learned
+  evaluate   evaluate a finished run on more seeds, with other rewards, or on prompts it never saw
+  compare    run many methods on the same prompts, seeds and budget, and tabulate the results
+  score      score existing image files
+  plan       estimate the GPU memory that a fit needs, without a GPU
+  explain    show the words nearest to learned embeddings, and what each one contributes
+  doctor     check that a reward's gradient reaches the embeddings, and say what to do if not
+  report     write the HTML report of a run or a comparison
   publish    write a run's adapter with a model card, as a folder or on the hub
-  list       what there is: objects, prompts, rewards, backends, methods, presets, comparisons
+  list       list known objects, prompts, rewards, backends, methods, presets, comparisons
 
 `ipgo COMMAND --help` lists the options.
-Exit codes: 0 well, 1 some prompt failed, 2 bad input, 130 interrupted."""
+Exit codes: 0 success, 1 a prompt or a check failed, 2 bad input, 130 interrupted."""
 
-# What takes less memory, by command.
+RESUMABLE = ("fit", "compare")
+# What needs less memory, by command.
 LESS = {
-    "fit": "; --chunk 1 and --method.ascent.recompute true take less, and `ipgo plan` counts",
-    "compare": "; --chunk 1 takes less, and `ipgo plan` counts",
+    "fit": "; --chunk 1 and --method.ascent.recompute true need less (see `ipgo plan`)",
+    "compare": "; --chunk 1 needs less (see `ipgo plan`)",
 }
 EVALUATION_SEEDS = tuple(range(2000, 2008))  # not those that `fit` judges on
 
@@ -78,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of torchvision, which is not needed
     _log_to_stderr()
+    kept = "; finished prompts are kept" if name in RESUMABLE else ""
     try:
         code = _run(name, rest)
         sys.stdout.flush()
@@ -88,15 +87,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except IpgoError as error:
         return _fail(str(error), 2)
     except KeyboardInterrupt:
-        again = "; the same command continues it" if name in ("fit", "compare") else ""
+        again = "; the same command continues it" if name in RESUMABLE else ""
         return _fail(f"stopped{again}", 130)
     except OSError as error:
         place = f" {str(error.filename)!r}" if error.filename else ""
-        return _fail(f"cannot read or write{place}: {error.strerror or error}; nothing finished is lost", 1)
+        return _fail(f"cannot read or write{place}: {error.strerror or error}{kept}", 1)
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
             raise
-        return _fail(f"out of memory ({first_line(error)}){LESS.get(name, '')}; nothing finished is lost", 1)
+        return _fail(f"out of memory ({first_line(error)}){LESS.get(name, '')}{kept}", 1)
 
 
 def _run(name: str, rest: list[str]) -> int:
@@ -141,14 +140,7 @@ def fit(argv: list[str]) -> int:
     from ipgo.runner import check_gradient, check_method, held_out, load_models, run, warn_of_unseen_words
     from ipgo.store import Run
 
-    # These decide which other options there are.
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("--preset", "--config", "--method", "--backend"):
-        first.add_argument(name)
-    try:
-        chosen, rest = first.parse_known_args([underscores(word) for word in argv])
-    except argparse.ArgumentError as error:
-        raise InputError(str(error)) from None
+    chosen, rest = peek(argv, ("--preset", "--config", "--method", "--backend"))
     settings = read_settings(chosen.preset, chosen.config)
     if chosen.method not in (None, method_of(settings)):
         settings["method"] = {"name": chosen.method}
@@ -160,23 +152,25 @@ def fit(argv: list[str]) -> int:
     if few:
         said = ", ".join(f"{name} {json.dumps(value)}" for name, value in flatten(few).items())
         logging.getLogger("ipgo").info(
-            "%s draws in few steps; where nothing else is asked for: %s", settings["backend"], said
+            "%s is a few-step model; defaults for it: %s", settings["backend"], said
         )
     settings = merge(few, settings)
     parser.usage = "ipgo fit PROMPT... [options]"
-    parser.description = "Learn embeddings for one prompt or many, and judge them on new noise."
-    parser.epilog = f"--method NAME chooses what learns and has the options above ({', '.join(METHODS)})."
+    parser.description = "Learn embeddings for one or more prompts, and evaluate them on unseen noise."
+    parser.epilog = f"--method NAME is one of {', '.join(METHODS)}; --method.* are its options."
     parser.add_argument("text", nargs="*", default=[], metavar="PROMPT", help="prompts, each in quotes")
     parser.add_argument("--preset", type=str, help=f"bundled settings: {', '.join(presets())}")
     parser.add_argument(
-        "--config", type=str, help="a YAML file of settings; they override the preset's, and flags both"
+        "--config", type=str, help="a YAML file of settings; it overrides the preset, and flags override both"
     )
     parser.add_argument(
         "--prompts",
         type=str,
         help="prompts from a .txt, .csv or .jsonl file, or a set: one, one:train?n=8, ...",
     )
-    parser.add_argument("--out", type=str, help="the run's folder (default: runs/ and the first words)")
+    parser.add_argument(
+        "--out", type=str, help="the run's folder (default: runs/ and the first prompt's words)"
+    )
     parsed = parse(parser, settings, rest)
 
     texts = read_texts(parsed.text, parsed.prompts)
@@ -222,15 +216,15 @@ def show_run(folder: Run) -> int:
     failed = [result["prompt"] for result in folder.results() if result["status"] == "failed"]
     if failed:
         return _fail(
-            f"{len(failed)} of {len(folder.judged)} prompts failed, their reward or gradient was not finite: "
-            f"{', '.join(map(repr, failed[:5]))}; `ipgo doctor` says more, and a new --out tries again",
+            f"{len(failed)} of {len(folder.judged)} prompts failed because their reward or gradient was not finite: "
+            f"{', '.join(map(repr, failed[:5]))}; see `ipgo doctor`, and try again with a new --out",
             1,
         )
     return 0
 
 
 def table(gains: Sequence[Gain]) -> str:
-    """One line a reward; the raised one is marked with a star."""
+    """One line per reward; a star marks the maximised one and its parts."""
     from ipgo.evaluation import unlike
 
     over = f"95% over {gains[0].gain.n} {gains[0].gain.over}"
@@ -250,10 +244,7 @@ def table(gains: Sequence[Gain]) -> str:
                 + (f" ({each.wins.low:.0%} to {each.wins.high:.0%})" if some else ""),
             )
         )
-    note = (
-        "* what was raised: the reward, and what it is made of; all others are held out. An image that is as good as "
-        "raw is half a win."
-    )
+    note = "* the reward that was maximised, or a part of it; all others are held out. A tie counts as half a win."
     return "\n".join([*aligned(rows), note, ""])
 
 
@@ -266,37 +257,29 @@ def _span(seeds: Sequence[int]) -> str:
 
 def generate(argv: list[str]) -> int:
     """`ipgo generate`: draw prompts with a stored adapter."""
-    parser = command_parser("generate", "Draw prompts with embeddings that were learned.")
-    parser.add_argument("adapter", type=Path, help="an adapter's folder, or a run's")
-    parser.add_argument(
-        "text", nargs="*", default=[], help="prompts, each in quotes (default: those that were fitted)"
-    )
-    parser.add_argument("--prompts", help="prompts from a file or a set, as in fit")
+    parser = command_parser("generate", "Draw prompts with what was learned.")
+    add_adapter_flags(parser)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="noise seeds (default: 0)")
     parser.add_argument(
-        "--out", type=Path, default=Path("images"), help="where to put the images (default: images)"
+        "--out", type=Path, default=Path("images"), help="folder for the images (default: images)"
     )
-    parser.add_argument("--backend", help="another backend than the adapter was fitted on")
-    parser.add_argument("--steps", type=int, help="denoising steps (default: as many as it was judged with)")
-    parser.add_argument("--guidance-scale", type=float, help="likewise; 1 draws without guidance")
+    parser.add_argument("--steps", type=int, help="denoising steps (default: those of the run)")
+    parser.add_argument("--guidance-scale", type=float, help="1: no guidance (default: that of the run)")
     add_device_flags(parser)
     args = parser.parse_args(argv)
 
     from ipgo.backends import load_backend
     from ipgo.evaluation import draw
     from ipgo.images import to_pil
-    from ipgo.prompts import check_prompts, number
+    from ipgo.prompts import number
     from ipgo.runner import warn_of_unseen_words
     from ipgo.sampling import Sampling
     from ipgo.seeding import check_seeds
 
     check_seeds(tuple(args.seeds))
     files.check_out(args.out, folder=True)
-    adapter, settings = find_adapter(args.adapter)
-    begun = run_of(args.adapter)
-    texts = read_texts(args.text, args.prompts) or fitted_prompts(adapter, begun)
-    check_prompts(texts)
-    adapter.rows(texts)
+    stored = open_stored(args.adapter)
+    texts, settings = stored.prompts(args.text, args.prompts), stored.settings
     own = {"steps": args.steps, "guidance_scale": args.guidance_scale}
     sampling = replace(
         Sampling(**settings.pop("sampling", {})),
@@ -307,8 +290,8 @@ def generate(argv: list[str]) -> int:
     loading(source)
     backend = load_backend(source, device=args.device, text_device=args.text_device, **settings)
     backend.check_prompts(texts)
-    compare_backend(begun, backend)
-    adapter.to(backend.device)
+    stored.check_backend(backend)
+    adapter = stored.adapter.to(backend.device)
     args.out.mkdir(parents=True, exist_ok=True)
     for prompt in number(texts):
         for drawing in draw(backend, {"adapter": adapter}, prompt.text, args.seeds, sampling):
@@ -321,7 +304,7 @@ def generate(argv: list[str]) -> int:
 def evaluate(argv: list[str]) -> int:
     """`ipgo evaluate`: more seeds, other rewards, other prompts."""
     parser = command_parser(
-        "evaluate", "Judge a finished run on more seeds, other rewards, or prompts it never saw."
+        "evaluate", "Evaluate a finished run on more seeds, with other rewards, or on prompts it never saw."
     )
     parser.add_argument("run", type=Path, help="a run's folder")
     parser.add_argument(
@@ -329,13 +312,12 @@ def evaluate(argv: list[str]) -> int:
     )
     parser.add_argument("--rewards", nargs="+", help="default: those that the run was scored with")
     parser.add_argument("--prompts", help="other prompts from a file or a set, for a run with --shared")
-    parser.add_argument("--backend", help="where the backend is now, if the run does not say or it has moved")
+    parser.add_argument("--backend", help="where the backend is, if it has moved or the run does not say")
     add_device_flags(parser)
     args = parser.parse_args(argv)
 
     from ipgo.adapters import Adapter
     from ipgo.evaluation import evaluate, levels, summarise
-    from ipgo.prompts import check_prompts
     from ipgo.report import write_report
     from ipgo.runner import load_models, warn_of_unseen_words
     from ipgo.seeding import check_seeds
@@ -344,11 +326,9 @@ def evaluate(argv: list[str]) -> int:
     check_seeds(tuple(args.seeds))
     folder = Run.open(args.run)
     files.check_out(folder.path, folder=True)
-    adapter, settings = find_adapter(args.run)
-    prompts = read_prompts(args.prompts) if args.prompts else [prompt.text for prompt in folder.finished]
-    check_prompts(prompts)
-    adapter.rows(prompts)
-    source, raised = backend_of(settings, args.backend), folder.config.reward
+    stored = open_stored(args.run)
+    prompts = stored.prompts([], args.prompts)
+    source, raised = backend_of(stored.settings, args.backend), folder.config.reward
     try:
         judges = _judges(raised, args.rewards or list(folder.identities), prompts)
     except InputError as error:
@@ -360,8 +340,8 @@ def evaluate(argv: list[str]) -> int:
     loading(config.backend)
     models = load_models(config, begun_in=folder.dtype)
     models.backend.check_prompts(prompts)
-    compare_backend(folder, models.backend)
-    adapters = {"raw": Adapter(), config.method_name: adapter.to(models.backend.device)}
+    stored.check_backend(models.backend)
+    adapters = {"raw": Adapter(), config.method_name: stored.adapter.to(models.backend.device)}
     scores = evaluate(
         models.backend,
         adapters,
@@ -374,8 +354,8 @@ def evaluate(argv: list[str]) -> int:
     )
     for name in folder.strange(models.identities):
         logging.getLogger("ipgo").warning(
-            "%r is not what scored the run under that name (its weights, text or version differ): its scores here do "
-            "not compare with those there",
+            "%r is not the reward that scored the run under this name (its weights, text or version differ): the new "
+            "scores cannot be compared with the old ones",
             name,
         )
     folder.judge_again(scores, models.identities, models.backend.identity)
@@ -391,9 +371,9 @@ def evaluate(argv: list[str]) -> int:
 
 
 def _judges(raised: str, names: Sequence[str], prompts: Sequence[str]) -> tuple[str, ...]:
-    """The reward that was raised, if it can still be loaded, and the others, which must be.
+    """The maximised reward, if it can still be loaded, and the others, which must be.
 
-    A run that was made in Python may have followed a function that no name stands for.
+    A run made in Python may have maximised a function that no name stands for.
     """
     from ipgo.rewards import check_reward
 
@@ -405,14 +385,14 @@ def _judges(raised: str, names: Sequence[str], prompts: Sequence[str]) -> tuple[
     except InputError as error:
         if raised in names:
             raise
-        logging.getLogger("ipgo").warning("judged without the reward that was raised: %s", error)
+        logging.getLogger("ipgo").warning("scored without the reward that was maximised: %s", error)
         return others
     return (raised, *others)
 
 
 def report(argv: list[str]) -> int:
-    """`ipgo report`: write the page again."""
-    parser = command_parser("report", "Write the page that shows a run or a comparison, finished or not.")
+    """`ipgo report`: write the HTML report again."""
+    parser = command_parser("report", "Write the HTML report of a run or a comparison, finished or not.")
     parser.add_argument("run", type=Path, help="a run's folder, or a comparison's")
     args = parser.parse_args(argv)
 

@@ -1,8 +1,7 @@
-"""`ipgo compare`: many methods on one task, and the table of what came out."""
+"""`ipgo compare`: many methods on one task, and the table of their results."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ipgo.errors import InputError, unknown
 from ipgo.prompts import halves, read_prompts, slug
-from ipgo.terminal import aligned, loading, read_texts, underscores
+from ipgo.terminal import aligned, loading, peek, read_texts
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -29,21 +28,13 @@ def compare(argv: list[str]) -> int:
     from ipgo.config import merge, parse
     from ipgo.defaults import for_backend
 
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--config")
-    first.add_argument("--out")
-    first.add_argument("--backend")
-    first.add_argument("--redraw", action="store_true")
     for word in argv:
         if word.startswith("--method."):
             raise InputError(
-                f"{word.partition('=')[0]!r} is of one method; write it under that entry of a --config file "
+                f"{word.partition('=')[0]!r} is an option of one method; set it under its entry in a --config file "
                 "(docs/compare.md)"
             )
-    try:
-        chosen, rest = first.parse_known_args([underscores(word) for word in argv])
-    except argparse.ArgumentError as error:
-        raise InputError(str(error)) from None
+    chosen, rest = peek(argv, ("--config", "--out", "--backend"), flags=("--redraw",))
     if chosen.redraw:
         if chosen.out is None:
             raise InputError("--redraw needs the comparison's folder: --out FOLDER")
@@ -66,7 +57,7 @@ def compare(argv: list[str]) -> int:
     from ipgo.runner import warn_of_unseen_words
 
     some = plan.config(next(iter(plan.entries)))
-    check(folder)
+    check(folder, plan.entries)  # what is there from other commands may fail by itself
     warn_of_unseen_words(some.backend, some.prompts)
     loading(some.backend)
     run_all(folder)
@@ -81,7 +72,7 @@ def _parser() -> ArgumentParser:
     parser.set_defaults(seeds=[0])  # the same for all, also for methods that learn the noise of one seed
     parser.usage = "ipgo compare PROMPT... --methods NAME,NAME,... [options]"
     parser.description = (
-        "Run many methods on the same prompts, seeds, rewards and budget, and make the table."
+        "Run many methods on the same prompts, seeds, rewards and budget, and tabulate the results."
     )
     variants = [label for label in read_comparison(SYSTEMS)["entries"] if label not in METHODS]
     parser.epilog = f"Methods: {', '.join(METHODS)}. Variants: {', '.join(variants)}. Docs: docs/compare.md."
@@ -90,31 +81,31 @@ def _parser() -> ArgumentParser:
         "--prompts", type=str, help="prompts from a .txt, .csv or .jsonl file, or a set such as styled"
     )
     parser.add_argument(
-        "--methods", type=str, help="methods, or labels of the file's entries, with commas between"
+        "--methods", type=str, help="methods, or labels of the file's entries, comma-separated"
     )
     parser.add_argument(
         "--budget",
         type=int,
-        help="denoiser calls for each prompt, those with gradient weighted by their time; "
-        "default: as long as methods search by themselves",
+        help="denoiser calls per prompt, those with gradient weighted by their time (default: each method's own "
+        "length)",
     )
     parser.add_argument(
         "--price",
         nargs=2,
         type=float,
-        help="what a call with gradient weighs, through one half of guidance and both; default: measured",
+        help="weight of a call with gradient, through one half of guidance and through both (default: measured)",
     )
     parser.add_argument(
         "--unseen_prompts",
         type=str,
-        help="a file or set to judge shared entries on; for --prompts NAME:train it is NAME:test, if there is one",
+        help="a file or set to evaluate shared entries on (default for --prompts NAME:train: NAME:test, if it exists)",
     )
     parser.add_argument("--config", help=f"a YAML file with entries, or one of {', '.join(comparisons())}")
     parser.add_argument(
         "--out", type=str, help="the comparison's folder (default: runs/compare- and the prompts)"
     )
     parser.add_argument(
-        "--redraw", action="store_true", help="make the table of --out again, without a model"
+        "--redraw", action="store_true", help="only rewrite the table of --out; loads no model"
     )
     return parser
 
@@ -138,7 +129,7 @@ def read_comparison(spec: str) -> Settings:
 def plan_of(parsed: Namespace, entries: Mapping[str, Any], method: Mapping[str, Any]) -> Plan:
     """The plan that flags and a file's entries make."""
     from ipgo.budget import Price
-    from ipgo.comparison import Plan
+    from ipgo.comparison import Plan, common_settings
     from ipgo.config import build
 
     prompts = tuple(read_texts(parsed.text, parsed.prompts))
@@ -148,10 +139,9 @@ def plan_of(parsed: Namespace, entries: Mapping[str, Any], method: Mapping[str, 
     name, _, half = (parsed.prompts or "").partition("?")[0].partition(":")
     if unseen is None and half == "train" and "test" in halves(name):
         unseen = parsed.prompts.replace(":train", ":test", 1)
-    common = build(parsed, prompts).to_json()
     return Plan(
         prompts=prompts,
-        common={key: value for key, value in common.items() if key not in ("prompts", "method")},
+        common=common_settings(build(parsed, prompts)),
         entries=entries_of(parsed.methods, entries, method, parsed.backend),
         budget=parsed.budget,
         price=Price(*parsed.price) if parsed.price else None,
@@ -165,10 +155,10 @@ def entries_of(
     """The entries that are asked for by label: a file's, or methods with the settings that they need.
 
     Args:
-        names: labels and methods with commas between; None is all of the file's entries.
-        entries: the file's, by label; those of the bundled `systems` may be named beside them.
+        names: labels and methods, comma-separated; None is all of the file's entries.
+        entries: the file's, by label; those of the bundled `systems` may be named besides.
         method: what the file's entries of one method have in common, with its name.
-        backend: whose name may say that it draws in a few steps.
+        backend: its name may say that it is a few-step model.
 
     Raises:
         InputError: nothing to compare, or a name that is neither.
@@ -196,7 +186,7 @@ def entries_of(
             entries[label] = systems[label]
         own = entries.get(label) or {}
         if not isinstance(own, Mapping):
-            raise InputError(f"entry {label!r} is {own!r}; it must be settings, each with its own name")
+            raise InputError(f"entry {label!r} is {own!r}; it must be a mapping of settings")
         own = dict(own)
         if "prompts" in own:
             raise InputError(f"entry {label!r} has prompts of its own; all entries have the same")

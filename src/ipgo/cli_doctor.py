@@ -1,4 +1,4 @@
-"""`ipgo doctor`: can this backend be steered by this reward?"""
+"""`ipgo doctor`: can this backend follow this reward?"""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ipgo.terminal import add_device_flags, check_image, command_parser, drawn_i
 
 
 def doctor(argv: list[str]) -> int:
-    """`ipgo doctor`: one small step, and what is wrong with it in plain words. 1 if something is."""
+    """`ipgo doctor`: one small step, and in plain words what is wrong with it; 1 if something is."""
     args = _parser().parse_args(argv)
     if not args.prompt.strip():
         raise InputError("prompt is empty; it needs at least one word")
@@ -55,16 +55,16 @@ def doctor(argv: list[str]) -> int:
 
 def _parser() -> ArgumentParser:
     parser = command_parser(
-        "doctor", "Run one small step, and see whether a gradient of the reward reaches inserted embeddings."
+        "doctor", "Run one small step, and check that the reward's gradient reaches inserted embeddings."
     )
     parser.add_argument("--backend", default="emoji", help="as in fit (default: emoji)")
     parser.add_argument(
         "--reward", default="emoji-preference", help="as in fit (default here: emoji-preference)"
     )
-    parser.add_argument("--prompt", default="a lemon on a blue background", help="what is drawn")
-    drawn = "or what a few-step model is drawn in"
+    parser.add_argument("--prompt", default="a lemon on a blue background", help="prompt to draw")
+    drawn = "or those of a few-step model"
     parser.add_argument(
-        "--backprop-steps", type=int, help="last steps with gradient (default: 2, or those there are)"
+        "--backprop-steps", type=int, help="last steps with gradient (default: 2, or all if fewer)"
     )
     parser.add_argument("--steps", type=int, help=f"denoising steps (default: 4, {drawn})")
     parser.add_argument("--guidance-scale", type=float, help="default: the model's own")

@@ -1,4 +1,4 @@
-"""`ipgo explain`: what learned embeddings are close to, and what each of them does."""
+"""`ipgo explain`: the words nearest to learned embeddings, and what each one contributes."""
 
 from __future__ import annotations
 
@@ -10,16 +10,13 @@ from tqdm import tqdm
 
 from ipgo.errors import InputError
 from ipgo.terminal import (
+    add_adapter_flags,
     add_device_flags,
     aligned,
     backend_of,
     command_parser,
-    compare_backend,
-    find_adapter,
-    fitted_prompts,
     loading,
-    read_texts,
-    run_of,
+    open_stored,
 )
 
 if TYPE_CHECKING:
@@ -27,22 +24,17 @@ if TYPE_CHECKING:
 
 
 def explain(argv: list[str]) -> int:
-    """`ipgo explain`: a table for each prompt, and all of it as JSON."""
+    """`ipgo explain`: a table per prompt, and all numbers as JSON."""
     parser = command_parser(
-        "explain", "Say what learned embeddings are close to, and what each of them does."
+        "explain", "Show the words nearest to learned embeddings, and what each one contributes."
     )
-    parser.add_argument("adapter", type=Path, help="an adapter's folder, or a run's")
-    parser.add_argument(
-        "text", nargs="*", default=[], help="prompts, each in quotes (default: those that were fitted)"
-    )
-    parser.add_argument("--prompts", help="prompts from a file or a set, as in fit")
+    add_adapter_flags(parser)
     parser.add_argument(
         "--seeds", type=int, nargs="+", help="noise seeds (default: the run's fitted ones, or 0)"
     )
-    parser.add_argument("--reward", help="what each embedding's effect is measured by (default: the run's)")
-    parser.add_argument("--top", type=int, default=3, help="nearest words to name (default: 3)")
-    parser.add_argument("--out", type=Path, help="a JSON file for all numbers, those of each step too")
-    parser.add_argument("--backend", help="another backend than the adapter was fitted on")
+    parser.add_argument("--reward", help="reward that measures each one's effect (default: the run's)")
+    parser.add_argument("--top", type=int, default=3, help="number of nearest words (default: 3)")
+    parser.add_argument("--out", type=Path, help="a JSON file for all numbers, including each step's")
     add_device_flags(parser)
     args = parser.parse_args(argv)
 
@@ -50,7 +42,6 @@ def explain(argv: list[str]) -> int:
     from ipgo.backends import load_backend
     from ipgo.explain import Vocabulary, check_adapter
     from ipgo.explain import explain as explained
-    from ipgo.prompts import check_prompts
     from ipgo.rewards import check_reward, identity_of, load_reward
     from ipgo.sampling import Sampling
     from ipgo.seeding import check_seeds
@@ -59,25 +50,23 @@ def explain(argv: list[str]) -> int:
         raise InputError(f"top is {args.top}; it must be at least 1")
     if args.out is not None:
         files.check_out(args.out, folder=False)
-    adapter, settings = find_adapter(args.adapter)
+    stored = open_stored(args.adapter)
+    adapter, settings = stored.adapter, stored.settings
     check_adapter(adapter)
-    run = run_of(args.adapter)
-    config = None if run is None else run.config
+    config = None if stored.run is None else stored.run.config
     spec = args.reward or (config.reward if config is not None else None)
     if spec is None:
-        raise InputError(f"{str(args.adapter)!r} is in no run's folder; name a reward with --reward")
-    texts = read_texts(args.text, args.prompts) or fitted_prompts(adapter, run)
-    check_prompts(texts)
+        raise InputError(f"{str(args.adapter)!r} is not in a run's folder; name a reward with --reward")
+    texts = stored.prompts(args.text, args.prompts)
     check_reward(spec, texts)
     seeds = tuple(args.seeds or (config.seeds if config is not None else ()) or (0,))
     check_seeds(seeds)
-    adapter.rows(texts)
     sampling = Sampling(**settings.pop("sampling", {}))
     source = backend_of(settings, args.backend)
     loading(source)
     place = {"device": args.device, "text_device": args.text_device}
     backend = load_backend(source, **place, **settings)
-    compare_backend(run, backend)
+    stored.check_backend(backend)
     reward = load_reward(spec, device=args.device)
     words = Vocabulary.of(backend)
     adapter.to(backend.device)

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 def list_(argv: list[str]) -> int:
     """`ipgo list`: the names that the other commands take."""
-    parser = command_parser("list", "What there is.")
+    parser = command_parser("list", "List the names that other commands take.")
     kinds = ("objects", "prompts", "rewards", "backends", "methods", "presets", "comparisons")
-    parser.add_argument("kind", nargs="?", help=f"{', '.join(kinds)}; all but the objects, if left out")
-    parser.add_argument("name", nargs="?", help="one of them in full, such as `ipgo list prompts one:test`")
+    parser.add_argument("kind", nargs="?", help=f"{', '.join(kinds)} (default: all except objects)")
+    parser.add_argument("name", nargs="?", help="show this one in full, such as `ipgo list prompts one:test`")
     args = parser.parse_args(argv)
     if args.kind not in (None, *kinds):
         raise unknown("kind", args.kind, kinds)

@@ -1,4 +1,4 @@
-"""`ipgo plan`: what a fit takes of a GPU's memory, found without GPU and weights."""
+"""`ipgo plan`: the GPU memory that a fit needs, estimated without a GPU and without the weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GIB = 2**30
 
 
 def plan(argv: list[str]) -> int:
-    """`ipgo plan`: a table of the choices, and for each GPU the one to take. 1 if nothing fits one of them."""
+    """`ipgo plan`: a table of the choices, and the one to use on each GPU; 1 if nothing fits one of them."""
     args = _settled(_parser().parse_args(argv))
     for name in ("backprop_steps", "steps", "rows"):
         values = getattr(args, name)
@@ -42,7 +42,7 @@ def plan(argv: list[str]) -> int:
     room = {gpu: memory_of(gpu) - RESERVE for gpu in args.gpu}
     for gpu in (gpu for gpu, most in room.items() if most <= 0):
         raise InputError(
-            f"gpu is {gpu!r}; of every GPU {RESERVE / GIB:.2f} GiB are left for what is not counted, so give more"
+            f"gpu is {gpu!r}; {RESERVE / GIB:.2f} GiB of each GPU are reserved for what is not counted, so give more"
         )
     sampling = Sampling(steps=args.steps, fit_steps=None, guidance_scale=args.guidance_scale)
     workload = unloaded(args.backend, args.reward, sampling, getattr(torch, args.dtype), args.image_size)
@@ -55,7 +55,8 @@ def plan(argv: list[str]) -> int:
     for line in (*_headline(args, workload), *_table(args, room, footprint)):
         print(line, flush=True)
     print(
-        f"\nOf every GPU {RESERVE / GIB:.2f} GiB are left for what is not counted (CUDA itself, workspaces, gaps)."
+        f"\n{RESERVE / GIB:.2f} GiB of each GPU are reserved for what is not counted (CUDA context, workspaces, "
+        "fragmentation)."
     )
     lacking = 0
     for gpu, most in room.items():
@@ -72,22 +73,24 @@ def _settled(args: Any) -> Any:
 
 
 def _advise(args: Any, gpu: str, most: int, footprint: Measure) -> bool:
-    """Print what to take for a GPU with room for `most` bytes; is there anything?"""
+    """Print what to use on a GPU with room for `most` bytes; does anything fit?"""
     from ipgo.plan import Choice, fastest
 
     choice = fastest(lambda each: footprint(each).peak <= most, args.backprop_steps, args.rows)
     found = footprint(choice or Choice(min(args.backprop_steps), recompute=True, text_on_cpu=True))
-    of = f"{found.peak / GIB:.2f} of {most / GIB:.2f} GiB"
+    peak, room = f"{found.peak / GIB:.2f}", f"{most / GIB:.2f} GiB"
     if choice is None:
-        print(f"\n{gpu}: nothing fits, the least is {of}; a smaller --image-size takes less")
+        print(
+            f"\n{gpu}: nothing fits; the smallest needs {peak} GiB, more than {room}; try a smaller --image-size"
+        )
         return False
-    print(f"\n{gpu}: {_words(choice)}, {of}\n  {shlex.join(fit_command(args, choice))}")
+    print(f"\n{gpu}: {_words(choice)}, {peak} of {room}\n  {shlex.join(fit_command(args, choice))}")
     return True
 
 
 def _parser() -> Any:
     parser = command_parser(
-        "plan", "What a step of an IPGO fit takes of a GPU's memory, without the GPU and without the weights."
+        "plan", "Estimate the GPU memory of one IPGO step, without a GPU and without the weights."
     )
     parser.add_argument(
         "--backend",
@@ -98,16 +101,18 @@ def _parser() -> Any:
         "--reward", default="emoji-preference", help="as in fit (default here: emoji-preference)"
     )
     parser.add_argument(
-        "--gpu", nargs="+", required=True, metavar="SIZE", help="memory of one GPU or several, such as 16GB"
+        "--gpu", nargs="+", required=True, metavar="SIZE", help="memory of one or more GPUs, such as 16GB"
     )
     parser.add_argument(
         "--backprop-steps",
         type=int,
         nargs="+",
-        help="values of K (default: 1 2 4; all of its steps too for a few-step model)",
+        help="values of K (default: 1 2 4; also all steps of a few-step model)",
     )
-    parser.add_argument("--rows", type=int, default=4, help="most prompts to fit at once (default: 4)")
-    drawn = "or what a few-step model is drawn in"
+    parser.add_argument(
+        "--rows", type=int, default=4, help="maximum number of prompts fitted at once (default: 4)"
+    )
+    drawn = "or those of a few-step model"
     parser.add_argument("--steps", type=int, help=f"denoising steps of a fit's images (default: 8, {drawn})")
     parser.add_argument("--guidance-scale", type=float, help="default: the model's own")
     parser.add_argument("--dtype", default="float16", help=f"{', '.join(DTYPES)} (default: float16)")

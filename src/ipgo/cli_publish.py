@@ -1,4 +1,4 @@
-"""`ipgo publish`: a run's adapter with a model card, for others."""
+"""`ipgo publish`: share a run's adapter, with a model card."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ from ipgo.terminal import command_parser
 def publish(argv: list[str]) -> int:
     """`ipgo publish`: write the folder, and upload it if asked to."""
     parser = command_parser(
-        "publish", "Write a run's adapter, a model card and pictures as a folder for others, or on the hub."
+        "publish",
+        "Write a run's adapter with a model card and pictures to a folder, and upload it if asked to.",
     )
     parser.add_argument("run", type=Path, help="a run's folder")
-    parser.add_argument("--out", type=Path, help="the new folder (default: published/ in the run's)")
+    parser.add_argument("--out", type=Path, help="the new folder (default: published/ in the run's folder)")
     parser.add_argument(
         "--push", metavar="OWNER/NAME", help="upload it as this model of the Hugging Face hub"
     )
-    parser.add_argument("--private", action="store_true", help="with --push: for nobody else to see")
+    parser.add_argument(
+        "--private", action="store_true", help="with --push: create the repository as private"
+    )
     args = parser.parse_args(argv)
     if args.private and not args.push:
-        raise InputError("private is for the hub; give --push OWNER/NAME too")
+        raise InputError("private needs --push OWNER/NAME")
 
     from ipgo.publish import push_to_hub, save_pretrained
     from ipgo.store import Run

@@ -1,4 +1,4 @@
-"""`ipgo score`: pictures that are already there, scored by any rewards."""
+"""`ipgo score`: score existing image files by any rewards."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
 
 from ipgo import files
 from ipgo.errors import InputError
@@ -19,20 +21,21 @@ if TYPE_CHECKING:
     from ipgo.rewards import Reward
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-BATCH = 16  # pictures of one size that are scored at once
+BATCH = 16  # most pictures of one size that are scored at once ...
+PIXELS = 4_000_000  # ... and most pixels of several: rewards take some hundred bytes for each
 
 
 def score(argv: list[str]) -> int:
-    """`ipgo score`: a line for each picture, and the means."""
-    parser = command_parser("score", "Score picture files by one reward or several.")
-    parser.add_argument("images", nargs="+", type=Path, help="picture files, and folders of them")
+    """`ipgo score`: a line per image, and the means."""
+    parser = command_parser("score", "Score existing image files by one or more rewards.")
+    parser.add_argument("images", nargs="+", type=Path, help="image files, and folders of them")
     parser.add_argument("--reward", nargs="+", required=True, help="rewards, as in fit")
     parser.add_argument(
         "--prompts",
-        help="a file with a prompt for each picture, in the order of their names, or a .csv file with columns file "
+        help="a file with one prompt per image, in the order of their names, or a .csv file with columns file "
         "and prompt",
     )
-    parser.add_argument("--prompt", help="one prompt for all pictures")
+    parser.add_argument("--prompt", help="one prompt for all images")
     parser.add_argument("--out", type=Path, help="a .csv or .json file (default: the terminal)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     args = parser.parse_args(argv)
@@ -56,7 +59,7 @@ def score(argv: list[str]) -> int:
     for spec in args.reward:
         check_reward(spec, prompts or ())
     device = choose_device(args.device)
-    for file in pictures:
+    for file in tqdm(pictures, "checking", unit="image", disable=None, leave=False):
         _check_picture(file)
     loading(", ".join(args.reward))
     rewards = {spec: load_reward(spec, device=args.device) for spec in args.reward}
@@ -92,7 +95,7 @@ def _check_out(out: Path | None) -> None:
 
 
 def _check_picture(file: Path) -> None:
-    """Raise `InputError` for a file that is no picture or breaks off."""
+    """Raise `InputError` for a file that is not an image or is cut off."""
     from PIL import Image
 
     from ipgo.images import check_range, reading
@@ -109,12 +112,12 @@ def find_pictures(places: Sequence[Path]) -> list[Path]:
         if place.is_dir():
             inside = sorted(file for file in place.iterdir() if file.suffix.lower() in PICTURES)
             if not inside:
-                raise InputError(f"folder {str(place)!r} has no picture ({', '.join(PICTURES)})")
+                raise InputError(f"folder {str(place)!r} has no image file ({', '.join(PICTURES)})")
             found += inside
         elif place.suffix.lower() in PICTURES and place.is_file():
             found.append(place)
         else:
-            raise InputError(f"{str(place)!r} is no folder and no picture ({', '.join(PICTURES)})")
+            raise InputError(f"{str(place)!r} is neither a folder nor an image file ({', '.join(PICTURES)})")
     return found
 
 
@@ -174,7 +177,6 @@ def scored(
     """{"file", "prompt", reward: score, ...} for each picture, which is put on `device` as in a fit."""
     import torch
     from PIL import Image
-    from tqdm import tqdm
 
     from ipgo.images import from_pil, reading
     from ipgo.rewards import score as checked
@@ -186,8 +188,8 @@ def scored(
             yield file, prompt, pixels
 
     with tqdm(total=len(pictures), desc="scoring", unit="image", disable=None, leave=False) as bar:
-        for _, alike in itertools.groupby(opened(), key=lambda each: each[2].shape):
-            for part in _batched(alike):
+        for shape, alike in itertools.groupby(opened(), key=lambda each: each[2].shape):
+            for part in _batched(alike, max(1, min(BATCH, PIXELS // shape[-2:].numel()))):
                 names, texts, images = zip(*part, strict=True)
                 batch = torch.stack(images).to(device)
                 with torch.no_grad():
@@ -198,15 +200,15 @@ def scored(
                 bar.update(len(part))
 
 
-def _batched(rows: Iterator[Any]) -> Iterator[tuple[Any, ...]]:
-    while part := tuple(itertools.islice(rows, BATCH)):
+def _batched(rows: Iterator[Any], size: int) -> Iterator[tuple[Any, ...]]:
+    while part := tuple(itertools.islice(rows, size)):
         yield part
 
 
 def with_fingerprints(
     rows: Sequence[dict[str, Any]], identities: Mapping[str, Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The rows, with the digits of its reward's identity beside each score: scores of other digits do not compare."""
+    """The rows, with its reward's fingerprint beside each score: scores of other fingerprints are not comparable."""
     from ipgo.rewards.checkpoints import fingerprint
 
     digits = {f"{spec} fingerprint": fingerprint(identity) for spec, identity in identities.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -52,10 +52,10 @@ DRAWN = (*BACKEND, "judged_seeds")
 logger = logging.getLogger("ipgo")
 
 
-def check(folder: Comparison) -> None:
-    """Refuse, before a model is loaded, what shows without one that it cannot work in an entry: `InputError`."""
+def check(folder: Comparison, labels: Iterable[str]) -> None:
+    """Raise `InputError` for one of these entries that cannot work, as far as that shows without loading a model."""
     seen = set[object]()
-    for label in folder.plan.entries:
+    for label in labels:
         config, run = folder.plan.config(label), folder.run(label)
         if run is not None and not run.pending():
             continue
@@ -86,7 +86,7 @@ def compare(folder: Comparison) -> None:
         ResumeError: its models are not those of the entries before.
     """
     plan, shelf = folder.plan, dict[tuple[Any, ...], Models]()
-    labels = list(plan.entries)
+    labels = _in_turn(plan)
     first = plan.config(labels[0])
     models = _models(first, shelf, folder)
     if not folder.scored:
@@ -98,6 +98,7 @@ def compare(folder: Comparison) -> None:
         else:
             price = plan.price or measure(models.backend, first.prompts[: first.chunk], first.sampling)
             folder.start(replace(plan, price=price), facts(models))
+    del models  # the shelf has them, as long as they are needed
     for number, label in enumerate(labels, 1):
         logger.info("%s (%d of %d)", label, number, len(labels))
         try:
@@ -112,10 +113,26 @@ def compare(folder: Comparison) -> None:
             folder.forgive(label, [""])
 
 
+def _in_turn(plan: Plan) -> list[str]:
+    """The entries in the plan's order, but those that share their models together."""
+    keys = {label: _needs(plan.config(label)) for label in plan.entries}
+    order = list(dict.fromkeys(keys.values()))
+    return sorted(keys, key=lambda label: order.index(keys[label]))
+
+
+def _needs(config: RunConfig) -> tuple[Any, ...]:
+    return tuple(getattr(config, name) for name in LOADED)
+
+
 def _models(config: RunConfig, shelf: dict[tuple[Any, ...], Models], folder: Comparison) -> Models:
-    """What a run computes with: loaded once for all that can share it, in the format that the comparison began in."""
-    key = tuple(getattr(config, name) for name in LOADED)
+    """What a run computes with, in the format that the comparison began in; kept until a run needs others.
+
+    Two pipelines at once may be more than the memory holds, and would count as the second one's.
+    """
+    key = _needs(config)
     if key not in shelf:
+        shelf.clear()
+        gc.collect()
         shelf[key] = load_models(config, begun_in=folder.facts.get("dtype") if folder.started else None)
     return shelf[key]
 
@@ -216,7 +233,7 @@ def _fit(plan: Plan, label: str, run: Run, models: Models, chunk: Chunk) -> tupl
                 break
             # The step after the checkpoint is not paid for, and only a step gives an adapter: start again.
             run.drop_checkpoint(chunk)
-    raise InputError(f"budget is {plan.budget}; {config.method_name!r} takes more for a first result")
+    raise InputError(f"budget is {plan.budget}; {config.method_name!r} needs more for a first result")
 
 
 def _judge_unseen_prompts(run: Run, models: Models, prompts: Sequence[str]) -> None:

@@ -39,10 +39,10 @@ class Plan:
         common: the settings of every entry, as in `RunConfig.to_json`, but for prompts and method.
         entries: by label, what is an entry's own: {"method": {"name": ..., **settings}, **other settings}, and
             "length": the method's field that the budget sets, if that is not "ascent.steps".
-        budget: weighted denoiser calls for each prompt (see docs/compare.md); None: as long as methods search
-            by themselves.
+        budget: weighted denoiser calls for each prompt (see docs/compare.md); None: each method's own
+            length.
         price: what a differentiated call costs; None until it is measured.
-        unseen_prompts: what shared entries are judged on beside `prompts`.
+        unseen_prompts: what shared entries are judged on besides `prompts`.
     """
 
     prompts: tuple[str, ...]
@@ -59,7 +59,7 @@ class Plan:
         for label in self.entries:
             if not LABEL.fullmatch(label):
                 raise InputError(
-                    f"label {label!r} is not a name of up to 60 small letters, digits and . _ + -, "
+                    f"label {label!r} is not a name of up to 60 lower-case letters, digits and . _ + -, "
                     "the first a letter or digit"
                 )
             config = self.config(label)
@@ -69,11 +69,11 @@ class Plan:
                 )
             if config.reward != self.reward:
                 raise InputError(
-                    f"entry {label!r}: reward is {config.reward!r}; all entries raise the comparison's, "
-                    f"{self.reward!r} (held_out names others to judge by)"
+                    f"entry {label!r}: reward is {config.reward!r}; all entries maximise the comparison's, "
+                    f"{self.reward!r} (name others in held_out)"
                 )
             if config.method_name != "raw" and label == "raw":
-                raise InputError("label 'raw' is kept for the method raw")
+                raise InputError("label 'raw' is reserved for the method raw")
             length = self.entries[label].get("length")
             if length is not None and length_of(config.method, str(length)) is None:
                 raise InputError(
@@ -85,11 +85,11 @@ class Plan:
             check_prompts(self.unseen_prompts)
         both = [prompt for prompt in self.unseen_prompts if prompt in self.prompts]
         if both:
-            raise InputError(f"prompt {both[0]!r} is fitted; unseen prompts must be others")
+            raise InputError(f"prompt {both[0]!r} is fitted; unseen prompts must differ from the fitted ones")
 
     @property
     def reward(self) -> str:
-        """The reward that all entries raise."""
+        """The reward that all entries maximise."""
         return str(self.common["reward"])
 
     def config(self, label: str) -> RunConfig:
@@ -131,6 +131,11 @@ class Plan:
         return flatten(settings)
 
 
+def common_settings(config: RunConfig) -> dict[str, Any]:
+    """What a plan's entries may have in common: all but prompts and method."""
+    return {key: value for key, value in config.to_json().items() if key not in ("prompts", "method")}
+
+
 def _results(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key not in NOT_RESULTS}
 
@@ -162,11 +167,7 @@ class Comparison:
         if not found.is_file():
             if plan is None:
                 raise InputError(f"{str(path)!r} is not a comparison's folder: it has no {PLAN}")
-            files.check_out(path, folder=True)
-            if path.is_dir() and not all(map(left_over, path.iterdir())):
-                raise InputError(
-                    f"out is {str(path)!r}, which holds something else; give a new or empty folder"
-                )
+            files.check_new(path, left_over)
             return cls(path, plan)
         stored = files.read_json(found, "plan")
         if stored.get("schema") != SCHEMA:
@@ -187,22 +188,19 @@ class Comparison:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
         except OSError as error:
-            raise self._unwritable(error) from None
+            raise files.unwritable(self.path, error.strerror) from None
         try:
             self.plan = Comparison.open(self.path, self.plan).plan
             yield
         finally:
             self._lock.release()
 
-    def _unwritable(self, error: OSError) -> InputError:
-        return InputError(f"out is {str(self.path)!r}, which cannot be written: {error.strerror}")
-
     def start(self, plan: Plan, about: Mapping[str, Any]) -> None:
         """Make the folder; `about`: versions, device and models that it begins with."""
         try:
             files.write_json(self.path / PLAN, {"schema": SCHEMA, **about, "plan": plan.to_json()})
         except OSError as error:
-            raise self._unwritable(error) from None
+            raise files.unwritable(self.path, error.strerror) from None
         self.plan = plan
 
     @property
@@ -211,7 +209,7 @@ class Comparison:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What plan.json says beside the plan."""
+        """What plan.json says besides the plan."""
         return {key: value for key, value in files.read_json(self.path / PLAN).items() if key != "plan"}
 
     def folder(self, label: str) -> Path:

@@ -36,6 +36,9 @@ NOT_RESULTS = (
     "prompts_from",
     *(f"method.chat.{name}" for name in ("timeout", "retries", "cache")),
 )
+FIRST_UNSEEN = 1000
+# Seeds of a fit where none are asked for: with one, what is learned suits its noise and few others.
+SEVERAL = 4
 
 
 @dataclass(frozen=True)
@@ -44,27 +47,27 @@ class RunConfig:
 
     Attributes:
         prompts: the texts to fit.
-        prompts_from: the file, set or collection that they were read from, for the record.
+        prompts_from: the file, set or collection that they were read from; only recorded.
         method: what learns, and its hyperparameters.
         backend: a backend's name, a diffusers folder, a .safetensors file, or a hub id.
-        reward: what to raise: a name, a sum such as "emoji-clip+0.5*emoji-aesthetic", or mine.py:function.
-        held_out: rewards that only judge the result; None is all those that come with the backend.
+        reward: what is maximised: a name, a sum such as "emoji-clip+0.5*emoji-aesthetic", or mine.py:function.
+        held_out: rewards that only judge the result; None: those that come with the backend.
         sampling: how images are sampled.
-        seeds: noise seeds, cycled over the steps; none at all, (), is fresh noise at every step. Left out: 0 to 3, or 0
-            for a method that learns the noise or wants a single seed (`ipgo-black-box`).
-        unseen_seeds: how many seeds that were not fitted the result is judged on (1000, 1001, ...).
-        seed: where initial values and the order of prompts come from.
-        shared: one set of embeddings for all prompts (prompt-batch) in place of one for each (prompt-wise).
-        judged_prompts: with `shared`, how many of the prompts are drawn before and after and scored, evenly spaced;
-            None is all of them.
-        padding: max_length as stock pipelines do, or none: the denoiser sees the text alone.
-        scheduler: ddim, pndm, lms, euler or dpm++; None is the model's own.
-        image_size: side of the images in pixels; None is the model's own.
+        seeds: noise seeds, which gradient steps use in turn; empty: fresh noise at every step. Default: 0 to 3, or only
+            0 for a method that learns the noise or prefers a single seed (`ipgo-black-box`).
+        unseen_seeds: number of held-out seeds (1000, 1001, ...) that the result is also evaluated on.
+        seed: random seed of the initial values, the prompt order and other random choices.
+        shared: one set of embeddings for all prompts (prompt-batch) instead of one per prompt (prompt-wise).
+        judged_prompts: with `shared`, number of prompts, evenly spaced, that are drawn and scored before and after;
+            None: all.
+        padding: max_length, as in stock pipelines, or none (the denoiser sees no padding tokens).
+        scheduler: ddim, pndm, lms, euler or dpm++; None: the model's own.
+        image_size: side of the images in pixels; None: the model's own.
         long_prompts: refuse prompts that are too long for the encoder, truncate them, or chunk them into windows.
         dtype: auto, float32, bfloat16 or float16.
-        chunk: how many prompts are fitted at once: a matter of memory, not of results.
+        chunk: number of prompts fitted at once; affects memory, not results.
         device: auto, cpu, cuda or cuda:N.
-        text_device: where the text encoders are: auto (with the rest), or cpu, which saves a GPU's memory.
+        text_device: device of the text encoders: auto (with the rest), or cpu, which saves GPU memory.
     """
 
     prompts: tuple[str, ...]
@@ -102,14 +105,14 @@ class RunConfig:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if self.judged_prompts is not None and not (self.shared and self.judged_prompts >= 1):
             raise InputError(
-                f"judged_prompts is {self.judged_prompts}; it must be at least 1, and goes with shared: "
-                "what is learned prompt by prompt is judged on each"
+                f"judged_prompts is {self.judged_prompts}; it must be at least 1, and needs shared: "
+                "prompt-wise results are judged on every prompt"
             )
         check_seeds(self.seeds)
         clash = sorted(set(self.seeds) & set(self.new_seeds))
         if clash:
             raise InputError(
-                f"seeds {clash} are kept for judging the result; choose seeds below {FIRST_UNSEEN}"
+                f"seeds {clash} are reserved for judging the result; choose seeds below {FIRST_UNSEEN}"
             )
         if not self.seeds and not self.unseen_seeds:
             raise InputError(
@@ -128,7 +131,7 @@ class RunConfig:
         Stored settings are read without: a comparison keeps those of entries that have failed.
         """
         if self.shared and self.method.prompt_wise:
-            raise InputError(f"shared is true; method {self.method_name!r} learns each prompt by itself")
+            raise InputError(f"shared is true; method {self.method_name!r} fits each prompt by itself")
         ascent = self.method.ascent
         if ascent is not None:
             with _of_the_method():
@@ -213,34 +216,30 @@ def _of_the_method() -> Iterator[None]:
         raise InputError(f"method.{error}") from None
 
 
-FIRST_UNSEEN = 1000
-SEVERAL = (
-    4  # seeds of a fit where none are asked for: with one, what is learned suits its noise and few others
-)
-# Flags that are no `--name value`.
+# Flags that are not `--name value`.
 FLAGS: dict[str, dict[str, Any]] = {
     "seeds": {
         "nargs": "*",
         "type": int,
         "default": None,
-        "help": "noise seeds, cycled over the steps; none at all is fresh noise at every step. Left out: 0 1 2 3, or 0 "
-        "for a method that learns the noise or wants a single seed; in `ipgo compare` 0",
+        "help": "noise seeds, which gradient steps use in turn; empty: fresh noise at every step. Default: 0 1 2 3, or "
+        "only 0 for a method that learns the noise or prefers a single seed; in `ipgo compare` 0",
     },
     "held_out": {
         "nargs": "*",
         "type": str,
         "default": None,
-        "help": "rewards that only judge the result; by default all those that come with the backend",
+        "help": "rewards that only judge the result (default: those that come with the backend)",
     },
     "shared": {
         "action": "store_true",
-        "help": "prompt-batch: one set of embeddings for all prompts, in place of one for each",
+        "help": "prompt-batch: one set of embeddings for all prompts instead of one per prompt",
     },
 }
 
 
 def default_seeds(method: Method) -> tuple[int, ...]:
-    """The seeds of a fit where none are asked for: several, but no more than it has steps; or one (see `Method`)."""
+    """The default seeds of a fit: several, but no more than it has steps; or one (see `Method`)."""
     if method.one_seed or method.prefers_one_seed:
         return (0,)
     return tuple(range(SEVERAL if method.ascent is None else min(SEVERAL, method.ascent.steps)))
@@ -255,7 +254,7 @@ def read_settings(preset: str | None, file: str | None) -> dict[str, Any]:
     """Nested settings of a bundled preset, overridden by those of a YAML file, which may name the preset itself.
 
     Raises:
-        InputError: an unknown preset, or a file that is missing or is no YAML mapping of settings.
+        InputError: an unknown preset, or a file that is missing or is not a YAML mapping of settings.
     """
     over = _read_yaml(Path(file)) if file is not None else {}
     stated = over.pop("preset", None)
@@ -383,7 +382,7 @@ def _reason(error: Exception) -> str:
     """Of a file that cannot be read; YAML's says the line."""
     mark = getattr(error, "problem_mark", None)
     if mark is not None:
-        return f"{getattr(error, 'problem', None) or 'no YAML'} in line {mark.line + 1}"
+        return f"{getattr(error, 'problem', None) or 'invalid YAML'} in line {mark.line + 1}"
     return first_line(error)
 
 
@@ -393,17 +392,17 @@ def method_settings(given: Any) -> dict[str, Any]:
         return {} if given is None else {"name": given}
     name = given.get("name", "") if isinstance(given, dict) else None
     if not isinstance(name, str):
-        raise InputError(f"method is {given!r}; it must be a name, or settings with a name among them")
+        raise InputError(f"method is {given!r}; it must be a name, or settings that include one")
     return dict(given)
 
 
 def _check_shape(settings: dict[Any, Any], groups: set[str], prefix: str = "") -> None:
-    """Raise `InputError` for a group of settings that is none, or a key that is no name."""
+    """Raise `InputError` for a group that is not a mapping of settings, or a key that is not a name."""
     for key, value in settings.items():
         name = f"{prefix}{key}"
         if not isinstance(key, str):
-            raise InputError(f"{name} is no name of a setting; see --help")
+            raise InputError(f"{name} is not a setting; see --help")
         if name in groups and not isinstance(value, dict):
-            raise InputError(f"{name} is {value!r}; it must be settings, each with its own name")
+            raise InputError(f"{name} is {value!r}; it must be a mapping of settings")
         if name in groups:
             _check_shape(value, groups, f"{name}.")

@@ -1,4 +1,4 @@
-"""Settings that are other for models that draw in a few steps, where nothing else is asked for."""
+"""Default settings that differ for few-step models."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ipgo.task import Method
 def for_backend(backend: str, method: str) -> dict[str, Any]:
     """Nested settings, as a preset has them, by the backend's name or folder; empty for models of many steps.
 
-    Its steps and guidance scale, and gradient through all of its steps for a method that has such a choice.
+    Its steps and guidance scale, and gradient through all of its steps for a method that has the choice.
     """
     few = few_steps(backend)
     if few is None:

@@ -56,8 +56,8 @@ def examine(
         with memory, torch.enable_grad():  # closed before the yield: modes would leak into the consumer
             found.extend(_follow(backend, reward, prompt, sampling, backprop_steps))
     except torch.OutOfMemoryError:
-        advice = "`ipgo plan` says what fits; --backprop-steps 1 and a smaller --image-size take less"
-        found.append(Finding(f"the memory of {backend.device} is not enough", advice))
+        advice = "`ipgo plan` says what fits; --backprop-steps 1 and a smaller --image-size need less"
+        found.append(Finding(f"out of memory on {backend.device}", advice))
     yield from found
     seconds = time.monotonic() - started
     yield Finding(
@@ -122,7 +122,7 @@ def _picture(images: Tensor, backend: Backend) -> Finding:
     if clamped == 1:
         text = f"all values of the picture of {side} pixels are black or white, where no gradient passes"
         return Finding(
-            text, "lower --guidance-scale, or see whether the backend draws at all (`ipgo generate`)"
+            text, "lower --guidance-scale, or check that the backend draws at all (`ipgo generate`)"
         )
     return Finding(
         f"picture: {side} pixels, finite; {clamped:.0%} of it is black or white and has no gradient"
@@ -130,10 +130,10 @@ def _picture(images: Tensor, backend: Backend) -> Finding:
 
 
 def _judge(reward: Reward, images: Tensor, prompt: str) -> tuple[Tensor | None, Finding]:
-    """The gradient with respect to the images, or None if there is none to go on with."""
+    """The gradient with respect to the images, or None if there is none to follow."""
     name = f"reward {reward.name!r}"
     if not reward.differentiable:
-        return None, Finding(f"{name} says itself that it has no gradient", _other_method())
+        return None, Finding(f"{name} declares that it has no gradient", _other_method())
     if is_unsettled(reward):
         text = f"{name} has batch norm or dropout in training mode: its number does not depend on the picture alone"
         return None, Finding(text, "call .eval() on the module")
@@ -202,9 +202,9 @@ def _overflow(backend: Backend) -> str:
 
 def _wider(backend: Backend) -> str:
     if backend.dtype == torch.float16:
-        return "take --dtype bfloat16 where the GPU has it, or else float32"
-    return "check that the weights are whole (`ipgo generate` draws with them), and --image-size"
+        return "use --dtype bfloat16 if the GPU supports it, else float32"
+    return "check that the weights are complete (`ipgo generate` draws with them), and --image-size"
 
 
 def _other_method() -> str:
-    return f"take a method that needs no gradient ({WITHOUT_GRADIENT})"
+    return f"use a method that needs no gradient ({WITHOUT_GRADIENT})"

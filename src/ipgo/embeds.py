@@ -19,7 +19,7 @@ class PromptEmbeds:
             denoiser looks at it is the backend's business. Text may come in several runs: one of each text
             encoder, with padding between.
         pooled: (B, P) or None, the vector that some families add to the states.
-        early: what the denoiser gets in place of all this at the first steps; None is the same at every step.
+        early: what the denoiser gets instead of all this at the first steps; None is the same at every step.
         late_share: with `early`, the share of the steps, the last ones, that get this; at least one does.
         present: (B, L) bool, False at what only fills up a batch of prompts of unequal length, which no
             denoiser may look at; None: there is no such thing.

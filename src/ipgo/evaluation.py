@@ -1,4 +1,4 @@
-"""Judge adapters side by side: the same prompts and seeds, any rewards, win rates with intervals."""
+"""Evaluate adapters side by side: the same prompts and seeds, any rewards, win rates with intervals."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from ipgo.seeding import plain
 
 BATCH = 8  # images made at once
 RESAMPLES = 2000  # of the bootstrap
+ROUNDING = 1e-6  # of rewards, relative above 1
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,18 @@ class Score:
         try:
             return cls(**stored)
         except TypeError:
-            raise InputError(f"stored scores are damaged: {str(stored)[:80]!r} is none") from None
+            raise InputError(f"stored scores are damaged: {str(stored)[:80]!r} is not a score") from None
 
 
 @dataclass(frozen=True)
 class Interval:
     """An estimate with its 95% bootstrap interval over `n` prompts, or over the seeds of a single prompt.
 
-    One prompt and one seed have no interval: `low` and `high` are NaN.
+    Attributes:
+        value: the estimate.
+        low, high: the interval's bounds; NaN where n is 1.
+        n: number of prompts or seeds that were resampled.
+        over: "prompts" or "seeds": what was resampled.
     """
 
     value: float
@@ -61,7 +66,15 @@ class Interval:
 
 @dataclass(frozen=True)
 class Gain:
-    """What a method did to a reward: means before and after, and the difference and win rate over prompts."""
+    """What a method did to a reward.
+
+    Attributes:
+        method, reward: their names.
+        held_out: whether the reward is not part of the maximised one.
+        before, after: means of the baseline's and the method's images, over prompts of the means over seeds.
+        gain: after - before.
+        wins: win rate over the baseline in [0, 1]; a tie counts as half a win.
+    """
 
     method: str
     reward: str
@@ -83,7 +96,13 @@ class Drawing:
 
 
 class Judge(Protocol):
-    """Looks whether what a prompt states is in its image. It takes no part in a fit."""
+    """Checks whether an image shows what its prompt states. It takes no part in a fit.
+
+    Attributes:
+        made: by the name of a reward, the marks that it is made of.
+    """
+
+    made: ClassVar[Mapping[str, Sequence[str]]]
 
     def marks(self, images: Tensor, prompts: Sequence[str]) -> Mapping[str, Tensor]:
         """(B,) in [0, 1] for "object", "colour", "likeness" and so on; NaN where the prompt states none."""
@@ -131,15 +150,15 @@ def score(
 ) -> list[Score]:
     """Every reward's value, and the judge's verdicts as scores named judge-object, judge-colour, ..."""
     scores, own = [], raised(trained_on)
+    made = judge.made if judge is not None else {}
+    followed = {mark for name in own for mark in made.get(name, ())}  # what was raised judges nothing
     for start in range(0, len(drawings), BATCH):
         part = drawings[start : start + BATCH]
         images, prompts = torch.stack([each.image for each in part]), [each.prompt for each in part]
         with torch.no_grad():
             columns = {name: checked(reward, images, prompts) for name, reward in rewards.items()}
             verdicts = judge.marks(images, prompts) if judge is not None else {}
-        # What was raised judges nothing.
-        marks = {name: column for name, column in verdicts.items() if f"emoji-{name}" not in trained_on}
-        columns.update({f"judge-{name}": column for name, column in marks.items()})
+        columns.update({f"judge-{name}": marks for name, marks in verdicts.items() if name not in followed})
         for name, column in columns.items():
             for each, value in zip(part, column.tolist(), strict=True):
                 if not math.isnan(value):
@@ -157,13 +176,23 @@ def evaluate(
     trained_on: str,
     judge: Judge | None = None,
 ) -> list[Score]:
-    """Score every adapter on every prompt and seed. Call an identity `Adapter()` "raw" to have a baseline.
+    """Score every adapter on every prompt and seed.
 
     Args:
-        trained_on: the reward that was raised; all others but those that it is made of count as held out.
+        adapters: by method name; "raw" with `Adapter()` is the baseline that `summarise` expects.
+        rewards: by name; functions as in `as_reward`.
+        prompts: what is drawn, one after the other.
+        seeds: noise seeds; every prompt is drawn from each.
+        sampling: how images are sampled.
+        trained_on: spec of the maximised reward; it and the rewards it is made of do not count as held out.
+        judge: adds scores named judge-object, judge-colour, ...; None: none.
+
+    Returns:
+        One score per adapter, prompt, seed and reward, and the judge's verdicts.
 
     Raises:
         InputError: no prompts or seeds, or an adapter that was not fitted to one of the prompts.
+        RewardError: a reward breaks its contract.
     """
     if isinstance(prompts, str):
         raise InputError(f"evaluate needs a list of prompts, not {prompts!r}")
@@ -179,20 +208,27 @@ def evaluate(
 
 
 def win_rate(scores: Iterable[Score], method: str, baseline: str, reward: str) -> Interval:
-    """How often `method` scores above `baseline` on the same prompt and seed; a tie is half a win.
+    """How often `method` scores above `baseline` on the same prompt and seed; a tie counts as half a win.
 
-    The rate is the mean over prompts of the mean over seeds; the interval resamples prompts (or seeds, if there
-    is one prompt).
+    The rate is the mean over prompts of the mean over seeds. The 95% interval is a percentile bootstrap (Efron 1979)
+    over prompts, or over seeds if there is one prompt.
 
     Raises:
         InputError: the two methods share no prompt and seed.
     """
     pairs = _pairs(scores, method, baseline, reward)
-    return _bootstrap([[(a > b) + 0.5 * (a == b) for a, b in values] for values in pairs.values()])
+    return _bootstrap([[_win(a, b) for a, b in values] for values in pairs.values()])
+
+
+def _win(ours: float, theirs: float) -> float:
+    """1, or 0; or 1/2 where they differ by no more than rounding, as the same picture drawn in another batch may."""
+    if math.isclose(ours, theirs, rel_tol=ROUNDING, abs_tol=ROUNDING):
+        return 0.5
+    return float(ours > theirs)
 
 
 def average(scores: Iterable[Score], method: str, reward: str) -> Interval:
-    """The mean over prompts of the mean over seeds; the interval is as in `win_rate`.
+    """The mean over prompts of the mean over seeds, with a bootstrap interval (Efron 1979) as in `win_rate`.
 
     Raises:
         InputError: the method has no value of this reward.
@@ -221,7 +257,16 @@ def levels(scores: Sequence[Score]) -> dict[str, float]:
 def summarise(
     scores: Sequence[Score], baseline: str = "raw", seeds: Collection[int] | None = None
 ) -> list[Gain]:
-    """One `Gain` for each method and reward, over all prompts and over `seeds` (None: all)."""
+    """One `Gain` per method and reward, over all prompts.
+
+    Args:
+        scores: as from `evaluate`.
+        baseline: the method that the others are compared with.
+        seeds: the noise seeds whose scores count; None: all.
+
+    Raises:
+        InputError: for one of the rewards a method has no prompt and seed in common with the baseline.
+    """
     chosen = [each for each in scores if seeds is None or each.seed in seeds]
     held_out = {(each.method, each.reward): each.held_out for each in chosen if each.method != baseline}
     gains = []
@@ -252,7 +297,7 @@ def _pairs(
             pairs[prompt].append((found[method], found[baseline]))
     if not pairs:
         raise InputError(
-            f"methods {method!r} and {baseline!r} share no prompt and seed with reward {reward!r}"
+            f"methods {method!r} and {baseline!r} have no prompt and seed in common for reward {reward!r}"
         )
     return dict(pairs)
 

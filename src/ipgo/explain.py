@@ -1,4 +1,4 @@
-"""What inserted embeddings say and do: nearest words, drift, attention, and what is lost without each one."""
+"""What inserted embeddings mean and do: nearest words, drift, attention, and what is lost without each one."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def explain(
 
 
 def check_adapter(adapter: Adapter) -> InsertionAdapter:
-    """The inserted embeddings of an adapter, which may hold noise beside them; `InputError` if it has none."""
+    """The inserted embeddings of an adapter, which may hold noise besides them; `InputError` if it has none."""
     if isinstance(adapter, JointAdapter):
         adapter = adapter.inserted
     if not isinstance(adapter, InsertionAdapter):

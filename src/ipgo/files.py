@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,19 @@ def check_out(out: Path, *, folder: bool) -> None:
     there = next(each for each in places if each.exists())
     code = errno.EACCES if there.is_dir() else errno.ENOTDIR
     if code == errno.ENOTDIR or not os.access(there, os.W_OK):
-        raise InputError(f"out is {str(out)!r}, which cannot be written: {os.strerror(code)}")
+        raise unwritable(out, os.strerror(code))
+
+
+def unwritable(out: Path, reason: str | None) -> InputError:
+    """For a place that the system does not let us write to."""
+    return InputError(f"out is {str(out)!r}, which cannot be written: {reason}")
+
+
+def check_new(out: Path, left_over: Callable[[Path], bool]) -> None:
+    """`check_out` of a folder that must hold nothing but what a start that was cut short leaves behind."""
+    check_out(out, folder=True)
+    if out.is_dir() and not all(map(left_over, out.iterdir())):
+        raise InputError(f"out is {str(out)!r}, which holds something else; give a new or empty folder")
 
 
 def write(file: Path, content: bytes, *, alone: bool = True) -> None:
@@ -57,7 +69,7 @@ def read_json(file: Path, *needed: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise InputError(f"{str(file)!r} cannot be read: {error}") from None
     if not isinstance(content, dict):
-        raise InputError(f"{str(file)!r} is damaged: it holds no JSON object")
+        raise InputError(f"{str(file)!r} is damaged: it is not a JSON object")
     for key in needed:
         if key not in content:
             raise InputError(f"{str(file)!r} is damaged: it has no {key!r}")

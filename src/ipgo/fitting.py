@@ -31,7 +31,16 @@ from ipgo.task import Method
 
 @dataclass(frozen=True)
 class Fitted:
-    """What became of one prompt. `before` and `after` are pictures by seed, fitted and unseen alike."""
+    """The result for one prompt.
+
+    Attributes:
+        prompt: its text.
+        adapter: what was learned for it; shared: for all prompts.
+        before, after: its pictures by seed, fitted and unseen; with the method raw, `after` is empty.
+        history: one dict per step: step, reward, penalty, grad_norm, best, over, seconds and calls (see `Run.record`).
+        scores: those of its pictures.
+        failed: whether it was given up because its reward or gradient was not finite.
+    """
 
     prompt: str
     adapter: Adapter = field(repr=False)
@@ -48,8 +57,8 @@ class Result(Sequence[Fitted]):
 
     Attributes:
         fitted: one for each prompt, in their order.
-        on_fitted_seeds, on_unseen_seeds: gains by reward; the second is the honest one.
-        rewards: what decides the scores, by reward: results of others are not to be compared with these.
+        on_fitted_seeds, on_unseen_seeds: gains by reward; the second are the honest ones.
+        rewards: what decides the scores, by reward: scores of another reward are not comparable with these.
         path: the run's folder, or None if it was not kept.
     """
 
@@ -83,23 +92,28 @@ def fit(
     out: str | Path | None = None,
     device: str | torch.device = "auto",
 ) -> Result:
-    """Raise a reward for some prompts, and judge the result on noise that was not fitted.
+    """Maximise a reward for some prompts, and evaluate the result on unseen noise.
 
     Args:
         prompts: one prompt or several.
         reward: a spec as in `load_reward`, or any function (images (B, 3, H, W) in [0, 1], prompts) -> (B,).
         backend: a name, folder, file or hub id, a pipeline object of diffusers (which is frozen), or what
             `load_backend` made of one, for its other options.
-        out: where to keep the run; an unfinished one there is continued. None keeps nothing.
-        method: a name of `ipgo list methods`, which has its defaults, or one such as IPGO(ascent=Ascent(steps=20)).
-        sampling: None is 20 steps, or what a few-step model wants (see `defaults.defaults`).
-        held_out: rewards that only judge the result, specs or functions; None is all those that come with the backend.
-        seeds: noise seeds, cycled over the steps; none at all, (), is fresh noise at every step. None is 0 to 3, or 0
-            for a method that learns the noise or wants a single seed.
-        unseen_seeds, seed, shared, judged_prompts, chunk, device: see `RunConfig`.
+        method: a name of `ipgo list methods`, with its defaults, or an object such as IPGO(ascent=Ascent(steps=20)).
+        held_out: rewards that only judge the result, specs or functions; None: those that come with the backend.
+        sampling: None: 20 steps, or what a few-step model needs (see `defaults.defaults`).
+        seeds: noise seeds, which gradient steps use in turn; empty: fresh noise at every step. None: 0 to 3, or only 0
+            for a method that learns the noise or prefers a single seed.
+        unseen_seeds, seed, shared, judged_prompts, chunk: see `RunConfig`.
+        out: folder to keep the run in; an unfinished run there is continued. None keeps nothing.
+        device: auto, cpu, cuda or cuda:N, or a torch.device.
+
+    Returns:
+        One `Fitted` per prompt (with `judged_prompts`: per judged one), and the gains over all of them.
 
     Raises:
-        InputError: settings or prompts that cannot work. ResumeError: `out` holds a run with other settings.
+        InputError: settings or prompts that cannot work. RewardError: a reward that breaks its contract.
+        ResumeError: `out` holds a run with other settings or models. MissingExtraError: a package is missing.
     """
     judges = None if held_out is None else _several("held_out", held_out)
     given = _own_rewards((reward, *(judges or ())))
@@ -145,7 +159,7 @@ def _name(reward: str | RewardFunction | Reward) -> str:
 
 
 def _own_rewards(rewards: Iterable[str | RewardFunction | Reward]) -> dict[str, Reward]:
-    """Those that are no specs, by name, which a spec may repeat; `InputError` for two of one name."""
+    """Those that are not specs, by name, which a spec may repeat; `InputError` for two of one name."""
     own: dict[str, Reward] = {}
     for each in rewards:
         if isinstance(each, str):
@@ -153,7 +167,7 @@ def _own_rewards(rewards: Iterable[str | RewardFunction | Reward]) -> dict[str, 
         found = as_reward(each)
         if own.setdefault(found.name, found) != found:
             raise InputError(
-                f"two rewards are called {found.name!r}; as_reward(function, name) gives one another"
+                f"two rewards are called {found.name!r}; rename one with as_reward(function, name)"
             )
     return own
 
@@ -163,7 +177,7 @@ def _check_names(own: Mapping[str, Reward], asked: Iterable[str | RewardFunction
     for name in (each for each in asked if isinstance(each, str)):
         if name in REWARDS and isinstance(own.get(name), FunctionReward):
             raise InputError(
-                f"two rewards are called {name!r}, one of them ipgo's own; as_reward(function, name) gives another"
+                f"two rewards are called {name!r}, one of them ipgo's own; rename yours with as_reward(function, name)"
             )
 
 

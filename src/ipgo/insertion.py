@@ -120,7 +120,7 @@ class InsertedEmbeddings(nn.Module):
 
     raw_basis: nn.Parameter | None  # (N, D, r), starts orthonormal
     coefficients: nn.Parameter | None  # (N, n, r)
-    vectors: nn.Parameter | None  # (N, n, D), with basis="free" in place of the two
+    vectors: nn.Parameter | None  # (N, n, D), with basis="free" instead of the two
     bias: nn.Parameter | None  # (N, 1, D)
     angles: nn.Parameter | None  # (N, n, 2)
     scale: Tensor  # (N,)

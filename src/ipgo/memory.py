@@ -130,7 +130,7 @@ def build(
 
 
 class Tokens:
-    """In place of a tokenizer where only the number of tokens matters."""
+    """A stand-in for a tokenizer where only the number of tokens matters."""
 
     def __init__(self, longest: int) -> None:
         self.model_max_length = longest

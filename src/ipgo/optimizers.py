@@ -87,7 +87,7 @@ class CMA:
         for point, value in zip(points, values, strict=True):
             if not torch.allclose(self.ask(), point, rtol=0, atol=REPRODUCED):
                 raise ResumeError(
-                    "cma asks for other points than it did in this checkpoint; "
+                    "cma asks for points other than those in this checkpoint; "
                     "continue with the version of cma that began it"
                 )
             self.tell(point, value)
@@ -148,9 +148,8 @@ class TuRBO:
         fit_gpytorch_mll(ExactMarginalLogLikelihood(model.likelihood, model))
         with torch.no_grad():
             scales = kernel.lengthscale.squeeze(0)
-            sides = (
-                self.length * scales / scales.log().mean().exp()
-            )  # of the same volume, whatever the scales
+            # Of the same volume, whatever the scales.
+            sides = self.length * scales / scales.log().mean().exp()
             center = points[int(values.argmax())]
             low, high = (center - sides / 2).clamp(0, 1), (center + sides / 2).clamp(0, 1)
             spread = self._sobol(self.CANDIDATES, derive(self.seed, "candidates", self.told) % 2**31)

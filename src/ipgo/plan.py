@@ -1,4 +1,4 @@
-"""What a step of a fit takes of a GPU's memory, found without GPU and weights, and the fastest choice that fits.
+"""The GPU memory of a step of a fit, estimated without a GPU and without weights, and the fastest choice that fits.
 
 The step is ipgo's own (`training.first_gradient`), run on models that have sizes and no numbers.
 """
@@ -38,7 +38,7 @@ class Choice:
 
     Attributes:
         backprop_steps: K, the last denoising steps with gradient. It decides what is learned.
-        recompute: compute the differentiated calls twice in place of keeping their activations.
+        recompute: compute the differentiated calls twice instead of keeping their activations.
         rows: prompts that are fitted at once.
         text_on_cpu: encode prompts on the CPU, which is done once for a fit.
     """
@@ -55,7 +55,7 @@ class Footprint:
 
     Attributes:
         weights: of all models, loaded as a fit loads them.
-        saved: what is alive beside the weights when the reward is known and the backward pass begins.
+        saved: what is alive besides the weights when the reward is known and the backward pass begins.
         peak: the most that is ever alive, weights included.
     """
 
@@ -76,7 +76,7 @@ class Workload:
         """Bytes by model: those of the backend, then "reward"; counted in `memory` from now on, if it is given."""
         memory = memory or LiveMemory()
         sizes = {name: memory.add(tensors_of([module])) for name, module in self.backend.modules.items()}
-        # What the pipeline holds beside them, such as the original of a VAE that was copied to float32.
+        # What the pipeline holds besides them, such as the original of a VAE that was copied to float32.
         modules = [each for each in self.backend.pipe.components.values() if isinstance(each, nn.Module)]
         sizes["others"] = memory.add(tensors_of(modules))
         sizes["reward"] = memory.add(tensors_of(_modules_of(self.reward)))
@@ -88,7 +88,7 @@ class Workload:
         Of the steps without gradient only one is run: the others take the same memory, one after the other.
 
         Raises:
-            InputError: choices that do not fit together, or a reward that looks at the values of pictures.
+            InputError: choices that do not fit together, or a reward that depends on pixel values.
         """
         if choice.text_on_cpu:
             return self.without_text(self.footprint(replace(choice, text_on_cpu=False)))
@@ -112,7 +112,7 @@ class Workload:
             if not isinstance(error.__cause__, NEEDS_NUMBERS):
                 raise
             raise InputError(
-                f"reward {self.reward.name!r} cannot be planned: it looks at the values of pictures "
+                f"reward {self.reward.name!r} cannot be planned: it depends on pixel values "
                 f"({error.__cause__})"
             ) from None
         return Footprint(weights, watched.live - weights, memory.peak)

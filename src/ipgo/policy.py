@@ -97,7 +97,7 @@ class _Training:
         with torch.no_grad():
             self.original = self.backend.encode(task.prompts)
         nan = torch.full((len(task.prompts),), math.nan)
-        # Everything that lives from epoch to epoch beside the parameters and the optimiser's moments.
+        # Everything that lives from epoch to epoch besides the parameters and the optimiser's moments.
         self.memory = {
             "epoch": torch.zeros((), dtype=torch.long),
             "rewards": nan.clone(),

@@ -14,23 +14,23 @@ from ipgo.typed import check_types
 
 @dataclass(frozen=True)
 class PPO:
-    """How trajectories are drawn and learned from.
+    """PPO's settings: how trajectories are drawn and learned from.
 
     Attributes:
         epochs: rounds of drawing trajectories and of learning from them.
-        samples: trajectories in an epoch; prompt-batch: of the prompts in shuffled passes.
-        batch_size: trajectories in one forward pass.
-        accumulate: batches, each with all its steps, in one optimiser step.
+        samples: trajectories per epoch; prompt-batch: of the prompts in shuffled passes.
+        batch_size: trajectories per forward pass.
+        accumulate: batches, each with all its steps, per optimiser step.
         inner_epochs: passes over an epoch's trajectories.
-        eta: noise of the DDIM steps that are learned from, in place of the sampling's.
+        eta: DDIM's eta in the fit, instead of `sampling.eta`.
         lr: learning rate of AdamW; the paper's 3e-4 is for thousands of images, and a LoRA of one prompt sees few.
-        weight_decay: AdamW's.
-        max_grad_norm: the gradient is shortened to this norm; None never shortens.
-        clip_range: how far from 1 the ratio of probabilities still pulls. It is small because log-probabilities
+        weight_decay: weight decay of AdamW.
+        max_grad_norm: the gradient is clipped to this norm; None: no clipping.
+        clip_range: clip range of the probability ratio around 1 (PPO's epsilon). It is small because log-probabilities
             are means over the latents' dimensions.
-        max_advantage: advantages are clipped to this, and to minus this.
-        history: how many of its latest rewards a prompt's advantages are measured against.
-        min_history: a prompt with fewer is measured against the epoch's rewards.
+        max_advantage: advantages are clipped to this absolute value.
+        history: number of a prompt's latest rewards that its advantages are normalised by.
+        min_history: with fewer, they are normalised by the epoch's rewards.
     """
 
     epochs: int = 50
@@ -66,14 +66,14 @@ class PPO:
 def log_probability(latents: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """(B,): log N(latents; mean, std^2), the mean over the dimensions of (B, C, h, w) latents; std > 0 is ().
 
-    The mean in place of the sum goes with a clip range of 1e-4 (the paper's code).
+    The mean instead of the sum goes with a clip range of 1e-4 (the paper's code).
     """
     distance = (latents - mean) / std
     return -distance.square().flatten(1).mean(1) / 2 - std.log() - math.log(2 * math.pi) / 2
 
 
 def advantages(rewards: Tensor, numbers: Tensor, recent: Tensor, least: int) -> tuple[Tensor, Tensor]:
-    """How much better than usual rewards (S,) are, and the prompts' recent ones (P, H) with them, newest last.
+    """The advantages (S,) of rewards (S,), and the prompts' recent rewards (P, H) with these, newest last.
 
     (reward - mean) / standard deviation over the recent rewards of its prompt, numbers[i], or over `rewards`
     where these are fewer than `least`. `recent` is NaN where there was none yet.
@@ -90,6 +90,6 @@ def advantages(rewards: Tensor, numbers: Tensor, recent: Tensor, least: int) -> 
 
 
 def surrogate(log_probability: Tensor, before: Tensor, advantage: Tensor, clip_range: float) -> Tensor:
-    """(B,): what PPO raises (arXiv 1707.06347, eq. 7), of log-probabilities now and when it was drawn (B,)."""
+    """(B,): PPO's clipped objective (arXiv 1707.06347, eq. 7), of log-probabilities (B,) now and when drawn."""
     ratio = (log_probability - before).exp()
     return torch.minimum(advantage * ratio, advantage * ratio.clamp(1 - clip_range, 1 + clip_range))

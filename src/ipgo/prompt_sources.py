@@ -33,11 +33,12 @@ def coco(place: str, options: Options) -> list[str]:
 
     Args:
         place: captions_val2017.json, or the folder that holds it; the files of categories lie beside it. Or val2017
-            or train2017, where there is no such folder: the captions on the hub, which know no categories.
+            or train2017, where no folder of that name has captions: those on the hub, which know no categories.
     """
-    if place in COCO_SPLITS and not Path(place).exists():
+    split = place if place in COCO_SPLITS else "val2017"
+    file = Path(place) if place.endswith(".json") else Path(place) / f"captions_{split}.json"
+    if place in COCO_SPLITS and not file.is_file():  # a folder of that name has COCO's pictures, as a rule
         return _coco_of_the_hub(place, options)
-    file = Path(place) if place.endswith(".json") else Path(place) / "captions_val2017.json"
     if not place or not file.is_file():
         raise InputError(
             f"COCO captions {str(file)!r} do not exist; download them from {COCO_FILES} and give their place, "
@@ -47,7 +48,9 @@ def coco(place: str, options: Options) -> list[str]:
     for each in _listed(file, "annotations", "image_id", "id", "caption"):
         numbers = all(isinstance(each[key], int) for key in ("image_id", "id"))
         if not numbers or not isinstance(each["caption"], str):
-            raise InputError(f"{str(file)!r} is no COCO file: caption {each['id']!r} is {each['caption']!r}")
+            raise InputError(
+                f"{str(file)!r} is not a COCO file: caption {each['id']!r} is {each['caption']!r}"
+            )
         own = (each["id"], each["caption"])
         captions[each["image_id"]] = min(own, captions.get(each["image_id"], own))
     if "category" in options:
@@ -75,7 +78,7 @@ def _listed(file: Path, name: str, *keys: str) -> list[dict[str, Any]]:
     if not isinstance(found, list) or not all(
         isinstance(each, dict) and set(keys) <= each.keys() for each in found
     ):
-        raise InputError(f"{str(file)!r} is no COCO file: its {name} need {', '.join(keys)}")
+        raise InputError(f"{str(file)!r} is not a COCO file: its {name} need {', '.join(keys)}")
     return found
 
 
@@ -85,7 +88,7 @@ def _read(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise InputError(f"{str(file)!r} cannot be read: {error}") from None
     if not isinstance(content, dict):
-        raise InputError(f"{str(file)!r} is no COCO file: it must hold an object")
+        raise InputError(f"{str(file)!r} is not a COCO file: it must hold an object")
     return content
 
 
@@ -219,7 +222,7 @@ def _holds(kind: Any) -> str | None:
     return "numbers" if types.is_floating(own) or types.is_integer(own) else str(own)
 
 
-# name -> how it is read, and the options that it knows beside n and seed
+# name -> how it is read, and the options that it knows besides n and seed
 SOURCES: dict[str, tuple[Callable[[str, Options], list[str]], tuple[str, ...]]] = {
     "coco": (coco, ("category",)),
     "diffusiondb": (diffusiondb, ("max_nsfw",)),

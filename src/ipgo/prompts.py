@@ -46,17 +46,17 @@ def slug(text: str, limit: int = 40) -> str:
 
 
 def check_prompts(texts: Sequence[str], *, distinct: bool = True) -> None:
-    """Raise `InputError` if there is no prompt, an empty one, one that is no text, or (`distinct`) one twice."""
+    """Raise `InputError` if there is no prompt, an empty one, one that is not text, or (`distinct`) one twice."""
     if not texts:
         raise InputError("prompts is empty; give at least one prompt")
     seen: dict[str, int] = {}
     for position, text in enumerate(texts, 1):
         if not isinstance(text, str):
-            raise InputError(f"prompt {position} is {text!r}; a prompt is a text")
+            raise InputError(f"prompt {position} is {text!r}; a prompt must be text")
         if not text.strip():
             raise InputError(f"prompt {position} is empty; every prompt needs at least one word")
         if not is_unicode(text):
-            raise InputError(f"prompt {position} is {text!r}, which is no valid Unicode text")
+            raise InputError(f"prompt {position} is {text!r}, which is not valid Unicode")
         same = " ".join(text.split())
         if distinct and same in seen:
             raise InputError(
@@ -122,7 +122,9 @@ def _without(prompts: list[str], words: str) -> list[str]:
     held = re.compile(rf"(?<!\w)({phrases})(?!\w)", re.IGNORECASE)
     kept = [prompt for prompt in prompts if not held.search(prompt)]
     if not kept:
-        raise InputError(f"exclude is {words!r}; each of the {len(prompts)} prompts holds one of its words")
+        raise InputError(
+            f"exclude is {words!r}; each of the {len(prompts)} prompts contains one of its words"
+        )
     return kept
 
 

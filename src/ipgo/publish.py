@@ -1,4 +1,4 @@
-"""What was learned as a folder for others: the adapter, a model card, and pictures; on the hub if wanted."""
+"""What was learned, to be shared: a folder with the adapter, a model card and pictures, also on the hub."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ SAMPLED = ("steps", "guidance_scale", "eta", "negative_prompt")
 
 
 def save_pretrained(run: Run | str | Path, folder: str | Path) -> Path:
-    """Write a finished run's adapter (of many prompts: one with a row for each) and its card README.md.
+    """Write a run's adapter (one row per finished prompt, or the shared one) and its model card, README.md.
 
     Args:
         run: the run, or its folder.
 
     Raises:
-        InputError: no prompt of the run is finished, or `folder` holds something else.
+        InputError: no prompt of the run is finished, its method learns nothing, or `folder` holds something else.
     """
     run, folder = run if isinstance(run, Run) else Run.open(run), Path(folder)
     if run.config.method_name == "raw":
@@ -47,7 +47,7 @@ def save_pretrained(run: Run | str | Path, folder: str | Path) -> Path:
         folder.is_dir() and (not any(folder.iterdir()) or (folder / FILES[0]).is_file())
     ):
         raise InputError(f"folder {str(folder)!r} holds something else; give a new or empty one")
-    save_adapter(whole, folder, settings)
+    save_adapter(whole, folder, settings, run.drawn_by)
     shutil.rmtree(folder / "images", ignore_errors=True)
     for prompt in run.finished[:MOST]:
         for when in ("before", "after"):
@@ -59,16 +59,16 @@ def save_pretrained(run: Run | str | Path, folder: str | Path) -> Path:
 
 
 def push_to_hub(run: Run, folder: str | Path, repository: str, *, private: bool = False) -> str:
-    """`save_pretrained`, and upload the folder as the hub's model `owner/name`: its address.
+    """`save_pretrained`, and upload the folder as the hub's model `owner/name`; returns its address.
 
     Raises:
-        InputError: the hub cannot be reached, or refuses.
+        InputError: as `save_pretrained`; `repository` is not owner/name; or the hub cannot be reached, or refuses.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     if not HUB_ID.fullmatch(repository):
-        raise InputError(f"{repository!r} is no name of a model on the hub; it must be as in owner/name")
+        raise InputError(f"{repository!r} is not a model name of the hub; write owner/name")
     save_pretrained(run, folder)
     hub = HfApi(library_name="ipgo", library_version=version("ipgo"))
     try:
@@ -80,7 +80,11 @@ def push_to_hub(run: Run, folder: str | Path, repository: str, *, private: bool 
 
 
 def from_pretrained(source: str | Path) -> Adapter:
-    """Read an adapter from a folder, or from the hub's model `owner/name`."""
+    """Read an adapter from a folder, or from the hub's model `owner/name`.
+
+    Raises:
+        InputError: it is neither, or cannot be downloaded; or the adapter there is damaged or of an unknown kind.
+    """
     return load_adapter(fetch(source))
 
 
@@ -95,7 +99,7 @@ def fetch(source: str | Path) -> Path:
         return Path(snapshot_download(str(source), allow_patterns=list(FILES)))
     except (OSError, ValueError) as error:
         raise InputError(
-            f"adapter {str(source)!r} is no folder, and cannot be read from the hub: {first_line(error)}"
+            f"adapter {str(source)!r} is not a folder, and cannot be read from the hub: {first_line(error)}"
         ) from error
 
 
@@ -117,7 +121,7 @@ def model_card(run: Run, adapter: Adapter) -> str:
         f"---\n{yaml.safe_dump({k: v for k, v in about.items() if v}, sort_keys=False)}---",
         f"# {config.method_name} for {whose}, raising {escape(config.reward)}",
         f"Learned with ipgo {version('ipgo')} on {escape(config.backend)}: "
-        f"{count:,} numbers beside the frozen model, by the reward {escape(config.reward)}.",
+        f"{count:,} numbers besides the frozen model, by the reward {escape(config.reward)}." + _behind(run),
         _limits(run, adapter),
         "## Results",
         _results("On the noise that it was fitted to", summarise(scores, seeds=config.seeds)),
@@ -175,7 +179,7 @@ def _results(title: str, gains: Sequence[Gain]) -> str:
         )
     several = gains[0].gain.n > 1
     over = f"intervals over {gains[0].gain.n} {gains[0].gain.over}" if several else "one image"
-    return f"{title}, {over}; an image as good as raw is half a win:\n\n" + "\n".join(lines)
+    return f"{title}, {over}; a tie counts as half a win:\n\n" + "\n".join(lines)
 
 
 def _seed(run: Run) -> int:
@@ -277,6 +281,14 @@ def _given(settings: Any, names: Sequence[str]) -> list[str]:
     default = {each.name: each.default for each in fields(settings)}
     own = {name: getattr(settings, name) for name in names}
     return [f"{name}={_literal(value)}" for name, value in own.items() if value != default[name]]
+
+
+def _behind(run: Run) -> str:
+    """What the name of the model does not say: a LoRA or a scheduler may have been put into it."""
+    known = run.drawn_by
+    weights = f" Its weights have the fingerprint {known['weights']}" if known.get("weights") else ""
+    schedule = f" and its scheduler is {escape(known['schedule'])}" if known.get("schedule") else ""
+    return f"{weights}{schedule}." if weights else ""
 
 
 def _identities(run: Run) -> str:

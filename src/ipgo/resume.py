@@ -1,4 +1,4 @@
-"""The state that a loop of training goes on from."""
+"""The state that a training loop resumes from."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ipgo.errors import ResumeError
 def all_tensors(
     memory: Mapping[str, Tensor], adapter: Adapter, kept: Adapter, optimizer: torch.optim.Optimizer
 ) -> dict[str, Tensor]:
-    """Everything that a fit goes on from, by name; not copied."""
+    """Everything that a fit resumes from, by name; not copied."""
     tensors = {f"memory.{name}": value for name, value in memory.items()}
     for prefix, each in (("adapter", adapter), ("kept", kept)):
         tensors |= {f"{prefix}.{name}": value for name, value in each.state_dict().items()}

@@ -11,7 +11,7 @@ from torch import Tensor
 from ipgo.adapters import Adapter, TextAdapter, shorten
 from ipgo.adapters.text import BYTES, from_bytes, to_bytes
 from ipgo.backends import Backend
-from ipgo.chat import Chat, parse_texts
+from ipgo.chat import Chat, parse_text, parse_texts
 from ipgo.errors import InputError
 
 ATTEMPTS = 3  # questions for a text that can be used
@@ -64,20 +64,27 @@ class Rewrites:
         """The table is all there is."""
 
 
-def ask_texts(chat: Chat, backend: Backend, instruction: str, text: str, n: int) -> list[str]:
+def ask_texts(
+    chat: Chat, backend: Backend, instruction: str, text: str, n: int, occasion: int = 0
+) -> list[str]:
     """n texts that the encoder takes, out of a chat model's answer; too few of them are repeated in turn.
 
     Texts that are too long are cut, and said to be; an answer without any text is asked for anew.
 
+    Args:
+        occasion: numbers the times that the same question may be asked, each of which wants an answer of its own.
+
     Raises:
         InputError: no answer that can be used, or what `Chat.ask` raises.
     """
-    for index in range(ATTEMPTS):
-        texts = [fitted(backend, each) for each in parse_texts(chat.ask(instruction, text, index))[:n]]
+    for attempt in range(ATTEMPTS):
+        answer = chat.ask(instruction, text, ATTEMPTS * occasion + attempt)
+        found = [parse_text(answer)] if n == 1 else parse_texts(answer)[:n]
+        texts = [fitted(backend, each) for each in found]
         texts = [each for each in dict.fromkeys(texts) if each]
         if texts:
             if len(texts) < n:
-                logger.warning("chat.model %r gave %d texts in place of %d", chat.model, len(texts), n)
+                logger.warning("chat.model %r gave %d texts instead of %d", chat.model, len(texts), n)
             return [texts[place % len(texts)] for place in range(n)]
     raise InputError(f"chat.model {chat.model!r} gave no text for {text[:60]!r} in {ATTEMPTS} answers")
 

@@ -1,4 +1,4 @@
-"""From settings to a finished folder: fit, draw before and after, score, and go on after a stop."""
+"""From settings to a finished folder: fit, draw before and after, score, and resume after a stop."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ logger = logging.getLogger("ipgo")
 
 @dataclass(frozen=True)
 class Models:
-    """What a run computes with: `rewards` holds the one that is raised and those held out, by name."""
+    """What a run computes with: `rewards` holds the maximised reward and those held out, by name."""
 
     backend: Backend
     reward: Reward
@@ -77,9 +77,7 @@ def load_models(
     taken = [name for name in (config.reward, *held_out(config)) if re.fullmatch("judge-[a-z]+", name)]
     judge = load_judge(config)
     if taken and judge is not None:
-        raise InputError(
-            f"reward {taken[0]!r} has a name that is kept for the judge's verdicts; give it another"
-        )
+        raise InputError(f"reward {taken[0]!r} has a name reserved for the judge's verdicts; give it another")
     dtype = begun_in if config.dtype == "auto" and begun_in else config.dtype
     backend = backend or load_backend(
         config.backend, device=config.device, dtype=dtype, **asdict(config.opening)
@@ -127,7 +125,7 @@ def check_gradient(config: RunConfig) -> None:
     if config.method.climbing and not has_gradient(config.reward):
         raise InputError(
             f"reward {config.reward!r} has no gradient, which method {config.method_name!r} needs; "
-            f"take one that needs none: {WITHOUT_GRADIENT}"
+            f"use one that needs none: {WITHOUT_GRADIENT}"
         )
 
 
@@ -182,7 +180,7 @@ def exclusively(backend: Backend) -> Iterator[None]:
     with _GUARD:
         if denoiser in _BUSY:
             raise InUseError(
-                f"backend {backend.name!r} is in use by another fit of this process; wait for it, or load it once more"
+                f"backend {backend.name!r} is in use by another fit of this process; wait for it, or load it again"
             )
         _BUSY.add(denoiser)
     try:
@@ -192,9 +190,9 @@ def exclusively(backend: Backend) -> Iterator[None]:
 
 
 def try_rewards(config: RunConfig, models: Models) -> None:
-    """Score one picture of the first prompt, so that a reward which only judges fails before the search, if it does.
+    """Score one picture of the first prompt by the held-out rewards, so that a broken one fails before the search.
 
-    A person is not asked for the sake of it.
+    Rewards that ask a person are left out.
     """
     judges = {
         name: reward for name, reward in models.rewards.items() if name != config.reward and not asks(name)
@@ -221,26 +219,29 @@ def fit_chunk(folder: Run, models: Models, chunk: Chunk, limit: Limit | None = N
     earlier = found.cost if found is not None else Cost()
     started = saved = time.monotonic()
     counted, about = Counter(backend.calls), facts(models)
-    progress, cost = None, earlier
+    progress = None
     search = config.method.fit(task, found.state if found is not None else None)
     if limit is not None:
         search = limit(search, earlier.calls)
+
+    def so_far() -> Cost:
+        calls = earlier.calls + (backend.calls - counted)
+        memory = max(earlier.peak_memory, peak_memory(backend.device))
+        return Cost(calls, earlier.seconds + time.monotonic() - started, memory, earlier.sessions)
+
     with progress_bar(chunk, folder) as bar:
         for progress in search:
             folder.start(about)  # not sooner: settings that the method refuses leave no run behind
-            now = time.monotonic()
-            calls = earlier.calls + (backend.calls - counted)
-            memory = max(earlier.peak_memory, peak_memory(backend.device))
-            cost = Cost(calls, earlier.seconds + now - started, memory, earlier.sessions)
+            cost = so_far()
             folder.record(chunk, progress, cost)
             last = progress.step == progress.total or bool(progress.failed.all())
-            if now - saved > CHECKPOINT_SECONDS and not last:
+            if time.monotonic() - saved > CHECKPOINT_SECONDS and not last:
                 folder.save_checkpoint(chunk, progress, cost)
-                saved = now
+                saved = time.monotonic()
             show(bar, progress)
     if progress is None:
         raise InputError(f"method {config.method_name!r} made no step; give it at least one")
-    return progress, cost
+    return progress, so_far()  # a step that `limit` broke off has cost something too
 
 
 def finish_chunk(
@@ -350,7 +351,7 @@ def forget_peak_memory(device: torch.device) -> None:
 
 
 def facts(models: Models) -> dict[str, Any]:
-    """What a reader of the results wants to know beside the settings, and what must stay the same to continue them."""
+    """What a reader of the results wants to know besides the settings, and what must stay the same to continue them."""
     backend = models.backend
     packages = ("torch", "diffusers", "transformers")
     cuda = backend.device.type == "cuda"

@@ -25,11 +25,11 @@ class Sampling:
 
     Attributes:
         steps: denoising steps.
-        guidance_scale: weight of classifier-free guidance; 1 or less turns it off, None is the backend's own.
+        guidance_scale: weight of classifier-free guidance; 1 or less turns it off. None: the backend's own.
         eta: 0 is deterministic; above 0, up to 1, DDIM adds noise at each step.
         negative_prompt: what guidance moves away from.
-        fit_steps: denoising steps of the images that a fit draws to learn from, where they are fewer than `steps`;
-            None is `steps`. Chosen by benchmarks/truncation.py. With eta above 0, or a scheduler that draws noise, a
+        fit_steps: denoising steps of the images that a fit learns from, if fewer than `steps`; None: `steps`.
+            Chosen by benchmarks/truncation.py. With eta above 0, or a scheduler that draws noise, a
             fit takes all steps, since each has noise of its own.
     """
 
@@ -122,15 +122,14 @@ def denoise(
     Args:
         backprop_steps: K, the number of last denoiser calls that build a graph; 0 for none, `sampling.steps`
             for all. Schedulers that make more calls than steps (PNDM) count calls.
-        recompute: keep no activations of these calls, but compute them again in the backward pass; those of large
-            transformers then block by block, once more.
+        recompute: gradient checkpointing: recompute the activations of these calls in the backward pass; those of
+            large transformers then block by block, once more.
     """
     latents = noise[:, 0].to(backend.device, torch.promote_types(backend.dtype, torch.float32))
     scheduler = backend.scheduler(sampling.steps, latents)
-    latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)  # flows start from the noise itself ...
-    scale_input = getattr(
-        scheduler, "scale_model_input", lambda latents, timestep: latents
-    )  # ... and never scale
+    # Flows start from the noise itself, and never scale.
+    latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
+    scale_input = getattr(scheduler, "scale_model_input", lambda latents, timestep: latents)
     calls = len(scheduler.timesteps)
     first_grad = 0 if backprop_steps >= sampling.steps else calls - backprop_steps
     for index, timestep in enumerate(scheduler.timesteps):
@@ -195,8 +194,8 @@ def decode(backend: Backend, latents: Tensor, *, recompute: bool = False) -> Ten
     """`Backend.decode`; the caller's grad mode decides. Without gradient row by row, which takes least memory.
 
     Args:
-        recompute: keep what goes into the decoder's blocks alone, and compute them again in the backward pass, one
-            by one; a decoder without known blocks as a whole.
+        recompute: gradient checkpointing: keep only the inputs of the decoder's blocks, and recompute these one by one
+            in the backward pass; a decoder without known blocks as a whole.
     """
     if not torch.is_grad_enabled():
         return torch.cat([backend.decode(row[None]) for row in latents])

@@ -20,7 +20,7 @@ class Proposer(Protocol):
 
     @property
     def memory(self) -> Mapping[str, Tensor]:
-        """All that a search goes on from with the same bits: always the same tensors, which are changed in place."""
+        """All that a search resumes from with the same bits: always the same tensors, which are changed in place."""
         ...
 
     def propose(self, adapter: Adapter, step: int) -> None:
@@ -140,7 +140,7 @@ class _Search:
         return rewards.mean(0, keepdim=True) if self.adapter.prompts is None else rewards
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Everything that it goes on from, by name; not copied."""
+        """Everything that it resumes from, by name; not copied."""
         tensors = dict(self.memory)
         for prefix, adapter in (("adapter", self.adapter), ("kept", self.kept)):
             tensors |= {f"{prefix}.{name}": value for name, value in adapter.state_dict().items()}

@@ -34,6 +34,7 @@ from ipgo.task import Progress
 
 SCHEMA = 1
 LOCK = ".lock"
+DRAWN_BY = ("dtype", "guidance_scale", "schedule", "weights")  # of `Backend.identity`
 EVALUATION = "evaluation.jsonl"  # what a finished run was judged on later
 
 
@@ -67,12 +68,7 @@ class Run:
         if not found.is_file():
             if config is None:
                 raise InputError(f"{str(path)!r} is not a run folder: it has no run.json")
-            others = [file for file in path.iterdir() if not left_over(file)] if path.is_dir() else []
-            files.check_out(path, folder=True)
-            if others:
-                raise InputError(
-                    f"out is {str(path)!r}, which holds something else; give a new or empty folder"
-                )
+            files.check_new(path, left_over)
             return cls(path, config)
         stored = files.read_json(found, "config")
         if not isinstance(stored["config"], dict):
@@ -81,9 +77,8 @@ class Run:
             raise ResumeError(
                 f"{str(found)!r} has schema {stored.get('schema')}; this version reads {SCHEMA}"
             )
-        there = RunConfig.from_json(
-            stored["config"]
-        )  # settings that it did not have yet are at their defaults
+        # Settings that it did not have yet are at their defaults.
+        there = RunConfig.from_json(stored["config"])
         if config is None:
             return cls(path, there)
         differing = differences(there.identity(), config.identity())
@@ -101,7 +96,7 @@ class Run:
             facts: the versions, the device and the models that the run begins with.
 
         Raises:
-            InUseError: another process is at work in it. ResumeError: its models were others.
+            InUseError: another process is working in it. ResumeError: it was begun with other models.
             InputError: it cannot be written.
         """
         if self._begun:
@@ -115,7 +110,7 @@ class Run:
                 about = {"schema": SCHEMA, "digest": self.config.digest(), **facts}
                 files.write_json(self.path / "run.json", {**about, "config": self.config.to_json()})
         except OSError as error:
-            raise self._unwritable(error) from None
+            raise files.unwritable(self.path, error.strerror) from None
         self._begun = True
 
     def _take(self) -> None:
@@ -125,12 +120,11 @@ class Run:
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
-            raise InUseError(f"{str(self.path)!r} is in use: another process works on this run") from None
+            raise InUseError(
+                f"{str(self.path)!r} is in use: another process is working on this run"
+            ) from None
         except OSError as error:
-            raise self._unwritable(error) from None
-
-    def _unwritable(self, error: OSError) -> InputError:
-        return InputError(f"out is {str(self.path)!r}, which cannot be written: {error.strerror}")
+            raise files.unwritable(self.path, error.strerror) from None
 
     def _continue(self, facts: Mapping[str, Any]) -> None:
         """Refuse other models; but a reward that only judges may be repaired as long as it has scored nothing."""
@@ -148,12 +142,12 @@ class Run:
         return found
 
     def strange(self, identities: Mapping[str, Any]) -> list[str]:
-        """The rewards among these that are not what scored the run under their names."""
+        """The rewards among these that differ from those that scored the run under their names."""
         known = self.identities
         return [name for name, own in identities.items() if known.get(name, own) != own]
 
     def release(self) -> None:
-        """Leave the folder to other processes; the end of this one does so too, however it comes."""
+        """Release the folder to other processes; the end of this process does so too, however it comes."""
         self._lock.release()
         self._begun = False
 
@@ -170,13 +164,15 @@ class Run:
     # -- where things are -------------------------------------------------------------------------------
 
     def folder(self, prompt: Prompt) -> Path:
+        """The folder of a prompt's images and result."""
         return self.path / "prompts" / prompt.id
 
     def image(self, prompt: Prompt, when: str, seed: int) -> Path:
-        """`when` is before or after."""
+        """The file of an image; `when` is before or after."""
         return self.folder(prompt) / f"{when}-{seed}.png"
 
     def adapter_folder(self, prompt: Prompt) -> Path:
+        """The folder of a prompt's adapter and history; shared: the one of all prompts."""
         return self.path / "shared" if self.config.shared else self.folder(prompt)
 
     def _histories(self, chunk: Chunk) -> dict[int, Path]:
@@ -198,6 +194,7 @@ class Run:
         return [Chunk(self.prompts[start : start + size]) for start in range(0, len(self.prompts), size)]
 
     def done(self, prompt: Prompt) -> bool:
+        """Has the prompt a result, finished or failed?"""
         return (self.folder(prompt) / "result.json").is_file()
 
     @property
@@ -256,6 +253,7 @@ class Run:
         return found
 
     def drop_checkpoint(self, chunk: Chunk) -> None:
+        """Delete a chunk's checkpoint, if there is one."""
         self._checkpoint_file(chunk).unlink(missing_ok=True)
 
     # -- when a chunk is done ---------------------------------------------------------------------------
@@ -264,7 +262,14 @@ class Run:
         """Put a prompt's adapter (or the shared one) into its folder, with the settings it was made under."""
         settings = self.config.to_json()
         keys = ("backend", "sampling", "padding", "scheduler", "image_size", "long_prompts", "dtype")
-        save_adapter(adapter, self.adapter_folder(prompt), {key: settings[key] for key in keys})
+        made_under = {key: settings[key] for key in keys}
+        save_adapter(adapter, self.adapter_folder(prompt), made_under, self.drawn_by)
+
+    @property
+    def drawn_by(self) -> dict[str, Any]:
+        """What was behind the backend's name, as `Backend.identity` has it; {} before the first step."""
+        facts = self.facts if (self.path / "run.json").is_file() else {}
+        return {key: value for key, value in facts.items() if key in DRAWN_BY}
 
     @property
     def transfers(self) -> str | None:
@@ -273,6 +278,7 @@ class Run:
         return None if done is None else ADAPTERS[adapter_facts(self.adapter_folder(done))["kind"]].transfers
 
     def load_adapter(self, prompt: Prompt) -> Adapter:
+        """A prompt's adapter, or the shared one; `InputError` if there is none yet."""
         return load_adapter(self.adapter_folder(prompt))
 
     def whole_adapter(self) -> tuple[Adapter, dict[str, Any]]:
@@ -289,6 +295,7 @@ class Run:
         return (adapters[0] if adapters[0].prompts is None else stack(adapters)), settings
 
     def save_image(self, prompt: Prompt, when: str, seed: int, picture: Image.Image) -> None:
+        """Store an image as PNG; `when` is before or after."""
         stream = io.BytesIO()
         picture.save(stream, "PNG")
         files.write(self.image(prompt, when, seed), stream.getvalue())
@@ -393,9 +400,9 @@ def with_judges_of(there: Mapping[str, Any], now: Mapping[str, Any], raised: str
 
 
 def check_models(path: Path, there: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise `ResumeError` if `path`, with the facts `there`, was drawn or scored by other models than `now`'s.
+    """Raise `ResumeError` if `path`, with the facts `there`, was drawn or scored by models other than `now`'s.
 
-    What is in one folder is compared, so one name must stay one model, in one format.
+    What is in one folder is compared, so a name must keep its model, in one format.
     """
     before, after = there.get("rewards", {}), now.get("rewards", {})
     other = [name for name in after if name in before and before[name] != after[name]]
@@ -407,16 +414,16 @@ def check_models(path: Path, there: Mapping[str, Any], now: Mapping[str, Any]) -
             else "its weights, preprocessing or version"
         )
         raise ResumeError(
-            f"{str(path)!r} was scored by another {other[0]!r} ({what} differ{'s' * own}), and the scores do not "
-            f"compare; give the same {'one' if own else 'weights'}, or another folder"
+            f"{str(path)!r} was scored by another {other[0]!r} ({what} differ{'s' * own}), and the scores are not "
+            f"comparable; give the same {'one' if own else 'weights'}, or another folder"
         )
     differing = differing_in(there, now)
     if differing is None:
         return
     words = {
-        "dtype": "was drawn in {0}, not {1}, and the images do not compare; give a backend in that format",
-        "schedule": "was drawn by the scheduler {0}, not {1}, and the images do not compare; give the same one",
-        "weights": "was drawn by a backend of other weights ({0} there, {1} now), and the images do not compare; "
+        "dtype": "was drawn in {0}, not {1}, and the images are not comparable; give a backend in that format",
+        "schedule": "was drawn with the scheduler {0}, not {1}, and the images are not comparable; give the same one",
+        "weights": "was drawn by a backend with other weights ({0} there, {1} now), and the images are not comparable; "
         "give the same weights",
     }
     told = words[differing].format(there[differing], now[differing])

@@ -1,4 +1,4 @@
-"""Words that may stand in place of others: the search space of a prompt and of its negative prompt."""
+"""Words that may replace others: the search space of a prompt and of its negative prompt."""
 
 from __future__ import annotations
 

@@ -23,13 +23,13 @@ from ipgo.typed import check_types
 
 @dataclass(frozen=True)
 class Task:
-    """Make the images of some prompts better.
+    """What a method is to do: maximise a reward over the images of some prompts.
 
     Attributes:
-        backend, reward: what draws, and what judges. The reward gets the user's prompts.
+        backend, reward: what draws, and what scores. The reward gets the user's prompts.
         prompts: P distinct prompts.
-        sampling: how images are sampled during the fit; `fit_steps` is the caller's affair: give `Sampling().fitting`.
-        seeds: noise seeds, cycled over the steps of a fit; none at all means fresh noise at each step.
+        sampling: how images are sampled during the fit; `fit_steps` is ignored: give `Sampling().fitting`.
+        seeds: noise seeds, which gradient steps use in turn; empty: fresh noise at every step.
         seed: where initial values and every other choice derive from.
         shared: False is prompt-wise, one row for each prompt; True is prompt-batch, one row for all.
     """
@@ -98,9 +98,9 @@ class Progress:
             prompts only (shared).
         adapter: each row's best so far (or the latest, as in `best`), ready for `generate`. The same object
             at each step: copy it to keep it.
-        state: all that resume needs, read before the next step begins.
-        over: the mean of the rewards of so many steps compares with that of others: 1 where each step draws the same
-            noise, S where S seeds take turns, `FRESH` where noise or prompts are other ones at each step.
+        state: returns all that `resume` needs; call it before the next step begins.
+        over: number of consecutive steps whose mean reward is comparable with that of others: 1 where each step draws
+            the same noise, S where S seeds are used in turn, `FRESH` where noise or prompts change at each step.
         keeps_best: whether `adapter` and `best` are the best so far. If not, they are the latest.
     """
 
@@ -124,10 +124,10 @@ class Method:
 
     Attributes:
         stackable: can one fit hold the rows of many prompts?
-        one_seed: does it learn the noise of a single seed?
-        prefers_one_seed: does it do better on a single seed, where several are allowed?
-        prompt_wise: does it learn each prompt by itself, so that prompts cannot share what is learned?
-        both_halves: does its gradient go through both halves of guidance from the first call on?
+        one_seed: does it learn the noise of exactly one seed?
+        prefers_one_seed: does it do better on one seed, though several are allowed?
+        prompt_wise: does it fit each prompt by itself, so that it cannot be shared?
+        both_halves: does its gradient go through both halves of guidance from the first differentiated call on?
     """
 
     stackable: ClassVar[bool] = True
@@ -155,4 +155,13 @@ class Method:
         """Raise `InputError`, before a model is loaded, for what it cannot do."""
 
     def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
+        """Search, and yield one `Progress` per step.
+
+        Args:
+            resume: what `Progress.state()` of an earlier fit to the same task returned; the fit continues after it.
+
+        Raises:
+            InputError: a task that the method cannot do. RewardError: a reward that breaks its contract.
+            ResumeError: a state of another fit.
+        """
         raise NotImplementedError

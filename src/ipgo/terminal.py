@@ -9,10 +9,10 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ipgo.errors import InputError, unknown_option
-from ipgo.prompts import READERS, read_prompts
+from ipgo.prompts import READERS, check_prompts, read_prompts
 
 if TYPE_CHECKING:
     from ipgo.adapters import Adapter
@@ -25,12 +25,20 @@ def command_parser(command: str, description: str) -> argparse.ArgumentParser:
     return _Parser(prog=f"ipgo {command}", description=description, allow_abbrev=False)
 
 
+def add_adapter_flags(parser: argparse.ArgumentParser) -> None:
+    """The adapter to draw with, and what to draw."""
+    parser.add_argument("adapter", type=Path, help="an adapter's folder, or a run's")
+    parser.add_argument(
+        "text", nargs="*", default=[], help="prompts, each in quotes (default: the fitted ones)"
+    )
+    parser.add_argument("--prompts", help="prompts from a file or a set, as in fit")
+    parser.add_argument("--backend", help="a backend other than the one it was fitted on")
+
+
 def add_device_flags(parser: argparse.ArgumentParser) -> None:
     """Where a backend and the rewards are put."""
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument(
-        "--text-device", default="auto", help="auto, or cpu to leave a GPU's memory to the other models"
-    )
+    parser.add_argument("--text-device", default="auto", help="auto, or cpu to save GPU memory")
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -40,7 +48,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, with one sentence in place of its usage lines, and prompts after options as well as before."""
+    """argparse, with one sentence instead of its usage lines, and prompts after options as well as before."""
 
     def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
         return self.parse_intermixed_args(args, namespace)
@@ -88,9 +96,11 @@ def read_texts(texts: Sequence[str], spec: str | None) -> list[str]:
         words = " ".join(texts)
         if len(set(texts)) < len(texts):
             raise InputError(
-                f"these are {len(texts)} prompts, of which two are alike; one prompt is quoted: {words!r}"
+                f"these are {len(texts)} prompts, two of them the same; put a single prompt in quotes: {words!r}"
             )
-        logging.getLogger("ipgo").warning("these are %d prompts; one prompt is quoted: %r", len(texts), words)
+        logging.getLogger("ipgo").warning(
+            "these are %d prompts; put a single prompt in quotes: %r", len(texts), words
+        )
     return [*texts, *(read_prompts(spec) if spec else [])]
 
 
@@ -98,6 +108,21 @@ def loading(name: str) -> None:
     """Say on a terminal why nothing moves for some seconds."""
     if sys.stderr.isatty():
         print(f"loading {name} ...", file=sys.stderr)
+
+
+def peek(
+    argv: Sequence[str], options: Sequence[str], flags: Sequence[str] = ()
+) -> tuple[argparse.Namespace, list[str]]:
+    """The options that decide which others there are, and the words that are left."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in options:
+        parser.add_argument(name)
+    for name in flags:
+        parser.add_argument(name, action="store_true")
+    try:
+        return parser.parse_known_args([underscores(word) for word in argv])
+    except argparse.ArgumentError as error:
+        raise InputError(str(error)) from None
 
 
 def underscores(word: str) -> str:
@@ -125,49 +150,64 @@ def backend_of(settings: dict[str, Any], given: str | None) -> str:
     return str(given or made)
 
 
-def run_of(path: Path) -> Run | None:
-    """The run that a folder is or belongs to."""
-    from ipgo.store import Run
+class Stored(NamedTuple):
+    """What a command draws with.
 
-    places = [place for place in (path, *path.resolve().parents[:2]) if (place / "run.json").is_file()]
-    return Run.open(places[0]) if places else None
-
-
-def fitted_prompts(adapter: Adapter, run: Run | None) -> list[str]:
-    """Those that an adapter was fitted to; of one for any prompt, those that its run is judged on."""
-    return list(adapter.prompts or (() if run is None else [prompt.text for prompt in run.judged]))
-
-
-def compare_backend(run: Run | None, backend: Backend) -> None:
-    """Say so if a run was drawn by other weights, or by another scheduler.
-
-    The same weights under another name, as a copy of the bundled model, get the guidance scale that the run had.
+    Attributes:
+        adapter: that of a folder, or all of a run's as one.
+        settings: those of the backend and the sampling that it was made under.
+        drawn_by: what was behind the backend's name then, as `Backend.identity`; {} where that is not known.
+        run: the run that the folder is or belongs to.
     """
-    from ipgo.store import differing_in
 
-    if run is None:
-        return
-    differing = differing_in(run.facts, backend.identity)
-    if run.facts.get("weights") == backend.identity["weights"]:
-        backend.guidance_scale = run.facts.get("guidance_scale", backend.guidance_scale)
-    if differing == "weights":
-        text = "%s was fitted on a backend of other weights; what it learned may do nothing here"
-        logging.getLogger("ipgo").warning(text, run.path)
-    elif differing == "schedule":
-        schedules = run.facts["schedule"], backend.identity["schedule"]
-        logging.getLogger("ipgo").warning("%s was drawn by the scheduler %s, not %s", run.path, *schedules)
+    adapter: Adapter
+    settings: dict[str, Any]
+    drawn_by: dict[str, Any]
+    run: Run | None
+
+    def prompts(self, texts: Sequence[str], spec: str | None) -> list[str]:
+        """Those that are asked for; else those that it was fitted to, or of one for any prompt, its run is judged on.
+
+        Raises:
+            InputError: none at all, or one that it was not fitted to.
+        """
+        judged = () if self.run is None else [prompt.text for prompt in self.run.judged]
+        chosen = read_texts(texts, spec) or list(self.adapter.prompts or judged)
+        check_prompts(chosen)
+        self.adapter.rows(chosen)
+        return chosen
+
+    def check_backend(self, backend: Backend) -> None:
+        """Warn if it was learned with other weights, or drawn with another scheduler.
+
+        The same weights under another name, such as a copy of the bundled model, get the guidance scale they had.
+        """
+        from ipgo.store import differing_in
+
+        differing, now = differing_in(self.drawn_by, backend.identity), backend.identity
+        if self.drawn_by.get("weights") == now["weights"]:
+            backend.guidance_scale = self.drawn_by.get("guidance_scale", backend.guidance_scale)
+        if differing == "weights":
+            text = "this adapter was learned on a backend with other weights; it may have no effect here"
+            logging.getLogger("ipgo").warning(text)
+        elif differing == "schedule":
+            schedules = self.drawn_by["schedule"], now["schedule"]
+            logging.getLogger("ipgo").warning(
+                "this adapter was made with the scheduler %s, not %s", *schedules
+            )
 
 
-def find_adapter(path: Path) -> tuple[Adapter, dict[str, Any]]:
-    """The adapter in a folder, or all of a run's as one, and the backend settings that it was made under.
-
-    `path` may also be the hub's `owner/name`.
-    """
+def open_stored(path: Path) -> Stored:
+    """The adapter in a folder, or all of a run's as one; `path` may also be the hub's `owner/name`."""
     from ipgo.artefacts import adapter_facts, load_adapter
     from ipgo.publish import fetch
     from ipgo.store import Run
 
     path = fetch(path)
-    if not (path / "run.json").is_file():
-        return load_adapter(path), dict(adapter_facts(path)["settings"])
-    return Run.open(path).whole_adapter()
+    places = [place for place in (path, *path.resolve().parents[:2]) if (place / "run.json").is_file()]
+    run = Run.open(places[0]) if places else None
+    if run is not None and places[0] == path:
+        return Stored(*run.whole_adapter(), run.drawn_by, run)
+    facts = adapter_facts(path)
+    known = facts.get("drawn_by") or (run.drawn_by if run is not None else {})
+    return Stored(load_adapter(path), dict(facts["settings"]), known, run)

@@ -31,7 +31,7 @@ logger = logging.getLogger("ipgo")
 
 
 def word_list_of(spec: str, prompt: str, chat: Chat, *, synonyms: bool, antonyms: bool) -> WordList:
-    """What may stand in place of the words of one prompt.
+    """What may replace the words of one prompt.
 
     Args:
         spec: what `load_word_list` reads; "wordnet", or "wordnet:FOLDER" with its database; or "llm", which asks

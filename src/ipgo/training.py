@@ -94,7 +94,7 @@ class _Climb:
         count = 1 if task.shared else len(task.prompts)
         nan = torch.full((len(task.prompts),), math.nan)
         scale = FLOAT16_SCALE if task.backend.dtype == torch.float16 else 1.0
-        # Everything that lives from step to step beside the parameters and the optimiser's moments.
+        # Everything that lives from step to step besides the parameters and the optimiser's moments.
         self.memory = {
             "step": torch.zeros((), dtype=torch.long),
             "rewards": nan.clone(),
@@ -275,7 +275,7 @@ class _Climb:
 
     @property
     def _keeps_best(self) -> bool:
-        """Rewards that come from different prompts or noise do not compare: the latest is kept."""
+        """Rewards that come from different prompts or noise are not comparable: the latest is kept."""
         return self.ascent.keep_best and bool(self.task.seeds) and not self.task.shared
 
     def _progress(self, norms: Tensor, images: Tensor | None, total: int) -> Progress:

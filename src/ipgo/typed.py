@@ -1,4 +1,4 @@
-"""Settings that are made in Python hold the types that they say: files and flags are typed by their parser."""
+"""Type checks for settings that are made in Python; those of files and flags are checked by their parser."""
 
 from __future__ import annotations
 

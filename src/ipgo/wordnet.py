@@ -114,9 +114,8 @@ class WordNet:
         pointers = [fields[place : place + 4] for place in range(end + 1, end + 1 + 4 * int(fields[end]), 4)]
         return Synset(
             kind=fields[2],
-            words=tuple(
-                re.sub(r"\((?:a|p|ip)\)$", "", word) for word in fields[4:end:2]
-            ),  # where adjectives stand
+            # Without the syntactic marker of an adjective, such as (p) for predicative.
+            words=tuple(re.sub(r"\((?:a|p|ip)\)$", "", word) for word in fields[4:end:2]),
             pointers=tuple(
                 (sign, FILES[kind], int(place), int(ends[:2], 16), int(ends[2:], 16))
                 for sign, place, kind, ends in pointers
@@ -125,6 +124,6 @@ class WordNet:
 
 
 def _plain(word: str, words: list[str]) -> tuple[str, ...]:
-    """The different single words beside `word` itself, as many as are taken."""
+    """The different single words other than `word` itself, as many as are taken."""
     different = dict.fromkeys(each for each in words if "_" not in each and each.lower() != word.lower())
     return tuple(different)[:MOST]

@@ -133,7 +133,7 @@ def test_what_the_node_cannot_take_is_named(
         (Clip(pipe, keys=("l", "g")), "a fox", own, "this model has 2 text encoders"),
         (Clip(pipe, windows=2), "a fox", own, "the prompt has more than 77 tokens"),
         (clip, "a fox", str(tmp_path / "none"), "none"),
-        (Clip(pipe, end=1), "a fox", own, "is no CLIP"),
+        (Clip(pipe, end=1), "a fox", own, "is not a CLIP"),
     ):
         with pytest.raises(ipgo.InputError, match=message):
             node.encode(given, text, place)

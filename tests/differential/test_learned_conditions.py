@@ -22,7 +22,7 @@ from ipgo.rewards import as_reward
 from ipgo.sampling import Sampling
 from ipgo.task import Task
 from tests import tiny_families as tiny
-from tests.conftest import tiny_pipeline
+from tests.conftest import difference_quotient, redness, tiny_pipeline
 
 PROMPTS = ("a red cat", "sun")
 OFF = Insertion(2, 1, rank=4, negative=False)
@@ -53,10 +53,6 @@ CASES = {
     "flux": Case(tiny.flux, POOLED, {**T5, "height": 16, "width": 16}, {"image_size": 16}),
     "pixart": Case(tiny.pixart, NEGATIVE, {**T5, "clean_caption": False, "use_resolution_binning": False}),
 }
-
-
-def red(images, prompts):
-    return images[:, 0].mean((1, 2)) - images[:, 2].mean((1, 2))
 
 
 def loud(adapter, seed=0):
@@ -106,28 +102,21 @@ def test_gradients_equal_finite_differences(name):
 
     def reward(backprop_steps):
         sampling = Sampling(2, 3.0)
-        return red(
+        return redness(
             generate(backend, PROMPTS, [0, 1], adapter, sampling, backprop_steps=backprop_steps), ()
         ).sum()
 
     reward(2).backward()
-    checked, step = set(), 1e-6
+    checked = set()
     for key, parameter in adapter.named_parameters():
         if own([key]):
             direction = torch.randn(
                 parameter.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
             )
             slope = (parameter.grad * direction).sum()
-            values = []
-            for sign in (1, -1):
-                with torch.no_grad():
-                    parameter += sign * step * direction
-                    values.append(reward(0))
-                    parameter -= sign * step * direction
+            measured = difference_quotient(lambda: reward(0), [parameter], [direction])
             assert slope.abs() > 1e-6, key
-            torch.testing.assert_close(
-                slope, (values[0] - values[1]) / (2 * step), rtol=1e-4, atol=1e-9, msg=key
-            )
+            torch.testing.assert_close(slope, measured, rtol=1e-4, atol=1e-9, msg=key)
             checked |= own([key])
     expected = {"negative_prefix", "negative_suffix"}
     assert checked == expected | ({"pooled", "negative_pooled"} if name == "sdxl" else set())
@@ -137,7 +126,7 @@ def test_gradients_equal_finite_differences(name):
 def test_a_fit_learns_them_too(name):
     case = CASES[name]
     backend = load_backend(case.build(), device="cpu", **case.options)
-    task = Task(backend, as_reward(red), PROMPTS, Sampling(2, 3.0))
+    task = Task(backend, as_reward(redness), PROMPTS, Sampling(2, 3.0))
     method = IPGO(case.insertion, Ascent(steps=6, lr=0.05, backprop_steps=None, penalty_weight=0.0))
     start = InsertionAdapter.start(backend, PROMPTS, case.insertion, seed=0, shared=False).state_dict()
     steps = list(method.fit(task))
@@ -166,7 +155,7 @@ def test_off_is_as_ever():
 @pytest.mark.parametrize(("scale", "learned"), [(3.0, True), (1.0, False)])
 def test_left_open_it_is_learned_where_guidance_looks_at_it(scale, learned):
     backend = load_backend(tiny_pipeline(), device="cpu")
-    task = Task(backend, as_reward(red), ("a",), Sampling(2, scale))
+    task = Task(backend, as_reward(redness), ("a",), Sampling(2, scale))
     *_, last = IPGO(Insertion(2, 1, rank=4), Ascent(steps=1)).fit(task)
     assert last.adapter.learns_unconditional is learned
     assert last.adapter.options["insertion"]["negative"] is learned
@@ -188,7 +177,7 @@ def test_rows_files_and_the_noise_beside_it(tmp_path):
     joint = JointAdapter.join(adapter, noise, 1.0)
     assert joint.learns_unconditional
     assert torch.equal(generate(backend, PROMPTS, [0, 0], joint, sampling), images)
-    task = Task(backend, as_reward(red), PROMPTS, sampling)
+    task = Task(backend, as_reward(redness), PROMPTS, sampling)
     fitted = list(Joint(BOTH, ascent=Ascent(steps=2, backprop_steps=None)).fit(task))[-1]
     assert (fitted.grad_norm > 0).all()
     black = BlackBoxIPGO(NEGATIVE, candidates=3)
@@ -198,11 +187,11 @@ def test_rows_files_and_the_noise_beside_it(tmp_path):
 def test_explaining_looks_past_the_negative_prompt():
     backend = load_backend(tiny_pipeline(), device="cpu")
     adapter = loud(InsertionAdapter.start(backend, PROMPTS, NEGATIVE, seed=0, shared=False))
-    sampling, reward = Sampling(2, 3.0), as_reward(red)
+    sampling, reward = Sampling(2, 3.0), as_reward(redness)
     found = explain(backend, adapter, "sun", (0,), sampling, reward, Vocabulary(backend, ["a"]))
     for value, which in ((found.raw, Adapter()), (found.value, adapter)):
         assert value == pytest.approx(
-            red(generate(backend, ["sun"], [0], which, sampling), ()).item(), abs=1e-6
+            redness(generate(backend, ["sun"], [0], which, sampling), ()).item(), abs=1e-6
         )
     assert len(found.inserted) == 3
 
@@ -213,7 +202,7 @@ def test_a_step_costs_both_halves():
     assert step_cost(off, 4, Price(2, 3)) == 4 + 1 + 2
     assert step_cost(on, 4, Price(2, 3)) == 4 + 2 + 2
     backend = load_backend(tiny_pipeline(), device="cpu")
-    task = Task(backend, as_reward(red), ("a",), Sampling(4, 3.0))
+    task = Task(backend, as_reward(redness), ("a",), Sampling(4, 3.0))
     next(on.method.fit(task))
     assert dict(backend.calls)["denoiser_grad_both"] == dict(backend.calls)["denoiser_grad"] == 2
 
@@ -233,7 +222,7 @@ def test_a_step_costs_both_halves():
 )
 def test_what_is_not_there_cannot_be_learned(build, insertion, scale, message):
     backend = load_backend(build(), device="cpu", image_size=16)
-    task = Task(backend, as_reward(red), PROMPTS, Sampling(1, scale))
+    task = Task(backend, as_reward(redness), PROMPTS, Sampling(1, scale))
     with pytest.raises(InputError, match=message):
         IPGO(insertion).fit(task)
     with pytest.raises(InputError, match="which a vector has not"):

@@ -30,7 +30,7 @@ from ipgo.sampling import Sampling
 from ipgo.store import Run
 from ipgo.task import Task
 from tests import tiny_families as tiny
-from tests.conftest import tiny_pipeline
+from tests.conftest import redness, tiny_pipeline
 
 WORDS = ["black", "white", "brown", "green", "amber"]  # fifteen of them are the 75 tokens of a window
 LONG = " ".join(WORDS * 6 + ["sun"])  # two windows of 75, and three tokens more
@@ -191,11 +191,10 @@ def test_a_rewritten_negative_prompt_may_be_long():
 
 def test_prompts_of_unequal_length_are_fitted_together():
     backend = chunked(tiny_pipeline())
-    reward = as_reward(lambda images, prompts: images[:, 0].mean((1, 2)) - images[:, 2].mean((1, 2)), "red")
     method = IPGO(Insertion(2, 2, rank=4), Ascent(steps=4, lr=0.05, backprop_steps=None, penalty_weight=0.0))
 
     def rewards(prompts, method):
-        task = Task(backend, reward, prompts, SAMPLING)
+        task = Task(backend, as_reward(redness), prompts, SAMPLING)
         return list(method.fit(task))[-1].best
 
     together = rewards((SHORT, LONG), method)

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from ipgo.adapters import Adapter, InsertionAdapter, generate
+from ipgo.adapters import Adapter, generate
 from ipgo.backends import load_backend
 from ipgo.embeds import PromptEmbeds
-from ipgo.insertion import Insertion
 from ipgo.sampling import Sampling, ddim_step, sample
+from tests.conftest import relative_error
 
 PROMPTS = ["a red cat", "a dog on the moon", "sun"]
 STEPS = 5
@@ -76,10 +76,6 @@ def test_velocity_prediction_of_stable_diffusion_2(make_pipe, name):
         output_type="pt",
     ).images
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
-
-
-def relative_error(ours, theirs):
-    return ((ours - theirs).norm() / theirs.norm()).item()
 
 
 def gradient_of(backend, images_of):
@@ -173,12 +169,3 @@ def test_recomputation_changes_no_gradient(make_pipe, padding):
         for again in (False, True)
     ]
     assert relative_error(*grads) < 1e-4
-
-
-def test_half_precision_stays_close(make_pipe):
-    exact = load_backend(make_pipe(), device="cpu")
-    coarse = load_backend(make_pipe(), device="cpu", dtype="bfloat16")
-    adapter = InsertionAdapter(None, 32, Insertion(2, 2))
-    images = [generate(each, PROMPTS, [1, 2, 3], adapter, Sampling(STEPS, 3.0)) for each in (exact, coarse)]
-    assert images[1].dtype == torch.float32
-    assert (images[0] - images[1]).abs().mean() < 0.02

@@ -5,9 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +21,8 @@ from ipgo.fitting import result_of
 from ipgo.prompts import read_prompts
 from ipgo.rewards.checkpoints import fingerprint
 from ipgo.store import Run
+from tests import sessions
+from tests.conftest import one_sentence
 
 PROMPTS = ("a fox", "a <b>lemon</b> & more")
 SETTINGS = (
@@ -132,9 +131,7 @@ def test_another_setting_is_refused_with_its_name(
     fitted: Path, pipeline_folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert fit(pipeline_folder, fitted, PROMPTS, "--seed", "5") == 2
-    error = capsys.readouterr().err
-    assert "seed 0 there, 5 now" in error
-    assert error.count("\n") == 1
+    assert "seed 0 there, 5 now" in one_sentence(capsys)
 
 
 def test_the_report_is_one_page_with_escaped_prompts(fitted: Path) -> None:
@@ -175,18 +172,8 @@ def test_a_shared_adapter_is_for_any_prompt(
     prompts = tmp_path / "new.txt"
     prompts.write_text("a bus\na cup\n")
     capsys.readouterr()
-    command = [
-        "evaluate",
-        str(shared),
-        "--prompts",
-        str(prompts),
-        "--seeds",
-        "5",
-        "6",
-        "--rewards",
-        "contrast",
-    ]
-    assert cli.main(command) == 0
+    flags = "--seeds 5 6 --rewards contrast"
+    assert cli.main(["evaluate", str(shared), "--prompts", str(prompts), *flags.split()]) == 0
     out = capsys.readouterr().out
     assert "2 prompts, never fitted, seeds 5, 6" in out
     assert "contrast" in out
@@ -201,12 +188,12 @@ def test_a_shared_adapter_is_for_any_prompt(
     assert {line["prompt"] for line in lines} == {"a bus", "a cup"}
     page = (shared / "report.html").read_text()
     assert "Judged again" in page
-    assert "do not compare with those above" not in page
+    assert "not comparable with those above" not in page
     raised = run.config.reward
     first["rewards"][raised]["version"] += 1
     files.write_lines(shared / "evaluation.jsonl", [first, *lines])
     assert cli.main(["report", str(shared)]) == 0
-    assert f"{raised}: not scored by what scored the run" in (shared / "report.html").read_text()
+    assert f"{raised}: not the reward that scored the run" in (shared / "report.html").read_text()
 
 
 def test_generate_and_evaluate_of_what_has_no_prompts_of_its_own_or_learned_nothing(
@@ -249,7 +236,7 @@ def test_a_shared_fit_is_judged_on_as_many_prompts_as_are_asked_for(
     capsys.readouterr()
     for wrong, message in (
         (["--shared", "--judged-prompts", "0"], "judged_prompts is 0; it must be at least 1"),
-        (["--judged-prompts", "2"], "judged_prompts is 2; it must be at least 1, and goes with shared"),
+        (["--judged-prompts", "2"], "judged_prompts is 2; it must be at least 1, and needs shared"),
     ):
         assert fit(pipeline_folder, tmp_path / "wrong", texts, *wrong) == 2
         assert message in capsys.readouterr().err
@@ -287,7 +274,7 @@ def test_a_function_is_a_reward(pipeline_folder: str, tmp_path: Path) -> None:
     ("prompts", "flags", "message"),
     [
         ([], [], "prompts is empty"),
-        (["a", "a"], [], "these are 2 prompts, of which two are alike; one prompt is quoted: 'a a'"),
+        (["a", "a"], [], "these are 2 prompts, two of them the same; put a single prompt in quotes: 'a a'"),
         (["a fox", "a fox"], [], "prompt 2 repeats prompt 1"),
         (["x " * 100], [], "tokens"),
         (["x"], ["--prompts", "nowhere.txt"], "does not exist"),
@@ -310,7 +297,7 @@ def test_a_function_is_a_reward(pipeline_folder: str, tmp_path: Path) -> None:
             ["--sampling.eta", "1", "--scheduler", "euler"],
             "sampling.eta above 0 needs the ddim scheduler",
         ),
-        (["x"], ["--seeds", "0", "1", "2", "3", "4"], "method.ascent.steps is 4; 5 seeds take turns"),
+        (["x"], ["--seeds", "0", "1", "2", "3", "4"], "method.ascent.steps is 4; 5 seeds, used in turn"),
     ],
 )
 def test_bad_input_is_one_sentence_and_leaves_nothing(
@@ -322,10 +309,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert fit(pipeline_folder, tmp_path / "run", prompts, *flags) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.startswith("ipgo: ")
-    assert error.count("\n") == 1
+    assert message in one_sentence(capsys)
     assert list(tmp_path.rglob("*.png")) == []
 
 
@@ -354,7 +338,7 @@ def test_a_reward_that_only_judges_fails_before_the_search_or_can_be_repaired(
         assert ours == (fitted / "prompts" / theirs.id / "adapter.safetensors").read_bytes()
     mine.write_text(whole + "\n")
     assert fit(pipeline_folder, out, PROMPTS, *judged) == 2
-    assert "the scores do not compare" in capsys.readouterr().err
+    assert "the scores are not comparable" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -387,9 +371,8 @@ def test_a_damaged_file_is_one_sentence(
     (folder / name).write_text(content)
     words = ["generate", str(place)] if name == "adapter.json" else ["report", str(place)]
     assert cli.main(words) == 2
-    error = capsys.readouterr().err
+    error = one_sentence(capsys)
     assert "damaged" in error or "cannot be read" in error
-    assert error.count("\n") == 1
 
 
 def test_a_run_goes_on_in_the_format_that_it_began_in(
@@ -423,27 +406,8 @@ def test_a_run_goes_on_in_the_format_that_it_began_in(
 
 def test_a_copy_of_the_backend_draws_as_the_run_did(tmp_path: Path) -> None:
     """The bundled model has a guidance scale of its own, which a copy of its folder does not know."""
-    flags = (
-        "--reward",
-        "colorfulness",
-        "--held-out",
-        "contrast",
-        "--method.ascent.steps",
-        "1",
-        "--seeds",
-        "0",
-    )
-    words = [
-        "fit",
-        "a lemon",
-        *flags,
-        "--sampling.steps",
-        "2",
-        "--unseen-seeds",
-        "1",
-        "--out",
-        str(tmp_path / "run"),
-    ]
+    flags = "--reward colorfulness --held-out contrast --method.ascent.steps 1 --seeds 0 --sampling.steps 2"
+    words = ["fit", "a lemon", *flags.split(), "--unseen-seeds", "1", "--out", str(tmp_path / "run")]
     assert cli.main(words) == 0
     shutil.copytree(ipgo.backends.BACKENDS["emoji"][1], tmp_path / "copy")
     copy = ("--backend", str(tmp_path / "copy"))
@@ -476,7 +440,7 @@ def test_a_run_is_judged_again_without_the_reward_that_is_gone(
     assert cli.main([*command, "--rewards", "contrast", "contrats"]) == 2
     assert "unknown reward 'contrats'; did you mean 'contrast'?\n" in capsys.readouterr().err
     assert cli.main([*command, "--rewards", "contrast"]) == 0
-    assert "judged without the reward that was raised: unknown reward 'dark'" in caplog.text
+    assert "scored without the reward that was maximised: unknown reward 'dark'" in caplog.text
     assert {each.reward for each in load_scores(tmp_path / "run/evaluation.jsonl")} == {"contrast"}
 
 
@@ -487,10 +451,10 @@ def test_a_reward_that_was_edited_is_said_to_be_another(
     mine.write_text("def warmth(images, prompts):\n    return images[:, 0].mean((1, 2))\n")
     assert fit(pipeline_folder, tmp_path / "run", ["a fox"], "--reward", f"{mine}:warmth") == 0
     assert cli.main(["evaluate", str(tmp_path / "run"), "--seeds", "5"]) == 0
-    assert "is not what scored the run" not in caplog.text
+    assert "is not the reward that scored the run" not in caplog.text
     mine.write_text("def warmth(images, prompts):\n    return images[:, 1].mean((1, 2))\n")
     assert cli.main(["evaluate", str(tmp_path / "run"), "--seeds", "5"]) == 0
-    assert f"'{mine}:warmth' is not what scored the run under that name" in caplog.text
+    assert f"'{mine}:warmth' is not the reward that scored the run under this name" in caplog.text
     next((tmp_path / "run/prompts").glob("*/before-0.png")).write_bytes(b"no picture")
     assert cli.main(["report", str(tmp_path / "run")]) == 0
     assert "before-0.png' cannot be read" in caplog.text
@@ -562,11 +526,11 @@ def test_a_prompt_that_is_cut_is_named_and_recorded(
     assert [result["truncated"] for result in Run.open(tmp_path / "run").results()] == [False, True]
 
 
+@pytest.mark.usefixtures("no_models")
 def test_what_cannot_be_written_is_refused_before_it_is_computed(
     fitted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("os.access", lambda path, mode: Path(path) != fitted)  # the tests may run as root
-    monkeypatch.setattr(runner, "load_models", None)
     assert cli.main(["evaluate", str(fitted)]) == 2
     assert "which cannot be written: Permission denied" in capsys.readouterr().err
 
@@ -595,9 +559,7 @@ def test_a_full_disk_loses_nothing_and_the_run_goes_on(
 
     monkeypatch.setattr(Path, "replace", full)
     assert fit(pipeline_folder, out, PROMPTS, "--chunk", "2") == 1
-    error = capsys.readouterr().err
-    assert "before-0.png': No space left on device; nothing finished is lost" in error
-    assert error.count("\n") == 1
+    assert "before-0.png': No space left on device; finished prompts are kept" in one_sentence(capsys)
     assert not list(out.rglob(".*.draft"))
     assert len(Run.open(out).results()) == 1
     monkeypatch.setattr(Path, "replace", replace)
@@ -625,7 +587,8 @@ def test_a_failed_prompt_does_not_stop_its_neighbour(
     monkeypatch.setattr(runner, "load_reward", lambda spec, device: ipgo.as_reward(reward, spec))
     assert fit(pipeline_folder, tmp_path / "run", ["a fox", "a lemon"]) == 1
     assert (
-        "1 of 2 prompts failed, their reward or gradient was not finite: 'a fox'" in capsys.readouterr().err
+        "1 of 2 prompts failed because their reward or gradient was not finite: 'a fox'"
+        in capsys.readouterr().err
     )
     assert [result["status"] for result in Run.open(tmp_path / "run").results()] == ["failed", "finished"]
 
@@ -693,47 +656,17 @@ def assert_same_bits(undisturbed: Path, other: Path) -> None:
             assert ours.read_bytes() == theirs.read_bytes(), name
 
 
-COMMAND = """
-import sys
-from ipgo import cli, runner
-runner.CHECKPOINT_SECONDS = 0.05
-sys.exit(cli.main(sys.argv[1:]))
-"""
-
-
 @pytest.mark.slow
 def test_kill_minus_nine_at_random_moments(pipeline_folder: str, tmp_path: Path) -> None:
     """Ten kills, each a random while after the work went on; the last run is left alone."""
-    flags = ["a fox", "a lemon", "an owl", "--chunk", "2", "--backend", pipeline_folder, *SETTINGS]
-
-    def start(out: Path) -> subprocess.Popen[bytes]:
-        command = [
-            sys.executable,
-            "-c",
-            COMMAND,
-            "fit",
-            *flags,
-            "--method.ascent.steps",
-            "300",
-            "--out",
-            str(out),
-        ]
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-    def newest(out: Path) -> float:
-        return max((file.stat().st_mtime for file in out.rglob("history.jsonl")), default=0.0)
-
+    words = ["fit", "a fox", "a lemon", "an owl", "--chunk", "2", "--backend", pipeline_folder, *SETTINGS]
+    words += ["--method.ascent.steps", "300", "--out"]
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    assert start(undisturbed).wait() == 0
+    assert sessions.begin([*words, str(undisturbed)], undisturbed).wait() == 0
     for moment in torch.rand(10, generator=torch.Generator().manual_seed(0)).tolist():
-        process, before = start(killed), newest(killed)
-        while newest(killed) == before and process.poll() is None:
-            time.sleep(0.01)  # imports take seconds
-        time.sleep(moment)
-        assert process.poll() is None, "it finished before the last kill: give it more steps"
-        process.kill()
-        process.wait()
-    assert start(killed).wait() == 0
+        process = sessions.begin([*words, str(killed)], killed, "history.jsonl")
+        assert sessions.kill(process, moment), "it finished before the last kill: give it more steps"
+    assert sessions.begin([*words, str(killed)], killed).wait() == 0
     assert_same_bits(undisturbed, killed)
-    measured = [result["cost"]["measured"]["sessions"] for result in Run.open(killed).results()]
-    assert sum(measured) > 3  # checkpoints were really used
+    counts = [result["cost"]["measured"]["sessions"] for result in Run.open(killed).results()]
+    assert sum(counts) > 3  # checkpoints were really used

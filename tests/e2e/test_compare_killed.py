@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,13 +12,8 @@ import torch
 
 from ipgo.comparison import Comparison
 from ipgo.report.rows import rows
+from tests import sessions
 
-COMMAND = """
-import sys
-from ipgo import cli, runner
-runner.CHECKPOINT_SECONDS = 0.05
-sys.exit(cli.main(sys.argv[1:]))
-"""
 ENTRIES = """
 entries:
   raw:
@@ -31,63 +24,30 @@ entries:
 SHARE = 1 / 3  # of the work, which is the most that a session gets before it is killed
 
 
-def start(pipeline_folder: str, out: Path) -> subprocess.Popen[bytes]:
-    file = out.parent / "entries.yaml"
-    file.write_text(ENTRIES)
-    words = ["compare", "a fox", "a lemon", "--config", str(file), "--unseen-prompts", str(_unseen(out))]
-    words += ["--backend", pipeline_folder, "--reward", "colorfulness", "--held-out", "contrast"]
-    words += ["--budget", "200", "--price", "2", "3", "--chunk", "1", "--unseen-seeds", "2"]
-    words += ["--sampling.steps", "2", "--out", str(out)]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen([sys.executable, "-c", COMMAND, *words], **quiet)
-
-
-def _unseen(out: Path) -> Path:
-    file = out.parent / "unseen.txt"
-    file.write_text("a bus\n")
-    return file
-
-
-def newest(out: Path) -> float:
-    """When anything was written last; a draft may be gone before it is looked at."""
-    times = [0.0]
-    for file in out.rglob("*"):
-        try:
-            times.append(file.stat().st_mtime)
-        except FileNotFoundError:
-            continue
-    return max(times)
-
-
-def begun(pipeline_folder: str, out: Path) -> subprocess.Popen[bytes]:
-    """A session that has written something: the imports before take seconds."""
-    before, process = newest(out), start(pipeline_folder, out)
-    while newest(out) == before and process.poll() is None:
-        time.sleep(0.01)
-    return process
-
-
 @pytest.mark.slow
 def test_kill_minus_nine_at_random_moments(pipeline_folder: str, tmp_path: Path) -> None:
     """Each session is killed a random while after it first wrote something, until one ends by itself."""
+    entries, unseen = tmp_path / "entries.yaml", tmp_path / "unseen.txt"
+    entries.write_text(ENTRIES)
+    unseen.write_text("a bus\n")
+    words = ["compare", "a fox", "a lemon", "--config", str(entries), "--unseen-prompts", str(unseen)]
+    words += ["--backend", pipeline_folder, "--reward", "colorfulness", "--held-out", "contrast"]
+    words += ["--budget", "200", "--price", "2", "3", "--chunk", "1", "--unseen-seeds", "2"]
+    words += ["--sampling.steps", "2", "--out"]
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    process = begun(pipeline_folder, undisturbed)
+    process = sessions.begin([*words, str(undisturbed)], undisturbed)
     started = time.monotonic()
     assert process.wait() == 0
     work = time.monotonic() - started
     kills, reached = 0, set()
     for moment in torch.rand(20, generator=torch.Generator().manual_seed(0)).tolist():
-        process = begun(pipeline_folder, killed)
-        try:
-            assert process.wait(moment * work * SHARE) == 0
+        process = sessions.begin([*words, str(killed)], killed)
+        if not sessions.kill(process, moment * work * SHARE):
             break
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
         kills += 1
         reached.add(len(list((killed / "entries").glob("*"))))
     else:
-        assert start(pipeline_folder, killed).wait() == 0
+        assert sessions.begin([*words, str(killed)], killed).wait() == 0
     assert kills >= 3
     assert len(reached) > 1  # not all of them in the same entry
 
@@ -105,5 +65,5 @@ def test_kill_minus_nine_at_random_moments(pipeline_folder: str, tmp_path: Path)
     assert tables[0] == tables[1]
     assert any(line["on"] == "unseen prompts" for line in tables[0])
     runs = [run for label in other.plan.entries if (run := other.run(label)) is not None]
-    sessions = [result["cost"]["measured"]["sessions"] for run in runs for result in run.results()]
-    assert sum(each > 1 for each in sessions) > 1  # checkpoints were really used
+    counts = [result["cost"]["measured"]["sessions"] for run in runs for result in run.results()]
+    assert sum(each > 1 for each in counts) > 1  # checkpoints were really used

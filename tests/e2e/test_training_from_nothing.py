@@ -102,7 +102,7 @@ def test_every_stage_and_the_way_back(folder: Path) -> None:
     run(folder, "-m", "tools.emoji.train", "clip", "--steps", "1", "--batch", "8")
     again = run(folder, "-c", DRIVER)
     for stage in ("clip-hard", "aesthetic", "preference"):
-        assert f"{stage}: what it goes on from has changed" in again
+        assert f"{stage}: what it continues from has changed" in again
     assert {"redraw", "follow"} < set(again.split())
     assert "latents" not in again.split()
 
@@ -111,7 +111,7 @@ def test_every_stage_and_the_way_back(folder: Path) -> None:
         path.unlink()
     shutil.rmtree(folder / "build/emoji/tokenizer")
     run(folder, "-m", "tools.emoji.train", "restore")
-    for said in ("", "aesthetic is done; a new schedule goes on from its weights\n"):
+    for said in ("", "aesthetic is done; a new schedule continues from its weights\n"):
         before = (checkpoints / "aesthetic.safetensors").read_bytes()
         assert run(folder, "-m", "tools.emoji.train", "aesthetic", "--steps", "1") == said
         assert (checkpoints / "aesthetic.safetensors").read_bytes() != before

@@ -3,6 +3,7 @@
 New weights want new values, and a look at the difference: `python tests/golden/test_golden.py`.
 """
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ def pictures() -> torch.Tensor:
     return torch.stack([from_pil(Image.open(HERE / f"{number}.png")) for number in range(len(PROMPTS))])
 
 
+@functools.cache
 def rewards() -> dict[str, Any]:
     """What every bundled reward and the judge say of the stored pictures."""
     found: dict[str, Any] = {

@@ -9,6 +9,7 @@ from ipgo.embeds import PromptEmbeds
 from ipgo.insertion import Insertion, cross_attend, orthonormal, rotate
 from ipgo.rewards.pixels import colorfulness, contrast
 from ipgo.sampling import Sampling, denoise, sample
+from tests.conftest import difference_quotient
 
 PROMPTS = ("a red cat", "sun")
 
@@ -43,17 +44,10 @@ def test_every_parameter_through_the_whole_way(make_pipe, padding, cross_attenti
         return colorfulness(images, PROMPTS).sum()
 
     reward(2).backward()
-    step = 1e-6
     for number, (name, parameter) in enumerate(adapter.named_parameters()):
         direction = random(*parameter.shape, seed=100 + number).detach()
         slope = (parameter.grad * direction).sum()
-        values = []
-        for sign in (1, -1):
-            with torch.no_grad():
-                parameter += sign * step * direction
-                values.append(reward(0))
-                parameter -= sign * step * direction
-        measured = (values[0] - values[1]) / (2 * step)
+        measured = difference_quotient(lambda: reward(0), [parameter], [direction])
         assert slope.abs() > 1e-6, name
         torch.testing.assert_close(slope, measured, rtol=1e-4, atol=1e-9, msg=name)
 

@@ -11,6 +11,7 @@ import ipgo
 from ipgo import cli
 from ipgo.backends import BACKENDS, FAMILIES
 from ipgo.evaluation import Gain, Interval
+from tests.conftest import one_sentence
 
 NAN = float("nan")
 
@@ -42,7 +43,7 @@ def test_fit_help_names_every_setting_and_needs_no_diffusers() -> None:
     assert "Path to a configuration file" not in done.stdout
 
 
-@pytest.mark.parametrize("command", ["generate", "evaluate", "report", "list"])
+@pytest.mark.parametrize("command", sorted(cli.COMMANDS.keys() - {"fit", "compare"}))
 def test_other_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_code:
         cli.main([command, "--help"])
@@ -98,7 +99,7 @@ def test_the_list_of_backends_says_all_that_is_declared(capsys: pytest.CaptureFi
         (["list", "--objects=3"], "unknown option '--objects'; see --help"),
         (["generate", "x", "--seeds", "one"], "invalid int value: 'one'"),
         (["list", "rewards", "clipp"], "unknown reward 'clipp'; did you mean 'clip'"),
-        (["fit", "a", "cat", "and", "a", "dog"], "one prompt is quoted: 'a cat and a dog'"),
+        (["fit", "a", "cat", "and", "a", "dog"], "put a single prompt in quotes: 'a cat and a dog'"),
         (
             ["score", "docs", "--reward", "contrast", "--prompt", " "],
             "is empty; it needs at least one word",
@@ -107,14 +108,12 @@ def test_the_list_of_backends_says_all_that_is_declared(capsys: pytest.CaptureFi
         (["generate", "/nowhere", "--out", __file__], "which is a file; give a folder"),
         (["fit", "a fox", "--out", f"{__file__}/run"], "which cannot be written"),
         (["fit", "a fox", "a  fox "], "prompt 2 repeats prompt 1"),
-        (["fit", "a \udcff fox"], "which is no valid Unicode text"),
+        (["fit", "a \udcff fox"], "which is not valid Unicode"),
     ],
 )
 def test_bad_words(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(words) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
+    assert message in one_sentence(capsys)
 
 
 def test_one_of_a_list(capsys: pytest.CaptureFixture[str]) -> None:
@@ -142,7 +141,7 @@ def test_a_file_in_place_of_a_prompt(tmp_path: Path) -> None:
 
 def test_a_prompt_without_quotes_is_noticed(caplog: pytest.LogCaptureFixture) -> None:
     assert cli.read_texts(["a", "lemon"], None) == ["a", "lemon"]
-    assert caplog.messages == ["these are 2 prompts; one prompt is quoted: 'a lemon'"]
+    assert caplog.messages == ["these are 2 prompts; put a single prompt in quotes: 'a lemon'"]
     caplog.clear()
     cli.read_texts(["a lemon", "fox"], None)
     cli.read_texts(["lemon"], None)
@@ -158,7 +157,7 @@ def test_a_full_disk_is_one_sentence(
     monkeypatch.setitem(cli.COMMANDS, "fit", full)
     assert cli.main(["fit"]) == 1
     expected = (
-        "ipgo: cannot read or write 'runs/a/run.json': No space left on device; nothing finished is lost\n"
+        "ipgo: cannot read or write 'runs/a/run.json': No space left on device; finished prompts are kept\n"
     )
     assert capsys.readouterr().err == expected
 
@@ -179,10 +178,9 @@ def test_too_little_memory_is_one_sentence(
 
     monkeypatch.setitem(cli.COMMANDS, "fit", full)
     assert cli.main(["fit"]) == 1
-    told = capsys.readouterr().err
+    told = one_sentence(capsys)
     assert told.startswith("ipgo: out of memory (")
     assert "--chunk 1" in told
-    assert told.count("\n") == 1
     monkeypatch.setitem(cli.COMMANDS, "fit", lambda words: (_ for _ in ()).throw(RuntimeError("else")))
     with pytest.raises(RuntimeError, match="else"):
         cli.main(["fit"])

@@ -13,7 +13,7 @@ import yaml
 from benchmarks import comparison
 from ipgo import Gain, Interval
 from ipgo.cli_compare import SYSTEMS, read_comparison
-from ipgo.comparison import Plan
+from ipgo.comparison import Plan, common_settings
 from ipgo.config import RunConfig
 from ipgo.report.rows import Row
 
@@ -26,7 +26,7 @@ def gain(reward: str, value: float) -> Gain:
 def row(label: str, method: str, unseen: dict[str, float], **other: Any) -> Row:
     level = Interval(0.5, 0.4, 0.6, 20, "prompts")
     gains = {name: gain(name, value) for name, value in unseen.items()}
-    made = Row(label, method, False, "unseen seeds", 20, 20, 0, (), {}, None, [], gains, gains, {}, (level, level),
+    made = Row(label, method, False, "unseen seeds", 20, 20, 20, 0, (), {}, None, [], gains, gains, {}, (level, level),
                0.5, 0.6, [], {}, 2990.0, 12.0, 900, 100)  # fmt: skip
     return replace(made, **other)
 
@@ -129,8 +129,7 @@ def test_its_plan_fits_noise_on_one_seed() -> None:
         assert list(made["entries"]) == [label]
         if made["entries"][label].get("seeds") == [0]:
             tied.add(label)
-        common = {**RunConfig(("a",)).to_json(), "seeds": made["seeds"]}
-        common = {name: value for name, value in common.items() if name not in ("prompts", "method")}
+        common = {**common_settings(RunConfig(("a",))), "seeds": made["seeds"]}
         Plan(("a",), common, made["entries"], 3000).check()
     assert tied == {"reno", "dno", "joint", "best-of-n", "ipgo-black-box"}
 

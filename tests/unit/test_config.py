@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
-from ipgo import IPGO, Insertion, Raw, ReNO, Sampling
+from ipgo import DNO, IPGO, BestOfN, DRaFT, Embedding, Insertion, Raw, ReNO, Sampling
 from ipgo.config import RunConfig, build, flatten, merge, method_of, parse, presets, read_settings, run_parser
 from ipgo.errors import InputError
+from ipgo.methods import DDPO, BlackBoxIPGO, DPODiffusion, Joint, TextCraftor
+from ipgo.ppo import PPO
 
 PROMPTS = ("a fox", "a lemon")
 
@@ -37,6 +39,47 @@ def test_flags_override_settings_and_settings_defaults() -> None:
     )
     assert read(settings, "--seeds", "1", "2").seeds == (1, 2)
     assert read(settings, "--seeds").seeds == ()
+
+
+def short(method: Any, **ascent: Any) -> Any:
+    """The method with an ascent of two steps."""
+    return replace(method, ascent=replace(method.ascent, steps=2, **ascent))
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "expected"),
+    [
+        ("embedding", "--method.ascent.steps 2", short(Embedding())),
+        ("draft", "--method.ascent.steps 2", short(DRaFT())),
+        ("reno", "--method.ascent.steps 2", short(ReNO())),
+        ("dno", "--method.ascent.steps 2", short(DNO())),
+        ("best-of-n", "--method.n 2", BestOfN(n=2)),
+        (
+            "joint",
+            "--method.ascent.steps 2 --method.insertion.rank 8",
+            short(Joint(replace(Joint().insertion, rank=8))),
+        ),
+        (
+            "textcraftor",
+            "--method.ascent.steps 2 --method.ascent.backprop_steps 1",
+            short(TextCraftor(), backprop_steps=1),
+        ),
+        ("ddpo", "--method.ppo.epochs 2 --method.ppo.samples 2", DDPO(ppo=PPO(epochs=2, samples=2))),
+        (
+            "ipgo-black-box",
+            "--method.candidates 3 --method.insertion.rank 4",
+            BlackBoxIPGO(replace(BlackBoxIPGO().insertion, rank=4), candidates=3),
+        ),
+        (
+            "dpo-diffusion",
+            "--method.target both --method.solver hybrid --method.candidates 2 --method.gradient_steps 1 "
+            "--method.window [0.2,0.8]",
+            DPODiffusion("both", "hybrid", candidates=2, gradient_steps=1, window=(0.2, 0.8)),
+        ),
+    ],
+)
+def test_flags_are_the_settings_of_a_method(name: str, flags: str, expected: Any) -> None:
+    assert read({"method": {"name": name}}, *flags.split()).method == expected
 
 
 @pytest.mark.parametrize(
@@ -111,7 +154,7 @@ def test_a_file_overrides_the_preset(tmp_path: Path) -> None:
         ({"unseen_seeds": -1}, "unseen_seeds is -1"),
         ({"seeds": (1, 1)}, r"seeds is \[1, 1\]; they must be different"),
         ({"seeds": (-1,)}, "whole numbers from 0"),
-        ({"seeds": (1001,)}, "kept for judging"),
+        ({"seeds": (1001,)}, "reserved for judging"),
         ({"seeds": (), "unseen_seeds": 0}, "at least one seed"),
         ({"sampling": Sampling(steps=1)}, "backprop_steps is .*; sampling.steps allows at most 1"),
         ({"sampling": Sampling(fit_steps=1)}, "backprop_steps is .*; sampling.fit_steps allows at most 1"),
@@ -153,12 +196,12 @@ def test_bad_flags_are_one_sentence(flags: list[str], message: str) -> None:
         ("sampling: {steps: many}", "sampling.steps is 'many'"),
         ("- a\n- b", "holds no 'key: value' settings"),
         ("a: 3\nb: [", "cannot be read: .* in line 2"),
-        ("sampling: 3", "sampling is 3; it must be settings"),
-        ("method: {ascent: [1]}", r"method.ascent is \[1\]; it must be settings"),
+        ("sampling: 3", "sampling is 3; it must be a mapping of settings"),
+        ("method: {ascent: [1]}", r"method.ascent is \[1\]; it must be a mapping of settings"),
         ("method: 3", "method is 3; it must be a name"),
         ("method: {name: [ipgo]}", "it must be a name"),
-        ("3: 4", "3 is no name of a setting"),
-        ("sampling: {3: 4}", "sampling.3 is no name of a setting"),
+        ("3: 4", "3 is not a setting"),
+        ("sampling: {3: 4}", "sampling.3 is not a setting"),
         ("shared: 2", "shared is 2; it must be true or false"),
         ("config: other.yaml", "has 'config', which only the command line takes"),
         ("text: a fox", "has 'text', which only the command line takes"),

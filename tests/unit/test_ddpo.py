@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import ipgo.policy
-from ipgo import cli
 from ipgo.adapters import Adapter, LoRA, WeightAdapter, generate
 from ipgo.artefacts import load_adapter, save_adapter
 from ipgo.backends import load_backend
@@ -16,8 +15,8 @@ from ipgo.methods import DDPO
 from ipgo.ppo import PPO, advantages, log_probability, surrogate
 from ipgo.rewards import as_reward, score
 from ipgo.sampling import Sampling
-from ipgo.store import Run
 from ipgo.task import Task
+from tests.conftest import assert_same_state
 
 PROMPTS = ("a red cat", "sun")
 SAMPLING = Sampling(steps=2, guidance_scale=3.0)
@@ -151,7 +150,9 @@ def test_a_reward_without_gradient_rises_and_the_adapter_draws_it(make_pipe, tmp
     assert steps[-1].images.shape == (1, 3, 16, 16)
     assert torch.equal(steps[-1].best, steps[-1].rewards)
     save_adapter(steps[-1].adapter, tmp_path)
-    tuned = generate(backend, prompts, seeds, load_adapter(tmp_path), sampling)
+    stored = load_adapter(tmp_path)
+    assert stored.kind == "weights"
+    tuned = generate(backend, prompts, seeds, stored, sampling)
     gains = score(BRIGHT, tuned, prompts) - score(BRIGHT, raw, prompts)
     assert gains.mean() > 2e-3
     assert (gains > 0).float().mean() > 0.9
@@ -170,8 +171,7 @@ def test_resuming_gives_the_same_bits(backend, shared):
     assert [step.step for step in resumed] == [2, 3]
     assert torch.equal(resumed[-1].rewards, straight[-1].rewards)
     end = resumed[-1].state()
-    for name, value in straight[-1].state().items():
-        assert torch.equal(value.nan_to_num(-1), end[name].nan_to_num(-1)), name
+    assert_same_state(straight[-1].state(), end)
     assert resumed[0].grad_norm[0] > 0
     with pytest.raises(ResumeError, match="other settings"):
         quick(samples=3, history=5).fit(task, resume=states[0])
@@ -243,14 +243,3 @@ def test_settings_that_cannot_work(backend, pipe):
         DDPO().fit(Task(euler, BRIGHT, PROMPTS[:1], SAMPLING))
     with pytest.raises(InputError, match="these 2 prompts have their own"):
         next(quick().fit(Task(backend, BRIGHT, PROMPTS, SAMPLING)))
-
-
-def test_it_runs_from_the_command_line(pipeline_folder, tmp_path):
-    flags = "--method ddpo --method.ppo.epochs 2 --method.ppo.samples 2 --sampling.steps 2 --unseen-seeds 1"
-    rewards = ["--reward", "colorfulness", "--held-out", "contrast"]
-    command = ["fit", "sun", "--backend", pipeline_folder, *flags.split(), *rewards]
-    assert cli.main([*command, "--out", str(tmp_path / "run")]) == 0
-    run = Run.open(tmp_path / "run")
-    assert run.config.method == DDPO(ppo=PPO(epochs=2, samples=2))
-    assert [result["status"] for result in run.results()] == ["finished"]
-    assert run.load_adapter(run.prompts[0]).kind == "weights"

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from ipgo import cli
 from ipgo.adapters import Adapter, TextAdapter, generate
 from ipgo.artefacts import load_adapter, save_adapter
 from ipgo.backends import BACKENDS, load_backend
@@ -20,9 +19,9 @@ from ipgo.methods.dpo_diffusion import _Words
 from ipgo.relaxation import Mixture, Relaxation, shortcut
 from ipgo.rewards import as_reward, load_reward, score
 from ipgo.sampling import Sampling, denoise, unconditional
-from ipgo.store import Run
 from ipgo.substitution import Space, Template, load_word_list, negative_slots, synonym_slots
 from ipgo.task import Task
+from tests.conftest import assert_same_state
 from tools.emoji import word_list
 
 PROMPTS = ("a red cat", "sun")
@@ -318,9 +317,7 @@ def test_each_solver_resumes_with_the_same_bits(backend, words, solver):
     states = [step.state() for step in method.fit(task)]
     for begin in (1, 3):
         end = list(method.fit(task, resume=states[begin - 1]))[-1].state()
-        assert end.keys() == states[-1].keys()
-        for name, value in states[-1].items():
-            assert torch.equal(value.nan_to_num(-1), end[name].nan_to_num(-1)), name
+        assert_same_state(states[-1], end)
     with pytest.raises(ResumeError, match="other settings"):
         replace(method, candidates=9).fit(task, resume=states[0])
 
@@ -380,16 +377,3 @@ def test_a_candidate_that_the_encoder_cannot_take_is_not_drawn(backend, tmp_path
     search = proposer(method, Task(backend, REWARD, ("cat",), SAMPLING))
     (seen,) = play(search, TextAdapter(("cat",)), 6, length)
     assert {text for text, _ in seen} == {"cat", "dog"}
-
-
-def test_it_runs_from_the_command_line(pipeline_folder, tmp_path):
-    command = ["fit", "a cat", "--method", "dpo-diffusion", "--backend", pipeline_folder]
-    options = ["--method.target", "both", "--method.solver", "hybrid", "--method.candidates", "2"]
-    options += ["--method.gradient_steps", "1", "--method.window", "[0.2, 0.8]", "--sampling.steps", "2"]
-    judged = ["--reward", "colorfulness", "--held-out", "contrast", "--unseen-seeds", "1"]
-    assert cli.main([*command, *options, *judged, "--out", str(tmp_path / "run")]) == 0
-    run = Run.open(tmp_path / "run")
-    assert run.config.method == DPODiffusion(
-        "both", "hybrid", candidates=2, gradient_steps=1, window=(0.2, 0.8)
-    )
-    assert [result["status"] for result in run.results()] == ["finished"]

@@ -133,10 +133,9 @@ def test_likeness_can_be_followed(judge: Judge) -> None:
     values = reward(images, prompts)
     torch.testing.assert_close(values.detach(), judge.likeness(images.detach(), prompts))
     (slope,) = torch.autograd.grad(values.sum(), images)
-    direction = slope * (slope.abs() > 0)
-    step = 1e-2 * direction / direction.norm()
+    step = 1e-2 * slope / slope.norm()
     up, down = (reward(images.detach() + sign * step, prompts).sum() for sign in (1, -1))
-    assert (up - down).item() == pytest.approx(2e-2 * direction.norm().item(), rel=0.1)
+    assert (up - down).item() == pytest.approx(2e-2 * slope.norm().item(), rel=0.1)
     target = torch.cat([whole, pair])
     assert (
         torch.nn.functional.cosine_similarity(
@@ -186,14 +185,6 @@ def test_held_out_combinations_are_a_fifth_and_never_in_training() -> None:
         for style in world.STYLES
     ]
     assert 0.15 < np.mean(triples) < 0.25
-
-
-def test_prompt_sets_have_sixty_prompts_and_halves_that_share_none() -> None:
-    folder = Path(world.__file__).parents[2] / "src/ipgo/prompt_sets"
-    for name in ("one", "two", "styled"):
-        train, test = ((folder / f"{name}.{half}.txt").read_text().splitlines() for half in ("train", "test"))
-        assert len(set(train)) == len(set(test)) == 30
-        assert not set(train) & set(test)
 
 
 def test_the_shipped_vocabulary_is_that_of_the_world() -> None:

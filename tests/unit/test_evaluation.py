@@ -75,7 +75,7 @@ def test_summarise_by_reward_and_seed() -> None:
 
 
 def test_nothing_in_common_is_an_error() -> None:
-    with pytest.raises(InputError, match="share no prompt and seed"):
+    with pytest.raises(InputError, match="have no prompt and seed in common"):
         win_rate(scores({"a": [(1, 0)]}), "draft", "raw", "r")
 
 

@@ -27,6 +27,7 @@ from ipgo.explain import Vocabulary, attention_weights, explain
 from ipgo.rewards import identity_of
 from ipgo.sampling import Sampling
 from tests import tiny_families as tiny
+from tests.conftest import one_sentence
 
 PROMPT = "a fox"
 SAMPLING = Sampling(steps=3, guidance_scale=3.0)
@@ -210,24 +211,14 @@ def test_other_adapters_are_refused_in_a_sentence(own: Backend) -> None:
         (["--reward", "contrast", "--out", "."], "out is '.', which is a folder"),
     ],
 )
+@pytest.mark.usefixtures("no_models")
 def test_bad_input_is_one_sentence_before_a_model_is_loaded(
-    own: Backend,
-    flags: list[str],
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    own: Backend, flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def unloadable(*arguments: object, **named: object) -> None:
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr("ipgo.backends.load_backend", unloadable)
     settings = {"backend": "emoji", "sampling": {"steps": 2}}
     save_adapter(adapter(own), tmp_path / "one", settings)
     save_adapter(NoiseAdapter((PROMPT,), (1, 4, 8, 8), 0), tmp_path / "noise", settings)
     assert cli.main(["explain", str(tmp_path / "one"), *flags]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
+    assert message in one_sentence(capsys)
     assert cli.main(["explain", str(tmp_path / "noise"), "--reward", "contrast"]) == 2
     assert "this adapter is of kind 'noise'" in capsys.readouterr().err

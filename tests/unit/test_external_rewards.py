@@ -14,6 +14,7 @@ from ipgo.methods import BestOfN
 from ipgo.rewards import check_reward, external, identity_of, load_reward, score
 from ipgo.sampling import Sampling
 from ipgo.task import Task
+from tests.conftest import Terminal
 
 IMAGES = torch.rand((2, 3, 8, 8), generator=torch.Generator().manual_seed(0))
 PROMPTS = ["a cat", "two dogs; $(touch broken) 'here' {image}"]
@@ -30,13 +31,6 @@ def script(tmp_path):
         return str(file)
 
     return write
-
-
-class Terminal(io.StringIO):
-    """A standard input with a person at it."""
-
-    def isatty(self):
-        return True
 
 
 # -- commands ----------------------------------------------------------------------------------------------

@@ -19,14 +19,10 @@ from ipgo.backends.text import expanded
 from ipgo.images import from_pil
 from ipgo.rewards import identity_of
 from ipgo.rewards.checkpoints import sha256
-from tests.conftest import tiny_pipeline
+from tests.conftest import brightness, tiny_pipeline
 
 SHORT: dict[str, Any] = {"sampling": ipgo.Sampling(steps=2), "seeds": (0,), "unseen_seeds": 1}
 ONE_STEP = ipgo.IPGO(ascent=Ascent(steps=1))
-
-
-def brightness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-    return images.mean((1, 2, 3))
 
 
 def darkness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
@@ -54,7 +50,7 @@ def test_a_pipeline_object_is_fitted_where_it_is(
     out = ["--out", str(tmp_path / "images")]
     assert cli.main(["generate", str(tmp_path / "own"), "a fox", "--backend", pipeline_folder, *out]) == 0
     own.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    with pytest.raises(ipgo.ResumeError, match=r"by the scheduler EulerDiscreteScheduler-\w{8}, not DDIM"):
+    with pytest.raises(ipgo.ResumeError, match=r"with the scheduler EulerDiscreteScheduler-\w{8}, not DDIM"):
         ipgo.fit("a fox", backend=own, reward=brightness, method="raw", out=tmp_path / "own", **SHORT)
 
 
@@ -69,7 +65,7 @@ def test_a_pipeline_that_was_changed_is_noticed(
     assert ipgo.Run.open(tmp_path / "run").config.backend == str(Path(pipeline_folder).resolve())
     monkeypatch.chdir(tmp_path)
     assert cli.main(["generate", str(tmp_path / "run"), "a fox"]) == 0
-    assert "fitted on a backend of other weights" in caplog.text
+    assert "learned on a backend with other weights" in caplog.text
 
 
 def test_held_out_rewards_are_named(pipeline_folder: str) -> None:
@@ -88,7 +84,7 @@ def test_held_out_rewards_are_named(pipeline_folder: str) -> None:
     }
     assert dark == pytest.approx({method: -value for method, value in bright.items()})
     assert result.rewards["contrast"] == identity_of(ipgo.load_reward("contrast"))
-    assert result.rewards["brightness"]["weights"][0] == sha256(Path(__file__))
+    assert result.rewards["brightness"]["weights"][0] == sha256(Path(__file__).parents[1] / "conftest.py")
     assert {gain.reward: gain.held_out for gain in result.on_unseen_seeds} == {
         "brightness": False,
         "contrast": True,
@@ -144,7 +140,7 @@ def test_numbers_of_numpy_are_numbers(pipeline_folder: str, tmp_path: Path) -> N
         ),
         (lambda: ipgo.Adapter().prompt_kwargs(None, ["a"]), r"prompt is \['a'\]; it must be one text"),  # type: ignore[arg-type]
         (lambda: ipgo.save_pretrained("tests", "x"), r"'tests' is not a run folder"),
-        (lambda: ipgo.fit([3]), r"prompt 1 is 3; a prompt is a text"),  # type: ignore[list-item]
+        (lambda: ipgo.fit([3]), r"prompt 1 is 3; a prompt must be text"),  # type: ignore[list-item]
         (
             lambda: ipgo.fit("a", reward=lambda images: images),
             r"a function of \(images, prompts\), not <lambda>",
@@ -195,7 +191,7 @@ def test_more_steps_than_a_scheduler_has(backend: ipgo.Backend) -> None:
 @pytest.mark.parametrize(
     ("prompts", "seeds", "others", "message"),
     [
-        ([None], [0], {}, "prompt 1 is None; a prompt is a text"),
+        ([None], [0], {}, "prompt 1 is None; a prompt must be text"),
         (["a", "b", " "], [0, 1, 2], {}, "prompt 3 is empty"),
         (["a", "a"], [0, -1], {}, r"seeds is \[0, -1\]; they must be whole numbers"),
         (["a"], [0.5], {}, r"seeds is \[0.5\]"),
@@ -222,7 +218,7 @@ def test_plain_functions_and_numbers_of_numpy_judge(backend: ipgo.Backend) -> No
 
 
 def test_a_judges_name_is_not_free(backend: ipgo.Backend) -> None:
-    with pytest.raises(ipgo.InputError, match="kept for the judge's verdicts"):
+    with pytest.raises(ipgo.InputError, match="reserved for the judge's verdicts"):
         ipgo.fit("a", reward=ipgo.as_reward(brightness, "judge-object"), **SHORT)
     # Where no judge is, nothing is taken; and a reward may be held out by the name that it is raised by.
     reward = ipgo.as_reward(brightness, "judge-object")
@@ -278,7 +274,7 @@ def test_what_is_given_up_is_no_gain(
     words = ["fit", "a fox", "--backend", pipeline_folder, "--reward", f"{file}:bad", "--sampling.steps", "2"]
     words += ["--seeds", "0", "--unseen-seeds", "1", "--out", str(tmp_path / "run")]
     assert cli.main([*words, "--method.ascent.backprop-steps", "1"]) == 1
-    assert "`ipgo doctor` says more, and a new --out tries again" in capsys.readouterr().err
+    assert "see `ipgo doctor`, and try again with a new --out" in capsys.readouterr().err
     page = (tmp_path / "run/report.html").read_text()
     assert "Nothing was learned" in page
     assert " raised " not in page.split("Nothing was learned")[1][:300]
@@ -359,7 +355,7 @@ def test_a_reward_that_is_cut_off_from_the_picture_is_refused() -> None:
     def whole(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         return head(images.mean((2, 3)))[:, 0]
 
-    with pytest.raises(ipgo.RewardError, match="'cut_off' gives no gradient of the picture"):
+    with pytest.raises(ipgo.RewardError, match="'cut_off' gives no gradient with respect to the picture"):
         short_fit(reward=cut_off)
     assert short_fit(reward=whole)[0].history
 

@@ -17,6 +17,7 @@ from ipgo.rewards import as_reward
 from ipgo.sampling import Sampling
 from ipgo.task import Task
 from tests import tiny_families as tiny
+from tests.conftest import relative_error
 
 PROMPTS = ("a red cat", "sun")
 SAMPLING = Sampling(steps=2, guidance_scale=3.0)
@@ -41,10 +42,6 @@ def gradient(state):
     return state["optimizer.momentum_buffer.prefix.vectors"]
 
 
-def relative(ours, theirs):
-    return ((ours - theirs).norm() / theirs.norm()).item()
-
-
 @pytest.mark.parametrize("make", ["sd", "sdxl"])
 def test_a_gradient_that_is_too_small_for_float16_is_saved_by_the_scale(make, make_pipe, monkeypatch):
     build, reward = {"sd": make_pipe, "sdxl": tiny.sdxl}[make], brightness(0.1, 0.1)
@@ -53,10 +50,10 @@ def test_a_gradient_that_is_too_small_for_float16_is_saved_by_the_scale(make, ma
     assert scaled["memory.loss_scale"].tolist() == [1024, 1024]
     assert exact.norm() > 0
     # How float16 is summed up depends on the processor: 0.018 for sdxl where it has instructions for that.
-    assert relative(gradient(scaled), exact) < {"sd": 0.01, "sdxl": 0.03}[make]
+    assert relative_error(gradient(scaled), exact) < {"sd": 0.01, "sdxl": 0.03}[make]
     monkeypatch.setattr(training, "FLOAT16_SCALE", 1.0)
     lost = gradient(*states(build, "float16", reward))
-    assert relative(lost, exact) > 0.5
+    assert relative_error(lost, exact) > 0.5
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -74,7 +71,7 @@ def test_a_gradient_that_overflows_lowers_the_scale_of_its_row(make_pipe):
     assert 1 < scales[-1, 1] < 128  # more halvings than a bad row is forgiven
     assert (found[-1]["memory.misses"] == 0).all()
     first = next(state for state in found if gradient(state)[1].norm() > 0)
-    assert relative(gradient(first)[1], exact[1]) < 0.05
+    assert relative_error(gradient(first)[1], exact[1]) < 0.05
 
 
 def test_a_row_that_overflows_without_a_scale_is_given_up_with_a_word(make_pipe, caplog):
@@ -130,12 +127,12 @@ def test_the_gradient_of_words_is_scaled_and_lowers_its_scale(make_pipe, monkeyp
     exact, scaled = logits("float32", 1e-4), logits("float16", 1e-4)
     assert scaled["proposer.loss_scale"].tolist() == [1024]
     assert exact["proposer.squares"].norm() > 0
-    assert relative(scaled["proposer.squares"].sqrt(), exact["proposer.squares"].sqrt()) < 0.05
+    assert relative_error(scaled["proposer.squares"].sqrt(), exact["proposer.squares"].sqrt()) < 0.05
     overflowing = logits("float16", 1e9)
     assert overflowing["proposer.loss_scale"].tolist() == [512]
     monkeypatch.setattr(words, "FLOAT16_SCALE", 1.0)
     lost = logits("float16", 1e-4)
-    assert relative(lost["proposer.squares"].sqrt(), exact["proposer.squares"].sqrt()) > 0.3
+    assert relative_error(lost["proposer.squares"].sqrt(), exact["proposer.squares"].sqrt()) > 0.3
 
 
 def test_pixart_sigmas_vae_is_that_of_sdxl():

@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 import torch
 
-from ipgo import cli
 from ipgo.adapters import Adapter, InsertionAdapter, JointAdapter, NoiseAdapter, generate, stack
 from ipgo.adapters.noise import norm_penalty
 from ipgo.artefacts import load_adapter, save_adapter
@@ -16,9 +15,9 @@ from ipgo.insertion import Insertion
 from ipgo.methods import Joint
 from ipgo.rewards import load_reward, score
 from ipgo.sampling import Sampling, sample
-from ipgo.store import Run
 from ipgo.task import Task
 from ipgo.training import maximize
+from tests.conftest import assert_same_state
 
 PROMPTS = ("a red cat", "sun")
 INSERTION = Insertion(num_prefix=4, num_suffix=7, rank=8, negative=False)
@@ -103,8 +102,7 @@ def test_a_fit_climbs_resumes_and_draws_what_it_promised(backend, tmp_path):
     for name, value in stack(rows).state_dict().items():
         assert torch.equal(value, last.adapter.state_dict()[name])
     resumed = list(method.fit(task, resume=first.state()))[-1].state()
-    for name, value in last.state().items():
-        assert torch.equal(value.nan_to_num(-1), resumed[name].nan_to_num(-1)), name
+    assert_same_state(last.state(), resumed)
 
 
 @pytest.mark.parametrize("padding", ["max_length", "none"])
@@ -130,14 +128,3 @@ def test_it_refuses_what_it_cannot_do(backend):
         Joint(ascent=Ascent(backprop_steps=1)).fit(Task(backend, REWARD, PROMPTS, SAMPLING))
     with pytest.raises(InputError, match="noise_weight is -1; it must be at least 0"):
         Joint(noise_weight=-1)
-
-
-def test_it_runs_from_the_command_line(pipeline_folder, tmp_path):
-    flags = "--method joint --method.ascent.steps 2 --method.insertion.rank 8 --sampling.steps 2"
-    rewards = ["--reward", "colorfulness", "--held-out", "contrast", "--unseen-seeds", "1"]
-    command = ["fit", *PROMPTS, "--backend", pipeline_folder, *flags.split(), *rewards]
-    assert cli.main([*command, "--out", str(tmp_path / "run")]) == 0
-    run = Run.open(tmp_path / "run")
-    assert [result["status"] for result in run.results()] == ["finished"] * 2
-    unseen = {(each.prompt, each.method): each.value for each in run.scores() if each.seed == 1000}
-    assert all(unseen[prompt, "joint"] != unseen[prompt, "raw"] for prompt in PROMPTS)

@@ -25,7 +25,7 @@ from ipgo.memory import LiveMemory, new_sizes
 from ipgo.plan import Choice, Workload, fastest, memory_of, unloaded
 from ipgo.training import first_gradient, maximize
 from tests import tiny_families
-from tests.conftest import byte_tokenizer, tiny_pipeline
+from tests.conftest import brightness, byte_tokenizer, one_sentence, tiny_pipeline
 from tests.reward_models import tiny_clip
 
 SAMPLING = ipgo.Sampling(steps=3, fit_steps=None)
@@ -33,10 +33,6 @@ FAMILIES = (
     tiny_pipeline, tiny_families.lcm, tiny_families.sdxl, tiny_families.sd3, tiny_families.flux,
     tiny_families.pixart, tiny_families.chroma,
 )  # fmt: skip
-
-
-def brightness(images: Tensor, prompts: Sequence[str]) -> Tensor:
-    return images.square().mean((1, 2, 3))
 
 
 REWARD = ipgo.as_reward(brightness)
@@ -93,9 +89,8 @@ def test_folders_whose_text_a_language_model_reads(
     found, real = (each.footprint(Choice(2, False)) for each in (planned, run))
     assert found.weights == real.weights
     assert found.saved == pytest.approx(real.saved, rel=tolerance)
-    assert (
-        found.peak > 0.99 * real.peak
-    )  # of Sana, more: the tiny tokenizer reads its instruction in few tokens
+    # Of Sana, more: the tiny tokenizer reads its instruction in few tokens.
+    assert found.peak > 0.99 * real.peak
 
 
 def test_the_allocator_agrees(sizes: Workload) -> None:
@@ -180,7 +175,7 @@ def test_a_reward_that_looks_at_values_cannot_be_planned(sizes: Workload) -> Non
     def picky(images: Tensor, prompts: Sequence[str]) -> Tensor:
         return images.mean((1, 2, 3)) * float(images.max())
 
-    with pytest.raises(ipgo.InputError, match="reward 'picky' cannot be planned: it looks at the values"):
+    with pytest.raises(ipgo.InputError, match="reward 'picky' cannot be planned: it depends on pixel values"):
         replace(sizes, reward=ipgo.as_reward(picky)).footprint(Choice(1, False))
 
 
@@ -292,7 +287,7 @@ def test_nothing_fits(
     monkeypatch.setattr(plan, "RESERVE", 0)
     command = ["plan", "--backend", folder, "--reward", "contrast", "--gpu", "0.2MB", "--backprop-steps", "1"]
     assert cli.main(command) == 1
-    assert "0.2MB: nothing fits, the least is" in capsys.readouterr().out
+    assert "0.2MB: nothing fits; the smallest needs" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -300,10 +295,10 @@ def test_nothing_fits(
     [
         ([], "required: --gpu"),
         (["--gpu", "big"], "gpu is 'big'; it must be a size such as 16GB"),
-        (["--gpu", "500MB"], "gpu is '500MB'; of every GPU 0.93 GiB are left"),
+        (["--gpu", "500MB"], "gpu is '500MB'; 0.93 GiB of each GPU are reserved"),
         (["--gpu", "8GB", "--backend", "sd1.5"], "unknown backend 'sd1.5'; did you mean 'sd15'"),
-        (["--gpu", "8GB", "--backend", __file__], "is no local folder of diffusers, and the sizes"),
-        (["--gpu", "8GB", "--backend", "some/model"], "the sizes of its models are not known"),
+        (["--gpu", "8GB", "--backend", __file__], "is not a local folder of diffusers, and its sizes"),
+        (["--gpu", "8GB", "--backend", "some/model"], "its sizes are unknown"),
         (["--gpu", "8GB", "--reward", "hpsv3"], "unknown reward 'hpsv3'"),
         (["--gpu", "8GB", "--reward", "cmd:true {image}"], "has no gradient"),
         (["--gpu", "8GB", "--dtype", "half"], "unknown dtype 'half'; choose from bfloat16, float16, float32"),
@@ -319,9 +314,7 @@ def test_bad_input_is_one_sentence(
     words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["plan", *words]) == 2
-    error = capsys.readouterr().err.strip()
-    assert message in error
-    assert error.count("\n") == 0
+    assert message in one_sentence(capsys)
 
 
 @pytest.mark.parametrize(

@@ -206,7 +206,7 @@ def test_coco_captions_and_their_categories(annotations: Path) -> None:
     with pytest.raises(InputError, match=r"unknown COCO category 'buss'; did you mean 'bus'"):
         read("?category=buss")
     (annotations / "stuff_val2017.json").write_text('{"annotations": []}')
-    with pytest.raises(InputError, match=r"stuff_val2017.json' is no COCO file: its categories need id"):
+    with pytest.raises(InputError, match=r"stuff_val2017.json' is not a COCO file: its categories need id"):
         read("?category=person")
     (annotations / "stuff_val2017.json").unlink()
     with pytest.raises(InputError, match=r"stuff_val2017.json is not beside the captions"):
@@ -217,14 +217,18 @@ def test_coco_captions_and_their_categories(annotations: Path) -> None:
 
 def test_damaged_annotations_are_one_sentence(annotations: Path) -> None:
     file = annotations / "captions_val2017.json"
-    for entry, message in (
-        ({"image_id": 1, "id": 2, "caption": None}, "caption 2 is None"),
-        ({"image_id": "a", "id": 2, "caption": "a fox"}, "caption 2 is 'a fox'"),
-        ("no object", "its annotations need image_id, id, caption"),
+    for content, message in (
+        ("[]", "must hold an object"),
+        ("{", "cannot be read"),
+        ('{"annotations": [{}]}', "image_id"),
+        ('{"annotations": ["no object"]}', "its annotations need image_id, id, caption"),
+        ('{"annotations": [{"image_id": 1, "id": 2, "caption": null}]}', "caption 2 is None"),
+        ('{"annotations": [{"image_id": "a", "id": 2, "caption": "a fox"}]}', "caption 2 is 'a fox'"),
     ):
-        file.write_text(json.dumps({"annotations": [entry]}))
-        with pytest.raises(InputError, match=message):
-            read_prompts(f"coco:{annotations}")
+        file.write_text(content)
+        for place in (annotations, file):
+            with pytest.raises(InputError, match=message):
+                read_prompts(f"coco:{place}")
     file.write_text(json.dumps({"annotations": [{"image_id": 9, "id": 2, "caption": "a fox"}]}))
     with pytest.raises(InputError, match="there is no prompt in 'coco:"):
         read_prompts(f"coco:{annotations}?category=person")
@@ -241,7 +245,7 @@ def test_prompts_with_unwanted_words_are_dropped_before_the_draw(annotations: Pa
     with pytest.raises(InputError, match=r"n is 3 in .*, which has 2 prompts"):
         read_prompts(f"{mine}?exclude={words}&n=3")
     words.write_text("a\nthe\n")
-    with pytest.raises(InputError, match="each of the 3 prompts holds one of its words"):
+    with pytest.raises(InputError, match="each of the 3 prompts contains one of its words"):
         read_prompts(f"{mine}?exclude={words}")
     with pytest.raises(InputError, match=r"exclude is 'man'; it must be a \.txt file"):
         read_prompts("one?exclude=man")
@@ -289,6 +293,8 @@ def test_captions_of_the_hub(
     hub["phiyodr/coco2017", "validation"] = columns
     assert read_prompts("coco:val2017") == ["a fox", "a bus stops"]
     assert read_prompts("coco:val2017?n=1&seed=0") in (["a fox"], ["a bus stops"])
+    (tmp_path / "val2017").mkdir()  # COCO's pictures
+    assert read_prompts("coco:val2017") == ["a fox", "a bus stops"]
     with pytest.raises(InputError, match="captions alone, so category needs a local copy; download it from"):
         read_prompts("coco:val2017?category=person")
     hub["phiyodr/coco2017", "train"] = OSError("no route to host\nand more")
@@ -320,18 +326,6 @@ def test_without_the_extra_its_pip_line_is_said(monkeypatch: pytest.MonkeyPatch,
             read_prompts(spec)
 
 
-def test_damaged_coco_files(tmp_path: Path) -> None:
-    file = tmp_path / "captions_val2017.json"
-    for content, message in (
-        ("[]", "must hold an object"),
-        ("{", "cannot be read"),
-        ('{"annotations": [{}]}', "image_id"),
-    ):
-        file.write_text(content)
-        with pytest.raises(InputError, match=message):
-            read_prompts(f"coco:{file}")
-
-
 def test_parquet_tables(tmp_path: Path) -> None:
     prompts = {"prompt": ["a cat ", "a cat", "", "gore"], "prompt_nsfw": [0.01, 0.02, 0.0, 0.9]}
     file = tmp_path / "metadata.parquet"
@@ -346,9 +340,8 @@ def test_parquet_tables(tmp_path: Path) -> None:
     gaps = {"prompt": ["a cat", None, "a dog"], "prompt_nsfw": [0.0, 0.0, None]}
     parquet.write_table(pyarrow.table(gaps), file)
     assert read_prompts(f"diffusiondb:{file}") == ["a cat", "a dog"]
-    assert read_prompts(f"diffusiondb:{file}?max_nsfw=0.5") == [
-        "a cat"
-    ]  # what has no score is not known to be safe
+    # What has no score is not known to be safe.
+    assert read_prompts(f"diffusiondb:{file}?max_nsfw=0.5") == ["a cat"]
     parquet.write_table(pyarrow.table({"caption": ["x", "y", "x"]}), file)
     assert read_prompts(f"pickapic:{file}") == ["x", "y"]
     with pytest.raises(InputError, match=r"has no \.parquet file"):

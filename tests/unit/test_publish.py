@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ipgo import cli
 from ipgo.images import to_pil
 from ipgo.publish import MOST, escape, model_card
 from ipgo.rewards.checkpoints import fingerprint
+from tests.conftest import one_sentence
 
 PROMPTS = ("a fox | ![x](http://evil) <script>", "```\n# a *lemon*")
 
@@ -62,9 +64,26 @@ def test_what_is_published_draws_what_the_run_drew(
         ipgo.save_pretrained(run, folder)
 
 
+def test_what_is_published_knows_the_weights_it_was_learned_on(
+    run: ipgo.Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A pipeline may have been another one than its name says, as with a LoRA."""
+    folder = ipgo.save_pretrained(run, tmp_path / "card")
+    assert f"the fingerprint {run.facts['weights']}" in (folder / "README.md").read_text()
+    words = ["generate", str(folder), PROMPTS[0], "--steps", "1", "--out", str(tmp_path / "images")]
+    assert cli.main(words) == 0
+    assert "other weights" not in caplog.text
+    stored = json.loads((folder / "adapter.json").read_text())
+    stored["drawn_by"]["weights"] = "those of a LoRA"
+    (folder / "adapter.json").write_text(json.dumps(stored))
+    assert cli.main(words) == 0
+    assert "learned on a backend of other weights" in caplog.text
+
+
 def test_what_is_tied_to_its_noise_is_shown_on_it(pipeline_folder: str, tmp_path: Path) -> None:
     own = settings(pipeline_folder) | {"method": ipgo.BestOfN(n=3)}
     ipgo.fit(PROMPTS[:1], out=tmp_path / "run", **own)
+    assert cli.main(["report", str(tmp_path / "run")]) == 0
     card = (ipgo.save_pretrained(tmp_path / "run", tmp_path / "card") / "README.md").read_text()
     assert "| prompt | raw, seed 0 (fitted) | adapted |" in card
     assert ", [0], adapter" in card
@@ -199,8 +218,8 @@ def test_the_code_for_a_plain_pipeline_opens_it_in_the_format_of_the_run(
     ("words", "message"),
     [
         (["/nowhere"], "'/nowhere' is not a run folder: it has no run.json"),
-        (["{run}", "--private"], "private is for the hub; give --push OWNER/NAME too"),
-        (["{run}", "--push", "just-a-name"], "'just-a-name' is no name of a model on the hub"),
+        (["{run}", "--private"], "private needs --push OWNER/NAME"),
+        (["{run}", "--push", "just-a-name"], "'just-a-name' is not a model name of the hub"),
         (["{run}", "--out", "{run}/prompts"], "holds something else; give a new or empty one"),
         (["{run}", "--push"], "expected one argument"),
         (["{run}", "--out", "{run}/run.json/x"], "which cannot be written: Not a directory"),
@@ -210,9 +229,7 @@ def test_bad_input_is_one_sentence(
     words: list[str], message: str, run: ipgo.Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["publish", *(word.format(run=run.path) for word in words)]) == 2
-    error = capsys.readouterr().err.strip()
-    assert message in error
-    assert error.count("\n") == 0
+    assert message in one_sentence(capsys)
     assert not (run.path / "published").exists()
 
 
@@ -231,7 +248,7 @@ def test_a_run_without_results_and_an_unknown_model(
     with pytest.raises(ipgo.InputError, match="no finished prompt yet"):
         ipgo.save_pretrained(config, tmp_path / "card")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(ipgo.InputError, match=r"'nobody/nothing' is no folder.*no route to host$"):
+    with pytest.raises(ipgo.InputError, match=r"'nobody/nothing' is not a folder.*no route to host$"):
         ipgo.from_pretrained("nobody/nothing")
 
 

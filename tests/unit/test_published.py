@@ -108,7 +108,5 @@ def test_sdxl_decodes_in_float32_and_t5_keeps_a_layer_in_it() -> None:
 
 
 def test_another_clip_has_no_known_size() -> None:
-    with pytest.raises(
-        InputError, match="'laion/big' is no local folder, and the size of its model is not known"
-    ):
+    with pytest.raises(InputError, match="'laion/big' is not a local folder, and its sizes are unknown"):
         unloaded_reward("clip:laion/big", new_sizes())

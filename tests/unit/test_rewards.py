@@ -15,7 +15,6 @@ import torch
 
 from ipgo.errors import InputError, RewardError
 from ipgo.rewards import (
-    REWARDS,
     Ceiling,
     WeightedSum,
     as_reward,
@@ -108,10 +107,6 @@ def test_wrong_specs_are_refused(spec, message):
     for load in (check_reward, load_reward):
         with pytest.raises(InputError, match=message):
             load(spec)
-
-
-def test_the_bundled_names_are_there():
-    assert {"emoji-clip", "emoji-aesthetic", "emoji-preference", "colorfulness", "contrast"} <= REWARDS.keys()
 
 
 @pytest.mark.parametrize(
@@ -285,9 +280,8 @@ def test_dropout_and_batch_norm_in_training_mode_are_noticed():
         assert not is_unsettled(as_reward(reward, "mine"))
     for reward in (seen_through(moody), functools.partial(seen_through(torch.nn.BatchNorm1d(3)))):
         assert is_unsettled(as_reward(reward, "mine"))
-    wrapped = functools.wraps(divmod)(
-        lambda images, prompts: images.mean((1, 2, 3))
-    )  # what is wrapped has no code
+    # What is wrapped has no code.
+    wrapped = functools.wraps(divmod)(lambda images, prompts: images.mean((1, 2, 3)))
     assert not is_unsettled(as_reward(wrapped, "mine"))
     backwards = brighter(np.arange(3.0)[::-1])
     assert weights_of(backwards) != weights_of(brighter(np.arange(3.0)))

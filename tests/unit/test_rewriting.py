@@ -1,7 +1,6 @@
 """The methods that rewrite prompts; chat models over loopback HTTP."""
 
 import json
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -9,15 +8,17 @@ import torch
 from ipgo import chat as chat_module
 from ipgo import cli
 from ipgo.adapters import Adapter, TextAdapter, generate
-from ipgo.chat import Chat, parse_texts
+from ipgo.adapters.text import from_bytes
+from ipgo.chat import Chat, parse_text, parse_texts
 from ipgo.errors import InputError, MissingExtraError, ResumeError
 from ipgo.methods import ChatGPT, LLMSearch, Promptist
-from ipgo.rewards import FunctionReward, load_reward, score
+from ipgo.rewards import FunctionReward, as_reward, load_reward, score
 from ipgo.rewriting import Rewrites, ask_texts
 from ipgo.sampling import Sampling
 from ipgo.store import Run
 from ipgo.task import Task
 from tests.chat_endpoint import completion
+from tests.conftest import assert_same_state
 
 PROMPTS = ("a red cat", "sun")
 SAMPLING = Sampling(steps=1, guidance_scale=3.0)
@@ -157,6 +158,26 @@ def test_answers_are_read_in_whatever_form_they_come(answer, texts):
 # -- methods -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        ("A red fox on a hill,\nsoft evening light", "A red fox on a hill, soft evening light"),
+        ("A street scene:\n- neon signs\n* rain", "A street scene: neon signs rain"),
+        ("Here is the rewritten prompt: A red fox", "A red fox"),
+        ('Sure! Here\'s your prompt:\n\n```\n"A fox, at dawn"\n```', "A fox, at dawn"),
+        ("**Rewritten prompt:** A red fox", "A red fox"),
+        ("Here is a fox on a hill", "Here is a fox on a hill"),
+        ("1. A fox\n2. A cat", "A fox"),
+        ("2 foxes on a hill", "2 foxes on a hill"),
+        ('["a fox"]', "a fox"),
+        ("<think>a fox?</think>a cat", "a cat"),
+        ("<think>a fox?", ""),
+    ],
+)
+def test_an_answer_that_is_one_text_is_read_whole(answer, text):
+    assert parse_text(answer) == text
+
+
 def test_chatgpt_takes_a_single_answer_as_it_is(backend, endpoint):
     endpoint.answer = lambda request: f"Prompt: {request['messages'][1]['content']}, at dawn"
     worse = FunctionReward(lambda images, prompts: -images.mean((1, 2, 3)), "darkness", differentiable=False)
@@ -187,7 +208,7 @@ def test_chatgpt_keeps_the_best_of_several(backend, endpoint, caplog):
     assert "is too long for the encoder; it is cut to 'abcdefg" in caplog.text
     states = [step.state() for step in method.fit(task)]
     resumed = list(method.fit(task, resume=states[0]))
-    assert all(torch.equal(value, resumed[-1].state()[name]) for name, value in states[-1].items())
+    assert_same_state(states[-1], resumed[-1].state())
     assert len(endpoint.requests) == 2
     with pytest.raises(ResumeError, match="other settings"):
         list(ChatGPT(n=2).fit(task, resume=states[0]))
@@ -201,7 +222,7 @@ def test_answers_without_a_text_are_asked_for_anew(backend, endpoint, caplog):
     answers = iter(["Sorry:", "```\n```", "1. a dog\n2. a dog"])
     endpoint.answer = lambda request: next(answers)
     assert ask_texts(Chat(), backend, "", "sun", 3) == ["a dog"] * 3
-    assert "gave 1 texts in place of 3" in caplog.text
+    assert "gave 1 texts instead of 3" in caplog.text
     assert len(endpoint.requests) == 3
     endpoint.answer = lambda request: "Sorry:"
     with pytest.raises(InputError, match="gave no text for 'moon' in 3 answers"):
@@ -254,12 +275,24 @@ def test_llm_search_learns_from_its_history(backend, endpoint):
     # Stopped in the middle of a round and continued: the same bits, and nothing is asked again.
     states = [step.state() for step in method.fit(task)]
     resumed = list(method.fit(task, resume=states[1]))
-    assert all(torch.equal(value, resumed[-1].state()[name]) for name, value in states[-1].items())
+    assert_same_state(states[-1], resumed[-1].state())
     assert len(endpoint.requests) == 3
     with pytest.raises(InputError, match="shared is true"):
         method.fit(Task(backend, COLOUR, PROMPTS, SAMPLING, shared=True))
     with pytest.raises(InputError, match="rounds is 0"):
         LLMSearch(rounds=0)
+
+
+def test_llm_search_asks_anew_when_a_round_changed_nothing(backend, endpoint):
+    """The question is that of the round before where no new text is among the best."""
+    endpoint.answer = lambda request: f"1. a dog {len(endpoint.requests)}\n2. a cat {len(endpoint.requests)}"
+    falling = iter(range(9, 0, -1))
+    reward = as_reward(
+        lambda images, prompts: torch.tensor([float(next(falling))]), "falling", differentiable=False
+    )
+    task = Task(backend, reward, ("sun",), SAMPLING)
+    *_, last = LLMSearch(rounds=4, n=2, shown=1, hints=False).fit(task)
+    assert len(set(from_bytes(last.state()["proposer.texts"][:, 0]))) == 9
 
 
 def test_history_leaves_out_what_was_not_finite():
@@ -278,44 +311,25 @@ def test_from_the_command_line_without_and_with_a_key(
 ):
     endpoint.answer = lambda request: "1. a dog\n2. a cat"
     command = ["fit", *PROMPTS, "--method", name, "--method.n", "2", "--backend", pipeline_folder]
-    judged = [
-        "--reward",
-        "colorfulness",
-        "--held-out",
-        "contrast",
-        "--unseen-seeds",
-        "1",
-        "--sampling.steps",
-        "1",
-    ]
-    out = ["--out", str(tmp_path / "run")]
+    flags = "--reward colorfulness --held-out contrast --unseen-seeds 1 --sampling.steps 1"
+    command += flags.split()
     if name == "llm-search":
-        judged += ["--method.rounds", "1"]
-    monkeypatch.delenv("OPENAI_API_KEY")
-    monkeypatch.setattr("ipgo.runner.load_backend", None)  # not even looked at
-    assert cli.main([*command, *judged, *out]) == 2
+        command += ["--method.rounds", "1"]
+    out = ["--out", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        patch.delenv("OPENAI_API_KEY")
+        patch.setattr("ipgo.runner.load_backend", None)  # not even looked at
+        assert cli.main([*command, *out]) == 2
     assert "OPENAI_API_KEY is not set" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-    monkeypatch.undo()
-    with patched(endpoint, tmp_path) as again:
-        assert cli.main([*command, *judged, *out]) == 0
-        run = Run.open(tmp_path / "run")
-        assert [result["status"] for result in run.results()] == ["finished"] * 2
-        assert all(run.load_adapter(prompt).texts[0] in ("", "a dog", "a cat") for prompt in run.prompts)
-        asked = len(endpoint.requests)
-        again.delenv("OPENAI_API_KEY")
-        assert cli.main([*command, *judged, "--out", str(tmp_path / "again")]) == 0
-        assert len(endpoint.requests) == asked == 2
-
-
-@contextmanager
-def patched(endpoint, tmp_path):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{endpoint.server_port}")
-        patch.setenv("OPENAI_API_KEY", "secret")
-        patch.setenv("NO_PROXY", "127.0.0.1")
-        patch.setenv("IPGO_CACHE", str(tmp_path / "cache"))
-        yield patch
+    assert cli.main([*command, *out]) == 0
+    run = Run.open(tmp_path / "run")
+    assert [result["status"] for result in run.results()] == ["finished"] * 2
+    assert all(run.load_adapter(prompt).texts[0] in ("", "a dog", "a cat") for prompt in run.prompts)
+    asked = len(endpoint.requests)
+    monkeypatch.delenv("OPENAI_API_KEY")
+    assert cli.main([*command, "--out", str(tmp_path / "again")]) == 0
+    assert len(endpoint.requests) == asked == 2
 
 
 # -- Promptist ---------------------------------------------------------------------------------------------

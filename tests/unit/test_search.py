@@ -9,10 +9,11 @@ from ipgo.artefacts import load_adapter, save_adapter
 from ipgo.backends import load_backend
 from ipgo.errors import InputError, ResumeError
 from ipgo.methods import BestOfN
-from ipgo.rewards import Ceiling, as_reward, load_reward
+from ipgo.rewards import Ceiling, load_reward
 from ipgo.sampling import Sampling
 from ipgo.search import search
 from ipgo.task import Task
+from tests.conftest import assert_same_state
 
 PROMPTS = ("a red cat", "sun")
 SAMPLING = Sampling(steps=1, guidance_scale=3.0)
@@ -198,20 +199,10 @@ def test_a_search_resumes_with_its_proposer(backend):
     proposer = Script(texts)
     (resumed,) = search(task, text_adapter(), proposer, 3, resume=straight[1])
     assert len(proposer.told) == 3
-    assert resumed.state().keys() == straight[2].keys()
-    assert all(torch.equal(value, resumed.state()[name]) for name, value in straight[2].items())
+    assert_same_state(straight[2], resumed.state())
     for broken in ({"step": torch.tensor(1)}, {**straight[1], "best": torch.zeros(3)}):
         with pytest.raises(ResumeError, match="other settings"):
             search(task, text_adapter(), Script(texts), 3, resume=broken)
-
-
-def test_a_reward_without_a_gradient_is_enough(backend):
-    steps = as_reward(
-        lambda images, prompts: images.mean((1, 2, 3)).round(decimals=3), "steps", differentiable=False
-    )
-    task = Task(backend, steps, PROMPTS, SAMPLING)
-    last = list(search(task, TextAdapter.start(PROMPTS, shared=False), Script(["one", "two"]), 2))[-1]
-    assert last.best.isfinite().all()
 
 
 def test_a_search_ends_where_nothing_is_left_to_gain(backend):

@@ -1,5 +1,6 @@
 """One file of weights as published, against the pipeline that they were taken from."""
 
+import re
 import shutil
 
 import huggingface_hub
@@ -90,7 +91,7 @@ def test_a_file_that_lacks_some_weights_is_refused(write):
 
 def test_files_that_cannot_be_opened_are_refused(tmp_path):
     for name in ("part.safetensors", "models/part.safetensors"):
-        with pytest.raises(InputError, match=r"weights are missing: 'm?o?d?e?l?s?/?part\.safetensors'"):
+        with pytest.raises(InputError, match=re.escape(f"weights are missing: {name!r}")):
             load_backend(name)
     save_file(tiny_pipeline().unet.state_dict(), tmp_path / "part.safetensors")
     with pytest.raises(InputError, match=r"is not a whole Stable Diffusion 1\.x, 2\.x or SDXL; open other"):

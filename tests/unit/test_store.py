@@ -21,7 +21,6 @@ from ipgo import (
     InputError,
     Insertion,
     InsertionAdapter,
-    Progress,
     ResumeError,
     Run,
     Score,
@@ -33,28 +32,13 @@ from ipgo.artefacts import load_identities, load_scores, save_scores
 from ipgo.chunks import Chunk, Cost
 from ipgo.config import RunConfig
 from ipgo.methods import DRaFT
+from tests.conftest import progress
 
 CONFIG = RunConfig(("a fox", "a lemon", "an owl"), IPGO(ascent=Ascent(steps=4)), chunk=2)
 
 
 def adapter(prompts: tuple[str, ...] | None = ("a fox", "a lemon")) -> InsertionAdapter:
     return InsertionAdapter(prompts, 8, Insertion(1, 2, rank=2, norm=1.0))
-
-
-def progress(step: int, rewards: tuple[float, ...] = (1.0, 2.0)) -> Progress:
-    values = torch.tensor(rewards)
-    return Progress(
-        step=step,
-        total=4,
-        rewards=values,
-        best=values,
-        penalty=values / 10,
-        grad_norm=values * 10,
-        failed=torch.zeros(len(rewards), dtype=torch.bool),
-        images=None,
-        adapter=adapter(),
-        state=lambda: {"step": torch.tensor(step), "values": values},
-    )
 
 
 @pytest.fixture
@@ -348,7 +332,7 @@ def test_a_run_is_not_continued_on_a_backend_of_other_weights(tmp_path: Path) ->
     facts = {"rewards": {}, "dtype": "float32", "weights": "aa"}
     Run.open(tmp_path / "run", CONFIG).start(facts)
     again = Run.open(tmp_path / "run", CONFIG)
-    with pytest.raises(ResumeError, match=r"drawn by a backend of other weights \(aa there, bb now\)"):
+    with pytest.raises(ResumeError, match=r"drawn by a backend with other weights \(aa there, bb now\)"):
         again.start({**facts, "weights": "bb"})
     again.release()
     with pytest.raises(ResumeError, match="was drawn in float32, not float16"):

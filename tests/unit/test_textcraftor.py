@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 import torch
 
-from ipgo import cli
 from ipgo.adapters import Adapter, TextEncoderAdapter, generate, stack
 from ipgo.artefacts import load_adapter, save_adapter
 from ipgo.backends import load_backend
@@ -14,8 +13,8 @@ from ipgo.errors import InputError
 from ipgo.methods import TextCraftor
 from ipgo.rewards import load_reward, score
 from ipgo.sampling import Sampling, decode
-from ipgo.store import Run
 from ipgo.task import Task
+from tests.conftest import assert_same_state, difference_quotient
 
 PROMPTS = ("a red cat", "sun")
 SAMPLING = Sampling(steps=3, guidance_scale=3.0)
@@ -124,14 +123,9 @@ def test_the_gradient_flows_through_both_prompts(backend64):
     adapter.double()
     parameters = list(adapter.parameters())
     slopes = torch.autograd.grad(reward(backprop_steps=3), parameters)
-    length = torch.stack([slope.square().sum() for slope in slopes]).sum().sqrt()
-    start, values = [parameter.detach().clone() for parameter in parameters], []
-    for step in (1e-5, -1e-5):
-        with torch.no_grad():
-            for parameter, value, slope in zip(parameters, start, slopes, strict=True):
-                parameter.copy_(value + step * slope / length)
-            values.append(reward())
-    assert ((values[0] - values[1]) / 2e-5).item() == pytest.approx(length.item(), rel=1e-5)
+    length = torch.cat([slope.flatten() for slope in slopes]).norm()
+    measured = difference_quotient(reward, parameters, [slope / length for slope in slopes], step=1e-5)
+    assert measured.item() == pytest.approx(length.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -152,13 +146,14 @@ def test_a_fit_climbs_resumes_and_draws_what_it_promised(backend, tmp_path, shar
     adapters = [last.adapter] if shared else [last.adapter.row(row) for row in range(2)]
     for row, prompt in enumerate(PROMPTS):
         save_adapter(adapters[0 if shared else row], tmp_path / str(row))
-        images = generate(backend, [prompt], [0], load_adapter(tmp_path / str(row)), SAMPLING)
+        stored = load_adapter(tmp_path / str(row))
+        assert stored.late_share == defaults.late_share
+        images = generate(backend, [prompt], [0], stored, SAMPLING)
         torch.testing.assert_close(score(REWARD, images, [prompt]), last.best[row : row + 1])
     if not shared:
         assert stack(adapters).prompts == PROMPTS
     resumed = list(method.fit(task, resume=state))[-1].state()
-    for name, value in last.state().items():
-        assert torch.equal(value.nan_to_num(-1), resumed[name].nan_to_num(-1)), name
+    assert_same_state(last.state(), resumed)
 
 
 def test_it_refuses_what_it_cannot_do(backend, pipe):
@@ -173,13 +168,3 @@ def test_it_refuses_what_it_cannot_do(backend, pipe):
         generate(backend, PROMPTS, [0, 0], other, SAMPLING)
     with pytest.raises(InputError, match="not fitted to prompt 'moon'"):
         generate(backend, ["moon"], [0], adapter, SAMPLING)
-
-
-def test_it_runs_from_the_command_line(pipeline_folder, tmp_path):
-    flags = "--method textcraftor --method.ascent.steps 2 --method.ascent.backprop_steps 1 --sampling.steps 2"
-    rewards = ["--reward", "colorfulness", "--held-out", "contrast", "--unseen-seeds", "1"]
-    command = ["fit", "sun", "--backend", pipeline_folder, *flags.split(), *rewards]
-    assert cli.main([*command, "--out", str(tmp_path / "run")]) == 0
-    run = Run.open(tmp_path / "run")
-    assert [result["status"] for result in run.results()] == ["finished"]
-    assert run.load_adapter(run.prompts[0]).late_share == 0.6

@@ -20,6 +20,7 @@ from ipgo.task import Request, Task
 from ipgo.thesaurus import ANTONYMS, SYNONYMS, check_word_list, parse_lines, word_list_of, words_of
 from ipgo.wordnet import WordNet
 from tests.chat_endpoint import Endpoint
+from tests.conftest import one_sentence
 
 # By part of speech and key: kind, words, and pointers (sign, key of the other, from, to); all adjectives here.
 ADJECTIVES = {
@@ -171,10 +172,10 @@ def test_the_gradient_of_words_out_of_wordnet(net: WordNet, tmp_path: Path, back
     assert float(last.best) >= float(reward(raw, ["a huge red sun"])) - 1e-6
 
 
+@pytest.mark.usefixtures("no_models")
 def test_a_missing_list_is_refused_before_a_model_is_loaded(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("ipgo.runner.load_backend", None)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.setenv("IPGO_CACHE", str(tmp_path / "cache"))
     command = ["fit", "a cat", "--method", "dpo-diffusion", "--out", str(tmp_path / "run")]
@@ -184,7 +185,5 @@ def test_a_missing_list_is_refused_before_a_model_is_loaded(
         ("none.json", "word_list file 'none.json' does not exist"),
     ):
         assert cli.main([*command, "--method.word_list", spec]) == 2
-        error = capsys.readouterr().err
-        assert message in error
-        assert error.count("\n") == 1
+        assert message in one_sentence(capsys)
     assert not (tmp_path / "run").exists()

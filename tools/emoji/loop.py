@@ -127,7 +127,7 @@ def train(
     if told and told.get("origin", begins) == begins:
         start = _resume(path, module, average, optimizer)
     elif told:
-        print(f"{name}: what it goes on from has changed, so it begins again", flush=True)
+        print(f"{name}: what it continues from has changed, so it begins again", flush=True)
         told = {}
     saved = shown = time.monotonic()
     began = saved - float(told.get("seconds", 0))

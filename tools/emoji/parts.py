@@ -44,9 +44,8 @@ def clip(vocab_size: int, bos: int, eos: int) -> CLIPModel:
     tokens = {"vocab_size": vocab_size, "bos_token_id": bos, "eos_token_id": eos, "pad_token_id": eos}
     text = {**TOWER, **tokens, "num_hidden_layers": 3, "max_position_embeddings": TEXT_LENGTH}
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=VISION, projection_dim=TEXT_WIDTH))
-    model.set_attn_implementation(
-        "eager"
-    )  # on a CPU twice as fast as the fused kernel, whose backward pass is slow
+    # On a CPU twice as fast as the fused kernel, whose backward pass is slow.
+    model.set_attn_implementation("eager")
     return model
 
 

@@ -21,15 +21,10 @@ COUNT = 4_000
 BATCH = 100
 STEPS = 10
 GUIDANCE = backends.GUIDANCE["emoji"]
-STRENGTHS = (
-    0.4,
-    0.6,
-    0.8,
-    1.0,
-)  # share of the noise that the artwork's latents get; 1: nothing of it is left
-ASTRAY = (
-    1.2  # standard deviations of the text's states, at most: from half of one on details go, then objects
-)
+# Share of the noise that the artwork's latents get; 1: nothing of it is left.
+STRENGTHS = (0.4, 0.6, 0.8, 1.0)
+# Standard deviations of the text's states, at most: from half of one on details go, then objects.
+ASTRAY = 1.2
 
 
 @torch.no_grad()

@@ -184,7 +184,7 @@ def train_preference(blocks: int = 24) -> None:
 def resist(names: Sequence[str] = follow.REWARDS, blocks: int = 12) -> None:
     """Train rewards further, on what IPGO makes of prompts when it follows them (see `follow`).
 
-    "NAME-N" is a reward after N files of what fits have made of it, and goes on from the newest before (`newest`).
+    "NAME-N" is a reward after N files of what fits have made of it, and continues from the newest before (`newest`).
     """
     number = len(follow.paths())
     wanted = {name: newest(name) for name in names if newest(name) != f"{name}-{number}"}

@@ -226,7 +226,7 @@ def main() -> None:
         table[stage] = replace(table[stage], **changes)
     part = CHECKPOINTS.get(stage, stage)
     if changes and done(part):
-        print(f"{part} is done; a new schedule goes on from its weights", flush=True)
+        print(f"{part} is done; a new schedule continues from its weights", flush=True)
         keep(part, weights(part))
     if stage == "restore":
         export.restore()

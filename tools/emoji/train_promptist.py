@@ -239,8 +239,8 @@ def evaluate(count: int = 4, seeds: Sequence[int] = (0, 1)) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("stage", choices=["sft", "rl", "export", "all", "evaluate"])
-    parser.add_argument("--steps", type=int, help="of the stage, in place of the schedule's")
-    parser.add_argument("--batch", type=int, help="texts in a step, in place of the schedule's")
+    parser.add_argument("--steps", type=int, help="of the stage, instead of the schedule's")
+    parser.add_argument("--batch", type=int, help="texts per step, instead of the schedule's")
     options = parser.parse_args()
     changes = {name: getattr(options, name) for name in ("steps", "batch") if getattr(options, name)}
     if options.stage in ("sft", "all"):

@@ -25,7 +25,7 @@ class Adapter(nn.Module):
 
     Attributes:
         kind: its name in `ADAPTERS`.
-        transfers: "seeds" if it serves noise that it was not fitted to, "nothing" if it is tied to one seed.
+        transfers: "seeds" if it also works on noise that it was not fitted to, "nothing" if it is tied to one seed.
         needs_all_steps: does a gradient reach it only through every denoising step?
         learns_unconditional: does what `unconditional` returns depend on the parameters?
         options: JSON values: `ADAPTERS[kind](prompts, **options)` builds an adapter that the tensors fit
@@ -60,7 +60,7 @@ class Adapter(nn.Module):
         return torch.tensor([numbers[prompt] for prompt in prompts])
 
     def condition(self, backend: Backend, prompts: Sequence[str], original: PromptEmbeds) -> PromptEmbeds:
-        """What the denoiser gets in place of `original`, the states of `prompts`."""
+        """What the denoiser gets instead of `original`, the states of `prompts`."""
         return original
 
     def unconditional(

@@ -16,7 +16,7 @@ from ipgo.errors import InputError
 
 
 class EmbeddingAdapter(Adapter):
-    """States of the text encoder's whole length in place of each prompt's, padding included (PEO)."""
+    """States of the text encoder's whole length instead of each prompt's, padding included (PEO)."""
 
     kind: ClassVar[str] = "embedding"
 

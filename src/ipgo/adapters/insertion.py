@@ -39,7 +39,16 @@ class InsertionAdapter(Adapter):
         long_prompts: str = "refuse",
         pooled_width: int = 0,
     ) -> None:
-        """`pooled_width` is P, the width of the backend's vector for the whole prompt, where one is learned."""
+        """Draw the initial values.
+
+        Args:
+            prompts: one for each row; None: one row shared by all prompts.
+            width: D, the width of the backend's prompt embeddings.
+            insertion: what is inserted; `negative` left open (None) is false here.
+            padding, long_prompts: the backend's; images are drawn with the same padding only.
+            seed: random seed of the initial values; each prompt's row derives its own.
+            pooled_width: P, the width of the backend's vector for the whole prompt; 0 where none is learned.
+        """
         super().__init__(prompts)
         self.width = width
         chosen = insertion if isinstance(insertion, Insertion) else Insertion(**insertion)

@@ -16,7 +16,7 @@ from ipgo.sampling import Sampling
 
 
 class JointAdapter(Adapter):
-    """For each prompt a prefix and a suffix of embeddings, and the initial noise in place of one seed's.
+    """For each prompt a prefix and a suffix of embeddings, and the initial noise instead of one seed's.
 
     On other seeds the embeddings go with plain noise, so they can be judged there without the noise.
     """

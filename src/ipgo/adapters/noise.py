@@ -22,7 +22,7 @@ PERMUTATIONS = 100  # ... as it is, and shuffled so often
 
 
 class NoiseAdapter(Adapter):
-    """For each prompt the noise in place of one seed's: (N, 1 or 1 + steps, C, h, w), of which the first is the
+    """For each prompt the noise instead of one seed's: (N, 1 or 1 + steps, C, h, w), of which the first is the
     initial one.
 
     It is tied to that seed: any other gets its plain noise, so on other seeds this adapter is the raw prompt.
@@ -68,7 +68,7 @@ class NoiseAdapter(Adapter):
         steps: int = 0,
         penalty: Penalty = "none",
     ) -> Self:
-        """The seed's own noise for every prompt; `steps` draws of it beside the initial one.
+        """The seed's own noise for every prompt; `steps` draws of it besides the initial one.
 
         Raises:
             InputError: `shared`, or seeds that are not a single one.

@@ -203,7 +203,7 @@ def _check_parts(pipe: Any) -> None:
             )
         if getattr(getattr(module, "config", None), "encoder_hid_dim_type", None) == "ip_image_proj":
             raise InputError(
-                f"the pipeline's {part} has an IP-Adapter, which wants an image beside the prompt; unload it "
+                f"the pipeline's {part} has an IP-Adapter, which wants an image besides the prompt; unload it "
                 "(`pipe.unload_ip_adapter()`)"
             )
         if isinstance(module, nn.Module) and any(each.is_inference() for each in module.parameters()):

@@ -37,6 +37,7 @@ class Backend(ABC):
     It never decides about gradients: the caller's grad mode does.
 
     Attributes:
+        pipe: the diffusers pipeline.
         facts: what holds for every model of this family.
         name: what it was loaded from; of a pipeline object, its class.
         origin: the same, or what such an object was loaded from, if it says.
@@ -46,9 +47,12 @@ class Backend(ABC):
         embed_dim: D, the width of the prompt embeddings.
         max_tokens: the longest prompt, or with long_prompts="chunk" the longest window, with its marks.
         guidance: what this model has of `facts.guidance`.
-        guidance_scale: what it is sampled with where nothing else is asked for.
-        few_steps: how it is sampled if it draws in a few; None for others.
+        guidance_scale: the scale that it is sampled with by default.
+        few_steps: how a few-step model is sampled; None for others.
         padding: "max_length" (prompts are padded as stock pipelines do) or "none" (the denoiser sees text only).
+        long_prompts: "refuse", "truncate" or "chunk": what is done with prompts longer than the encoder takes.
+        latent_shape: (C, h, w) of one image's latents.
+        image_size: side of the images in pixels.
         modules: "denoiser", "text_encoder" (and "text_encoder_2" ...), "decoder": frozen, in eval mode.
         calls: the cost ledger, in rows: "denoiser" counts one for each image row of each `predict` call,
             whether guidance makes that one network evaluation or two; "denoiser_grad" counts those under
@@ -74,7 +78,7 @@ class Backend(ABC):
         encoders = {part: module for part, module in parts.items() if part.startswith("text_encoder")}
         needed = [*encoders, *(part for part in NEEDED if part in parts)]
         for part in (part for part in needed if parts[part] is None and part not in self.optional):
-            raise InputError(f"backend {name!r} has no {part}, and cannot draw without")
+            raise InputError(f"backend {name!r} has no {part}, without which it cannot draw")
         denoiser = denoiser_of(pipe)
         self.device, self.dtype = denoiser.device, denoiser.dtype
         self.text_device: torch.device = next(iter(encoders.values())).device
@@ -110,7 +114,7 @@ class Backend(ABC):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides an image beside the settings.
+        """What decides an image besides the settings.
 
         "dtype", "weights" as `weights.fingerprint` has it, and "schedule": the model's own scheduler with a digest of
         its settings; None if the run's settings name another one.
@@ -133,10 +137,9 @@ class Backend(ABC):
     ) -> Tensor:
         """The guided model output for (B, C, h, w) latents, in their shape and format."""
 
-    def _decoder(self) -> nn.Module:
+    def _decoder(self) -> Any:
         """What makes pictures of latents."""
-        vae: nn.Module = self.pipe.vae
-        return vae
+        return self.pipe.vae
 
     def _latent_shape(self, image_size: int | None) -> tuple[int, int, int]:
         """C, h and w of the latents of square images, by default of the model's own size."""

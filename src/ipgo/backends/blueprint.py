@@ -16,7 +16,7 @@ from ipgo.errors import InputError
 from ipgo.memory import UNBOUNDED, Tokens, build
 
 LIBRARIES = ("diffusers", "transformers")
-OPTIONS = ("force_zeros_for_empty_prompt", "is_distilled")  # of a pipeline, beside its parts
+OPTIONS = ("force_zeros_for_empty_prompt", "is_distilled")  # of a pipeline, besides its parts
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 
 

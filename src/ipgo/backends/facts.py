@@ -26,7 +26,7 @@ class Facts:
         tokens: the longest prompt, with its marks; a model's own tokenizer may allow less.
         ordered: does the denoiser see the order of the text states? If not, before and after are the same.
         masked: is padding hidden from the denoiser: "always", "never", or "optional" (padding="none").
-        pooled: does the denoiser get a vector for the whole prompt beside the states?
+        pooled: does the denoiser get a vector for the whole prompt besides the states?
         guidance: "classifier-free", "distilled" (the scale is an input of the network), "none"; of several,
             a model has one.
         process: "diffusion", whose schedulers can be exchanged, or "flow", which keeps its own.

@@ -160,7 +160,7 @@ def _cannot_open(source: str | Path, error: Exception) -> InputError:
     reason = shorten(reason, 100, placeholder=" ...")  # the hub's client has much to say
     return InputError(
         f"backend {str(source)!r} is not here, and cannot be fetched from huggingface.co ({reason}); "
-        "a copy of it can be given as a folder: --backend /path/folder"
+        "give a copy as a folder: --backend /path/folder"
     )
 
 
@@ -190,7 +190,7 @@ def _weight_files(folder: Path, file_name: str, variant: str | None) -> list[Pat
         shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(
-            f"weights are damaged or half-written: {str(index)!r} is no index of shards"
+            f"weights are damaged or half-written: {str(index)!r} is not an index of shards"
         ) from None
     return [folder / name for name in sorted(shards)]
 

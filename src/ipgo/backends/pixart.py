@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ipgo.backends.base import Backend, upcast
 from ipgo.backends.facts import Facts, Opening
@@ -83,7 +83,7 @@ class PixArtSigma(PixArtAlpha):
 
     facts: ClassVar[Facts] = replace(PixArtAlpha.facts, tokens=300)
 
-    def _decoder(self) -> nn.Module:
+    def _decoder(self) -> Any:
         return upcast(self.pipe.vae)
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ipgo.backends.base import Backend, upcast
 from ipgo.backends.facts import Facts, Opening
@@ -41,7 +41,7 @@ class StableDiffusionXL(Backend):
         if pipe.unet.config.time_cond_proj_dim is not None:
             self.guidance = "distilled"
 
-    def _decoder(self) -> nn.Module:
+    def _decoder(self) -> Any:
         return upcast(self.pipe.vae)
 
     def _encoders(self) -> list[tuple[Any, Any]]:

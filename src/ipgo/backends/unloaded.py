@@ -31,8 +31,8 @@ def blueprint_of(source: str) -> Blueprint:
         if "/" not in source and source not in BACKENDS and not folder.is_file():
             raise unknown("backend", source, BACKENDS)
         raise InputError(
-            f"backend {source!r} is no local folder of diffusers, and the sizes of its models are not known; known are "
-            f"those of diffusers folders and of emoji, {', '.join(PUBLISHED)}"
+            f"backend {source!r} is not a local folder of diffusers, and its sizes are unknown; known are those of "
+            f"diffusers folders and of emoji, {', '.join(PUBLISHED)}"
         )
     found = read_blueprint(folder)
     if found.kind not in FAMILIES:

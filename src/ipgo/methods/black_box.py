@@ -40,12 +40,11 @@ class BlackBoxIPGO(Method):
         candidates: images to draw for each prompt and seed.
         spread: cma: the standard deviation of the first generation, where coefficients go from -1 to 1.
         population: cma: candidates of a generation; null is 4 + 3 ln D for D numbers.
-        initial: bayes: candidates before the first model of the reward; null is 2 D.
+        initial: bayes: candidates before the first model of the reward; null is 2 D, but no more than half of all.
     """
 
-    prefers_one_seed: ClassVar[bool] = (
-        True  # each candidate is drawn on all of them: with one it has more candidates
-    )
+    # Each candidate is drawn on all seeds: with one there are more candidates.
+    prefers_one_seed: ClassVar[bool] = True
 
     insertion: Insertion = FEW
     optimizer: Search = "cma"
@@ -96,7 +95,8 @@ class BlackBoxIPGO(Method):
         """A fresh optimiser of `size` numbers."""
         if self.optimizer == "cma":
             return CMA(size, seed, spread=self.spread, population=self.population)
-        return TuRBO(size, seed, initial=self.initial)
+        most = max(2, self.candidates // 2)  # a budget may leave few, and a search begins with the model
+        return TuRBO(size, seed, initial=self.initial or min(2 * size, most))
 
 
 def searched(adapter: InsertionAdapter) -> list[tuple[nn.Parameter, float]]:

@@ -22,6 +22,7 @@ class DNO(Method):
 
     Needs a stochastic sampler: the ddim scheduler with `sampling.eta` above 0, as published 1. Where a schedule ends a
     little above no noise, as Stable Diffusion's, diffusers draws some in the last step too: it is learned as well.
+    The published weight decay (AdamW's 0.01), which pulls noise to zero, is left out.
 
     Attributes:
         ascent: how it is found; the penalty is how surprising the noise is as a standard normal draw.

@@ -50,7 +50,8 @@ class DPODiffusion(Method):
             and "negative"; for prompts of any words, so with any other model, wordnet, or wordnet:FOLDER with its
             database, or llm, which asks `chat`.
         candidates: prompts to draw and score, those of the gradient steps not counted.
-        gradient_steps: steps of the gradient; each one draws and scores a candidate as well.
+        gradient_steps: steps of the gradient, each of which draws and scores a candidate as well; no more than half of
+            `candidates` are made.
         lr: learning rate of the words' logits.
         temperature: of the Gumbel-softmax that mixes words: the lower, the closer to single words.
         window: the part of denoising, from 0 to 1, through which the gradient's one denoiser call moves.
@@ -95,8 +96,8 @@ class DPODiffusion(Method):
 
     @property
     def climbs(self) -> int:
-        """Steps with a gradient."""
-        return self.gradient_steps if self.climbing else 0
+        """Steps with a gradient: a budget, which sets `candidates`, must leave some for what was learned."""
+        return min(self.gradient_steps, max(1, self.candidates // 2)) if self.climbing else 0
 
     @property
     def looked_up(self) -> dict[str, bool]:

@@ -17,7 +17,10 @@ from ipgo.training import maximize
 
 @dataclass(frozen=True)
 class Embedding(Method):
-    """Learn all states of each prompt, freely (PEO, arXiv 2510.02599).
+    """Learn all states of each prompt, freely (after PEO, arXiv 2510.02599).
+
+    Unlike there, the reward alone is climbed, without the cosine of picture and text; through the last two steps,
+    not through all; and gradients are clipped.
 
     Attributes:
         ascent: how they are found; the penalty is how far the state at the end of the text turns.

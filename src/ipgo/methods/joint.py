@@ -32,7 +32,7 @@ class Joint(Method):
 
     Attributes:
         insertion: what is inserted.
-        noise_weight: weight of the noise's norm in the penalty, beside 1 for the conformity of the embeddings.
+        noise_weight: weight of the noise's norm in the penalty, relative to 1 for the conformity of the embeddings.
         ascent: how both are found.
     """
 

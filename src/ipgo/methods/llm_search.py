@@ -74,9 +74,15 @@ class LLMSearch(Method):
         def write(table: Rewrites, step: int) -> list[tuple[str, ...]]:
             if step == 0:
                 return [("",) * len(task.prompts)]
+            turn = (step - 1) // self.n  # two rounds may have the same best trials: each wants its own answer
             found = [
                 ask_texts(
-                    self.chat, task.backend, self._instruction(), self._trials(table, row, step), self.n
+                    self.chat,
+                    task.backend,
+                    self._instruction(),
+                    self._trials(table, row, step, turn),
+                    self.n,
+                    turn,
                 )
                 for row in range(len(task.prompts))
             ]
@@ -87,14 +93,14 @@ class LLMSearch(Method):
     def _instruction(self) -> str:
         return INSTRUCTION.format(max_words=self.max_words, n=self.n)
 
-    def _trials(self, table: Rewrites, row: int, step: int) -> str:
+    def _trials(self, table: Rewrites, row: int, step: int, turn: int) -> str:
         """The question of a round: the first shows no trials, so that it is known before anything is drawn."""
         prompt = table.prompts[row]
         if step == 1:
             return _question(prompt, [], "")
         different = dict(table.history(row, step))
         trials = sorted(different.items(), key=lambda trial: trial[1])[-self.shown :]
-        hint = self.chat.ask(HINT, _question(prompt, trials, "")) if self.hints else ""
+        hint = self.chat.ask(HINT, _question(prompt, trials, ""), turn) if self.hints else ""
         return _question(prompt, trials, hint)
 
 

@@ -18,9 +18,9 @@ History = Sequence[Mapping[str, Any]]  # the lines of a history.jsonl
 
 
 def so_far(history: History) -> tuple[str, list[float | None]]:
-    """What a reader should look at beside the reward of each step, and its name.
+    """What a reader should look at besides the reward of each step, and its name.
 
-    The best so far; where a fit does not keep it, since rewards of different steps do not compare, their `means`.
+    The best so far; where a fit does not keep it, since rewards of different steps are not comparable, their `means`.
     """
     if any(line.get("best") is not None for line in history):
         return BEST, [line.get("best") for line in history]

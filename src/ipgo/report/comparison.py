@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from markupsafe import Markup
 
 from ipgo.comparison import Comparison
 from ipgo.config import flatten
+from ipgo.evaluation import average
 from ipgo.prompts import Prompt
 from ipgo.report import charts
 from ipgo.report.build import environment, picture_uri
 from ipgo.report.identity import strangers, told
-from ipgo.report.rows import Row, strange_to
+from ipgo.report.rows import Row, own_scores, strange_to
 from ipgo.report.tables import span, tables
 from ipgo.rewards import raised
 from ipgo.store import Run
@@ -27,7 +29,10 @@ SHEET_PIXELS = 160
 
 @dataclass(frozen=True)
 class Sheet:
-    """The same prompts down, the entries across, all from one seed: data URIs, None where there is no image."""
+    """The same prompts down, the entries across, all from one seed: data URIs, None where there is no image.
+
+    Nor is there one of what serves no noise but its own, on other noise: that would be the raw image.
+    """
 
     title: str
     labels: list[str]
@@ -39,14 +44,14 @@ def write_comparison(folder: Comparison, entries: Sequence[Row]) -> dict[str, Pa
     return {
         "report": folder.write("comparison.html", render(folder, entries)),
         "table": folder.write("comparison.md", markdown(folder, entries)),
-        "numbers": folder.write("comparison.csv", numbers(entries)),
+        "numbers": folder.write("comparison.csv", numbers(entries, folder.plan.reward)),
     }
 
 
 def render(folder: Comparison, entries: Sequence[Row]) -> str:
     """The page as text."""
     plan, reward = folder.plan, folder.plan.reward
-    raw = next((row.final for row in entries if row.method == "raw"), None)  # drawn as the fits draw
+    raw = next((row for row in entries if row.method == "raw"), None)  # drawn as the fits draw
     hues = {row.label: charts.hue(number) for number, row in enumerate(entries)}  # the same in every chart
     shown = [row for row in entries if row.curve and row.method != "raw"]
     own = {label: flatten(dict(settings)) for label, settings in plan.entries.items()}
@@ -58,7 +63,10 @@ def render(folder: Comparison, entries: Sequence[Row]) -> str:
         failures={row.label: row.errors for row in entries if row.errors},
         strange=incomparable(entries),
         tables=tables(folder, entries),
-        curve=charts.lines({row.label: row.curve for row in shown}, hues, "calls", raw),
+        curve=charts.lines(
+            {row.label: row.curve for row in shown}, hues, "calls", None if raw is None else raw.final
+        ),
+        raw=raw,
         curve_legend=[(row.label, hues[row.label]) for row in shown],
         scatters=_scatters(entries, reward, hues),
         scatter_legend=[(_on_its_noise(row), hues[row.label]) for row in entries if row.unseen or row.fitted],
@@ -70,9 +78,13 @@ def render(folder: Comparison, entries: Sequence[Row]) -> str:
 
 
 def lead(entries: Sequence[Row], reward: str) -> str:
-    """The result in words: who gained most where it was fitted, and where it was not."""
+    """The result in words: who gained most where it was fitted, and where it was not.
+
+    Entries that are judged on fewer prompts than others are left out.
+    """
     text, strange = "", strange_to(entries, reward)
-    some = [row for row in entries if row.label not in strange]
+    most = max(row.judged for row in entries)
+    some = [row for row in entries if row.label not in strange and row.judged == most]
     for place, noise in (("fitted", "the noise that was fitted"), ("unseen", "unseen noise")):
         gains = [(row.label, getattr(row, place)[reward]) for row in some if reward in getattr(row, place)]
         if gains:
@@ -84,7 +96,7 @@ def lead(entries: Sequence[Row], reward: str) -> str:
 
 
 def incomparable(entries: Sequence[Row]) -> list[str]:
-    """In words, whose scores do not compare with those of the others."""
+    """In words, whose scores are not comparable with those of the others."""
     return told(strangers([(row.label, row.rewards) for row in entries]))
 
 
@@ -103,56 +115,60 @@ def markdown(folder: Comparison, entries: Sequence[Row]) -> str:
         parts.append("\n".join(f"| {' | '.join(map(_plain, line))} |" for line in lines))
     strange = [f"- {_plain(each)}" for each in incomparable(entries)]
     if strange:
-        parts.append("\n".join(["## Scores that do not compare\n", *strange]))
+        parts.append("\n".join(["## Scores that are not comparable\n", *strange]))
     errors = [f"- {row.label}: {_plain(error)}" for row in entries for error in row.errors]
     if errors:
         parts.append("\n".join(["## Failures\n", *errors]))
     return "\n\n".join(parts) + "\n"
 
 
-def numbers(entries: Sequence[Row]) -> str:
-    """One line for each entry, kind of noise and reward, without rounding."""
-    head = [
-        "entry",
-        "method",
-        "on",
-        "reward",
-        "held_out",
-        "n",
-        "raw",
-        "value",
-        "gain",
-        "gain_low",
-        "gain_high",
-    ]
-    head += ["wins", "wins_low", "wins_high", "last_step", "best_of_run", "weighted_calls", "seconds"]
-    head += ["reward_fingerprint"]
+COLUMNS = (
+    *("entry", "method", "on", "reward", "held_out", "n", "raw", "value", "gain", "gain_low", "gain_high"),
+    *("wins", "wins_low", "wins_high", "last_step", "best_of_run", "weighted_calls", "seconds"),
+    "reward_fingerprint",
+)
+
+
+def numbers(entries: Sequence[Row], reward: str) -> str:
+    """comparison.csv: a line for each entry, kind of noise and reward, without rounding.
+
+    Bare prompts have a value and no gain; the last step and the best of the run are of the raised reward alone.
+    """
     stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(head)
+    writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
+    writer.writeheader()
     for row in entries:
-        places = {
-            "fitted noise": row.fitted,
-            "unseen noise": row.unseen,
-            "unseen prompts": row.unseen_prompts,
-        }
-        for place, gains in places.items():
-            for name, gain in gains.items():
-                line = [
-                    row.label,
-                    row.method,
-                    place,
-                    name,
-                    gain.held_out,
-                    gain.gain.n,
-                    gain.before,
-                    gain.after,
-                ]
-                line += [gain.gain.value, gain.gain.low, gain.gain.high]
-                line += [gain.wins.value, gain.wins.low, gain.wins.high]
-                line += [row.final, row.best, row.weighted, row.seconds]
-                writer.writerow([*line, " ".join(row.rewards.get(name, ()))])
+        for line in (*_gains(row), *_levels(row)):
+            line |= {"entry": row.label, "method": row.method, "seconds": row.seconds}
+            line |= {"weighted_calls": row.weighted}
+            line["reward_fingerprint"] = " ".join(row.rewards.get(line["reward"], ()))
+            if line["reward"] == reward:
+                line |= {"last_step": row.final, "best_of_run": row.best}
+            writer.writerow(line)
     return stream.getvalue()
+
+
+def _gains(row: Row) -> Iterator[dict[str, Any]]:
+    places = {"fitted noise": row.fitted, "unseen noise": row.unseen, "unseen prompts": row.unseen_prompts}
+    for place, gains in places.items():
+        for name, found in gains.items():
+            yield {
+                **{"on": place, "reward": name, "held_out": found.held_out, "n": found.gain.n},
+                **{"raw": found.before, "value": found.after},
+                **{"gain": found.gain.value, "gain_low": found.gain.low, "gain_high": found.gain.high},
+                **{"wins": found.wins.value, "wins_low": found.wins.low, "wins_high": found.wins.high},
+            }
+
+
+def _levels(row: Row) -> Iterator[dict[str, Any]]:
+    """What bare prompts have of each reward."""
+    if row.method != "raw":
+        return
+    for unseen, place in ((False, "fitted noise"), (True, "unseen noise")):
+        for name in dict.fromkeys(each.reward for each in row.scores):
+            if scores := own_scores(row, name, unseen):
+                found = average(scores, row.label, name)
+                yield {"on": place, "reward": name, "n": found.n, "value": found.value}
 
 
 def _scatters(entries: Sequence[Row], reward: str, hues: Mapping[str, int]) -> list[tuple[str, Markup]]:
@@ -194,7 +210,12 @@ def _sheet(runs: dict[str, Run], title: str, seed: int) -> Sheet:
             next(filter(None, (_picture(run, prompt, "before", seed) for run in some)), None)
             for some in befores
         ]
-        found += [_picture(run, prompt, "after", seed) for run in drawn.values()]
+        found += [
+            _picture(run, prompt, "after", seed)
+            if seed in run.config.seeds or run.transfers != "nothing"
+            else None
+            for run in drawn.values()
+        ]
         lines.append((prompt.text, found))
     return Sheet(title, [*(raw or ["raw"]), *drawn], lines)
 

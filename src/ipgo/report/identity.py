@@ -45,6 +45,6 @@ def told(found: Mapping[str, tuple[str, tuple[str, ...]]]) -> list[str]:
     """`strangers` in words, one sentence for each reward."""
     return [
         f"{', '.join(others)}: not scored by the {reward} that scored {first} (weights, preprocessing or version "
-        "differ), so these scores do not compare"
+        "differ), so these scores are not comparable"
         for reward, (first, others) in found.items()
     ]

@@ -9,6 +9,7 @@ from typing import Any
 
 from ipgo.budget import Price
 from ipgo.comparison import Comparison
+from ipgo.config import RunConfig
 from ipgo.evaluation import Gain, Interval, Score, average, summarise, win_rate
 from ipgo.report import charts
 from ipgo.report.build import total_cost
@@ -17,6 +18,7 @@ from ipgo.store import Run
 
 POINTS = 60  # of a curve of reward against budget
 Points = list[tuple[float, float]]
+History = list[dict[str, Any]]  # of one prompt, by steps
 
 
 @dataclass(frozen=True)
@@ -25,9 +27,10 @@ class Row:
 
     Attributes:
         label, method: its name here, and that of its method.
-        transfers: what its adapter serves beside what it was fitted to: "unseen seeds", "unseen seeds and
-            prompts" or "nothing"; "" before a prompt is finished.
-        prompts, finished, failed: how many there are, have a result, and went wrong.
+        transfers: what its adapter serves besides what it was fitted to: "unseen seeds", "unseen seeds and
+            prompts" or "nothing"; "" before a prompt is finished, and of bare prompts.
+        prompts, judged, finished, failed: how many there are, have images that its numbers are means of, have a
+            result, and went wrong.
         errors: in words, each once.
         rewards: what its scores were given by, as `identity.fingerprints`.
         weights: of the backend that drew it, as `Backend.identity` has them; None before its first step.
@@ -48,6 +51,7 @@ class Row:
     shared: bool
     transfers: str
     prompts: int
+    judged: int
     finished: int
     failed: int
     errors: tuple[str, ...]
@@ -67,6 +71,12 @@ class Row:
     memory: int
     parameters: int
     seeds: tuple[int, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """The label, and how many prompts its numbers are of where others are missing."""
+        some = 0 < self.judged < self.prompts
+        return f"{self.label} ({self.judged} of {self.prompts} prompts)" if some else self.label
 
 
 @dataclass(frozen=True)
@@ -93,10 +103,12 @@ def _row(folder: Comparison, label: str, failures: Mapping[str, Mapping[str, str
     wrong = len(folder.plan.prompts) if "" in failures and run is None else len(set(failures) - {""})
     wrong += sum(result["status"] == "failed" for result in results)
     scores = [_renamed(each, label) for each in run.scores()] if run is not None else []
-    transfers, wide = _transfers(run, planned.shared)
+    transfers, wide = _transfers(run, planned)
     unseen = _of_seeds(scores, planned.new_seeds) if wide else []
     fitted = _of_seeds(scores, planned.seeds)
-    final, best = _selection(run)
+    judged = {each.prompt for each in scores}
+    histories = _histories(run, judged)
+    final, best = _selection(histories)
     name = "raw" if planned.method_name == "raw" else label  # what its own images are scored under
     return Row(
         label=label,
@@ -104,6 +116,7 @@ def _row(folder: Comparison, label: str, failures: Mapping[str, Mapping[str, str
         shared=planned.shared,
         transfers=transfers,
         prompts=len(folder.plan.prompts),
+        judged=len(judged),
         finished=len(results),
         failed=wrong,
         errors=errors,
@@ -116,7 +129,7 @@ def _row(folder: Comparison, label: str, failures: Mapping[str, Mapping[str, str
         means=(_mean(fitted, name, planned.reward), _mean(unseen, name, planned.reward)),
         final=final,
         best=best,
-        curve=_curve(run, price),
+        curve=_curve(histories, price),
         seeds=tuple(planned.seeds),
         **_costs(results, price),
     )
@@ -140,27 +153,30 @@ def _mean(scores: Sequence[Score], name: str, reward: str) -> Interval | None:
     return average(own, name, reward) if own else None
 
 
-def _transfers(run: Run | None, shared: bool) -> tuple[str, bool]:
+def _transfers(run: Run | None, planned: RunConfig) -> tuple[str, bool]:
     """In words, and whether scores on unseen noise mean anything."""
-    serves = None if run is None else run.transfers
+    serves = None if run is None or planned.method_name == "raw" else run.transfers
     if serves is None:
         return "", True
     if serves == "nothing":
         return "nothing", False
-    return "unseen seeds and prompts" if shared else "unseen seeds", True
+    seeds = "unseen seeds, without its noise" if planned.method.one_seed else "unseen seeds"
+    return f"{seeds} and prompts" if planned.shared else seeds, True
 
 
-def _histories(run: Run | None) -> list[list[dict[str, Any]]]:
+def _histories(run: Run | None, judged: Collection[str]) -> list[History]:
+    """Of the judged prompts, as all other numbers; before there are any, of those that were begun."""
     if run is None:
         return []
-    histories = [run.history(prompt) for prompt in (run.prompts[:1] if run.config.shared else run.prompts)]
+    chosen = [prompt for prompt in run.prompts if not judged or prompt.text in judged]
+    histories = [run.history(prompt) for prompt in (run.prompts[:1] if run.config.shared else chosen)]
     return [history for history in histories if history]
 
 
-def _selection(run: Run | None) -> tuple[float | None, float | None]:
+def _selection(histories: Sequence[History]) -> tuple[float | None, float | None]:
     """The reward of the last step and of the best one, if that was kept, each the mean over prompts."""
     ends = []
-    for history in _histories(run):
+    for history in histories:
         last = [value for value in charts.means(history) if value is not None]
         kept = [value for value in charts.so_far(history)[1] if value is not None]
         if last and kept:
@@ -171,10 +187,10 @@ def _selection(run: Run | None) -> tuple[float | None, float | None]:
     return final, best
 
 
-def _curve(run: Run | None, price: Price) -> Points:
+def _curve(histories: Sequence[History], price: Price) -> Points:
     """Mean over prompts of the reward so far, at equal distances; a prompt keeps its last value to the end."""
     traces: list[tuple[list[float], list[float]]] = []
-    for history in _histories(run):
+    for history in histories:
         pairs = zip(history, charts.so_far(history)[1], strict=True)
         known = [(price.of(line.get("calls", {})), value) for line, value in pairs if value is not None]
         if known:
@@ -227,7 +243,7 @@ def matrices(entries: Sequence[Row], reward: str) -> list[Matrix]:
 
 
 def strange_to(entries: Sequence[Row], reward: str) -> tuple[str, ...]:
-    """The labels of the entries whose scores of a reward do not compare with the others'."""
+    """The labels of the entries whose scores of a reward are not comparable with the others'."""
     found = strangers([(row.label, row.rewards) for row in entries])
     return found[reward][1] if reward in found else ()
 

@@ -63,7 +63,7 @@ def raised_table(entries: Sequence[Row], reward: str) -> Table:
     head += ["unseen noise", "gain there", "wins there", *(["gain on unseen prompts"] if prompts else [])]
     lines, strange = [], strange_to(entries, reward)
     for row in entries:
-        label = f"{row.label} {MARK}" if row.label in strange else row.label
+        label = f"{row.title} {MARK}" if row.label in strange else row.title
         line = [Cell(label), _value(row.means[0]), _gain(row.fitted, reward), _wins(row.fitted, reward)]
         line += [_number(row.final), _number(row.best)]
         line += [_value(row.means[1]), _gain(row.unseen, reward), _wins(row.unseen, reward)]
@@ -76,7 +76,7 @@ def raised_table(entries: Sequence[Row], reward: str) -> Table:
         "colour."
     )
     note += (
-        f" {MARK}: scored by another {reward}; the line does not compare with the others." if strange else ""
+        f" {MARK}: scored by another {reward}; the line is not comparable with the others." if strange else ""
     )
     return Table(f"{reward}, which was raised", note, head, lines)
 
@@ -87,7 +87,7 @@ def held_out_table(entries: Sequence[Row], reward: str) -> Table:
     strange = {name: strange_to(entries, name) for name in names}
     lines = [
         [
-            Cell(row.label),
+            Cell(row.title),
             Cell("unseen" if row.means[1] else "fitted" if row.means[0] else "–"),
             *(_judged(row, name, row.label in strange[name]) for name in names),
         ]
@@ -97,7 +97,7 @@ def held_out_table(entries: Sequence[Row], reward: str) -> Table:
         "Before → after, gain and its interval; on unseen noise, or on fitted noise where there is no other."
     )
     if any(strange.values()):
-        note += f" {MARK}: scored by another reward of that name; the cell does not compare with the others."
+        note += f" {MARK}: scored by another reward of that name; the cell is not comparable with the others."
     own = raised(reward)
     heads = (f"{name} (a part of it)" if name in own else name for name in names)
     return Table("Other rewards", note, ["entry", "noise", *heads], lines)

@@ -61,18 +61,41 @@ _EXTERNAL = re.compile(r"(?:^|(?<=[+*]))\s*(?=cmd:|ask:)")
 
 @runtime_checkable
 class Reward(Protocol):
-    """Higher is better. Images are (B, 3, H, W) in [0, 1]; the answer is (B,), for any B including 1."""
+    """Anything callable with images and prompts; higher is better.
+
+    Attributes:
+        name: as in tables and stored scores.
+        differentiable: whether the score has a gradient with respect to the images.
+
+    Optional members:
+        identity: a dict with id, version, weights and preprocessing; scores are comparable where it is equal.
+        uses_prompts: whether the score depends on the prompts; default True.
+        most: the ceiling at which a search ends; default infinity.
+    """
 
     @property
     def name(self) -> str: ...
     @property
     def differentiable(self) -> bool: ...
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor: ...
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score images. Any B >= 1 must be possible, and a row's score must not depend on the other rows.
+
+        Args:
+            images: (B, 3, H, W), float in [0, 1].
+            prompts: B prompts.
+
+        Returns:
+            (B,) finite scores.
+
+        Raises:
+            InputError: it may refuse prompts that it cannot score.
+        """
+        ...
 
 
 @dataclass(frozen=True)
 class FunctionReward:
-    """A plain function that knows its name."""
+    """A plain function with a name."""
 
     function: RewardFunction
     name: str
@@ -115,7 +138,7 @@ class WeightedSum:
 class Ceiling:
     """min(reward, most): above it nothing is gained, and there is no gradient.
 
-    For what is good enough at a level, and is only fooled beyond it.
+    For a reward that is good enough at some level, and only fooled beyond it.
     """
 
     reward: Reward
@@ -175,7 +198,16 @@ def parts(reward: Reward) -> tuple[Reward, ...]:
 def as_reward(
     function: RewardFunction | Reward, name: str | None = None, *, differentiable: bool = True
 ) -> Reward:
-    """Make a reward of a plain function; of one that is a reward already only the name can be another."""
+    """Make a reward of a plain function, or give a reward another name.
+
+    Args:
+        function: (images, prompts) -> (B,) scores, as `Reward.__call__`; or a reward.
+        name: None: the function's or the reward's own name.
+        differentiable: of a plain function: whether its scores have a gradient with respect to the images.
+
+    Raises:
+        InputError: `function` is not a function of images and prompts.
+    """
     if isinstance(function, Reward):
         return function if name in (None, function.name) else Renamed(function, str(name))
     if not callable(function) or isinstance(function, type) or not _takes_two(function):
@@ -198,7 +230,7 @@ def _takes_two(function: RewardFunction) -> bool:
 
 
 def identity_of(reward: Reward) -> dict[str, Any]:
-    """What decides a reward's scores beside picture and prompt: two that differ in it are not to be compared.
+    """What decides a reward's scores besides picture and prompt: scores of two that differ in it are not comparable.
 
     A reward of one's own that states no `identity` has that of what it is written in and computes by
     (`own.parts_of`); "weights" is None if nothing of that shows.
@@ -223,7 +255,7 @@ def describe(name: str) -> str:
 
 
 def uses_prompts(reward: Reward) -> bool:
-    """Does it look at the prompt? Those that do not say so do."""
+    """Does the score depend on the prompt? True unless the reward says otherwise."""
     return bool(getattr(reward, "uses_prompts", True))
 
 
@@ -251,7 +283,7 @@ def terms(spec: str) -> list[tuple[float, str]]:
 
 
 def raised(spec: str) -> set[str]:
-    """What a method raises that follows a spec: that itself, and the rewards it is made of. These are not held out.
+    """What a method that follows a spec maximises: the spec, and the rewards it is made of. These are not held out.
 
     Nor is another variant (`@notebook`) of the same weights.
     """
@@ -284,14 +316,15 @@ def load_reward(spec: str, *, device: str | torch.device = "auto") -> Reward:
             a question is the last; `<=` is a ceiling, see `Ceiling`.
         device: auto, cpu, cuda or cuda:N.
 
+    Returns:
+        The reward; a `WeightedSum` for several terms or a weight other than 1.
+
     Raises:
-        InputError: an unknown name, a weight that is no number, a file without that function, weights that are
+        InputError: an unknown name, a weight that is not a number, a file without that function, weights that are
             not there and cannot be fetched, a command that cannot be run, or a question without a terminal.
     """
     if not isinstance(spec, str):
-        raise InputError(
-            f"a reward is loaded by its name, not from {spec!r}; as_reward makes one of a function"
-        )
+        raise InputError(f"a reward is loaded by its name, not from {spec!r}; for a function use as_reward")
     place = choose_device(device)
     return combine(spec, lambda name: _load(name, place))
 
@@ -340,8 +373,8 @@ def score_with_gradient(reward: Reward, images: Tensor, prompts: Sequence[str]) 
     # A scorer whose own weights want a gradient hides that the picture was cut off, by PIL or .detach().
     if images.grad_fn is not None and not _leads_to(values.grad_fn, images.grad_fn):
         raise RewardError(
-            f"reward {reward.name!r} gives no gradient of the picture, which this method needs; a copy that is cut "
-            "off, as by .detach(), numpy or PIL, has none"
+            f"reward {reward.name!r} gives no gradient with respect to the picture, which this method needs; "
+            ".detach(), numpy and PIL cut it off"
         )
     return values
 
@@ -491,9 +524,9 @@ def _checkpoint(name: str) -> Checkpoint | None:
             raise InputError(f"reward {bare!r} takes no path and no variant, but is given as {name!r}")
         return None
     if at and variant != VARIANT:
-        raise InputError(f"reward {name!r}: there is no variant {variant!r}; the one there is: {VARIANT}")
+        raise InputError(f"reward {name!r}: there is no variant {variant!r}; the only one is {VARIANT}")
     if colon and not place:
-        raise InputError(f"reward {name!r} ends where its path should be")
+        raise InputError(f"reward {name!r} has no path after its colon")
     return Checkpoint(name, bool(at), place, SOURCES[bare])
 
 

@@ -27,7 +27,8 @@ TOKENIZER = (
 )
 INDEX = "model.safetensors.index.json"  # of weights in several files
 FOLDER = ("config.json", "preprocessor_config.json", *TOKENIZER, MODEL, INDEX)
-FETCH_ERRORS = (OSError, ValueError, EntryNotFoundError)  # no network, no such repository, an id that is none
+# No network, no such repository, an id that is not one.
+FETCH_ERRORS = (OSError, ValueError, EntryNotFoundError)
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -79,7 +80,7 @@ class Checkpoint:
         elif path.is_dir():
             if not (path / "config.json").is_file() or not any(path.glob(MODEL)):
                 raise InputError(
-                    f"reward {self.spec!r}: {self.place!r} is no folder of a CLIPModel: "
+                    f"reward {self.spec!r}: {self.place!r} is not the folder of a CLIPModel: "
                     "it needs config.json and model.safetensors"
                 )
         elif not HUB_ID.fullmatch(self.place):
@@ -124,7 +125,7 @@ class Checkpoint:
         """The folder of the tokenizer: that of the weights, if it has one, or as in `beside`.
 
         Args:
-            files: what one of its kind has in place of tokenizer.json.
+            files: what one of its kind has instead of tokenizer.json.
         """
         folder = _folder_of(found)
         for place in (folder, folder / repo.rpartition("/")[2]):
@@ -163,7 +164,7 @@ def read_state(file: Path, reward: str) -> dict[str, Tensor]:
     """The tensors of a .safetensors file or a torch checkpoint, in float32; nothing in it is run.
 
     Raises:
-        InputError: the file is damaged, holds other things than tensors, or is no state dict.
+        InputError: the file is damaged, holds other things than tensors, or is not a state dict.
     """
     try:
         if file.suffix == ".safetensors":
@@ -180,7 +181,7 @@ def read_state(file: Path, reward: str) -> dict[str, Tensor]:
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError(f"weights {str(file)!r} of reward {reward!r} are no state dict")
+        raise InputError(f"weights {str(file)!r} of reward {reward!r} are not a state dict")
     return {name.removeprefix("module."): tensor.float() for name, tensor in state.items()}
 
 
@@ -197,7 +198,9 @@ def open_model(kind: Any, folder: Path | None, reward: str, what: str, **options
         raise InputError(f"reward {reward!r}: {what!r} cannot be opened: {reason}") from error
     missing = sorted(report["missing_keys"])
     if missing:
-        raise InputError(f"reward {reward!r}: {what!r} is no whole {kind.__name__}: {missing[0]} is missing")
+        raise InputError(
+            f"reward {reward!r}: {what!r} is not a complete {kind.__name__}: {missing[0]} is missing"
+        )
     return model
 
 
@@ -220,7 +223,7 @@ def open_tokenizer(kind: Any, folder: Path, reward: str, size: int) -> Any:
     if not 0.99 * size <= len(tokenizer) <= size:
         raise InputError(
             f"reward {reward!r}: the tokenizer in {str(folder)!r} has {len(tokenizer)} tokens and the model {size}; "
-            "it is another model's, or its files are not whole"
+            "it is another model's, or its files are incomplete"
         )
     return tokenizer
 
@@ -235,11 +238,11 @@ def weight_files(folder: Path) -> list[Path]:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         return sorted(folder / name for name in set(index["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"weights are damaged: {str(folder / INDEX)!r} is no index of files") from None
+        raise InputError(f"weights are damaged: {str(folder / INDEX)!r} is not an index of files") from None
 
 
 def identity(reward: str, files: Sequence[Path], preprocessing: object, version: int = 1) -> dict[str, Any]:
-    """What decides a score beside the picture and its prompt: scores of two identities do not compare.
+    """What decides a score besides the picture and its prompt: scores of two identities are not comparable.
 
     Args:
         reward: the reward's name, without paths.

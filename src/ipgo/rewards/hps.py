@@ -42,14 +42,14 @@ LAYER = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)")
 
 
 def load_hps(device: torch.device, checkpoint: Checkpoint) -> ClipReward:
-    """HPS: cosine in a CLIP tuned on rankings by people, near 0.27; v2 and v2.1 do not compare."""
+    """HPS: cosine in a CLIP tuned on rankings by people, near 0.27; v2 and v2.1 are not comparable."""
     file = checkpoint.find()
     state = read_state(file, checkpoint.spec)
     try:
         config = config_of(state, ACTIVATION)
     except (KeyError, RuntimeError) as error:
         raise InputError(
-            f"reward {checkpoint.spec!r}: {str(file)!r} is no CLIP of open_clip: it has no {error}"
+            f"reward {checkpoint.spec!r}: {str(file)!r} is not a CLIP of open_clip: it has no {error}"
         ) from None
     tokenizer = clip_tokenizer(checkpoint, file, config.text_config.vocab_size)
     model = open_model(

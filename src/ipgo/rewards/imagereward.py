@@ -86,7 +86,9 @@ def load_imagereward(device: torch.device, checkpoint: Checkpoint) -> ImageRewar
     try:
         vision_config, text_config = vision_config_of(picture), text_config_of(prompt)
     except (KeyError, ValueError) as error:
-        raise InputError(f"reward {checkpoint.spec!r}: {str(file)!r} is no BLIP: it has no {error}") from None
+        raise InputError(
+            f"reward {checkpoint.spec!r}: {str(file)!r} is not a BLIP: it has no {error}"
+        ) from None
     what, spec = str(file), checkpoint.spec
     tokenizer = open_tokenizer(
         BertTokenizer, checkpoint.tokenizer(BERT, file, "vocab.txt"), spec, text_config.vocab_size

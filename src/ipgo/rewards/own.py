@@ -26,11 +26,8 @@ from ipgo.errors import InputError, unknown
 Function = Callable[..., Any]
 DEVICE = re.compile(r"(cpu|cuda|mps)(:\d+)?")
 
-RUNNING = (
-    "running_mean",
-    "running_var",
-    "num_batches_tracked",
-)  # they change from call to call while training
+# They change from call to call while training.
+RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def read_function(spec: str) -> tuple[Function, str]:

@@ -98,7 +98,7 @@ def unloaded_reward(spec: str, sizes: FakeTensorMode | None, device: str = "cpu"
 def _unloaded(name: str, sizes: FakeTensorMode | None, device: str) -> Reward:
     bare = bare_name(name)
     if name in PARTICULAR:
-        raise InputError(f"reward {name!r} cannot be planned: it looks at the values of pictures")
+        raise InputError(f"reward {name!r} cannot be planned: it depends on pixel values")
     if bare not in SOURCES:
         return load_reward(name, device=device)
     check_reward(name)
@@ -122,8 +122,8 @@ def _clip_config(name: str, bare: str) -> Any:
         return CLIPConfig(**TOWERS[bare])
     if not Path(place).is_dir():
         raise InputError(
-            f"reward {name!r}: {place!r} is no local folder, and the size of its model is not known; "
-            f"known is that of {bare!r} itself"
+            f"reward {name!r}: {place!r} is not a local folder, and its sizes are unknown; "
+            f"known are those of {bare!r} itself"
         )
     return CLIPConfig.from_pretrained(place)
 

@@ -24,9 +24,8 @@ SHEET = Path(__file__).parent / "artwork.png"
 SIZE = 64  # of the pictures
 SPRITE = 96  # pixels of a sprite's side in the sheet: one row of sprites for each style
 FINE = 3  # renderings are made so much larger and box-reduced, as scenes are drawn
-CLOSE = (
-    0.15  # styles whose likeness, searched roughly, is so much below the best one's are not looked at further
-)
+# Styles whose likeness, searched roughly, is so much below the best one's are not looked at further.
+CLOSE = 0.15
 BORDER = 4  # pixels along the edge of a picture that show its background, mostly
 
 # Where the first and the second object stand (x, y) in a scene of one, and of two; and sides in pixels. Scenes are

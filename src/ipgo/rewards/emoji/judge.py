@@ -8,7 +8,7 @@ further on its labels (`tools.emoji.follow`; none of the package's) are not inde
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import load_file
@@ -19,6 +19,7 @@ from ipgo.rewards.emoji.artwork import Artwork, in_size, load_artwork
 from ipgo.rewards.emoji.claims import Claims, Reader, load_labels
 
 FOLDER = Path(__file__).parent
+SEEN = ("object", "colour", "style", "relation")  # what the network's verdicts are of
 
 
 class Block(nn.Module):
@@ -66,6 +67,7 @@ class Judge:
     name = "emoji-judge"
     differentiable = False  # on purpose: nothing may be optimised against it
     identity: dict[str, Any] | None = None  # what `load_judge` loaded
+    made: ClassVar[Mapping[str, Sequence[str]]] = {"emoji-judge": SEEN, "emoji-likeness": ("likeness",)}
 
     def __init__(self, network: Network, labels: Mapping[str, Any], artwork: Artwork) -> None:
         self.network = network.eval().requires_grad_(False)
@@ -93,9 +95,7 @@ class Judge:
     def accuracy(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """For object, colour, style and relation: (B,) of 1 right, 0 wrong, NaN where the prompt does not say."""
         rows = [_compare(self.read(p), seen) for p, seen in zip(prompts, self.verdict(images), strict=True)]
-        return {
-            key: torch.tensor([row[key] for row in rows]) for key in ("object", "colour", "style", "relation")
-        }
+        return {key: torch.tensor([row[key] for row in rows]) for key in SEEN}
 
     @torch.no_grad()
     def likeness(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
