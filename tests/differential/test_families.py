@@ -213,17 +213,16 @@ def test_a_plain_pipeline_draws_what_was_inserted(pipes, name, count, steps):
     case, pipe, backend = open_case(pipes, name)
     adapter = InsertionAdapter(PROMPTS, backend.embed_dim, INSERTION)
     prompts = PROMPTS[:count]
-    kwargs = joined([adapter.prompt_kwargs(pipe, prompt) for prompt in prompts])
     for scale in case.guidance:
+        kwargs = joined([adapter.prompt_kwargs(pipe, prompt, guidance_scale=scale) for prompt in prompts])
         ours = generate(backend, prompts, SEEDS[:count], adapter, Sampling(steps, scale))
         theirs = pipe(
-            **kwargs,
+            **{**kwargs, **case.call},
             num_inference_steps=steps,
             output_type="pt",
             **backend.pipeline_guidance(scale),
             **noise_of(backend, count),
             **case.steps(steps),
-            **case.call,
         ).images
         close(ours, theirs)
     raw = generate(backend, prompts, SEEDS[:count], Adapter(), Sampling(steps, scale))
@@ -258,14 +257,14 @@ def test_the_default_draws_the_same_in_the_pipeline(pipes, name):
     for negative_prompt in ("", "dull"):
         sampling = Sampling(2, case.guidance[-1], negative_prompt=negative_prompt)
         ours = generate(backend, PROMPTS[:2], SEEDS[:2], adapter, sampling)
+        kwargs = joined([adapter.prompt_kwargs(pipe, prompt, negative_prompt) for prompt in PROMPTS[:2]])
         theirs = pipe(
-            **joined([adapter.prompt_kwargs(pipe, prompt, negative_prompt) for prompt in PROMPTS[:2]]),
+            **{**kwargs, **case.call},
             num_inference_steps=2,
             output_type="pt",
             **backend.pipeline_guidance(sampling.guidance_scale),
             **noise_of(backend, 2),
             **case.steps(2),
-            **case.call,
         ).images
         close(ours, theirs)
 
@@ -291,13 +290,12 @@ def test_our_gradient_is_that_of_the_undecorated_pipeline(pipes, name):
             type(pipe)
             .__call__.__wrapped__(
                 pipe,
-                **backend.pipeline_kwargs(cond, uncond),
+                **{**backend.pipeline_kwargs(cond, uncond), **case.call},
                 num_inference_steps=3,
                 output_type="pt",
                 **backend.pipeline_guidance(sampling.guidance_scale),
                 **noise_of(backend, 2),
                 **case.steps(3),
-                **case.call,
             )
             .images
         )
@@ -418,6 +416,24 @@ def test_sdxl_in_float16_decodes_in_float32():
     latents = 20 * backend.noise([0])[:, 0]
     exact = load_backend(tiny.sdxl(), device="cpu").decode(latents)
     assert (backend.decode(latents) - exact).abs().max() < 1e-2
+
+
+def test_a_decoder_in_float32_is_tiled_as_the_pipelines_own(monkeypatch):
+    pipe = tiny.sdxl().to(torch.float16)
+    pipe.vae.enable_tiling()
+    pipe.vae.enable_slicing()
+    pipe.vae.tile_sample_min_size, pipe.vae.tile_latent_min_size = 8, 4
+    with torch.inference_mode():
+        backend = load_backend(pipe, device="cpu")
+        latents = backend.noise([0, 1])[:, 0]
+        ours = backend.decode(latents)
+    vae = backend.modules["decoder"]
+    assert not any(weights.is_inference() for weights in vae.parameters())
+    own = pipe.vae.float()
+    assert (vae is not own, vae.use_slicing) == (True, True)
+    close(ours, (own.decode(latents / own.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1))
+    monkeypatch.setattr("ipgo.backends.stable_diffusion_xl.upcast", None)
+    Adapter().prompt_kwargs(tiny.sdxl().to(torch.float16), "sun")  # draws nothing, so copies nothing
 
 
 def test_sdxl_with_unpadded_text(pipes):

@@ -80,7 +80,7 @@ def test_a_plain_pipeline_draws_what_was_learned(name):
     kwargs = adapter.prompt_kwargs(pipe, PROMPTS[0], sampling.negative_prompt)
     latents = backend.pipeline_latents(backend.noise([3])[:, 0])
     options = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "pt", **case.call}
-    theirs = pipe(**kwargs, latents=latents, **options).images
+    theirs = pipe(**{**kwargs, **options}, latents=latents).images
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
     for parameter in own(dict(adapter.named_parameters())):
         other = InsertionAdapter(PROMPTS, **adapter.options)

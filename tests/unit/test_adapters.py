@@ -145,3 +145,24 @@ def test_a_plain_pipeline_draws_the_same_picture(pipe, padding, negative):
     ).images
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
     assert kwargs["prompt_embeds"].shape[1] == (616 if padding == "max_length" else 16)
+
+
+def test_a_model_without_guidance_gets_no_other_half(make_pipe):
+    pipe = make_pipe()
+    pipe.register_to_config(_name_or_path="owner/tiny-turbo")
+    backend = load_backend(pipe, device="cpu")
+    adapter = InsertionAdapter(PROMPTS, 32, INSERTION)
+    inserted = 77 + INSERTION.num_prefix + INSERTION.num_suffix
+    kwargs = adapter.prompt_kwargs(pipe, "sun")
+    assert {name: value.shape for name, value in kwargs.items()} == {"prompt_embeds": (1, inserted, 32)}
+    ours = generate(backend, ["sun"], [7], adapter, Sampling(1))
+    theirs = pipe(
+        **kwargs,
+        num_inference_steps=1,
+        guidance_scale=1.0,
+        latents=backend.noise([7])[:, 0],
+        output_type="pt",
+    ).images
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+    guided = adapter.prompt_kwargs(pipe, "sun", guidance_scale=2.0)
+    assert guided["negative_prompt_embeds"].shape == guided["prompt_embeds"].shape

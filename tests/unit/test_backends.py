@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
+from huggingface_hub.errors import GatedRepoError
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -140,6 +142,24 @@ def test_a_damaged_folder_is_refused_in_one_sentence(folder, damage, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("shard", ["10GB", "10KB"])
+def test_weights_of_one_variant_are_found(make_pipe, tmp_path, shard):
+    pipe = make_pipe()
+    pipe.save_pretrained(tmp_path, safe_serialization=True, variant="fp16", max_shard_size=shard)
+    assert (shard == "10KB") == any((tmp_path / "unet").glob("*.index.fp16.json"))
+    opened = load_backend(tmp_path, device="cpu")
+    assert opened.identity == load_backend(pipe, device="cpu").identity
+    weights = sorted((tmp_path / "unet").glob("*.fp16*.safetensors"))
+    weights[0].unlink()
+    with pytest.raises(InputError, match="weights are missing"):
+        load_backend(tmp_path, device="cpu")
+
+
+def test_full_weights_are_preferred(make_pipe, folder):
+    make_pipe(seed=1).save_pretrained(folder, safe_serialization=True, variant="fp16")
+    assert load_backend(folder, device="cpu").identity == load_backend(make_pipe(), device="cpu").identity
+
+
 def test_a_missing_shard_is_named(folder):
     file = folder / "unet/diffusion_pytorch_model.safetensors"
     file.rename(folder / "unet/part-1.safetensors")
@@ -184,6 +204,39 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(monkeypatch):
 
     monkeypatch.setattr(folders, "hf_hub_download", fail)
     with pytest.raises(InputError, match=r"'owner/name' is not here.*\(no such repository\); give a copy as"):
+        load_backend("owner/name")
+
+
+def test_a_hub_id_of_one_variant_is_asked_for_it(monkeypatch, pipeline_folder):
+    names = ["unet/diffusion_pytorch_model.fp16.safetensors", "text_encoder/model.fp16.safetensors"]
+    index = str(Path(pipeline_folder) / "model_index.json")
+    monkeypatch.setattr(folders, "hf_hub_download", lambda *names: index)
+    asked = []
+    monkeypatch.setattr(
+        StableDiffusionPipeline, "from_pretrained", lambda *_, **options: asked.append(options["variant"])
+    )
+    for there in (
+        names,
+        [*names, "unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"],
+    ):
+        monkeypatch.setattr(folders, "list_repo_files", lambda source, there=there: there)
+        folders.open_pipeline("owner/name", "StableDiffusionPipeline", torch.float32)
+    assert asked == ["fp16", None]
+
+
+def test_a_gated_hub_id_says_what_to_do(monkeypatch):
+    class LockedError(GatedRepoError):
+        def __init__(self):
+            """Its own wants the server's answer."""
+
+    def fail(*names):
+        raise LockedError
+
+    monkeypatch.setattr(folders, "hf_hub_download", fail)
+    with pytest.raises(
+        InputError,
+        match=r"accept its licence: do so at https://huggingface.co/owner/name, and run `hf auth l",
+    ):
         load_backend("owner/name")
 
 

@@ -12,7 +12,7 @@ import pytest
 from diffusers import StableDiffusionPipeline
 
 import ipgo
-from ipgo import cli
+from ipgo import backends, cli
 from ipgo.backends import BACKENDS, GUIDANCE, few_steps
 from ipgo.cli_compare import entries_of
 from ipgo.defaults import for_backend, method_and_sampling
@@ -28,6 +28,8 @@ LEAST = ("--reward", "colorfulness", "--unseen-seeds", "1", "--method.ascent.ste
         ("sd-turbo", (1, 1.0)),
         ("sdxl-turbo", (1, 1.0)),
         ("lcm", (4, 8.5)),
+        ("SimianLuo/LCM_Dreamshaper_v7", (4, 8.5)),
+        ("Lykon/dreamshaper-8-lcm", (4, 1.0)),
         ("latent-consistency/lcm-sdxl", (4, 1.0)),
         ("flux-schnell", (4, 1.0)),
         ("sana-sprint", (2, 4.5)),
@@ -81,6 +83,32 @@ def test_few_steps_by_what_a_pipeline_is_made_of(
         method, sampling = method_and_sampling(backend.few_steps)
         assert (sampling.steps, sampling.guidance_scale) == expected
         assert method.ascent.backprop_steps is None  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "expected"),
+    [
+        (tiny.lcm_lora, "dreamshaper-8-lcm", (4, 1.0)),
+        (tiny.lcm, "my-lcm-8step", (8, 8.5)),
+        (tiny.lcm_sdxl, "lcm-sdxl", (4, 8.0)),
+    ],
+)
+def test_the_name_says_the_steps_and_the_network_the_scale(
+    make: Callable[[], Any], name: str, expected: tuple[int, float], tmp_path: Path
+) -> None:
+    make().save_pretrained(tmp_path / name)
+    source = str(tmp_path / name)
+    for few in (few_steps(source), ipgo.load_backend(source, device="cpu").few_steps):
+        assert few is not None
+        assert (few.steps, few.guidance_scale) == expected
+
+
+def test_a_hub_id_is_known_by_what_it_is_made_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_place", lambda source: ("LatentConsistencyModelPipeline", source))
+    monkeypatch.setattr(backends, "_open", lambda *_: tiny.lcm())
+    backend = ipgo.load_backend("owner/name")
+    assert backend.few_steps is not None
+    assert backend.guidance_scale == backend.few_steps.guidance_scale == 8.5
 
 
 def test_a_damaged_folder_is_left_to_the_opening_of_it(tmp_path: Path) -> None:

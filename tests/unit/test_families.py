@@ -12,17 +12,24 @@ from diffusers import (
     DDIMScheduler,
     DDPMParallelScheduler,
     DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     EulerDiscreteScheduler,
+    FirstBlockCacheConfig,
     FlowMatchHeunDiscreteScheduler,
     FlowMatchLCMScheduler,
+    IPNDMScheduler,
+    UniPCMultistepScheduler,
 )
+from diffusers.hooks import apply_group_offloading
 
-from ipgo.adapters import Adapter, NoiseAdapter, generate
+from ipgo.adapters import Adapter, InsertionAdapter, LoRA, NoiseAdapter, WeightAdapter, generate
 from ipgo.backends import load_backend, put
 from ipgo.backends.packed import pack, unpack
 from ipgo.backends.qwen_image import compact
 from ipgo.embeds import PromptEmbeds
 from ipgo.errors import InputError
+from ipgo.insertion import Insertion
 from ipgo.relaxation import Relaxation
 from ipgo.sampling import Sampling
 from tests import tiny_families as tiny
@@ -145,13 +152,117 @@ def test_sd3_with_another_flow_scheduler_draws_what_its_pipeline_draws():
     )
 
 
-def test_what_moves_about_is_refused():
-    pipe = tiny.sdxl()
-    accelerate.cpu_offload(pipe.unet, execution_device=torch.device("cpu"))
+def by_accelerate(pipe):
+    for part in ("text_encoder", "unet", "vae"):
+        accelerate.cpu_offload(getattr(pipe, part), torch.device("cpu"), offload_buffers=True)
+
+
+def by_groups(pipe):
+    for part in ("text_encoder", "unet"):
+        apply_group_offloading(
+            getattr(pipe, part), torch.device("cpu"), torch.device("cpu"), offload_type="leaf_level"
+        )
+
+
+@pytest.mark.parametrize("build", [tiny.flux, tiny.flux_2])
+@pytest.mark.parametrize("scheduler", [UniPCMultistepScheduler, DPMSolverMultistepScheduler])
+def test_flux_lets_a_scheduler_space_its_steps(build, scheduler):
+    """Three of them: the first ones of a multistep scheduler are all alike."""
+    pipe = build()
+    own = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "use_dynamic_shifting": True}
+    pipe.scheduler = scheduler(**own, time_shift_type="exponential")
+    backend = load_backend(pipe, device="cpu", image_size=16)
+    ours = generate(backend, ["sun"], [3], Adapter(), Sampling(3, 1.0))
+    theirs = pipe(
+        **Adapter().prompt_kwargs(pipe, "sun"),
+        latents=backend.pipeline_latents(backend.noise([3])[:, 0]),
+        **{"num_inference_steps": 3, "guidance_scale": 1.0, "height": 16, "width": 16, "output_type": "pt"},
+    ).images
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_a_scheduler_that_a_family_cannot_set_is_refused():
+    pipe = tiny.chroma()
+    pipe.scheduler = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
     with pytest.raises(
-        InputError, match=r"the pipeline's unet is moved about by accelerate .* text_device='cpu'"
+        InputError, match=r"scheduler is DPMSolverMultistepScheduler, which does not take .*sigmas"
+    ):
+        generate(load_backend(pipe, device="cpu", image_size=16), ["sun"], [3], Adapter(), Sampling(3, 1.0))
+
+
+@pytest.mark.parametrize("build", [tiny.pixart_told_its_size, tiny.sana])
+def test_a_size_that_is_none_of_the_pipelines_own_is_drawn_by_it(build):
+    pipe = build()
+    backend = load_backend(pipe, device="cpu", image_size=64)
+    ours = generate(backend, ["sun"], [3], Adapter(), Sampling(2, 4.0))
+    theirs = pipe(
+        **Adapter().prompt_kwargs(pipe, "sun"),
+        **{"num_inference_steps": 2, "guidance_scale": 4.0, "height": 64, "width": 64, "output_type": "pt"},
+        latents=backend.noise([3])[:, 0],
+    ).images
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("scheduler", [EDMEulerScheduler, IPNDMScheduler])
+def test_noise_levels_that_no_other_scheduler_has_are_not_exchanged(scheduler):
+    pipe = tiny_pipeline()
+    pipe.scheduler = scheduler()
+    with pytest.raises(
+        InputError, match=f"scheduler is 'ddim'; the model's own, {scheduler.__name__}, has noise le"
+    ):
+        generate(load_backend(pipe, device="cpu", scheduler="ddim"), ["sun"], [3], Adapter(), Sampling(1))
+
+
+@pytest.mark.parametrize("padding", ["max_length", "none"])
+def test_an_encoder_that_reads_without_padding_is_heard(padding):
+    pipe = tiny_pipeline()
+    pipe.text_encoder.config.use_attention_mask = True
+    states = load_backend(pipe, device="cpu", padding=padding).encode(["sun"]).embeds
+    theirs, _ = pipe.encode_prompt("sun", "cpu", 1, False)
+    torch.testing.assert_close(states, theirs[:, : states.shape[1]])
+
+
+@pytest.mark.parametrize("build", [tiny.sana, tiny.flux_2])
+def test_a_class_of_the_users_own_is_opened(build):
+    """It hides the arguments of the call that it passes on."""
+    pipe = build()
+
+    class Mine(type(pipe)):
+        def __call__(self, **options):
+            return super().__call__(**options)
+
+    pipe.__class__ = Mine
+    assert load_backend(pipe, device="cpu").encode(["sun"]).embeds.isfinite().all()
+
+
+@pytest.mark.parametrize("offload", [by_accelerate, by_groups])
+def test_what_moves_about_is_refused_but_draws_what_was_learned(offload):
+    usual, moved = tiny_pipeline(), tiny_pipeline()
+    offload(moved)
+    with pytest.raises(InputError, match=r"the pipeline's \w+ is moved about .* text_device='cpu'"):
+        load_backend(moved)
+    backend = load_backend(usual, device="cpu")
+    inserted = InsertionAdapter(("sun",), backend.embed_dim, Insertion(2, 2, rank=8))
+    weights = WeightAdapter.start(backend, ["sun"], LoRA(), seed=0, shared=False)
+    for change in weights.up.values():
+        torch.nn.init.normal_(change)
+    options = {"num_inference_steps": 1, "output_type": "pt"}
+    for kwargs, learned in ((inserted.prompt_kwargs(moved, "sun"), inserted), ({"prompt": "sun"}, weights)):
+        with learned.attached(moved, ["sun"]):
+            theirs = moved(latents=backend.noise([3])[:, 0], **kwargs, **options).images
+        ours = generate(backend, ["sun"], [3], learned, Sampling(1))
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_a_cache_of_features_is_refused():
+    pipe = tiny.flux()
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.5))
+    with pytest.raises(
+        InputError, match=r"the pipeline's transformer keeps features .*`pipe\.transformer\.dis"
     ):
         load_backend(pipe)
+    pipe.transformer.disable_cache()
+    load_backend(pipe)
 
 
 def test_schedules_of_few_steps_begin_at_pure_noise():

@@ -417,12 +417,12 @@ def test_vectors_of_a_textual_inversion_are_all_read() -> None:
     torch.testing.assert_close(ours, theirs.images, atol=1e-4, rtol=0)
 
 
-def test_vectors_that_a_prompt_spells_out_are_left() -> None:
-    class Tokenizer:
-        added_tokens_encoder = dict.fromkeys(["<x>", "<x>_1", "<x>_2", "<y>"])
-
-    texts = ["a <x> and <y>", "<x> <x>_1", "none"]
-    assert expanded(Tokenizer(), texts) == ["a <x> <x>_1 <x>_2 and <y>", "<x> <x>_1", "none"]
+def test_vectors_are_put_in_as_diffusers_puts_them_in() -> None:
+    pipe = tiny_pipeline()
+    for token, count in (("<x>", 3), ("<y>", 1), ("cat", 2)):
+        pipe.load_textual_inversion(torch.randn(count, pipe.text_encoder.config.hidden_size), token=token)
+    texts = ["a <x> and <y>", "<x> <x>_1", "a cat_1 cat", "a category", "none"]
+    assert expanded(pipe.tokenizer, texts) == pipe.maybe_convert_prompt(texts, pipe.tokenizer)
 
 
 def test_what_the_caller_has_set_changes_nothing() -> None:

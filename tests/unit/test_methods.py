@@ -103,8 +103,9 @@ def test_noise_belongs_to_its_seed(backend):
     assert first.noise(backend, PROMPTS, [7, 7], 2).shape == (2, 3, 4, 8, 8)
 
 
-def test_a_plain_pipeline_starts_from_learned_noise(pipe):
-    backend = load_backend(pipe, device="cpu")
+@pytest.mark.parametrize("padding", ["max_length", "none"])
+def test_a_plain_pipeline_starts_from_learned_noise(pipe, padding):
+    backend = load_backend(pipe, device="cpu", padding=padding)
     adapter = NoiseAdapter.start(backend, PROMPTS, (7,), shared=False)
     with torch.no_grad():
         adapter.latents.mul_(0.8)

@@ -79,6 +79,25 @@ def test_a_plain_pipeline_draws_the_rewritten_prompt(pipe):
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("options", [{"padding": "none"}, {"long_prompts": "chunk"}])
+def test_a_plain_pipeline_reads_the_rewritten_prompt_as_the_backend_does(pipe, options):
+    backend = load_backend(pipe, device="cpu", **options)
+    text = "a small dog" + " on a mat" * (8 if "long_prompts" in options else 0)
+    task = Task(backend, COLOUR, ("sun",), SAMPLING, (3,))
+    (last,) = search(task, TextAdapter.start(["sun"], shared=False), Script([text]), 1)
+    adapter = stack([last.adapter.row(0)])  # rebuilt from its options, as from a file
+    ours = generate(backend, ["sun"], [3], adapter, SAMPLING)
+    noise = backend.noise([3])[:, 0]
+    theirs = pipe(
+        **adapter.prompt_kwargs(pipe, "sun"),
+        latents=noise,
+        num_inference_steps=1,
+        guidance_scale=3.0,
+        output_type="pt",
+    )
+    torch.testing.assert_close(ours, theirs.images, atol=1e-4, rtol=0)
+
+
 def test_long_texts_are_cut_at_a_word(backend, pipe):
     word = "abcdefg"  # seven tokens; 77 less the two marks are ten words and five tokens
     assert shorten(backend, " ".join([word] * 10)) == " ".join([word] * 10)

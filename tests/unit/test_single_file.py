@@ -6,7 +6,7 @@ import shutil
 import huggingface_hub
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from ipgo.adapters import Adapter, generate
 from ipgo.backends import load_backend
@@ -78,6 +78,14 @@ def test_a_configuration_that_does_not_fit_is_named(write, tmp_path):
     other.unet.register_to_config(block_out_channels=(8, 32))
     other.save_pretrained(tmp_path / "model")
     with pytest.raises(InputError, match=r"model\.safetensors' does not fit '.*model': "):
+        load_backend(file)
+
+
+def test_a_file_that_lacks_some_weights_is_refused(write):
+    file = write(tiny_pipeline())
+    weights = {name: each for name, each in load_file(file).items() if ".middle_block." not in name}
+    save_file(weights, file)
+    with pytest.raises(InputError, match=r"is incomplete: its weights lack a part of the UNet or the VAE"):
         load_backend(file)
 
 

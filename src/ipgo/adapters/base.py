@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ipgo.backends import Backend, load_backend
+from ipgo.backends import Backend, load_backend, open_to_draw
 from ipgo.devices import own_numbers
 from ipgo.embeds import PromptEmbeds
 from ipgo.errors import InputError
@@ -82,8 +82,8 @@ class Adapter(nn.Module):
         """(B, 1 + steps, C, h, w), as `Backend.noise`."""
         return backend.noise(seeds, steps)
 
-    def attached(self, backend: Backend, prompts: Sequence[str]) -> AbstractContextManager[None]:
-        """While open, the backend's weights are those that `prompts` are drawn with."""
+    def attached(self, backend: Backend | object, prompts: Sequence[str]) -> AbstractContextManager[None]:
+        """While open, the backend's weights, or a pipeline object's, are those that `prompts` are drawn with."""
         return nullcontext()
 
     def penalty(self, original: PromptEmbeds, conditioned: PromptEmbeds, noise: Tensor) -> Tensor:
@@ -105,22 +105,30 @@ class Adapter(nn.Module):
         alone.load_state_dict({name: rows[number : number + 1] for name, rows in self.state_dict().items()})
         return alone
 
-    def prompt_kwargs(self, pipe: Any, prompt: str, negative_prompt: str = "") -> dict[str, Any]:
+    def prompt_kwargs(
+        self, pipe: Any, prompt: str, negative_prompt: str = "", guidance_scale: float | None = None
+    ) -> dict[str, Any]:
         """Arguments that make a plain diffusers pipeline draw the adapted prompt: `pipe(**kwargs)`.
 
-        See `Backend.pipeline_kwargs`. Parameters of `pipe` are frozen by this call.
+        See `Backend.pipeline_kwargs`. Parameters of `pipe` are frozen by this call. It may be one that offloads.
+
+        Args:
+            guidance_scale: that it will draw with, in our count; None is the model's own, as of `load_backend`.
 
         Raises:
             InputError: the adapter was not fitted to `prompt`, or does not fit the pipeline.
         """
         if not isinstance(prompt, str):
             raise InputError(f"prompt is {prompt!r}; it must be one text: call this for each prompt")
-        backend = load_backend(pipe, padding=self.padding, long_prompts=self.long_prompts)
+        backend = open_to_draw(pipe, padding=self.padding, long_prompts=self.long_prompts)
         with torch.no_grad():
             cond = self.condition(backend, [prompt], backend.encode([prompt]))
             # Any scale above 1: only the prompts are wanted.
             guided = Sampling(guidance_scale=2, negative_prompt=negative_prompt)
             uncond = self.unconditional(backend, [prompt], cond, guided)
+        scale = backend.guidance_scale if guidance_scale is None else guidance_scale
+        if scale <= 1 and not negative_prompt and uncond is not None and uncond.length != cond.length:
+            uncond = None  # it would not be looked at, and to bring both to one length can take a hundred times as many
         return backend.pipeline_kwargs(cond, uncond)
 
 

@@ -77,7 +77,9 @@ class JointAdapter(Adapter):
     def project_(self) -> None:
         self.inserted.project_()
 
-    def prompt_kwargs(self, pipe: Any, prompt: str, negative_prompt: str = "") -> dict[str, Any]:
+    def prompt_kwargs(
+        self, pipe: Any, prompt: str, negative_prompt: str = "", guidance_scale: float | None = None
+    ) -> dict[str, Any]:
         """As `Adapter.prompt_kwargs`, with the initial noise."""
-        kwargs = super().prompt_kwargs(pipe, prompt, negative_prompt)
+        kwargs = super().prompt_kwargs(pipe, prompt, negative_prompt, guidance_scale)
         return {**kwargs, "latents": self.initial.pipeline_latents(pipe, prompt)}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ipgo.adapters.base import Adapter
-from ipgo.backends import Backend, load_backend
+from ipgo.backends import Backend, open_to_draw
 from ipgo.embeds import PromptEmbeds
 from ipgo.errors import InputError, unknown
 from ipgo.seeding import derive, generator
@@ -41,16 +41,19 @@ class NoiseAdapter(Adapter):
         seed: int,
         penalty: Penalty = "none",
         long_prompts: str = "refuse",
+        padding: str = "max_length",
     ) -> None:
         super().__init__(prompts)
         if penalty not in get_args(Penalty):
             raise unknown("noise penalty", penalty, get_args(Penalty))
-        self.seed, self.penalised_by, self.long_prompts = seed, penalty, long_prompts
+        self.seed, self.penalised_by = seed, penalty
+        self.padding, self.long_prompts = padding, long_prompts
         self.options = {
             "shape": list(shape),
             "seed": seed,
             "penalty": penalty,
             "long_prompts": long_prompts,
+            "padding": padding,
         }
         self.latents = nn.Parameter(torch.zeros(len(prompts), *shape))
 
@@ -72,7 +75,7 @@ class NoiseAdapter(Adapter):
         """
         check_one_seed(seeds, shared)
         plain = backend.noise(seeds, steps)  # (1, 1 + steps, C, h, w)
-        adapter = cls(prompts, plain.shape[1:], seeds[0], penalty, backend.long_prompts)
+        adapter = cls(prompts, plain.shape[1:], seeds[0], penalty, backend.long_prompts, backend.padding)
         with torch.no_grad():
             adapter.latents.copy_(plain)
         return adapter
@@ -98,16 +101,18 @@ class NoiseAdapter(Adapter):
             return norm_penalty(learned)
         return torch.stack([whiteness_penalty(row) for row in learned])
 
-    def prompt_kwargs(self, pipe: Any, prompt: str, negative_prompt: str = "") -> dict[str, Any]:
+    def prompt_kwargs(
+        self, pipe: Any, prompt: str, negative_prompt: str = "", guidance_scale: float | None = None
+    ) -> dict[str, Any]:
         """As `Adapter.prompt_kwargs`, with the initial noise; a pipeline takes no noise for later steps."""
         if self.latents.shape[1] > 1:
             raise InputError("a pipeline takes the initial noise only; this adapter holds that of every step")
-        kwargs = super().prompt_kwargs(pipe, prompt, negative_prompt)
+        kwargs = super().prompt_kwargs(pipe, prompt, negative_prompt, guidance_scale)
         return {**kwargs, "latents": self.pipeline_latents(pipe, prompt)}
 
     def pipeline_latents(self, pipe: Any, prompt: str) -> Tensor:
         """The initial noise of `prompt`, in the layout and format of the pipeline's `latents`."""
-        backend = load_backend(pipe)
+        backend = open_to_draw(pipe)
         latents = self.latents[self.rows([prompt])][:, 0].detach()
         return backend.pipeline_latents(latents).to(backend.device, backend.dtype)
 

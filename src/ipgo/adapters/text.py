@@ -29,11 +29,19 @@ class TextAdapter(Adapter):
     text_bytes: Tensor  # (N, BYTES) uint8
     negative_bytes: Tensor  # (N, BYTES) uint8
 
-    def __init__(self, prompts: Sequence[str] | None) -> None:
+    def __init__(
+        self, prompts: Sequence[str] | None, padding: str = "max_length", long_prompts: str = "refuse"
+    ) -> None:
         super().__init__(prompts)
+        self.read_as(padding, long_prompts)
         count = 1 if prompts is None else len(prompts)
         for name in ("text_bytes", "negative_bytes"):
             self.register_buffer(name, torch.zeros(count, BYTES, dtype=torch.uint8))
+
+    def read_as(self, padding: str, long_prompts: str) -> None:
+        """How a backend reads the texts; kept for `prompt_kwargs`, and with the adapter."""
+        self.padding, self.long_prompts = padding, long_prompts
+        self.options = {"padding": padding, "long_prompts": long_prompts}
 
     @classmethod
     def start(cls, prompts: Sequence[str], *, shared: bool) -> Self:

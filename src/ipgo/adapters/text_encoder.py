@@ -113,7 +113,9 @@ class TextEncoderAdapter(Adapter):
                     f"the backend's text encoder has {found.get(name)}"
                 )
 
-    def prompt_kwargs(self, pipe: Any, prompt: str, negative_prompt: str = "") -> dict[str, Any]:
+    def prompt_kwargs(
+        self, pipe: Any, prompt: str, negative_prompt: str = "", guidance_scale: float | None = None
+    ) -> dict[str, Any]:
         """Refused: a pipeline takes the same states at every step."""
         raise InputError(
             "an adapter of the text encoder has no prompt_kwargs: a pipeline takes the same states at every step"

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ipgo.adapters.base import Adapter, key
-from ipgo.backends import Backend
+from ipgo.backends import Backend, open_to_draw
+from ipgo.backends.base import denoiser_of
 from ipgo.backends.weights import uncompiled
 from ipgo.errors import InputError
 from ipgo.seeding import derive, generator
@@ -91,7 +92,7 @@ class WeightAdapter(Adapter):
         return cls(None if shared else prompts, layers, lora, seed)
 
     @contextmanager
-    def attached(self, backend: Backend, prompts: Sequence[str]) -> Iterator[None]:
+    def attached(self, backend: Backend | object, prompts: Sequence[str]) -> Iterator[None]:
         rows = torch.unique(self.rows(prompts)).tolist()
         if len(rows) > 1:
             raise InputError(
@@ -100,7 +101,8 @@ class WeightAdapter(Adapter):
             )
         from peft import LoraConfig, LoraModel  # here, because it takes a second
 
-        denoiser = uncompiled(backend.modules["denoiser"])
+        pipe = (backend if isinstance(backend, Backend) else open_to_draw(backend)).pipe
+        denoiser = uncompiled(denoiser_of(pipe))
         self._check(denoiser)
         alpha = self.lora.rank if self.lora.alpha is None else self.lora.alpha
         config = LoraConfig(r=self.lora.rank, lora_alpha=alpha, target_modules=list(self.layers))
@@ -125,7 +127,9 @@ class WeightAdapter(Adapter):
             if not isinstance(layer, nn.Linear) or (layer.in_features, layer.out_features) != widths:
                 raise InputError(f"this adapter changes layer {name!r} {widths}, which the backend lacks")
 
-    def prompt_kwargs(self, pipe: Any, prompt: str, negative_prompt: str = "") -> dict[str, Any]:
+    def prompt_kwargs(
+        self, pipe: Any, prompt: str, negative_prompt: str = "", guidance_scale: float | None = None
+    ) -> dict[str, Any]:
         """Refused: this adapter is not in the prompt. Call the pipeline while `attached`."""
         raise InputError("an adapter of weights has no prompt_kwargs; call the pipeline inside `attached`")
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ipgo.backends.base import Backend
+from ipgo.backends.base import Backend, denoiser_of
 from ipgo.backends.chroma import Chroma
 from ipgo.backends.facts import Facts, Opening
-from ipgo.backends.few_steps import FewSteps, by_folder, by_name, by_pipeline
+from ipgo.backends.few_steps import FewSteps, by_folder, by_name, by_pipeline, either
 from ipgo.backends.flux import Flux
 from ipgo.backends.flux_2 import Flux2Klein
 from ipgo.backends.pixart import PixArtAlpha, PixArtSigma
@@ -35,6 +35,7 @@ __all__ = [
     "check_backend",
     "few_steps",
     "load_backend",
+    "open_to_draw",
 ]
 
 # The pipeline class of diffusers -> who opens it.
@@ -112,37 +113,93 @@ def load_backend(
 
     Raises:
         InputError: an unknown name or option, a family that is not known or does not have the option, or a
-            folder that is incomplete, damaged or holds a pickle.
+            folder that is incomplete, damaged or holds a pickle. Or a pipeline object through which nothing can be
+            learned: a part of it is missing, is offloaded or spread over devices, is cast layer by layer, keeps
+            features from step to step (a cache), has an IP-Adapter, or was made in torch.inference_mode.
     """
-    text_device = str(text_device)
-    opening = Opening(image_size, padding, scheduler, long_prompts, text_device)
+    opening = Opening(image_size, padding, scheduler, long_prompts, str(text_device))
     if isinstance(source, str | Path):
-        kind, place = _place(source)
-        family = _family(kind, str(source))
-        opening.check(family.facts, kind)
-        with torch.inference_mode(False):  # else nothing could be learned through its weights
-            backend = family(_open(place, kind, device, dtype, text_device), str(source), opening)
-        if source not in BACKENDS and Path(source).exists():
-            backend.origin = str(Path(source).resolve())  # wherever the process goes from here
-        return with_own_scale(backend, str(source), few_steps(str(source)))
-    kinds = [kind.__name__ for kind in type(source).__mro__ if kind.__name__ in FAMILIES]
+        return _from_place(source, opening, device, dtype)
+    return _from_pipeline(source, opening, device, dtype)
+
+
+def _from_place(
+    source: str | Path, opening: Opening, device: str | torch.device, dtype: str | torch.dtype
+) -> Backend:
+    """The backend of a name, a folder, a file or a hub id."""
+    kind, place = _place(source)
+    family = _family(kind, str(source))
+    opening.check(family.facts, kind)
+    with torch.inference_mode(False):  # else nothing could be learned through its weights
+        pipe = _open(place, kind, device, dtype, opening.text_device)
+        backend = family(pipe, str(source), opening)
+    if source not in BACKENDS and Path(source).exists():
+        backend.origin = str(Path(source).resolve())  # wherever the process goes from here
+    return with_own_scale(backend, str(source), _few_steps_of(backend, str(place)))
+
+
+def _from_pipeline(
+    pipe: Any, opening: Opening, device: str | torch.device, dtype: str | torch.dtype
+) -> Backend:
+    """The backend of a pipeline object, through which a gradient can go."""
+    kind = _kind(pipe)
+    opening.check(FAMILIES[kind].facts, kind)
+    _check_parts(pipe)
+    with torch.inference_mode(False):  # as above
+        if device != "auto":
+            put(pipe, choose_device(device), opening.text_device)
+        elif opening.text_device != "auto":
+            put(pipe, pipe.device, opening.text_device)
+        if dtype != "auto":
+            cast(pipe, choose_dtype(dtype, pipe.device))
+    return _around(pipe, kind, opening)
+
+
+def open_to_draw(pipe: object, *, padding: str = "max_length", long_prompts: str = "refuse") -> Backend:
+    """As `load_backend` of a pipeline object that is drawn with alone, so that it may be one that offloads, or is
+    refused for another reason that only gradients have.
+    """
+    opening = Opening(padding=padding, long_prompts=long_prompts)
+    kind = _kind(pipe)
+    opening.check(FAMILIES[kind].facts, kind)
+    given: Any = pipe
+    backend = _around(given, kind, opening)
+    # Where a part that moves is between two calls says nothing of where it computes.
+    if any(_moves(module) for module in given.components.values()):
+        backend.device = given._execution_device
+    if any(_moves(module) for part, module in given.components.items() if part.startswith("text_encoder")):
+        backend.text_device = given._execution_device
+    return backend
+
+
+def _kind(pipe: object) -> str:
+    """The class of `FAMILIES` that a pipeline object is of."""
+    kinds = [kind.__name__ for kind in type(pipe).__mro__ if kind.__name__ in FAMILIES]
     if not kinds:
         raise InputError(
             f"a backend opens a name, a folder, a file or a pipeline ({', '.join(FAMILIES)}), "
-            f"not {type(source).__name__}"
+            f"not {type(pipe).__name__}"
         )
-    opening.check(FAMILIES[kinds[0]].facts, kinds[0])
-    given: Any = source
-    for part, module in given.components.items():
-        if hasattr(module, "_hf_hook"):
+    return kinds[0]
+
+
+def _check_parts(pipe: Any) -> None:
+    """Raise `InputError` for a pipeline object through which nothing can be learned."""
+    for part, module in pipe.components.items():
+        if _moves(module):
             raise InputError(
-                f"the pipeline's {part} is moved about by accelerate (offloading, or a device map), which gradients do "
-                "not follow; load it without, and leave its text encoders on the CPU with text_device='cpu'"
+                f"the pipeline's {part} is moved about (offloading, or a device map), which gradients do not follow; "
+                "load it without, and leave its text encoders on the CPU with text_device='cpu'"
             )
-        if _casts_by_layer(module):
+        if _hooked(module, "layerwise_casting"):
             raise InputError(
                 f"the pipeline's {part} keeps its weights in another format than it computes in (layerwise casting), "
                 "through which nothing can be learned; load the pipeline without it"
+            )
+        if getattr(module, "is_cache_enabled", False):
+            raise InputError(
+                f"the pipeline's {part} keeps features from one step for the next (a cache), which gradients do not "
+                f"follow; switch it off (`pipe.{part}.disable_cache()`)"
             )
         if getattr(getattr(module, "config", None), "encoder_hid_dim_type", None) == "ip_image_proj":
             raise InputError(
@@ -154,30 +211,29 @@ def load_backend(
                 f"the pipeline's {part} was made in torch.inference_mode, through which nothing can be learned; "
                 "load the pipeline outside of it"
             )
-    with torch.inference_mode(False):  # as above
-        if device != "auto":
-            put(given, choose_device(device), text_device)
-        elif text_device != "auto":
-            put(given, given.device, text_device)
-        if dtype != "auto":
-            cast(given, choose_dtype(dtype, given.device))
-    backend = FAMILIES[kinds[0]](given, type(source).__name__, opening)
-    loaded = str(getattr(given, "name_or_path", None) or "")  # it may be a Path
-    own = few_steps(loaded) if loaded else None
+
+
+def _moves(module: object) -> bool:
+    """Is it moved from device to device, by accelerate or by diffusers' group offloading?"""
+    return hasattr(module, "_hf_hook") or _hooked(module, "group_offloading")
+
+
+def _hooked(module: object, name: str) -> bool:
+    """Does it have a hook of diffusers of this name, as `enable_layerwise_casting` makes them?"""
+    parts = module.modules() if isinstance(module, nn.Module) else ()
+    hooks = (getattr(getattr(part, "_diffusers_hook", None), "hooks", {}) for part in parts)
+    return any(name in each for each in hooks)
+
+
+def _around(pipe: Any, kind: str, opening: Opening) -> Backend:
+    """The backend of a pipeline object as it is."""
+    backend = FAMILIES[kind](pipe, type(pipe).__name__, opening)
+    loaded = str(getattr(pipe, "name_or_path", None) or "")  # it may be a Path
     if loaded and Path(loaded).exists():
         backend.origin = str(Path(loaded).resolve())
     elif loaded and not Path(loaded).is_absolute():  # a folder that is gone says nothing
         backend.origin = loaded
-    return with_own_scale(
-        backend, loaded or backend.name, own or by_pipeline(given, backend.modules["denoiser"])
-    )
-
-
-def _casts_by_layer(module: object) -> bool:
-    """Has diffusers' `enable_layerwise_casting` been called?"""
-    parts = module.modules() if isinstance(module, nn.Module) else ()
-    hooks = (getattr(getattr(part, "_diffusers_hook", None), "hooks", {}) for part in parts)
-    return any("layerwise_casting" in each for each in hooks)
+    return with_own_scale(backend, loaded or backend.name, _few_steps_of(backend, loaded))
 
 
 def check_backend(source: str | Path, opening: Opening) -> None:
@@ -189,7 +245,12 @@ def check_backend(source: str | Path, opening: Opening) -> None:
 def few_steps(source: str) -> FewSteps | None:
     """How a model is sampled that draws in a few steps, by its name or what is in its folder; None for others."""
     place = BACKENDS[source][1] if source in BACKENDS else source
-    return by_name(place) or by_folder(Path(place))
+    return either(by_name(place), by_folder(Path(place)))
+
+
+def _few_steps_of(backend: Backend, place: str) -> FewSteps | None:
+    """The same for one that is open, loaded from `place`; "" says nothing."""
+    return either(by_name(place), by_pipeline(backend.pipe, denoiser_of(backend.pipe)))
 
 
 def with_own_scale(backend: Backend, source: str, few: FewSteps | None) -> Backend:

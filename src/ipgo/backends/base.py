@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +19,7 @@ from ipgo.backends.facts import Facts, Guidance, Opening
 from ipgo.backends.few_steps import FewSteps
 from ipgo.backends.schedulers import STOCHASTIC, described, new_scheduler
 from ipgo.backends.text import unpadded
-from ipgo.backends.weights import fingerprint
+from ipgo.backends.weights import fingerprint, uncompiled
 from ipgo.devices import name_of
 from ipgo.embeds import PromptEmbeds, concatenate
 from ipgo.errors import InputError
@@ -77,10 +79,10 @@ class Backend(ABC):
         needed = [*encoders, *(part for part in NEEDED if part in parts)]
         for part in (part for part in needed if parts[part] is None and part not in self.optional):
             raise InputError(f"backend {name!r} has no {part}, without which it cannot draw")
-        denoiser = parts["unet"] if "unet" in parts else parts["transformer"]
+        denoiser = denoiser_of(pipe)
         self.device, self.dtype = denoiser.device, denoiser.dtype
         self.text_device: torch.device = next(iter(encoders.values())).device
-        self.modules: dict[str, nn.Module] = {
+        self._parts: dict[str, nn.Module] = {
             "denoiser": denoiser,
             **{part: module for part, module in encoders.items() if module is not None},
             "decoder": pipe.vae,
@@ -90,8 +92,13 @@ class Backend(ABC):
         self.calls: Counter[str] = Counter()
         self.max_tokens = min(self.facts.tokens, self.tokenizer.model_max_length)
         self.latent_shape = self._latent_shape(opening.image_size)
-        for module in self.modules.values():
+        for module in self._parts.values():
             module.requires_grad_(False).eval()
+
+    @cached_property
+    def modules(self) -> dict[str, nn.Module]:
+        """See above; only here may a decoder be copied, so that what draws no pictures needs none."""
+        return {**self._parts, "decoder": self._decoder()}
 
     # -- what a family says -----------------------------------------------------------------------------
 
@@ -130,9 +137,13 @@ class Backend(ABC):
     ) -> Tensor:
         """The guided model output for (B, C, h, w) latents, in their shape and format."""
 
+    def _decoder(self) -> Any:
+        """What makes pictures of latents."""
+        return self.pipe.vae
+
     def _latent_shape(self, image_size: int | None) -> tuple[int, int, int]:
         """C, h and w of the latents of square images, by default of the model's own size."""
-        config: Any = self.modules["denoiser"].config
+        config = denoiser_of(self.pipe).config
         side = latent_side(self.pipe, config.sample_size, image_size, config.get("patch_size") or 1)
         return config.in_channels, side, side
 
@@ -286,6 +297,11 @@ class Backend(ABC):
             raise InputError(
                 f"sampling.steps is {steps}; the model's scheduler refuses it: {error}"
             ) from None
+        except TypeError as error:
+            raise InputError(
+                f"the pipeline's scheduler is {type(scheduler).__name__}, which does not take what a pipeline of this "
+                f"family gives its scheduler ({error}); give it one that does"
+            ) from None
         return scheduler
 
     def guided(
@@ -326,6 +342,11 @@ class Backend(ABC):
         vae: Any = self.modules["decoder"]
         pixels = self._pixels(latents.to(vae.dtype)).to(latents.dtype)
         return (pixels / 2 + 0.5).clamp(0, 1)
+
+
+def denoiser_of(pipe: Any) -> Any:
+    """The network of a pipeline that predicts noise, or what its family predicts."""
+    return pipe.unet if "unet" in pipe.components else pipe.transformer
 
 
 def _learned(module: nn.Module) -> bool:
@@ -369,10 +390,10 @@ def _named(prefix: str, prompt: PromptEmbeds) -> dict[str, Any]:
 
 
 def upcast(vae: Any) -> Any:
-    """A VAE that overflows in float16, as its configuration says, in float32: a copy, the pipeline's own stays."""
+    """A VAE that overflows in float16, as its configuration says, in float32: a copy, tiled and sliced as the
+    pipeline's own, which stays.
+    """
     if vae.dtype != torch.float16 or not vae.config.get("force_upcast"):
         return vae
-    with vae.device:
-        copied = type(vae).from_config(vae.config)
-    copied.load_state_dict(vae.state_dict())
-    return copied.requires_grad_(False).eval()
+    with torch.inference_mode(False):  # it is made with the first picture, wherever that is drawn
+        return copy.deepcopy(uncompiled(vae)).float().requires_grad_(False).eval()

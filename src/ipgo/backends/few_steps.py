@@ -32,7 +32,6 @@ NAMES: tuple[tuple[tuple[str, ...], FewSteps | None], ...] = (
     (("3", "5", "turbo"), FewSteps(4)),
     (("turbo",), FewSteps(1)),
     (("lightning",), FewSteps(4)),
-    (("lcm", "dreamshaper"), FewSteps(4, 8.5)),
     (("lcm",), FewSteps(4)),
     (("schnell",), FewSteps(4)),
     (("sprint",), FewSteps(2, 4.5)),
@@ -40,14 +39,26 @@ NAMES: tuple[tuple[tuple[str, ...], FewSteps | None], ...] = (
     (("klein",), FewSteps(4)),
 )
 
+# Of which the name alone would say another scale: the network takes it as an input.
+IDS = {"SimianLuo/LCM_Dreamshaper_v7": FewSteps(4, 8.5)}
+
 
 def by_name(place: str) -> FewSteps | None:
     """What a hub id, a folder or a file is called; "8step" in it is the number of steps. None: it is no such model."""
+    if place in IDS:
+        return IDS[place]
     name = place.rstrip("/").split("/")[-1].lower()
     words = set(re.findall(r"[a-z]+|\d+", name))
     found = next((few for needed, few in NAMES if words >= set(needed)), None)
     stated = re.search(r"([1-9]\d*)[-_ ]?step", name)
     return replace(found, steps=int(stated[1])) if found is not None and stated else found
+
+
+def either(named: FewSteps | None, made: FewSteps | None) -> FewSteps | None:
+    """`by_name` and what a model is made of; of both the steps are the name's, and the scale is that of the network."""
+    if named is None or made is None:
+        return named or made
+    return replace(made, steps=named.steps)
 
 
 def by_parts(kind: str, scheduler: str, options: Mapping[str, Any]) -> FewSteps | None:

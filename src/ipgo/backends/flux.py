@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ipgo.backends.facts import Facts, Opening
 from ipgo.backends.packed import PackedBackend, pack, places, unpack
+from ipgo.backends.schedulers import shifted_or_own
 from ipgo.backends.text import clip_tokens, tokenize
 from ipgo.embeds import PromptEmbeds
 
@@ -43,6 +44,9 @@ class Flux(PackedBackend):
     @property
     def tokenizer(self) -> Any:
         return self.pipe.tokenizer_2
+
+    def _timesteps(self, steps: int, latents: Tensor) -> dict[str, Any]:
+        return shifted_or_own(steps, latents.shape[-2] * latents.shape[-1] // 4, self.pipe.scheduler.config)
 
     def _encode(self, prompts: Sequence[str], padding: str) -> PromptEmbeds:
         pipe = self.pipe

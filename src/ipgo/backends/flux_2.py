@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -12,7 +11,7 @@ from torch.nn import functional as F
 
 from ipgo.backends.base import Backend, latent_side
 from ipgo.backends.facts import Facts, Opening
-from ipgo.backends.schedulers import shifted
+from ipgo.backends.schedulers import shifted_or_own
 from ipgo.backends.text import chat, tokenize
 from ipgo.embeds import PromptEmbeds
 
@@ -40,8 +39,7 @@ class Flux2Klein(Backend):
         super().__init__(pipe, name, opening)
         self.embed_dim = pipe.transformer.config.joint_attention_dim
         self.guidance = "none" if pipe.config.is_distilled else "classifier-free"
-        own = inspect.signature(type(pipe).__call__).parameters
-        self.layers: tuple[int, ...] = own["text_encoder_out_layers"].default
+        self.layers: tuple[int, ...] = self._own_default("text_encoder_out_layers")
 
     @property
     def image_size(self) -> int:
@@ -98,7 +96,7 @@ class Flux2Klein(Backend):
 
         tokens = latents.shape[-2] * latents.shape[-1]
         own = {"mu": compute_empirical_mu(tokens, steps)}  # fitted to the number of steps, too
-        return {**shifted(steps, tokens, self.pipe.scheduler.config), **own}
+        return {**shifted_or_own(steps, tokens, self.pipe.scheduler.config), **own}
 
     def _to_vae(self, latents: Tensor) -> Tensor:
         """The latents are patches of 2 x 2 of the VAE's, each channel brought to mean 0 and deviation 1."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from textwrap import shorten
@@ -12,7 +13,8 @@ from typing import Any
 import diffusers
 import torch
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, list_repo_files
+from huggingface_hub.errors import GatedRepoError
 from safetensors import SafetensorError, safe_open
 from transformers.utils import logging as transformers_logging
 
@@ -57,23 +59,32 @@ def pipeline_class(source: str | Path) -> str:
 def open_pipeline(source: str | Path, kind: str, dtype: torch.dtype) -> Any:
     """Open a folder or a hub id that holds a pipeline of class `kind`; `InputError` if that fails."""
     local = is_local(source)
-    if local:
-        check_folder(Path(source))
+    variant = check_folder(Path(source)) if local else None
     cls = getattr(diffusers, kind)
     options: dict[str, Any] = {}
     if "safety_checker" in cls._optional_components:
         options = {"safety_checker": None, "requires_safety_checker": False}
     try:
+        if not local:
+            variant = _hub_variant(str(source))
         with no_bars() if local else nullcontext():
-            return cls.from_pretrained(str(source), dtype=dtype, use_safetensors=True, **options)
+            return cls.from_pretrained(
+                str(source), dtype=dtype, use_safetensors=True, variant=variant, **options
+            )
     except Exception as error:  # libraries answer damaged files with errors of many kinds
         raise _cannot_open(source, error) from error
 
 
-def check_folder(path: Path) -> None:
-    """Raise `InputError` unless every part that the folder's index names is complete, in safetensors."""
+def check_folder(path: Path) -> str | None:
+    """Raise `InputError` unless every part that the folder's index names is complete, in safetensors.
+
+    Returns:
+        The variant of weights that are there in one alone, as "fp16"; None: they have their usual names.
+    """
+    parts = _parts(json.loads((path / INDEX).read_text(encoding="utf-8")))
+    variant = _variant(_files(path), parts)
     weights = []
-    for part, library in _parts(json.loads((path / INDEX).read_text(encoding="utf-8"))).items():
+    for part, library in parts.items():
         if part == "scheduler":
             needed = "scheduler/scheduler_config.json"
         elif part.startswith("tokenizer"):
@@ -81,11 +92,43 @@ def check_folder(path: Path) -> None:
             needed = f"{part}/{there[0] if there else TOKENIZERS[0]}"
         else:
             needed = f"{part}/config.json"
-            weights += _weight_files(path / part, WEIGHTS.get(library, WEIGHTS["transformers"]))
+            weights += _weight_files(path / part, _weights_name(library), variant)
         if not (path / needed).exists():
             raise InputError(f"backend folder {str(path)!r} is incomplete: {needed} is missing")
     for file in weights:
         check_weights(file)
+    return variant
+
+
+def _hub_variant(source: str) -> str | None:
+    """As `check_folder` says it of a folder, of a hub id; its weights need not have been fetched."""
+    index = Path(hf_hub_download(source, INDEX))
+    try:
+        files: Collection[str] = list_repo_files(source)
+    except Exception:  # without a network, which libraries say in many ways: what was fetched before
+        files = _files(index.parent)
+    return _variant(files, _parts(json.loads(index.read_text(encoding="utf-8"))))
+
+
+def _files(folder: Path) -> list[str]:
+    return [file.relative_to(folder).as_posix() for file in folder.glob("*/*")]
+
+
+def _weights_name(library: str) -> str:
+    return WEIGHTS.get(library, WEIGHTS["transformers"])
+
+
+def _variant(files: Collection[str], parts: Mapping[str, str]) -> str | None:
+    """The word in the names of a part's weights, `model.fp16.safetensors`, where this is the one way they are there."""
+    for part, library in parts.items():
+        name = _weights_name(library)
+        usual = (f"{part}/{name}", f"{part}/{name}.index.json")
+        start = re.escape(f"{part}/{name.removesuffix('.safetensors')}")
+        pattern = re.compile(start + r"\.(?:(\w+)\.safetensors|safetensors\.index\.(\w+)\.json)")
+        found = {match[1] or match[2] for match in map(pattern.fullmatch, files) if match}
+        if len(found) == 1 and not any(each in files for each in usual):
+            return found.pop()
+    return None
 
 
 def _parts(index: Mapping[str, Any]) -> dict[str, str]:
@@ -106,6 +149,11 @@ def class_name(index: Path, source: str | Path) -> str:
 
 
 def _cannot_open(source: str | Path, error: Exception) -> InputError:
+    if isinstance(error, GatedRepoError):
+        return InputError(
+            f"backend {str(source)!r} is given to those alone who accept its licence: do so at "
+            f"https://huggingface.co/{source}, and run `hf auth login`"
+        )
     reason = first_line(error).rstrip(".")
     if is_local(source):
         return InputError(f"cannot open backend {str(source)!r}: {reason}")
@@ -129,11 +177,15 @@ def no_bars() -> Iterator[None]:
             each.enable_progress_bar()
 
 
-def _weight_files(folder: Path, file_name: str) -> list[Path]:
-    """The file, or the shards that its index names."""
-    index = folder / f"{file_name}.index.json"
+def _weight_files(folder: Path, file_name: str, variant: str | None) -> list[Path]:
+    """The file, or the shards that its index names; those of the variant where they are there."""
+    index, file = folder / f"{file_name}.index.json", folder / file_name
+    if variant is not None:
+        own = folder / f"{file_name}.index.{variant}.json", file.with_suffix(f".{variant}.safetensors")
+        if any(each.is_file() for each in own):
+            index, file = own
     if not index.is_file():
-        return [folder / file_name]
+        return [file]
     try:
         shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError):

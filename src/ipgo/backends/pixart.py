@@ -83,15 +83,18 @@ class PixArtSigma(PixArtAlpha):
 
     facts: ClassVar[Facts] = replace(PixArtAlpha.facts, tokens=300)
 
-    def __init__(self, pipe: Any, name: str, opening: Opening) -> None:
-        super().__init__(pipe, name, opening)
-        self.modules["decoder"] = upcast(pipe.vae)
+    def _decoder(self) -> Any:
+        return upcast(self.pipe.vae)
 
 
 def masked_kwargs(cond: PromptEmbeds, uncond: PromptEmbeds | None) -> dict[str, Any]:
-    """Arguments for a pipeline that wants both halves equally long, and a mask for each."""
+    """Arguments for a pipeline that wants both halves equally long, and a mask for each.
+
+    By default it draws in the nearest of its own sizes, and scales the picture to the one asked for; ipgo never does.
+    """
+    own_size = {"use_resolution_binning": False}
     if uncond is None:
-        return {"prompt_embeds": cond.embeds, "prompt_attention_mask": cond.mask.to(torch.int64)}
+        return {"prompt_embeds": cond.embeds, "prompt_attention_mask": cond.mask.to(torch.int64), **own_size}
     both = concatenate([cond, uncond])
     rows = len(cond.mask)
     mask = both.mask.to(torch.int64)
@@ -101,4 +104,5 @@ def masked_kwargs(cond: PromptEmbeds, uncond: PromptEmbeds | None) -> dict[str, 
         "prompt_attention_mask": mask[:rows],
         "negative_prompt_embeds": both.embeds[rows:],
         "negative_prompt_attention_mask": mask[rows:],
+        **own_size,
     }

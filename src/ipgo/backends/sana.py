@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -42,9 +41,7 @@ class Sana(Backend):
         super().__init__(pipe, name, opening)
         self.embed_dim = pipe.transformer.config.caption_channels
         self.max_tokens = self.facts.tokens
-        self.instruction = "\n".join(
-            inspect.signature(type(pipe).__call__).parameters["complex_human_instruction"].default
-        )
+        self.instruction = "\n".join(self._own_default("complex_human_instruction"))
 
     def _encode(self, prompts: Sequence[str], padding: str) -> PromptEmbeds:
         # All but one: its last token and its mark take a place each that is the prompt's.

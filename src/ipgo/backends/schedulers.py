@@ -41,7 +41,7 @@ def new_scheduler(own: Any, name: str | None) -> Any:
     """A new scheduler as the model's own, or the one of `SCHEDULERS` with its noise levels.
 
     Raises:
-        InputError: the model's own draws noise of its own.
+        InputError: the model's own draws noise of its own, or its noise levels are none that another can have.
     """
     if name is None:
         kind = type(own).__name__
@@ -53,6 +53,11 @@ def new_scheduler(own: Any, name: str | None) -> Any:
         return type(own).from_config(own.config)
     import diffusers  # here, because it takes seconds
 
+    if "beta_schedule" not in own.config or "sigma_data" in own.config:
+        raise InputError(
+            f"scheduler is {name!r}; the model's own, {type(own).__name__}, has noise levels that no other can have: "
+            "leave scheduler out"
+        )
     kind, options = SCHEDULERS[name]
     wanted = getattr(diffusers, kind)
     known = inspect.signature(wanted).parameters
@@ -79,6 +84,15 @@ def shift(tokens: int, config: Any) -> float:
 def shifted(steps: int, tokens: int, config: Any) -> dict[str, Any]:
     """Arguments of `set_timesteps` for an image of so many tokens: equal steps from 1 on, and their shift."""
     return {"sigmas": np.linspace(1.0, 1 / steps, steps), "mu": shift(tokens, config)}
+
+
+def shifted_or_own(steps: int, tokens: int, config: Any) -> dict[str, Any]:
+    """As `shifted`, unless the scheduler is configured to space a flow's steps itself: FLUX's pipelines let it."""
+    arguments = shifted(steps, tokens, config)
+    if config.get("use_flow_sigmas"):
+        del arguments["sigmas"]
+        arguments["num_inference_steps"] = steps
+    return arguments
 
 
 class Denoised(NamedTuple):

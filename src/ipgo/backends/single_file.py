@@ -36,7 +36,7 @@ def open_file(path: Path, kind: str, dtype: torch.dtype) -> Any:
     that has its name without `.safetensors`, or else from the hub.
 
     Raises:
-        InputError: neither has them, or they do not fit the weights.
+        InputError: neither has them, they do not fit the weights, or some weights are missing.
     """
     folder = path.with_suffix("")
     local = (folder / INDEX).is_file()
@@ -50,6 +50,10 @@ def open_file(path: Path, kind: str, dtype: torch.dtype) -> Any:
             return getattr(diffusers, kind).from_single_file(
                 str(path), dtype=dtype, feature_extractor=None, image_encoder=None, **options
             )
+    except NotImplementedError as error:  # torch's, of a tensor that was in no file and so has no numbers
+        raise InputError(
+            f"backend file {str(path)!r} is incomplete: its weights lack a part of the UNet or the VAE"
+        ) from error
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         if local or not isinstance(error, OSError):
             reason = first_line(error)

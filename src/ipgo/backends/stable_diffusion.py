@@ -40,8 +40,12 @@ class StableDiffusion(Backend):
 
     def _encode(self, prompts: Sequence[str], padding: str) -> PromptEmbeds:
         windows = read(self.pipe.tokenizer, prompts, self.max_tokens, padding, self.long_prompts)
-        # CLIP is causal, so the padding that follows a text does not change its states.
-        return windows.embeds(self.pipe.text_encoder(windows.ids.to(self.text_device))[0])
+        encoder = self.pipe.text_encoder
+        # CLIP is causal, so the padding that follows a text does not change its states. The states of the padding
+        # itself, which the UNet sees, depend on whether it sees padding: not where the configuration says so.
+        masked = getattr(encoder.config, "use_attention_mask", False)
+        mask = windows.mask.to(self.text_device) if masked else None
+        return windows.embeds(encoder(windows.ids.to(self.text_device), attention_mask=mask)[0])
 
     def predict(
         self,

@@ -40,7 +40,9 @@ class StableDiffusionXL(Backend):
         self.max_tokens = min(clip_tokens(tokenizer, encoder) for tokenizer, encoder in self._encoders())
         if pipe.unet.config.time_cond_proj_dim is not None:
             self.guidance = "distilled"
-        self.modules["decoder"] = upcast(pipe.vae)
+
+    def _decoder(self) -> Any:
+        return upcast(self.pipe.vae)
 
     def _encoders(self) -> list[tuple[Any, Any]]:
         pipe = self.pipe

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,15 +30,22 @@ def unpadded(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
 def expanded(tokenizer: Any, prompts: Sequence[str]) -> list[str]:
     """Prompts where the name of a textual inversion stands for all of its vectors.
 
-    Those after the first are tokens of their own, `<cat>_1` and so on; diffusers' pipelines put them in, too.
+    Those after the first are tokens of their own, `<cat>_1` and so on; diffusers' pipelines put them in, too, for every
+    `<cat>` that a prompt spells, even that of `<cat>_1`.
     """
     added = getattr(tokenizer, "added_tokens_encoder", {})
-    texts = list(prompts)
+    whole = {}
     for token in (token for token in added if f"{token}_1" in added):
         further = itertools.takewhile(added.__contains__, (f"{token}_{n}" for n in itertools.count(1)))
-        whole = " ".join([token, *further])
-        texts = [text if f"{token}_1" in text else text.replace(token, whole) for text in texts]
-    return texts
+        whole[token] = " ".join([token, *further])
+    return [_expanded(tokenizer, prompt, whole) for prompt in prompts] if whole else list(prompts)
+
+
+def _expanded(tokenizer: Any, text: str, whole: Mapping[str, str]) -> str:
+    there = set(tokenizer.tokenize(text))
+    for token in whole:
+        text = text.replace(token, whole[token]) if token in there else text
+    return text
 
 
 @dataclass(frozen=True)

@@ -64,5 +64,7 @@ def open_blueprint(
     """A backend of that blueprint; with None for `sizes` it has random numbers, on `device`."""
     Opening(**opening).check(FAMILIES[blueprint.kind].facts, blueprint.kind)
     pipe = blueprint.pipeline(sizes, dtype, device)
+    opened = load_backend(pipe, **opening)
     with sizes_only(sizes, torch.float32):  # for the copy of a VAE that overflows in float16
-        return load_backend(pipe, **opening)
+        _ = opened.modules
+    return opened
