@@ -138,13 +138,18 @@ backend = ipgo.load_backend({opened})
 images = ipgo.generate(backend, [{prompt}], [{shown_seed(run)}], adapter, ipgo.Sampling({drawn}))
 ```"""
     base = _base(config.backend)
-    if base is None or not _fits_a_pipeline(adapter):
+    if base is None or not _fits_a_pipeline(run, adapter):
         return code
     return f"{code}\n\n{_in_diffusers(run, adapter, base, prompt)}"
 
 
-def _fits_a_pipeline(adapter: Adapter) -> bool:
-    """Can a stock pipeline's call draw with it? None takes other states at late steps, or the noise of every step."""
+def _fits_a_pipeline(run: Run, adapter: Adapter) -> bool:
+    """Can a stock pipeline's call draw with it? None takes other states at late steps, or the noise of every step.
+
+    With changed weights it reads the prompt itself, and pads and cuts it in its own way.
+    """
+    if isinstance(adapter, WeightAdapter):
+        return (run.config.padding, run.config.long_prompts) == ("max_length", "refuse")
     every_step = isinstance(adapter, NoiseAdapter) and adapter.latents.shape[1] > 1
     return not (every_step or isinstance(adapter, TextEncoderAdapter))
 
@@ -169,12 +174,13 @@ def _in_diffusers(run: Run, adapter: Adapter, base: str, prompt: str) -> str:
     if isinstance(adapter, WeightAdapter):
         words = ", ".join([prompt, *(f"negative_prompt={each}" for each in negative), *asked])
         called = [
-            f"with adapter.attached(ipgo.load_backend(pipe), [{prompt}]):",
+            f"with adapter.attached(pipe, [{prompt}]):",
             f"    image = pipe({words}).images[0]",
         ]
     else:
+        scale = _given(sampling, ("guidance_scale",))  # where there is none, negative prompts are left out
         called = [
-            f"kwargs = adapter.prompt_kwargs(pipe, {', '.join([prompt, *negative])})",
+            f"kwargs = adapter.prompt_kwargs(pipe, {', '.join([prompt, *negative, *scale])})",
             f"image = pipe(**kwargs, {', '.join(asked)}).images[0]",
         ]
     opened, imports = [repr(base)], ["import diffusers"]
