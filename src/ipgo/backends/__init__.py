@@ -325,4 +325,7 @@ def _open(
         pipe = open_pipeline(place, kind, choose_dtype(dtype, chosen))
     parts = [(name, part) for name, part in pipe.components.items() if isinstance(part, nn.Module)]
     check_numbers(parts, str(place))
+    if chosen.type == "cpu":
+        for _, part in parts:
+            part.to(memory_format=torch.channels_last)  # convolutions then need a tenth to a fifth less time
     return put(pipe, chosen, text_device)
