@@ -37,7 +37,9 @@ from ipgo.terminal import (
 )
 
 if TYPE_CHECKING:
-    from ipgo.evaluation import Gain
+    from jsonargparse import ArgumentParser
+
+    from ipgo.evaluation import Gain, Score
     from ipgo.store import Run
 
 HELP = """usage: ipgo COMMAND [options]
@@ -133,9 +135,8 @@ def _fail(message: str, code: int) -> int:
 
 def fit(argv: list[str]) -> int:
     """`ipgo fit`: settings from a preset, then a file, then flags, checked as early as possible."""
-    from ipgo.config import build, flatten, merge, method_of, parse, presets, read_settings, run_parser
+    from ipgo.config import build, flatten, merge, method_of, parse, read_settings
     from ipgo.defaults import for_backend
-    from ipgo.methods import METHODS
     from ipgo.models import judging_rewards, load_models
     from ipgo.rewards import check_reward
     from ipgo.runner import check_gradient, check_method, run
@@ -149,14 +150,33 @@ def fit(argv: list[str]) -> int:
     if chosen.backend is not None:
         settings["backend"] = chosen.backend
 
-    parser = run_parser(method_of(settings))
     few = for_backend(str(settings.get("backend")), method_of(settings))
     if few:
         said = ", ".join(f"{name} {json.dumps(value)}" for name, value in flatten(few).items())
         logging.getLogger("ipgo").info(
             "%s is a few-step model; defaults for it: %s", settings["backend"], said
         )
-    settings = merge(few, settings)
+    parsed = parse(_fit_parser(method_of(settings)), merge(few, settings), rest)
+
+    texts = read_texts(parsed.text, parsed.prompts)
+    config = build(parsed, tuple(texts))
+    for name in (config.reward, *judging_rewards(config)):
+        check_reward(name, config.prompts)
+    check_gradient(config)
+    place = Path(parsed.out or Path("runs") / (slug(parsed.prompts or texts[0]) or "run"))
+    folder = Run.open(place, config)
+    check_method(folder)
+    warn_of_unseen_words(config.backend, config.prompts)
+    loading(config.backend)
+    run(folder, load_models(config, begun_in=folder.dtype))
+    return show_run(folder)
+
+
+def _fit_parser(method: str) -> ArgumentParser:
+    from ipgo.config import presets, run_parser
+    from ipgo.methods import METHODS
+
+    parser = run_parser(method)
     parser.usage = "ipgo fit PROMPT... [options]"
     parser.description = "Learn embeddings for one or more prompts, and evaluate them on unseen noise."
     parser.epilog = f"--method NAME is one of {', '.join(METHODS)}; --method.* are its options."
@@ -173,20 +193,7 @@ def fit(argv: list[str]) -> int:
     parser.add_argument(
         "--out", type=str, help="the run's folder (default: runs/ and the first prompt's words)"
     )
-    parsed = parse(parser, settings, rest)
-
-    texts = read_texts(parsed.text, parsed.prompts)
-    config = build(parsed, tuple(texts))
-    for name in (config.reward, *judging_rewards(config)):
-        check_reward(name, config.prompts)
-    check_gradient(config)
-    place = Path(parsed.out or Path("runs") / (slug(parsed.prompts or texts[0]) or "run"))
-    folder = Run.open(place, config)
-    check_method(folder)
-    warn_of_unseen_words(config.backend, config.prompts)
-    loading(config.backend)
-    run(folder, load_models(config, begun_in=folder.dtype))
-    return show_run(folder)
+    return parser
 
 
 def show_run(folder: Run) -> int:
@@ -319,11 +326,10 @@ def evaluate(argv: list[str]) -> int:
     args = parser.parse_args(argv)
 
     from ipgo.adapters import Adapter
-    from ipgo.evaluation import evaluate, levels, summarise
+    from ipgo.evaluation import evaluate
     from ipgo.models import load_models
-    from ipgo.report import write_report
     from ipgo.seeding import check_seeds
-    from ipgo.store import EVALUATION, Run
+    from ipgo.store import Run
     from ipgo.vocabulary import warn_of_unseen_words
 
     check_seeds(tuple(args.seeds))
@@ -331,13 +337,15 @@ def evaluate(argv: list[str]) -> int:
     files.check_out(folder.path, folder=True)
     stored = open_stored(args.run)
     prompts = stored.prompts([], args.prompts)
-    source, raised = backend_of(stored.settings, args.backend), folder.config.reward
-    try:
-        judges = _judges(raised, args.rewards or list(folder.identities), prompts)
-    except InputError as error:
-        raise InputError(f"{error}" + ("" if args.rewards else "; name rewards with --rewards")) from None
-    place = {"device": args.device, "text_device": args.text_device}
-    config = replace(folder.config, backend=source, reward=judges[0], held_out=judges[1:], **place)
+    first, *others = _judges(folder, args.rewards, prompts)
+    config = replace(
+        folder.config,
+        backend=backend_of(stored.settings, args.backend),
+        reward=first,
+        held_out=tuple(others),
+        device=args.device,
+        text_device=args.text_device,
+    )
     if args.prompts:
         warn_of_unseen_words(config.backend, prompts)
     loading(config.backend)
@@ -352,7 +360,7 @@ def evaluate(argv: list[str]) -> int:
         prompts,
         args.seeds,
         config.sampling,
-        raised,
+        folder.config.reward,
         models.judge,
     )
     for name in folder.strange(models.identities):
@@ -362,34 +370,49 @@ def evaluate(argv: list[str]) -> int:
             name,
         )
     folder.judge_again(scores, models.identities, models.backend.identity)
+    _show_evaluation(folder, prompts, args.seeds, scores)
+    return 0
+
+
+def _show_evaluation(
+    folder: Run, prompts: Sequence[str], seeds: Sequence[int], scores: Sequence[Score]
+) -> None:
+    """Write the report, and print what came out and where it is."""
+    from ipgo.evaluation import levels, summarise
+    from ipgo.report import write_report
+    from ipgo.store import EVALUATION
+
     new = len(set(prompts) - set(folder.config.prompts))
     unseen = f", {f'{new} of them ' if new < len(prompts) else ''}never fitted" if new else ""
     count = f"{len(prompts)} prompt" + "s" * (len(prompts) > 1)
     gains = summarise(scores)
     # Prompts as they are have learned nothing that could be compared.
     means = "\n".join(f"{name:<18}{value:.3f}" for name, value in levels(scores).items())
-    print(f"{count}{unseen}, seeds {_span(args.seeds)}\n{table(gains) if gains else means}")
+    print(f"{count}{unseen}, seeds {_span(seeds)}\n{table(gains) if gains else means}")
     print(f"scores: {folder.path / EVALUATION}\nreport: {write_report(folder)[0]}")
-    return 0
 
 
-def _judges(raised: str, names: Sequence[str], prompts: Sequence[str]) -> tuple[str, ...]:
+def _judges(folder: Run, asked: Sequence[str] | None, prompts: Sequence[str]) -> tuple[str, ...]:
     """The maximised reward, if it can still be loaded, and the others, which must be.
 
     A run made in Python may have maximised a function that no name stands for.
     """
     from ipgo.rewards import check_reward
 
+    raised, names = folder.config.reward, asked or list(folder.identities)
     others = tuple(dict.fromkeys(name for name in names if name != raised))
-    for name in others:
-        check_reward(name, prompts)
     try:
-        check_reward(raised, prompts)
+        for name in others:
+            check_reward(name, prompts)
+        try:
+            check_reward(raised, prompts)
+        except InputError as error:
+            if raised in names:
+                raise
+            logging.getLogger("ipgo").warning("scored without the reward that was maximised: %s", error)
+            return others
     except InputError as error:
-        if raised in names:
-            raise
-        logging.getLogger("ipgo").warning("scored without the reward that was maximised: %s", error)
-        return others
+        raise InputError(f"{error}" + ("" if asked else "; name rewards with --rewards")) from None
     return (raised, *others)
 
 

@@ -102,7 +102,7 @@ def fit(
             `load_backend` made of one, for its other options.
         method: a name of `ipgo list methods`, with its defaults, or an object such as IPGO(ascent=Ascent(steps=20)).
         held_out: rewards that only judge the result, specs or functions; None: those that come with the backend.
-        sampling: None: 20 steps, or what a few-step model needs (see `defaults.defaults`).
+        sampling: None: 20 steps, or what a few-step model needs (see `defaults.method_and_sampling`).
         seeds: noise seeds, which gradient steps use in turn; empty: fresh noise at every step. None: 0 to 3, or only 0
             for a method that learns the noise or prefers a single seed.
         unseen_seeds, seed, shared, judged_prompts, chunk: see `RunConfig`.
