@@ -18,10 +18,11 @@ from ipgo import files
 from ipgo.artefacts import load_identities, load_scores
 from ipgo.budget import LENGTH, Price, length_of
 from ipgo.config import NOT_RESULTS, RunConfig, flatten, merge
+from ipgo.continuing import check_models, differences, with_judges_of
 from ipgo.errors import InputError, IpgoError, ResumeError, unknown
 from ipgo.evaluation import Score
 from ipgo.prompts import check_prompts
-from ipgo.store import LOCK, Run, check_models, differences, left_over, with_judges_of
+from ipgo.store import LOCK, Run, left_over
 
 SCHEMA = 1
 PLAN = "plan.json"

@@ -142,13 +142,8 @@ def denoise(
                 None if uncond is None else uncond.at(index, calls),
                 sampling.scale(backend),
             )
-            if recompute and torch.is_grad_enabled():
-                counted = Counter(backend.calls)
-                prediction = checkpoint(_predict_in_blocks, backend, *call, use_reentrant=False)
-                for name in ("denoiser_grad", "denoiser_grad_both"):  # the backward pass will count them
-                    backend.calls[name] = counted[name]
-            else:
-                prediction = backend.predict(*call)
+            again = recompute and torch.is_grad_enabled()
+            prediction = _predict_twice(backend, *call) if again else backend.predict(*call)
             if sampling.eta > 0:
                 mean, std = ddim_step(scheduler, prediction, timestep, latents, sampling.eta)
                 next_latents = mean + std * noise[:, 1 + index].to(mean)
@@ -158,6 +153,15 @@ def denoise(
                 next_latents = scheduler.step(prediction, timestep, latents).prev_sample
         yield Step(index, timestep, latents, prediction, next_latents)
         latents = next_latents
+
+
+def _predict_twice(backend: Backend, *call: Any) -> Tensor:
+    """`Backend.predict` under gradient checkpointing."""
+    counted = Counter(backend.calls)
+    prediction: Tensor = checkpoint(_predict_in_blocks, backend, *call, use_reentrant=False)
+    for name in ("denoiser_grad", "denoiser_grad_both"):  # the backward pass will count them
+        backend.calls[name] = counted[name]
+    return prediction
 
 
 def _predict_in_blocks(backend: Backend, *call: Any) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -26,6 +25,7 @@ from ipgo.artefacts import (
 )
 from ipgo.chunks import Checkpoint, Chunk, Cost, read_checkpoint, write_checkpoint
 from ipgo.config import RunConfig
+from ipgo.continuing import check_models, differences, differing_in, with_judges_of
 from ipgo.errors import InputError, InUseError, ResumeError
 from ipgo.evaluation import Score
 from ipgo.prompts import Prompt, number
@@ -393,67 +393,9 @@ class Run:
         return self.path / name
 
 
-def with_judges_of(there: Mapping[str, Any], now: Mapping[str, Any], raised: str) -> dict[str, Any]:
-    """The facts `there`, with what `now` says of all rewards but the raised one."""
-    judges = {name: identity for name, identity in now.get("rewards", {}).items() if name != raised}
-    return {**there, "rewards": {**there.get("rewards", {}), **judges}}
-
-
-def check_models(path: Path, there: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise `ResumeError` if `path`, with the facts `there`, was drawn or scored by models other than `now`'s.
-
-    What is in one folder is compared, so a name must keep its model, in one format.
-    """
-    before, after = there.get("rewards", {}), now.get("rewards", {})
-    other = [name for name in after if name in before and before[name] != after[name]]
-    if other:
-        own = after[other[0]].get("preprocessing") == "its own"
-        what = (
-            "the file it is written in, or what it computes by,"
-            if own
-            else "its weights, preprocessing or version"
-        )
-        raise ResumeError(
-            f"{str(path)!r} was scored by another {other[0]!r} ({what} differ{'s' * own}), and the scores are not "
-            f"comparable; give the same {'one' if own else 'weights'}, or another folder"
-        )
-    differing = differing_in(there, now)
-    if differing is None:
-        return
-    words = {
-        "dtype": "was drawn in {0}, not {1}, and the images are not comparable; give a backend in that format",
-        "schedule": "was drawn with the scheduler {0}, not {1}, and the images are not comparable; give the same one",
-        "weights": "was drawn by a backend with other weights ({0} there, {1} now), and the images are not comparable; "
-        "give the same weights",
-    }
-    told = words[differing].format(there[differing], now[differing])
-    raise ResumeError(f"{str(path)!r} {told}, or another folder")
-
-
-def differing_in(there: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """The first part of a backend's identity that both state and in which they differ.
-
-    Fingerprints of weights compare in one format only, so that comes first.
-    """
-    known = (key for key in ("dtype", "schedule", "weights") if there.get(key) and now.get(key))
-    return next((key for key in known if there[key] != now[key]), None)
-
-
-def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Which of the flat settings `now` differ, as `sampling.steps 20 there, 30 now`; "" if none does."""
-    keys = [key for key in now if there.get(key) != now[key]]
-    values = {key: f"{_short(there.get(key))} there, {_short(now[key])} now" for key in keys}
-    return "; ".join(f"{key} {value}" for key, value in values.items())
-
-
 def left_over(file: Path) -> bool:
     """Does a start that was cut short leave such a file behind?"""
     return file.suffix == ".draft" or file.name == LOCK
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _cut(history: Path, step: int) -> None:

@@ -182,7 +182,7 @@ class Stored(NamedTuple):
 
         The same weights under another name, such as a copy of the bundled model, get the guidance scale they had.
         """
-        from ipgo.store import differing_in
+        from ipgo.continuing import differing_in
 
         differing, now = differing_in(self.drawn_by, backend.identity), backend.identity
         if self.drawn_by.get("weights") == now["weights"]:
