@@ -70,12 +70,17 @@ def read_checkpoint(file: Path, chunk: Chunk, digest: str) -> Checkpoint | None:
         with safe_open(file, framework="pt") as tensors:
             about = json.loads(tensors.metadata()["about"])
             state = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+        same = about["prompts"] == list(chunk.texts) and about["digest"] == digest
+        cost = Cost(
+            Counter(about["calls"]),
+            float(about["seconds"]),
+            float(about["peak_memory"]),
+            int(about["sessions"]) + 1,
+        )
+        found = Checkpoint(int(about["step"]), state, cost)
     except (SafetensorError, KeyError, TypeError, ValueError):
         aside = file.with_suffix(".damaged")
         file.replace(aside)
         logger.warning("checkpoint %s is damaged; set aside as %s, the chunk starts again", file, aside.name)
         return None
-    if about["prompts"] != list(chunk.texts) or about["digest"] != digest:
-        return None  # cut with another chunk size: these prompts start again
-    cost = Cost(Counter(about["calls"]), about["seconds"], about["peak_memory"], about["sessions"] + 1)
-    return Checkpoint(about["step"], state, cost)
+    return found if same else None  # cut with another chunk size: these prompts start again

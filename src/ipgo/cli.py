@@ -12,7 +12,9 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
 
 from ipgo import __version__, files
 from ipgo.cli_compare import compare, show_comparison
@@ -145,8 +147,8 @@ def fit(argv: list[str]) -> int:
 
     chosen, rest = peek(argv, ("--preset", "--config", "--method", "--backend"))
     settings = read_settings(chosen.preset, chosen.config)
-    if chosen.method not in (None, method_of(settings)):
-        settings["method"] = {"name": chosen.method}
+    if chosen.method is not None:
+        settings["method"] = _method_settings(settings.get("method", {}), chosen.method)
     if chosen.backend is not None:
         settings["backend"] = chosen.backend
 
@@ -170,6 +172,17 @@ def fit(argv: list[str]) -> int:
     loading(config.backend)
     run(folder, load_models(config, begun_in=folder.dtype))
     return show_run(folder)
+
+
+def _method_settings(given: dict[str, Any], name: str) -> dict[str, Any]:
+    """Settings of the method that a flag names: those of a file, unless these are of another."""
+    if given.get("name", name) == name:
+        return {**given, "name": name}
+    if given.keys() - {"name"}:
+        logging.getLogger("ipgo").info(
+            "settings of the method %s are left out: --method is %s", given["name"], name
+        )
+    return {"name": name}
 
 
 def _fit_parser(method: str) -> ArgumentParser:
@@ -208,15 +221,17 @@ def show_run(folder: Run) -> int:
         gains = summarise(scores, seeds=seeds)
         if gains:
             print(f"\n{title}\n{table(gains)}")
-    if len(folder.prompts) == 1:
+    alone = len(folder.prompts) == 1
+    if alone:
         seed = config.judged_seeds[0]
         for when in ("before", "after"):
             file = folder.image(folder.prompts[0], when, seed)
             if file.is_file():
                 print(f"{when + ':':<12}{file}")
-        print(f"{'learned:':<12}{folder.adapter_folder(folder.prompts[0])}")
     else:
         print(f"{'prompts:':<12}{folder.path / 'prompts'}")
+    if (alone or config.shared) and config.method_name != "raw":
+        print(f"{'learned:':<12}{folder.adapter_folder(folder.prompts[0])}")
     print(f"{'curve:':<12}{curve}\n{'report:':<12}{page}")
     cost = run_cost(folder)
     print(
@@ -268,7 +283,12 @@ def generate(argv: list[str]) -> int:
     """`ipgo generate`: draw prompts with a stored adapter."""
     parser = command_parser("generate", "Draw prompts with what was learned.")
     add_adapter_flags(parser)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="noise seeds (default: 0)")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        help="noise seeds (default: 0, or the seed of what is tied to its noise)",
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("images"), help="folder for the images (default: images)"
     )
@@ -285,9 +305,10 @@ def generate(argv: list[str]) -> int:
     from ipgo.seeding import check_seeds
     from ipgo.vocabulary import warn_of_unseen_words
 
-    check_seeds(tuple(args.seeds))
+    check_seeds(tuple(args.seeds or ()))
     files.check_out(args.out, folder=True)
     stored = open_stored(args.adapter)
+    seeds = stored.seeds(args.seeds)
     texts, settings = stored.prompts(args.text, args.prompts), stored.settings
     own = {"steps": args.steps, "guidance_scale": args.guidance_scale}
     sampling = replace(
@@ -302,11 +323,13 @@ def generate(argv: list[str]) -> int:
     stored.check_backend(backend)
     adapter = stored.adapter.to(backend.device)
     args.out.mkdir(parents=True, exist_ok=True)
-    for prompt in number(texts):
-        for drawing in draw(backend, {"adapter": adapter}, prompt.text, args.seeds, sampling):
-            file = args.out / f"{prompt.id}-{drawing.seed}.png"
-            to_pil(drawing.image[None])[0].save(file)
-            print(file)
+    with tqdm(total=len(texts) * len(seeds), desc="images", disable=None, leave=False) as bar:
+        for prompt in number(texts):
+            for drawing in draw(backend, {"adapter": adapter}, prompt.text, seeds, sampling):
+                file = args.out / f"{prompt.id}-{drawing.seed}.png"
+                to_pil(drawing.image[None])[0].save(file)
+                bar.write(str(file), file=sys.stdout)
+                bar.update()
     return 0
 
 
@@ -337,10 +360,11 @@ def evaluate(argv: list[str]) -> int:
     files.check_out(folder.path, folder=True)
     stored = open_stored(args.run)
     prompts = stored.prompts([], args.prompts)
+    source = backend_of(stored.settings, args.backend)
     first, *others = _judges(folder, args.rewards, prompts)
     config = replace(
         folder.config,
-        backend=backend_of(stored.settings, args.backend),
+        backend=source,
         reward=first,
         held_out=tuple(others),
         device=args.device,
@@ -385,10 +409,12 @@ def _show_evaluation(
     new = len(set(prompts) - set(folder.config.prompts))
     unseen = f", {f'{new} of them ' if new < len(prompts) else ''}never fitted" if new else ""
     count = f"{len(prompts)} prompt" + "s" * (len(prompts) > 1)
+    known = sorted(set(seeds) & set(folder.config.seeds))
+    fitted = f" (fitted to: {_span(known)})" if known else ""
     gains = summarise(scores)
     # Prompts as they are have learned nothing that could be compared.
     means = "\n".join(f"{name:<18}{value:.3f}" for name, value in levels(scores).items())
-    print(f"{count}{unseen}, seeds {_span(seeds)}\n{table(gains) if gains else means}")
+    print(f"{count}{unseen}, seeds {_span(seeds)}{fitted}\n{table(gains) if gains else means}")
     print(f"scores: {folder.path / EVALUATION}\nreport: {write_report(folder)[0]}")
 
 

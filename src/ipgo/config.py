@@ -353,7 +353,9 @@ def _explain(error: ArgumentError, parser: ArgumentParser) -> InputError:
         return unknown_option(f"{found[1]}.{found[2]}", [option.lstrip("-") for option in options])
     if found := re.search(r"Option '(.+)' is not accepted", text):
         return unknown_option(found[1], [option.lstrip("-") for option in options])
-    if found := re.search(r'Parser key "(.+?)".*?: .* [Vv]alue: (.*)', text):
+    if found := re.search(r'Parser key "(.+?)": Unable to load config \'?(.*?)\'? - ', text):
+        return InputError(f"{found[1]} is {found[2]!r}; it must be a mapping of settings")
+    if found := re.search(r'Parser key "(.+?)".*?: .* [Vv]alue:\s*(.*)', text):
         types = re.findall(r"Expected an? (?:<class '(\w+)'>|typing\.Literal\[(.*?)\])", text)
         allowed = " or ".join(kind.replace("NoneType", "null") or choices for kind, choices in types)
         return InputError(f"{found[1]} is {found[2]!r}; it must be {allowed or 'of another type'}")

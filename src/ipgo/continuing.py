@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -59,10 +60,14 @@ def differing_in(there: Mapping[str, Any], now: Mapping[str, Any]) -> str | None
 def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Which of the flat settings `now` differ, as `sampling.steps 20 there, 30 now`; "" if none does."""
     keys = [key for key in now if there.get(key) != now[key]]
-    values = {key: f"{_short(there.get(key))} there, {_short(now[key])} now" for key in keys}
+    values = {key: "{} there, {} now".format(*_short(there.get(key), now[key])) for key in keys}
     return "; ".join(f"{key} {value}" for key, value in values.items())
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _short(*values: Any) -> list[str]:
+    """Values as texts that show where they differ."""
+    texts = [json.dumps(value, ensure_ascii=False) for value in values]
+    alike = len(os.path.commonprefix(texts))  # noqa: RUF071  characters are what is compared
+    start = 0 if alike < 40 else alike - 20
+    cut = [f"{'...' * (start > 0)}{text[start:]}" for text in texts]
+    return [text if len(text) <= 60 else f"{text[:57]}..." for text in cut]

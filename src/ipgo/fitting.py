@@ -148,11 +148,12 @@ def fit(
     if config.reward not in given:
         check_gradient(config)
     with tempfile.TemporaryDirectory() as temporary, torch.inference_mode(False), own_numbers():
-        folder = Run.open(Path(out) if out is not None else Path(temporary) / "run", config)
+        kept = None if out is None else Path(out).expanduser()
+        folder = Run.open(kept or Path(temporary) / "run", config)
         check_method(folder)
         warn_of_unseen_words(config.backend, config.prompts)
         run(folder, load_models(config, given_backend, given, folder.dtype))
-        return result_of(folder, Path(out) if out is not None else None)
+        return result_of(folder, kept)
 
 
 def _name(reward: str | RewardFunction | Reward) -> str:

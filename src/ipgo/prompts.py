@@ -143,7 +143,10 @@ def _some(spec: str, prompts: list[str], options: Mapping[str, str]) -> list[str
         raise InputError(f"n is {count} in {spec!r}, which has {len(prompts)} prompts")
     if count == len(prompts):
         return prompts
-    hashes = [hashlib.sha256(f"{numbers['seed']}:{prompt}".encode()).digest() for prompt in prompts]
+    hashes = [
+        hashlib.sha256(f"{numbers['seed']}:{prompt}".encode(errors="surrogatepass")).digest()
+        for prompt in prompts
+    ]
     chosen = sorted(range(len(prompts)), key=hashes.__getitem__)[:count]
     return [prompts[index] for index in sorted(chosen)]
 

@@ -362,21 +362,21 @@ class Run:
         """Add scores of a later evaluation to those of earlier ones.
 
         Earlier scores of another reward of the same name are replaced. Those of images that another backend
-        (`drawn_by` is the identity of this one) has drawn are set aside, in a file named for its weights.
+        (`drawn_by` is the identity of this one) has drawn are set aside, in a file named for it, and come back with it.
         """
-        file, found = self.path / EVALUATION, {(s.method, s.prompt, s.seed, s.reward): s for s in scores}
-        head = next(iter(files.read_lines(file)), {})
-        before = head.get("drawn_by", drawn_by)
-        differing = differing_in(before, drawn_by)
-        if differing is not None:
-            keys = ("weights", "dtype", *(["schedule"] if differing == "schedule" else []))
-            name = "-".join(str(before.get(key)) for key in keys)
-            file.replace(file.with_stem(f"{file.stem}-{name}"))
-        known = load_identities(file)
-        for each in load_scores(file):
-            if known.get(each.reward) == rewards.get(each.reward, known.get(each.reward)):
-                found.setdefault((each.method, each.prompt, each.seed, each.reward), each)
-        save_scores(file, found.values(), {**known, **rewards}, drawn_by)
+        file = self.path / EVALUATION
+        with FileLock(self.path / ".evaluation.lock"):  # two evaluations may end together
+            before = next(iter(files.read_lines(file)), {}).get("drawn_by", drawn_by)
+            if differing_in(before, drawn_by) is not None:
+                file.replace(_set_aside(file, before))
+                if _set_aside(file, drawn_by).is_file():
+                    _set_aside(file, drawn_by).replace(file)
+            known = load_identities(file)
+            found = {(s.method, s.prompt, s.seed, s.reward): s for s in scores}
+            for each in load_scores(file):
+                if known.get(each.reward) == rewards.get(each.reward, known.get(each.reward)):
+                    found.setdefault((each.method, each.prompt, each.seed, each.reward), each)
+            save_scores(file, found.values(), {**known, **rewards}, drawn_by)
 
     def close(self) -> None:
         """When all is done: collect the scores in scores.jsonl, and drop what only a continuation needs."""
@@ -389,8 +389,14 @@ class Run:
 
     def write(self, name: str, content: str | bytes) -> Path:
         """Put another file, such as report.html, into the folder."""
-        files.write(self.path / name, content.encode() if isinstance(content, str) else content)
+        files.write(self.path / name, content.encode() if isinstance(content, str) else content, alone=False)
         return self.path / name
+
+
+def _set_aside(file: Path, drawn_by: Mapping[str, Any]) -> Path:
+    """Where an evaluation stays while another backend draws."""
+    parts = (str(drawn_by[key]) for key in ("weights", "dtype", "schedule") if drawn_by.get(key))
+    return file.with_stem("-".join([file.stem, *parts]))
 
 
 def left_over(file: Path) -> bool:

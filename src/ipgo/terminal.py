@@ -137,7 +137,8 @@ def backend_of(settings: dict[str, Any], given: str | None) -> str:
     Raises:
         InputError: none of them, or a pipeline object of another process.
     """
-    from ipgo.backends import FAMILIES
+    from ipgo.backends import BACKENDS, FAMILIES
+    from ipgo.backends.folder import is_local
 
     made = settings.pop("backend", None)
     if given is None and made in (None, *FAMILIES):
@@ -147,6 +148,10 @@ def backend_of(settings: dict[str, Any], given: str | None) -> str:
             else f"was fitted on a pipeline object ({made})"
         )
         raise InputError(f"this adapter {what}; name a backend, folder or hub id with --backend")
+    if given is None and is_local(made) and made not in BACKENDS and not Path(made).exists():
+        raise InputError(
+            f"this adapter was fitted on {made!r}, which is not here; name its place with --backend"
+        )
     return str(given or made)
 
 
@@ -176,6 +181,16 @@ class Stored(NamedTuple):
         check_prompts(chosen)
         self.adapter.rows(chosen)
         return chosen
+
+    def seeds(self, asked: Sequence[int] | None) -> list[int]:
+        """Those that are asked for; else 0, or the one that the adapter is tied to. Warns where it does nothing."""
+        from ipgo.adapters import NoiseAdapter
+
+        tied = self.adapter.seed if isinstance(self.adapter, NoiseAdapter) else None
+        if tied is not None and (others := [seed for seed in asked or () if seed != tied]):
+            text = "this adapter is tied to the noise of seed %d; on others (%s) it draws the raw prompt"
+            logging.getLogger("ipgo").warning(text, tied, ", ".join(map(str, others)))
+        return list(asked) if asked else [0 if tied is None else tied]
 
     def check_backend(self, backend: Backend) -> None:
         """Warn if it was learned with other weights, or drawn with another scheduler.

@@ -38,11 +38,16 @@ def _hints(kind: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """numpy's numbers as Python's, also in a tuple, a list as the tuple that JSON lost; anything else as it is."""
+    """numpy's numbers and texts as Python's, also in a tuple, a list as the tuple that JSON lost; the rest as it is.
+
+    Seeds are derived from a text's `repr`, which another library's text may have its own of.
+    """
     if isinstance(value, tuple | list):
         items = tuple(map(_plain, value))
         same = isinstance(value, tuple) and all(a is b for a, b in zip(items, value, strict=True))
         return value if same else items
+    if isinstance(value, str) and type(value) is not str:
+        return str(value)
     foreign = isinstance(value, numbers.Real) and hasattr(value, "item")  # numpy's have it, Python's have not
     return value.item() if foreign else value
 

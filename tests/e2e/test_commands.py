@@ -487,7 +487,8 @@ def test_evaluations_are_added_to_each_other(fitted: Path, tmp_path: Path) -> No
     files.write_lines(place / "evaluation.jsonl", [other, *map(asdict, found)])
     assert cli.main(["evaluate", str(place), "--seeds", "11", "--rewards", "contrast"]) == 0
     assert {each.seed for each in load_scores(place / "evaluation.jsonl")} == {11}
-    assert load_scores(place / "evaluation-aa-float32.jsonl") == found
+    (aside,) = place.glob("evaluation-aa-float32-*.jsonl")
+    assert load_scores(aside) == found
     files.write_lines(place / "evaluation.jsonl", [first, *map(asdict, found)])
     assert cli.main(["report", str(place)]) == 0
     assert "2 fitted prompts, 3 further seeds" in (place / "report.html").read_text()

@@ -84,7 +84,7 @@ def test_the_identity_is_that_of_the_weights_wherever_they_came_from(pipeline_fo
 
 def change(part, edit):
     """Edit the tensors of a part of a folder."""
-    file = part / "diffusion_pytorch_model.safetensors"
+    (file,) = part.glob("*.safetensors")
     weights = load_file(file)
     edit(weights)
     save_file(weights, file, {"format": "pt"})
@@ -106,6 +106,10 @@ def change(part, edit):
             r"tokenizer/tokenizer\.json is missing",
         ),
         (lambda f: change(f / "unet", lambda weights: weights.popitem()), "weights of unet lack 'up_blocks"),
+        (
+            lambda f: change(f / "text_encoder", lambda weights: weights.popitem()),
+            "weights of text_encoder lack '",
+        ),
         (
             lambda f: change(
                 f / "vae", lambda weights: next(iter(weights.values())).view(-1)[3:4].fill_(math.nan)

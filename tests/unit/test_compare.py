@@ -642,7 +642,7 @@ def test_another_reward_of_the_same_name_is_refused(
 ) -> None:
     assert Comparison.open(compared).facts["rewards"].keys() == {"colorfulness", "contrast"}
     other = {"id": "contrast", "version": 2}
-    monkeypatch.setattr(runner, "identity_of", lambda reward: other)
+    monkeypatch.setattr("ipgo.models.identity_of", lambda reward: other)
     assert command(pipeline_folder, compared) == 2
     assert "was scored by another 'colorfulness'" in capsys.readouterr().err
 

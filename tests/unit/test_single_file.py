@@ -50,7 +50,7 @@ def test_a_file_draws_what_its_pipeline_draws(write, name, kind):
         for each in (original, opened)
     ]
     assert images[0].std() > 0.02
-    torch.testing.assert_close(*images, atol=1e-5, rtol=0)
+    torch.testing.assert_close(*images, atol=1e-6, rtol=0)
 
 
 def test_its_format_is_chosen(write):

@@ -235,6 +235,9 @@ def test_evaluations_by_other_schedulers_are_kept_apart(run: Run) -> None:
     save_scores(run.path / "evaluation.jsonl", [score], {}, drawn)  # an older one says nothing of it
     run.judge_again([replace(score, seed=2)], {}, {**drawn, "schedule": "C"})
     assert {each.seed for each in load_scores(run.path / "evaluation.jsonl")} == {1, 2}
+    run.judge_again([replace(score, seed=3)], {}, {**drawn, "schedule": "A"})  # its scores come back with it
+    assert {each.seed for each in load_scores(run.path / "evaluation.jsonl")} == {1, 3}
+    assert {each.seed for each in load_scores(run.path / "evaluation-aa-float32-C.jsonl")} == {1, 2}
 
 
 def test_whoever_is_refused_leaves_the_history_alone(run: Run) -> None:

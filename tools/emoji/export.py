@@ -90,6 +90,10 @@ def export() -> None:
     shutil.rmtree(made, ignore_errors=True)
     backend, rewards = made / "backend", made / "rewards"
     pipeline().to(dtype=torch.float16).save_pretrained(backend, safe_serialization=True)
+    # The files are half as large so; who opens them without a format gets float32 of all parts, as the others are by
+    # default.
+    config = backend / "text_encoder/config.json"
+    config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
     (backend / "vocabulary.json").write_text(json.dumps(vocabulary(), indent=1) + "\n")
     export_rewards(rewards)
     places = {backend: BACKEND, **{each: REWARDS / each.name for each in rewards.iterdir()}}

@@ -325,7 +325,4 @@ def _open(
         pipe = open_pipeline(place, kind, choose_dtype(dtype, chosen))
     parts = [(name, part) for name, part in pipe.components.items() if isinstance(part, nn.Module)]
     check_numbers(parts, str(place))
-    if chosen.type == "cpu":
-        for _, part in parts:  # in this order convolutions need less time
-            part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return put(pipe, chosen, text_device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 from abc import ABC, abstractmethod
@@ -395,5 +394,11 @@ def upcast(vae: Any) -> Any:
     """
     if vae.dtype != torch.float16 or not vae.config.get("force_upcast"):
         return vae
-    with torch.inference_mode(False):  # it is made with the first picture, wherever that is drawn
-        return copy.deepcopy(uncompiled(vae)).float().requires_grad_(False).eval()
+    own: Any = uncompiled(vae)
+    with torch.inference_mode(False), own.device:  # it is made with the first picture, wherever that is drawn
+        copied = type(own).from_config(own.config)
+    copied.load_state_dict(own.state_dict())
+    for name, value in vars(own).items():
+        if name.startswith(("use_tiling", "use_slicing", "tile_")):
+            setattr(copied, name, value)
+    return copied.requires_grad_(False).eval()

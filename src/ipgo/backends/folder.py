@@ -25,6 +25,8 @@ PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 # What a library calls the file of a model's weights.
 WEIGHTS = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
 TOKENIZERS = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model", "vocab.txt")  # one of them
+PLAINLY_NAMED = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
+PREFIX = "text_model."
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 
 
@@ -49,6 +51,8 @@ def pipeline_class(source: str | Path) -> str:
     path = Path(source)
     if path.suffix in PICKLES:
         raise InputError(f"backend {str(path)!r} is a pickle, which can run code; give a safetensors folder")
+    if path.is_file():
+        raise InputError(f"backend {str(path)!r} is a file; give a diffusers folder or a .safetensors file")
     if not path.is_dir():
         raise InputError(f"backend folder {str(path)!r} does not exist")
     if not (path / INDEX).is_file():
@@ -68,11 +72,34 @@ def open_pipeline(source: str | Path, kind: str, dtype: torch.dtype) -> Any:
         if not local:
             variant = _hub_variant(str(source))
         with no_bars() if local else nullcontext():
-            return cls.from_pretrained(
+            pipe = cls.from_pretrained(
                 str(source), dtype=dtype, use_safetensors=True, variant=variant, **options
             )
     except Exception as error:  # libraries answer damaged files with errors of many kinds
         raise _cannot_open(source, error) from error
+    if local:
+        _check_text_encoders(pipe, Path(source), variant)
+    return pipe
+
+
+def _check_text_encoders(pipe: Any, path: Path, variant: str | None) -> None:
+    """Raise `InputError` for one that lacks weights: transformers makes some up, where diffusers refuses.
+
+    Only of kinds whose tensors are called in files as they are in the module, up to a prefix.
+    """
+    for part, module in pipe.components.items():
+        if type(module).__name__ not in PLAINLY_NAMED:
+            continue
+        files = _weight_files(path / part, _weights_name("transformers"), variant)
+        stored: set[str] = set()
+        for file in files:
+            with safe_open(file, framework="pt") as tensors:
+                stored |= {name.removeprefix(PREFIX) for name in tensors.keys()}  # noqa: SIM118
+        known = module.state_dict()
+        tied = {known[name].data_ptr() for name in known if name.removeprefix(PREFIX) in stored}
+        for name, tensor in known.items():
+            if name.removeprefix(PREFIX) not in stored and tensor.data_ptr() not in tied:
+                raise InputError(f"backend {str(path)!r} is incomplete: the weights of {part} lack {name!r}")
 
 
 def check_folder(path: Path) -> str | None:
