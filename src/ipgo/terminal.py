@@ -138,7 +138,6 @@ def backend_of(settings: dict[str, Any], given: str | None) -> str:
         InputError: none of them, or a pipeline object of another process.
     """
     from ipgo.backends import BACKENDS, FAMILIES
-    from ipgo.backends.folder import is_local
 
     made = settings.pop("backend", None)
     if given is None and made in (None, *FAMILIES):
@@ -148,7 +147,8 @@ def backend_of(settings: dict[str, Any], given: str | None) -> str:
             else f"was fitted on a pipeline object ({made})"
         )
         raise InputError(f"this adapter {what}; name a backend, folder or hub id with --backend")
-    if given is None and is_local(made) and made not in BACKENDS and not Path(made).exists():
+    hub_id = made is not None and made.count("/") == 1 and made[0] not in "/.~"
+    if given is None and not hub_id and made not in BACKENDS and not Path(made).exists():
         raise InputError(
             f"this adapter was fitted on {made!r}, which is not here; name its place with --backend"
         )

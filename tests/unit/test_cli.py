@@ -9,8 +9,11 @@ import torch
 
 import ipgo
 from ipgo import cli
+from ipgo.adapters import Adapter, NoiseAdapter
 from ipgo.backends import BACKENDS, FAMILIES
+from ipgo.continuing import differences
 from ipgo.evaluation import Gain, Interval
+from ipgo.terminal import Stored, backend_of
 from tests.conftest import one_sentence
 
 NAN = float("nan")
@@ -215,3 +218,36 @@ def test_every_public_name_is_there() -> None:
         assert getattr(ipgo, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'ftt'"):
         _ = ipgo.ftt
+
+
+def test_settings_of_a_file_hold_under_a_method_flag(caplog: pytest.LogCaptureFixture) -> None:
+    steps = {"ascent": {"steps": 3}}
+    assert cli._method_settings(steps, "reno") == {**steps, "name": "reno"}
+    assert cli._method_settings({"name": "reno", **steps}, "reno") == {"name": "reno", **steps}
+    with caplog.at_level("INFO", "ipgo"):
+        assert cli._method_settings({"name": "ipgo", **steps}, "reno") == {"name": "reno"}
+    assert "settings of the method ipgo are left out" in caplog.text
+
+
+def test_what_is_tied_to_its_noise_is_drawn_from_it(caplog: pytest.LogCaptureFixture) -> None:
+    tied = Stored(NoiseAdapter(("a",), (1, 4, 8, 8), seed=5), {}, {}, None)
+    assert tied.seeds(None) == [5]
+    assert not caplog.text
+    assert tied.seeds([5, 6]) == [5, 6]
+    assert "tied to the noise of seed 5; on others (6) it draws the raw prompt" in caplog.text
+    assert Stored(Adapter(), {}, {}, None).seeds(None) == [0]
+
+
+def test_long_settings_are_cut_where_they_differ() -> None:
+    long = "a lemon on a blue background, flat style, clean and very sharp"
+    there, now = ({"prompts": [f"{long} {end}"], "seed": number} for number, end in enumerate(("one", "two")))
+    told = differences(there, now)
+    assert 'very sharp one"] there' in told
+    assert 'very sharp two"] now' in told
+    assert told.endswith("seed 0 there, 1 now")
+
+
+def test_a_backend_that_is_not_here_is_asked_for() -> None:
+    with pytest.raises(ipgo.InputError, match=r"was fitted on '\./moved', which is not here"):
+        backend_of({"backend": "./moved"}, None)
+    assert backend_of({"backend": "./moved"}, "emoji") == "emoji"
