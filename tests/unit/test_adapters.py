@@ -128,8 +128,17 @@ def test_generate_wants_a_seed_for_each_prompt(backend):
         generate(backend, PROMPTS[:2], [0], Adapter(), SAMPLING)
 
 
+def test_a_negative_prompt_is_read_to_its_end_without_padding_too(pipe):
+    backend = load_backend(pipe, device="cpu", padding="none")
+    ours, theirs = (
+        generate(backend, ["sun"], [0], Adapter(), Sampling(2, 5.0, negative_prompt=text))
+        for text in ("on a red background", "on a red fox")
+    )
+    assert not torch.allclose(ours, theirs, atol=1e-3)
+
+
 @pytest.mark.parametrize("padding", ["max_length", "none"])
-@pytest.mark.parametrize("negative", ["", "blurry"])
+@pytest.mark.parametrize("negative", ["", "blurry", "a blurry and dark picture of a red fox"])
 def test_a_plain_pipeline_draws_the_same_picture(pipe, padding, negative):
     backend = load_backend(pipe, device="cpu", padding=padding)
     adapter = InsertionAdapter(PROMPTS, 32, INSERTION, padding)
@@ -144,7 +153,9 @@ def test_a_plain_pipeline_draws_the_same_picture(pipe, padding, negative):
         output_type="pt",
     ).images
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
-    assert kwargs["prompt_embeds"].shape[1] == (616 if padding == "max_length" else 16)
+    length = kwargs["prompt_embeds"].shape[1]  # of both halves
+    if negative in ("", "blurry"):
+        assert length == (616 if padding == "max_length" else 16)
 
 
 def test_a_model_without_guidance_gets_no_other_half(make_pipe):

@@ -210,8 +210,9 @@ class Backend(ABC):
     def unconditional(self, negative_prompt: str, cond: PromptEmbeds) -> PromptEmbeds:
         """What guidance moves away from, one row for each of `cond`.
 
-        The padded negative prompt; with padding="none" cut to each row's own length. That is the IPGO
-        notebook's rule. It has no states beyond the encoder's length (77), so a longer row gets just those.
+        The padded negative prompt; with padding="none" cut to each row's own length, as the IPGO notebook cuts the
+        empty one, but never shorter than its own text. It has no states beyond the encoder's length (77), so a longer
+        row gets just those.
 
         Raises:
             InputError: the model's guidance has no such half, or the negative prompt is too long.
@@ -225,9 +226,11 @@ class Backend(ABC):
         full = full.select(torch.zeros(len(cond.mask), dtype=torch.long, device=self.device))
         if self.padding == "max_length":
             return full
+        own = self._encode([negative_prompt], "longest").length if negative_prompt else 0
+        length = max(cond.length, own)
         positions = torch.arange(full.length, device=self.device)
-        mask = positions < cond.mask.sum(1, keepdim=True)  # (B, 77)
-        return replace(full, embeds=full.embeds[:, : cond.length], mask=mask[:, : cond.length])
+        mask = positions < cond.mask.sum(1, keepdim=True).clamp(min=own)  # (B, 77)
+        return replace(full, embeds=full.embeds[:, :length], mask=mask[:, :length])
 
     def _negative(self, prompt: str, length: int) -> PromptEmbeds:
         """One row, where `_encode` has it; `length` is that of the prompts which it is the other half of."""
