@@ -92,6 +92,10 @@ def read_texts(texts: Sequence[str], spec: str | None) -> list[str]:
     for text in texts:
         if Path(text).suffix.lower() in READERS and Path(text).is_file():
             raise InputError(f"{text!r} is a file; read its prompts with --prompts {text}")
+    for text in {"true", "false"} & set(texts):
+        raise InputError(
+            f"prompt {text!r} looks like the value of an option; --shared takes none, it is on or left out"
+        )
     if len(texts) > 1 and not any(" " in text.strip() for text in texts):
         words = " ".join(texts)
         if len(set(texts)) < len(texts):

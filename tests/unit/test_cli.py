@@ -13,7 +13,7 @@ from ipgo.adapters import Adapter, NoiseAdapter
 from ipgo.backends import BACKENDS, FAMILIES
 from ipgo.continuing import differences
 from ipgo.evaluation import Gain, Interval
-from ipgo.terminal import Stored, backend_of
+from ipgo.terminal import Stored, backend_of, read_texts
 from tests.conftest import one_sentence
 
 NAN = float("nan")
@@ -245,6 +245,13 @@ def test_long_settings_are_cut_where_they_differ() -> None:
     assert 'very sharp one"] there' in told
     assert 'very sharp two"] now' in told
     assert told.endswith("seed 0 there, 1 now")
+
+
+def test_a_value_that_a_flag_does_not_take_is_no_prompt() -> None:
+    with pytest.raises(
+        ipgo.InputError, match="prompt 'true' looks like the value of an option; --shared takes none"
+    ):
+        read_texts(["a fox", "true"], None)
 
 
 def test_a_backend_that_is_not_here_is_asked_for() -> None:
