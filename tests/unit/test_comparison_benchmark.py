@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ def gain(reward: str, value: float) -> Gain:
 def row(label: str, method: str, unseen: dict[str, float], **other: Any) -> Row:
     level = Interval(0.5, 0.4, 0.6, 20, "prompts")
     gains = {name: gain(name, value) for name, value in unseen.items()}
-    made = Row(label, method, False, "unseen seeds", 20, 20, 20, 0, (), {}, None, [], gains, gains, {}, (level, level),
+    made = Row(label, method, False, "unseen seeds", 20, 20, 0, (), {}, None, [], gains, gains, {}, (level, level),
                0.5, 0.6, [], {}, 2990.0, 12.0, 900, 100)  # fmt: skip
     return replace(made, **other)
 
@@ -171,3 +172,11 @@ def test_what_is_written_above_the_table_stays(tmp_path: Path, monkeypatch: pyte
     assert text.startswith("# By hand\n\n`python benchmarks/comparison.py --entries raw ")
     assert "--budget 7" in text
     assert "an old table" not in text
+
+
+def test_the_kept_figures_of_the_documents_are_read() -> None:
+    kept = sorted((Path(comparison.__file__).parents[1] / "docs").glob("comparison*/*.json"))
+    assert kept
+    for file in kept:
+        rows = [comparison.read(cell) for cell in json.loads(file.read_text())["cells"].values()]
+        assert {row.label for row in rows} == {file.stem}

@@ -29,12 +29,12 @@ class Row:
         label, method: its name here, and that of its method.
         transfers: what its adapter serves besides what it was fitted to: "unseen seeds", "unseen seeds and
             prompts" or "nothing"; "" before a prompt is finished, and of bare prompts.
-        prompts, judged, finished, failed: how many there are, have images that its numbers are means of, have a
-            result, and went wrong.
+        prompts, finished, failed: how many there are, have a result, and went wrong.
         errors: in words, each once.
         rewards: what its scores were given by, as `identity.fingerprints`.
         weights: of the backend that drew it, as `Backend.identity` has them; None before its first step.
         seeds: those that it was fitted to.
+        judged: prompts with images, which its numbers are means over; 0 where that was not kept.
         scores: those of its own images, under its label; of its own raw images under "raw".
         fitted, unseen, unseen_prompts: what it did to each reward, by reward: on noise it was fitted to, on
             noise it was not (empty if it transfers to nothing), and on prompts it was not (shared entries).
@@ -51,7 +51,6 @@ class Row:
     shared: bool
     transfers: str
     prompts: int
-    judged: int
     finished: int
     failed: int
     errors: tuple[str, ...]
@@ -71,6 +70,7 @@ class Row:
     memory: int
     parameters: int
     seeds: tuple[int, ...] = ()
+    judged: int = 0
 
     @property
     def title(self) -> str:
@@ -116,7 +116,6 @@ def _row(folder: Comparison, label: str, failures: Mapping[str, Mapping[str, str
         shared=planned.shared,
         transfers=transfers,
         prompts=len(folder.plan.prompts),
-        judged=len(judged),
         finished=len(results),
         failed=wrong,
         errors=errors,
@@ -131,6 +130,7 @@ def _row(folder: Comparison, label: str, failures: Mapping[str, Mapping[str, str
         best=best,
         curve=_curve(histories, price),
         seeds=tuple(planned.seeds),
+        judged=len(judged),
         **_costs(results, price),
     )
 
