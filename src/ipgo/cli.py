@@ -137,6 +137,7 @@ def _fail(message: str, code: int) -> int:
 
 def fit(argv: list[str]) -> int:
     """`ipgo fit`: settings from a preset, then a file, then flags, checked as early as possible."""
+    from ipgo.backends import check_backend
     from ipgo.config import build, flatten, merge, method_of, parse, read_settings
     from ipgo.defaults import for_backend
     from ipgo.models import judging_rewards, load_models
@@ -165,6 +166,7 @@ def fit(argv: list[str]) -> int:
     for name in (config.reward, *judging_rewards(config)):
         check_reward(name, config.prompts)
     check_gradient(config)
+    check_backend(config.backend, config.opening, config.prompts)
     place = Path(parsed.out or Path("runs") / (slug(parsed.prompts or texts[0]) or "run"))
     folder = Run.open(place, config)
     check_method(folder)

@@ -62,7 +62,7 @@ def check(folder: Comparison, labels: Iterable[str]) -> None:
                     check_reward(name, (*folder.plan.prompts, *folder.plan.unseen_prompts))
                 seen.add(name)
             if (config.backend, config.opening) not in seen:
-                check_backend(config.backend, config.opening)
+                check_backend(config.backend, config.opening, config.prompts)
                 seen.add((config.backend, config.opening))
             check_gradient(config)
             if run is not None:

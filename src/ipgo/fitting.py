@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from ipgo.adapters import Adapter
-from ipgo.backends import BACKENDS, Backend, few_steps, load_backend
+from ipgo.backends import BACKENDS, Backend, check_backend, few_steps, load_backend
 from ipgo.config import RunConfig
 from ipgo.defaults import method_and_sampling
 from ipgo.devices import own_numbers
@@ -147,6 +147,8 @@ def fit(
         check_reward(spec, config.prompts)
     if config.reward not in given:
         check_gradient(config)
+    if given_backend is None:
+        check_backend(config.backend, config.opening, config.prompts)
     with tempfile.TemporaryDirectory() as temporary, torch.inference_mode(False), own_numbers():
         kept = None if out is None else Path(out).expanduser()
         folder = Run.open(kept or Path(temporary) / "run", config)

@@ -671,3 +671,26 @@ def test_kill_minus_nine_at_random_moments(pipeline_folder: str, tmp_path: Path)
     assert_same_bits(undisturbed, killed)
     counts = [result["cost"]["measured"]["sessions"] for result in Run.open(killed).results()]
     assert sum(counts) > 3  # checkpoints were really used
+
+
+def test_a_prompt_that_is_too_long_is_refused_before_weights_are_read(
+    pipeline_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "backend"
+    shutil.copytree(pipeline_folder, folder)
+    for weights in folder.rglob("*.safetensors"):
+        weights.write_bytes(b"")
+    words = [
+        "fit",
+        "a fox " * 60,
+        "--backend",
+        str(folder),
+        "--reward",
+        "contrast",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    assert cli.main(words) == 2
+    assert "tokens and the encoder takes 77; shorten it" in capsys.readouterr().err
+    assert cli.main([*words, "--long-prompts", "truncate"]) == 2
+    assert "damaged or half-written" in capsys.readouterr().err

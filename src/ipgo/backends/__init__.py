@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from ipgo.backends.sana import Sana, SanaSprint
 from ipgo.backends.stable_diffusion import StableDiffusion
 from ipgo.backends.stable_diffusion_3 import StableDiffusion3
 from ipgo.backends.stable_diffusion_xl import StableDiffusionXL
+from ipgo.backends.text import check_lengths, clip_tokenizer, unpadded
 from ipgo.backends.weights import check_numbers
 from ipgo.backends.z_image import ZImage
 from ipgo.devices import choose_device, choose_dtype
@@ -236,10 +238,19 @@ def _around(pipe: Any, kind: str, opening: Opening) -> Backend:
     return with_own_scale(backend, loaded or backend.name, _few_steps_of(backend, loaded))
 
 
-def check_backend(source: str | Path, opening: Opening) -> None:
-    """Raise `InputError` for a backend that cannot be opened so, as far as that shows without its weights."""
-    kind, _ = _place(source)
-    opening.check(_family(kind, str(source)).facts, kind)
+def check_backend(source: str | Path, opening: Opening, prompts: Sequence[str] = ()) -> None:
+    """Raise `InputError` for a backend that cannot be opened so, as far as that shows without its weights.
+
+    Also for prompts that are too long, where CLIP's tokenizer says so.
+    """
+    kind, place = _place(source)
+    facts = _family(kind, str(source)).facts
+    opening.check(facts, kind)
+    if prompts and facts.chunked and opening.long_prompts == "refuse":
+        tokenizer = clip_tokenizer(place)
+        if tokenizer is not None:
+            lengths = [len(ids) for ids in unpadded(tokenizer, prompts)]
+            check_lengths(prompts, lengths, min(facts.tokens, tokenizer.model_max_length), facts.chunked)
 
 
 def few_steps(source: str) -> FewSteps | None:

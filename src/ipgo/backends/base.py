@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ipgo.backends.facts import Facts, Guidance, Opening
 from ipgo.backends.few_steps import FewSteps
 from ipgo.backends.schedulers import STOCHASTIC, described, new_scheduler
-from ipgo.backends.text import unpadded
+from ipgo.backends.text import check_lengths, unpadded
 from ipgo.backends.weights import fingerprint, uncompiled
 from ipgo.devices import name_of
 from ipgo.embeds import PromptEmbeds, concatenate
@@ -183,23 +183,13 @@ class Backend(ABC):
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Raise `InputError` for a prompt that the encoder cannot take. Needs the tokenizer only."""
-        if self.long_prompts != "refuse":
-            return
-        if too_long := self._too_long(prompts):
-            prompt, length = too_long[0]
-            allowed = '"truncate" or "chunk"' if self.facts.chunked else '"truncate"'
-            raise InputError(
-                f"prompt {prompt[:60]!r} has {length} tokens and the encoder takes {self.max_tokens}; "
-                f"shorten it, or allow long_prompts={allowed}"
-            )
+        if self.long_prompts == "refuse":
+            check_lengths(prompts, self._lengths(prompts), self.max_tokens, self.facts.chunked)
 
     def truncated(self, prompts: Sequence[str]) -> list[str]:
         """Those that lose their end, with long_prompts="truncate"."""
-        return [prompt for prompt, _ in self._too_long(prompts)] if self.long_prompts == "truncate" else []
-
-    def _too_long(self, prompts: Sequence[str]) -> list[tuple[str, int]]:
-        lengths = zip(prompts, self._lengths(prompts), strict=True)
-        return [(prompt, length) for prompt, length in lengths if length > self.max_tokens]
+        lengths = self._lengths(prompts) if self.long_prompts == "truncate" else []
+        return [prompt for prompt, length in zip(prompts, lengths, strict=False) if length > self.max_tokens]
 
     def encode(self, prompts: Sequence[str]) -> PromptEmbeds:
         """The text encoder's states; `InputError` for a prompt that is too long."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ipgo.embeds import PromptEmbeds
+from ipgo.errors import InputError
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str], length: int, padding: str) -> tuple[Tensor, Tensor]:
@@ -25,6 +27,27 @@ def unpadded(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
     """The ids of each prompt with its marks, however many they are."""
     ids: list[list[int]] = tokenizer(expanded(tokenizer, prompts), padding=False).input_ids
     return ids
+
+
+def check_lengths(prompts: Sequence[str], lengths: Sequence[int], most: int, chunked: bool) -> None:
+    """Raise `InputError` for a prompt of more than `most` tokens; `chunked`: may it be read in windows?"""
+    for prompt, length in zip(prompts, lengths, strict=True):
+        if length > most:
+            allowed = '"truncate" or "chunk"' if chunked else '"truncate"'
+            raise InputError(
+                f"prompt {prompt[:60]!r} has {length} tokens and the encoder takes {most}; "
+                f"shorten it, or allow long_prompts={allowed}"
+            )
+
+
+def clip_tokenizer(place: str | Path) -> Any:
+    """That of a pipeline's folder or hub id, without the rest; None where it cannot be opened by itself."""
+    from transformers import CLIPTokenizer  # here, because it takes seconds
+
+    try:
+        return CLIPTokenizer.from_pretrained(str(place), subfolder="tokenizer")
+    except Exception:  # opening the pipeline says what is wrong
+        return None
 
 
 def expanded(tokenizer: Any, prompts: Sequence[str]) -> list[str]:
