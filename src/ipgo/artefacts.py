@@ -30,7 +30,7 @@ def save_adapter(
         adapter: what is stored.
         folder: where; it is made if it does not exist.
         settings: the backend and sampling that the adapter belongs to, as JSON values.
-        drawn_by: what was behind the backend's name when it was learned, as `Backend.identity` has it.
+        drawn_by: what was behind the backend's name when it was learned, as `Run.drawn_by` has it.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

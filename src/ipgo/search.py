@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ipgo.adapters import Adapter, TextAdapter, generate
+from ipgo.adapters import Adapter, generate
 from ipgo.resume import copied, fill
 from ipgo.rewards import score
 from ipgo.task import Progress, Task
@@ -57,8 +57,6 @@ def search(
     Raises:
         RewardError: a reward that breaks its contract. ResumeError: a state of another search.
     """
-    if isinstance(adapter, TextAdapter):  # which starts before a backend is known
-        adapter.read_as(task.backend.padding, task.backend.long_prompts)
     work = _Search(task, adapter, proposer, total)
     if resume is not None:
         work.load(resume)

@@ -34,7 +34,12 @@ from ipgo.task import Progress
 
 SCHEMA = 1
 LOCK = ".lock"
-DRAWN_BY = ("dtype", "guidance_scale", "schedule", "weights")  # of `Backend.identity`
+DRAWN_BY = (
+    "dtype",
+    "schedule",
+    "weights",
+    "guidance_scale",
+)  # `Backend.identity`, and the backend's own scale
 EVALUATION = "evaluation.jsonl"  # what a finished run was judged on later
 
 
@@ -267,7 +272,7 @@ class Run:
 
     @property
     def drawn_by(self) -> dict[str, Any]:
-        """What was behind the backend's name, as `Backend.identity` has it; {} before the first step."""
+        """What was behind the backend's name: its identity and its own guidance scale; {} before the first step."""
         facts = self.facts if (self.path / "run.json").is_file() else {}
         return {key: value for key, value in facts.items() if key in DRAWN_BY}
 

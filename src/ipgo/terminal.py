@@ -165,7 +165,7 @@ class Stored(NamedTuple):
     Attributes:
         adapter: that of a folder, or all of a run's as one.
         settings: those of the backend and the sampling that it was made under.
-        drawn_by: what was behind the backend's name then, as `Backend.identity`; {} where that is not known.
+        drawn_by: what was behind the backend's name then, as `Run.drawn_by`; {} where that is not known.
         run: the run that the folder is or belongs to.
     """
 
@@ -203,7 +203,8 @@ class Stored(NamedTuple):
         """
         from ipgo.continuing import differing_in
 
-        differing, now = differing_in(self.drawn_by, backend.identity), backend.identity
+        now = backend.identity
+        differing = differing_in(self.drawn_by, now)
         if self.drawn_by.get("weights") == now["weights"]:
             backend.guidance_scale = self.drawn_by.get("guidance_scale", backend.guidance_scale)
         if differing == "weights":

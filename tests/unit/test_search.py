@@ -24,13 +24,13 @@ COLOUR = load_reward("colorfulness", device="cpu")
 
 
 def text_adapter(texts=("", "a dog ☀"), negatives=("blurry", "")):
-    adapter = TextAdapter.start(PROMPTS, shared=False)
+    adapter = TextAdapter(PROMPTS)
     adapter.set_texts(texts)
     adapter.set_negatives(negatives)
     return adapter
 
 
-def test_texts_are_rows_like_any_other(tmp_path):
+def test_texts_are_rows_like_any_other(backend, tmp_path):
     adapter = text_adapter()
     assert ADAPTERS["text"] is TextAdapter
     assert (adapter.texts, adapter.negatives) == (("", "a dog ☀"), ("blurry", ""))
@@ -46,7 +46,7 @@ def test_texts_are_rows_like_any_other(tmp_path):
     with pytest.raises(InputError, match="holds 2 texts, not 1"):
         adapter.set_texts(["a dog"])
     with pytest.raises(InputError, match="shared is true; a rewritten prompt replaces one prompt"):
-        TextAdapter.start(PROMPTS, shared=True)
+        TextAdapter.start(backend, PROMPTS, shared=True)
 
 
 @pytest.mark.parametrize("padding", ["max_length", "none"])
@@ -84,7 +84,7 @@ def test_a_plain_pipeline_reads_the_rewritten_prompt_as_the_backend_does(pipe, o
     backend = load_backend(pipe, device="cpu", **options)
     text = "a small dog" + " on a mat" * (8 if "long_prompts" in options else 0)
     task = Task(backend, COLOUR, ("sun",), SAMPLING, (3,))
-    (last,) = search(task, TextAdapter.start(["sun"], shared=False), Script([text]), 1)
+    (last,) = search(task, TextAdapter.start(backend, ["sun"], shared=False), Script([text]), 1)
     adapter = stack([last.adapter.row(0)])  # rebuilt from its options, as from a file
     ours = generate(backend, ["sun"], [3], adapter, SAMPLING)
     noise = backend.noise([3])[:, 0]
@@ -151,7 +151,7 @@ def test_each_row_keeps_its_best_candidate(backend, monkeypatch):
     proposer = Script(["one", "two", "three", "four"])
     task = Task(backend, COLOUR, PROMPTS, SAMPLING, seeds=(0, 1))
     steps = [(step.rewards.tolist(), step.best.tolist(), step.adapter.texts) for step in
-             search(task, TextAdapter.start(PROMPTS, shared=False), proposer, 4)]  # fmt: skip
+             search(task, TextAdapter.start(backend, PROMPTS, shared=False), proposer, 4)]  # fmt: skip
     assert steps[0] == ([2, 3], [2, 3], ("one", "one"))
     assert steps[1] == ([3, 2], [3, 3], ("two", "one"))
     assert steps[2][0][0] != steps[2][0][0]  # NaN on one seed
@@ -186,7 +186,7 @@ def test_one_row_for_all_prompts_is_kept_by_its_mean(backend, monkeypatch):
 def test_a_prompt_that_never_had_a_finite_score_is_failed(backend, monkeypatch):
     monkeypatch.setattr("ipgo.search.score", table_reward([[torch.nan, 1.0]] * 2))
     task = Task(backend, COLOUR, PROMPTS, SAMPLING)
-    steps = search(task, TextAdapter.start(PROMPTS, shared=False), Script(["one", "two"]), 2)
+    steps = search(task, TextAdapter.start(backend, PROMPTS, shared=False), Script(["one", "two"]), 2)
     first, last = [(step.failed.tolist(), step.adapter.texts) for step in steps]
     assert first == ([False, False], ("", "one"))
     assert last == ([True, False], ("", "one"))

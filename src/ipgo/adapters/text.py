@@ -33,19 +33,15 @@ class TextAdapter(Adapter):
         self, prompts: Sequence[str] | None, padding: str = "max_length", long_prompts: str = "refuse"
     ) -> None:
         super().__init__(prompts)
-        self.read_as(padding, long_prompts)
+        self.padding, self.long_prompts = padding, long_prompts
+        self.options = {"padding": padding, "long_prompts": long_prompts}
         count = 1 if prompts is None else len(prompts)
         for name in ("text_bytes", "negative_bytes"):
             self.register_buffer(name, torch.zeros(count, BYTES, dtype=torch.uint8))
 
-    def read_as(self, padding: str, long_prompts: str) -> None:
-        """How a backend reads the texts; kept for `prompt_kwargs`, and with the adapter."""
-        self.padding, self.long_prompts = padding, long_prompts
-        self.options = {"padding": padding, "long_prompts": long_prompts}
-
     @classmethod
-    def start(cls, prompts: Sequence[str], *, shared: bool) -> Self:
-        """The prompts as they are.
+    def start(cls, backend: Backend, prompts: Sequence[str], *, shared: bool) -> Self:
+        """The prompts as they are, read as the backend reads them.
 
         Raises:
             InputError: `shared`: another prompt's text would draw another thing.
@@ -54,7 +50,7 @@ class TextAdapter(Adapter):
             raise InputError(
                 "shared is true; a rewritten prompt replaces one prompt, so this method is prompt-wise only"
             )
-        return cls(prompts)
+        return cls(prompts, backend.padding, backend.long_prompts)
 
     @property
     def texts(self) -> tuple[str, ...]:

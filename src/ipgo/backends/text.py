@@ -42,6 +42,8 @@ def check_lengths(prompts: Sequence[str], lengths: Sequence[int], most: int, chu
 
 def clip_tokenizer(place: str | Path) -> Any:
     """That of a pipeline's folder or hub id, without the rest; None where it cannot be opened by itself."""
+    if Path(place).suffix == ".safetensors":  # a single file has none; its name would be asked for on the hub
+        return None
     from transformers import CLIPTokenizer  # here, because it takes seconds
 
     try:

@@ -82,7 +82,7 @@ class ChatGPT(Method):
             self.chat.check(self.instruction(request.reward), prompt)
 
     def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
-        adapter = TextAdapter.start(task.prompts, shared=task.shared)
+        adapter = TextAdapter.start(task.backend, task.prompts, shared=task.shared)
         instruction = self.instruction(task.reward.name)
 
         def write(table: Rewrites, step: int) -> list[tuple[str, ...]]:

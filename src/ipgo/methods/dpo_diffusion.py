@@ -121,7 +121,8 @@ class DPODiffusion(Method):
         if self.target != "positive":
             self._check_guidance(task.backend, task.sampling)
         spaces = self.spaces(task)
-        adapter = TextAdapter(None) if task.shared else TextAdapter(task.prompts)
+        backend = task.backend
+        adapter = TextAdapter(None if task.shared else task.prompts, backend.padding, backend.long_prompts)
         return search(task, adapter, _Words(self, task, spaces), self.climbs + self.candidates, resume)
 
     def _check_guidance(self, backend: Backend, sampling: Sampling) -> None:

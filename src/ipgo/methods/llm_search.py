@@ -68,7 +68,7 @@ class LLMSearch(Method):
             self.chat.check(self._instruction(), _question(prompt, [], ""))
 
     def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
-        adapter = TextAdapter.start(task.prompts, shared=task.shared)
+        adapter = TextAdapter.start(task.backend, task.prompts, shared=task.shared)
         total = 1 + self.rounds * self.n
 
         def write(table: Rewrites, step: int) -> list[tuple[str, ...]]:

@@ -56,7 +56,7 @@ class Promptist(Method):
                 raise InputError(f"{field} is {getattr(self, field)}; it must be at least 1")
 
     def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
-        adapter = TextAdapter.start(task.prompts, shared=task.shared)
+        adapter = TextAdapter.start(task.backend, task.prompts, shared=task.shared)
         places = self._places(task.backend.name)
 
         def write(table: Rewrites, step: int) -> list[list[str]]:
