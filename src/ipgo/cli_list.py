@@ -46,14 +46,14 @@ def _names(kind: str, name: str | None) -> list[str]:
     from ipgo.backends import BACKENDS, FAMILIES
     from ipgo.config import presets
     from ipgo.methods import METHODS
-    from ipgo.rewards import REWARDS, describe
+    from ipgo.rewards import REWARDS
 
     if kind == "methods":
         return [f"{each:<16}{(method.__doc__ or '').splitlines()[0]}" for each, method in METHODS.items()]
     if kind == "comparisons":
         return comparisons()
     if kind == "rewards":
-        return [f"{each:<18}{describe(each)}" for each in REWARDS]
+        return [f"{each:<18}{known}" for each, known in REWARDS.items()]
     if kind == "backends":
         return [
             line

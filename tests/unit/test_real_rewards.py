@@ -13,7 +13,7 @@ from transformers import CLIPTokenizer
 
 import ipgo.rewards
 from ipgo.errors import InputError
-from ipgo.rewards import REWARDS, SOURCES, check_reward, checkpoints, identity_of, load_reward, score
+from ipgo.rewards import REWARDS, check_reward, checkpoints, identity_of, load_reward, score
 from tests.conftest import byte_tokenizer, put_into_cache
 from tests.reward_models import (
     PROMPTS,
@@ -26,6 +26,7 @@ from tests.reward_models import (
 )
 
 REWARDS_FOLDER = Path(ipgo.rewards.__file__).parent
+PUBLISHED = {name: known.source for name, known in REWARDS.items() if known.source is not None}
 FILES = {
     "aesthetic": "head.pth",
     "hpsv2": "hps.pt",
@@ -55,17 +56,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def weights(folder: Path, name: str) -> Path:
     """What the spec of a reward gives."""
-    return folder.parent / FILES[name] if SOURCES[name].file else folder
+    return folder.parent / FILES[name] if PUBLISHED[name].file else folder
 
 
 def sha256(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_what_the_hub_has_given_before_is_found_again(folder: Path, tmp_path: Path, name: str) -> None:
     """Whole repositories and single files, with the second models and tokenizers that they need."""
-    cache, source = tmp_path / "cache", SOURCES[name]
+    cache, source = tmp_path / "cache", PUBLISHED[name]
     if source.file is None:
         put_into_cache(cache, source.repo, folder)
     else:
@@ -113,15 +114,15 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_names_and_hub_ids_are_not_looked_up_while_they_are_checked() -> None:
-    for name in SOURCES:
+    for name in PUBLISHED:
         check_reward(name)
         check_reward(f"{name}@notebook")
     check_reward("clip:laion/CLIP-ViT-H-14-laion2B-s32B-b79K+0.1*pickscore")
 
 
-@pytest.mark.parametrize("name", sorted(SOURCES))
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
 def test_offline_the_error_says_what_from_where_and_how(name: str) -> None:
-    source = SOURCES[name]
+    source = PUBLISHED[name]
     with pytest.raises(InputError) as caught:
         load_reward(name, device="cpu")
     message = str(caught.value)
@@ -161,7 +162,7 @@ def test_a_damaged_tokenizer_is_one_sentence(tmp_path: Path, content: str) -> No
 @pytest.mark.parametrize("name", ["clip", "hpsv2", "imagereward"])
 def test_another_models_tokenizer_is_refused(folder: Path, tmp_path: Path, name: str) -> None:
     """Of files that are not its own transformers makes one without words, to which all prompts are alike."""
-    place = tmp_path / "mine" if SOURCES[name].file is None else tmp_path
+    place = tmp_path / "mine" if PUBLISHED[name].file is None else tmp_path
     if place == tmp_path:
         shutil.copy(weights(folder, name), place)
         spec = f"{name}:{place / weights(folder, name).name}"
@@ -265,7 +266,7 @@ def test_a_path_may_hold_a_plus(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("variant", ["", "@notebook"])
-@pytest.mark.parametrize("name", sorted(SOURCES))
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
 def test_rows_stand_alone_and_gradients_reach_the_pictures_only(
     name: str, variant: str, folder: Path
 ) -> None:
@@ -283,7 +284,7 @@ def test_rows_stand_alone_and_gradients_reach_the_pictures_only(
 
 
 @pytest.mark.parametrize("variant", ["", "@notebook"])
-@pytest.mark.parametrize("name", sorted(SOURCES))
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
 def test_the_gradient_is_that_of_finite_differences(folder: Path, name: str, variant: str) -> None:
     reward = load_reward(f"{name}{variant}:{weights(folder, name)}", device="cpu").double()
     for part in reward.children():
@@ -342,7 +343,7 @@ def test_a_sum_and_a_function_have_an_identity(tmp_path: Path) -> None:
     assert len(place) == len(text)
 
 
-@pytest.mark.parametrize("name", sorted(REWARDS.keys() - SOURCES.keys()))
+@pytest.mark.parametrize("name", sorted(REWARDS.keys() - PUBLISHED.keys()))
 def test_every_bundled_reward_has_an_identity(name: str) -> None:
     found = identity_of(load_reward(name, device="cpu"))
     assert found["id"] == name

@@ -128,7 +128,7 @@ def test_progress_is_shown_on_a_terminal(
 def test_who_looks_at_prompts_is_known_without_loading(spec: str) -> None:
     needed = ipgo.rewards.needs_prompts(f"2*{spec}")
     assert ipgo.rewards.needs_prompts(f"contrast+{spec}") == needed
-    if spec not in ipgo.rewards.SOURCES:
+    if spec not in ipgo.rewards.REWARDS or ipgo.rewards.REWARDS[spec].source is None:
         assert ipgo.rewards.uses_prompts(ipgo.load_reward(spec, device="cpu")) == needed
     else:
         assert needed == (spec != "aesthetic")

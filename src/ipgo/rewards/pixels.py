@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ipgo.rewards import FunctionReward
+from ipgo.rewards.base import FunctionReward
 
 TINY = 1e-12  # keeps the square root differentiable on a flat image
 
@@ -32,10 +32,10 @@ def contrast(images: Tensor, prompts: Sequence[str]) -> Tensor:
 
 
 def load_colorfulness(device: torch.device) -> FunctionReward:
-    """How colourful a picture is, from its pixels; vivid photographs lie near 0.3."""
+    """The reward `colorfulness`."""
     return FunctionReward(colorfulness, "colorfulness", uses_prompts=False)
 
 
 def load_contrast(device: torch.device) -> FunctionReward:
-    """How much a picture's brightness varies, from its pixels; at most 0.5."""
+    """The reward `contrast`."""
     return FunctionReward(contrast, "contrast", uses_prompts=False)

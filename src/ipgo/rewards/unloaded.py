@@ -22,7 +22,7 @@ from transformers import (
 
 from ipgo.errors import InputError
 from ipgo.memory import UNBOUNDED, Tokens, build
-from ipgo.rewards import PARTICULAR, SOURCES, Reward, check_reward, combine, load_reward
+from ipgo.rewards import REWARDS, Reward, check_reward, combine, load_reward
 from ipgo.rewards.aesthetic import Aesthetic
 from ipgo.rewards.checkpoints import bare_name
 from ipgo.rewards.clip import ClipReward, TextTower
@@ -97,9 +97,10 @@ def unloaded_reward(spec: str, sizes: FakeTensorMode | None, device: str = "cpu"
 
 def _unloaded(name: str, sizes: FakeTensorMode | None, device: str) -> Reward:
     bare = bare_name(name)
-    if name in PARTICULAR:
+    known = REWARDS.get(bare)
+    if known is not None and known.check is not None:
         raise InputError(f"reward {name!r} cannot be planned: it depends on pixel values")
-    if bare not in SOURCES:
+    if known is None or known.source is None:
         return load_reward(name, device=device)
     check_reward(name)
     if bare == "imagereward":
