@@ -66,6 +66,8 @@ commands:
 `ipgo COMMAND --help` lists the options.
 Exit codes: 0 success, 1 a prompt or a check failed, 2 bad input, 130 interrupted."""
 
+# {command}.txt: the --help of those whose options are the methods', which need torch: seconds on a laptop.
+HELP_FILES = Path(__file__).parent / "help"
 RESUMABLE = ("fit", "compare")
 # What needs less memory, by command.
 LESS = {
@@ -78,7 +80,7 @@ EVALUATION_SEEDS = tuple(range(2000, 2008))  # not those that `fit` judges on
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of torchvision, which is not needed
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # ipgo checks by itself what it warns of
     _log_to_stderr()
     kept = "; finished prompts are kept" if name in RESUMABLE else ""
     try:
@@ -108,6 +110,10 @@ def _run(name: str, rest: list[str]) -> int:
         return 0
     if name not in COMMANDS:
         raise unknown("command", name, COMMANDS)
+    stored = HELP_FILES / f"{name}.txt"
+    if rest in (["-h"], ["--help"]) and stored.is_file():
+        print(stored.read_text(encoding="utf-8"), end="")
+        return 0
     return COMMANDS[name](rest)
 
 

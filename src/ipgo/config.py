@@ -7,14 +7,15 @@ import functools
 import hashlib
 import json
 import re
-from argparse import SUPPRESS, ArgumentError
+from argparse import SUPPRESS, Action, ArgumentError
+from argparse import _HelpAction as ActionHelp
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 from ipgo.adapters.noise import check_one_seed
 from ipgo.backends.facts import Opening
@@ -293,7 +294,9 @@ def run_parser(method: str, prog: str = "ipgo fit") -> ArgumentParser:
     """A parser with one flag for every field of `RunConfig` and of the method, but for the prompts."""
     if method not in METHODS:
         raise unknown("method", method, METHODS)
-    parser = ArgumentParser(prog=prog, exit_on_error=False, print_config=None, allow_abbrev=False)
+    parser = ArgumentParser(
+        prog=prog, exit_on_error=False, print_config=None, allow_abbrev=False, formatter_class=_Help
+    )
     parser.add_class_arguments(RunConfig, skip={"prompts", "prompts_from", "method", *FLAGS})
     for name, options in FLAGS.items():
         parser.add_argument(f"--{name}", **options)
@@ -302,6 +305,24 @@ def run_parser(method: str, prog: str = "ipgo fit") -> ArgumentParser:
         if action.help == "Path to a configuration file.":
             action.help = SUPPRESS  # jsonargparse's files for parts of the settings: one --config is enough
     return parser
+
+
+class _Help(DefaultHelpFormatter):  # type: ignore[misc]
+    """Options as they are written in flags and files: `--seed INT`, and null for None."""
+
+    def _get_default_metavar_for_optional(self, action: Action) -> str:
+        written = self._get_type_str(action) or ""
+        kind = next((kind for kind in ("int", "float") if kind in written), None)
+        return (kind or super()._get_default_metavar_for_optional(action)).upper()
+
+    def _get_help_string(self, action: Action) -> str:
+        if isinstance(action, ActionHelp):
+            return "show this help and exit"
+        text = re.sub(r"(?<!\.)\.$", "", re.sub(r"\bNone\b", "null", action.help or ""))
+        value = action.default
+        if "default" in text.lower() or action.nargs == 0 or value in (None, "", [], SUPPRESS):
+            return text
+        return f"{text} (default: {value if isinstance(value, str) else json.dumps(value)})"
 
 
 def method_of(settings: dict[str, Any]) -> str:
