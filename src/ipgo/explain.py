@@ -50,7 +50,7 @@ class Explanation:
 
     Attributes:
         reward, value, raw: its name, its mean over the seeds with all embeddings, and for the prompt as it is.
-        prompt_norm: mean norm of the prompt's own states.
+        prompt_norm: median norm of the prompt's own states.
         drift: |mean of all text states - mean of the prompt's own| / |mean of the prompt's own|.
         text_attention, padding_attention: shares in each step of the prompt's own states and of the padding's;
             with those of the inserted ones they add up to 1.

@@ -20,6 +20,7 @@ Rotations = Literal["applied", "unused", "none"]
 Basis = Literal["orthonormal", "free"]
 CrossAttention = Literal["none", "replace", "residual", "fixed"]
 
+
 ANGLES = 2  # rotations of one embedding: the even pairs of coordinates, then the odd ones
 
 
@@ -41,9 +42,9 @@ class Insertion:
             attention away from the text, as a lower guidance scale would. With "fixed" the answer to what they were
             at the start is added, so that each goes on repeating the same words of the prompt while it learns what
             to add to them: that gained a little more, and lost more of what was held out (docs/settings.md).
-        norm: mean norm of an inserted embedding at the start, before it attends. Small ones begin near the image of
-            the raw prompt. None is the norm of the prompt's own embeddings, 0 leaves it at start * sqrt(rank / 3): with
-            start = 1 this is the paper's.
+        norm: mean norm of an inserted embedding at the start, before it attends; 1 is that of the prompt's own
+            embeddings, which differs a hundredfold between text encoders. Small ones begin near the image of the raw
+            prompt. None leaves it at start * sqrt(rank / 3), whatever the prompt's: with start = 1 this is the paper's.
         start: coefficients begin uniform in [-start, start], with this norm: an embedding can grow to 1 / start times
             as much before it meets the bounds. The paper's is 1.
         pooled: learn a change of the vector for the whole prompt too, where there is one (SDXL, SD3, FLUX.1).
@@ -59,7 +60,7 @@ class Insertion:
     basis: Basis = "orthonormal"
     bounded: bool = True
     cross_attention: CrossAttention = "residual"
-    norm: float | None = 2.0
+    norm: float | None = 0.12
     start: float = 0.1
     pooled: bool = False
     negative: bool | None = None
@@ -73,8 +74,8 @@ class Insertion:
             )
         if self.rank is not None and self.rank < 1:
             raise InputError(f"insertion.rank is {self.rank}; it must be at least 1")
-        if self.norm is not None and not 0 <= self.norm < math.inf:
-            raise InputError(f"insertion.norm is {self.norm}; it must be at least 0")
+        if self.norm is not None and not 0 < self.norm < math.inf:
+            raise InputError(f"insertion.norm is {self.norm}; it must be above 0, or null for the paper's")
         if not 0 < self.start <= 1:
             raise InputError(f"insertion.start is {self.start}; it must be above 0 and at most 1")
         for field, allowed in (
@@ -115,7 +116,8 @@ class InsertedEmbeddings(nn.Module):
     """N independent sets of n embeddings: scale * rotate(coefficients @ basis.T + bias).
 
     The basis is the Q of `raw_basis`, |coefficients| <= 1. Row i is drawn from seeds[i] and does not depend
-    on its neighbours. All parameters are float32 and have N rows.
+    on its neighbours. All parameters are float32 and have N rows. Unless `insertion.norm` is None, lengths are in
+    units of the norm of a prompt's states (`attend`).
     """
 
     raw_basis: nn.Parameter | None  # (N, D, r), starts orthonormal
@@ -123,7 +125,6 @@ class InsertedEmbeddings(nn.Module):
     vectors: nn.Parameter | None  # (N, n, D), with basis="free" instead of the two
     bias: nn.Parameter | None  # (N, 1, D)
     angles: nn.Parameter | None  # (N, n, 2)
-    scale: Tensor  # (N,)
     queries: Tensor | None  # (N, n, D), the embeddings at the start, for cross_attention="fixed"
 
     def __init__(self, seeds: Sequence[int], count: int, width: int, insertion: Insertion) -> None:
@@ -143,16 +144,12 @@ class InsertedEmbeddings(nn.Module):
         )
         angles = _draw(seeds, "angles", (count, ANGLES)) * math.pi
         self.angles = None if insertion.rotations == "none" else nn.Parameter(angles)
-        self.register_buffer("scale", torch.ones(len(seeds)))
-        if insertion.norm:
-            self.scale_to_(torch.full((len(seeds),), insertion.norm))
+        # Uniform coefficients have a mean norm of start * sqrt(rank / 3).
+        own = insertion.start * math.sqrt(rank / 3)
+        self.scale = 1.0 if insertion.norm is None else insertion.norm / own
         with torch.no_grad():
             start = self(torch.arange(len(seeds))) if insertion.cross_attention == "fixed" else None
         self.register_buffer("queries", start)
-
-    def scale_to_(self, norms: Tensor) -> None:
-        """Give row i the mean norm norms[i]; uniform coefficients, not scaled, have start * sqrt(rank / 3)."""
-        self.scale.copy_(norms / (self.insertion.start * math.sqrt(self.rank / 3)))
 
     def forward(self, rows: Tensor) -> Tensor:
         """(B,) row numbers, which may repeat, to (B, n, D)."""
@@ -167,17 +164,22 @@ class InsertedEmbeddings(nn.Module):
             vectors = vectors + self.bias[distinct]
         if self.angles is not None and self.insertion.rotations == "applied":
             vectors = rotate(vectors, self.angles[distinct])
-        vectors = vectors * self.scale[distinct, None, None]
-        return vectors[position]
+        return vectors[position] * self.scale
 
-    def attend(self, rows: Tensor, prompt: PromptEmbeds) -> Tensor:
-        """The embeddings of (B,) rows after they have looked at the B rows of `prompt`, (B, n, D)."""
+    def attend(self, rows: Tensor, prompt: PromptEmbeds, unit: Tensor) -> Tensor:
+        """The embeddings of (B,) rows after they have looked at the B rows of `prompt`, (B, n, D).
+
+        Args:
+            unit: (B,) the norm of a state.
+        """
         vectors: Tensor = self(rows).to(prompt.embeds.device)
+        if self.insertion.norm is not None:
+            vectors = vectors * unit[:, None, None]
         how = self.insertion.cross_attention
         if how == "none":
             return vectors
         queries = vectors if self.queries is None else self.queries[rows].to(vectors)
-        answer = cross_attend(queries, prompt)
+        answer = cross_attend(queries, prompt, unit)
         return answer if how == "replace" else vectors + answer
 
     @torch.no_grad()
@@ -226,14 +228,16 @@ def rotate(vectors: Tensor, angles: Tensor) -> Tensor:
     return vectors
 
 
-def cross_attend(queries: Tensor, prompt: PromptEmbeds) -> Tensor:
-    """IPGO+'s attention without parameters: softmax(q k^T / sqrt(D)) k over the text positions, (B, n, D).
+def cross_attend(queries: Tensor, prompt: PromptEmbeds, unit: Tensor) -> Tensor:
+    """IPGO+'s attention without parameters: softmax(q k^T / sqrt(D)) v over the text positions, (B, n, D).
 
-    Queries are first given the norm of the prompt's states. Short ones would all answer with the mean of the prompt;
-    with this norm the direction of an inserted embedding decides which words it repeats, from the first step on
-    (docs/settings.md). The paper's abstract names this attention; its exact form is not published with the code.
+    The answers v are the prompt's states. Queries, and the states as keys k, are first brought to the size that
+    CLIP's have: a mean square of 1. Short ones would all answer with the mean of the prompt; with this size the
+    direction of an inserted embedding decides which words it repeats, from the first step on (docs/settings.md),
+    whatever the text encoder. The paper's abstract names this attention; its exact form is not published with the code.
     """
-    keys = prompt.embeds.to(queries.dtype)
-    queries = F.normalize(queries, dim=-1) * prompt.norm().to(queries.dtype)[:, None, None]
-    scores = queries @ keys.mT / math.sqrt(keys.shape[-1])  # (B, n, L)
-    return scores.masked_fill(~prompt.mask.unsqueeze(1), -math.inf).softmax(-1) @ keys
+    values, width = prompt.embeds.to(queries.dtype), prompt.embeds.shape[-1]
+    # Both sizes are given to the queries, which are fewer.
+    queries = F.normalize(queries, dim=-1) * (math.sqrt(width) / unit.to(queries.dtype)[:, None, None])
+    scores = queries @ values.mT  # (B, n, L)
+    return scores.masked_fill(~prompt.words()[:, None], -math.inf).softmax(-1) @ values

@@ -78,6 +78,8 @@ def test_bare_embeddings_are_put_in_as_the_stock_concat_does(
     (text, _), (other, _) = (
         clip.encode_from_tokens_scheduled(clip.tokenize(words))[0] for words in ("a lemon", "a dog")
     )
+    unit = text[:, : len("a lemon") + 2].norm(dim=-1).median()
+    prefix, suffix = prefix * unit, suffix * unit
     assert torch.equal(states, torch.cat((torch.cat((prefix, text), 1), suffix), 1))
     assert torch.equal(negative, other)
     assert about == FACTS

@@ -22,7 +22,7 @@ from tests.conftest import redness, tiny_pipeline
 
 PROMPTS = ("a red cat", "a dog", "sun")
 SEEDS = [11, 12, 13]
-INSERTION = Insertion(num_prefix=11, num_suffix=11, rank=8, norm=20.0)
+INSERTION = Insertion(num_prefix=11, num_suffix=11, rank=8, norm=3.0)
 
 T5 = {"max_sequence_length": tiny.T5_TOKENS}
 SMALL = {"height": 16, "width": 16}
@@ -247,7 +247,7 @@ def test_a_row_does_not_depend_on_its_neighbours(pipes, name):
 def test_the_default_draws_the_same_in_the_pipeline(pipes, name):
     """Embeddings around both prompts, where guidance has two, as `IPGO()` learns them."""
     case, pipe, backend = open_case(pipes, name)
-    insertion = replace(IPGO().insertion, num_prefix=3, num_suffix=2, norm=20.0)
+    insertion = replace(IPGO().insertion, num_prefix=3, num_suffix=2, norm=3.0)
     adapter = InsertionAdapter.start(backend, PROMPTS, insertion, seed=0, shared=False)
     source = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -18,7 +18,7 @@ PAPER_CODE = Insertion(
     rank=300,
     rotations="unused",
     bias=True,
-    norm=0,
+    norm=None,
     cross_attention="none",
     start=1,
 )

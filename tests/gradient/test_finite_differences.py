@@ -25,7 +25,10 @@ def test_the_parts():
     mask = torch.tensor([[True, True, False, True]])
     assert check(rotate, (random(2, 3, 6), random(2, 3, 2)))
     assert check(orthonormal, random(2, 5, 3))
-    assert check(lambda q, k: cross_attend(q, PromptEmbeds(k, mask)), (random(1, 2, 6), random(1, 4, 6)))
+    unit = torch.full((1,), 2.0, dtype=torch.float64)
+    assert check(
+        lambda q, k: cross_attend(q, PromptEmbeds(k, mask), unit), (random(1, 2, 6), random(1, 4, 6))
+    )
     for reward in (colorfulness, contrast):
         assert check(lambda images, reward=reward: reward(images, []), random(2, 3, 4, 4))
 

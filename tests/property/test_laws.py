@@ -61,9 +61,10 @@ def test_the_penalty_is_zero_where_the_means_agree(seed, count):
 def test_attention_ignores_padding_and_order(seed, text):
     queries, states = random(1, 3, 4, seed=seed), random(1, 6, 4, seed=seed + 1)
     mask = (torch.arange(6) < text)[None]
-    answer = cross_attend(queries, PromptEmbeds(states, mask))
+    unit = states.new_ones(1)
+    answer = cross_attend(queries, PromptEmbeds(states, mask), unit)
     only = PromptEmbeds(states[:, :text].flip(1), mask[:, :text])
-    torch.testing.assert_close(cross_attend(queries, only), answer)
+    torch.testing.assert_close(cross_attend(queries, only, unit), answer)
 
 
 @few

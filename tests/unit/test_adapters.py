@@ -1,5 +1,7 @@
 """Adapters: rows, copies, and what they do to a pipeline."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -58,17 +60,24 @@ def test_stacking_undoes_row(adapter):
         stack([adapter, Adapter()])
 
 
-def test_the_norm_is_that_of_the_prompt(backend):
-    adapter = InsertionAdapter.start(
-        backend, PROMPTS, Insertion(num_prefix=60, norm=None), seed=0, shared=False
-    )
-    own = backend.encode(PROMPTS).norm()
-    inserted = adapter.prefix(torch.arange(3)).norm(dim=-1).mean(1)
-    torch.testing.assert_close(inserted, own, rtol=0.05, atol=0)
-    shared = InsertionAdapter.start(backend, PROMPTS, Insertion(norm=None), seed=0, shared=True)
-    assert len(shared.prefix.scale) == 1
-    paper = InsertionAdapter.start(backend, PROMPTS, Insertion(norm=0), seed=0, shared=False)
-    assert paper.prefix.scale.tolist() == [1, 1, 1]
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_norm_is_in_units_of_the_prompts(backend, shared):
+    insertion = Insertion(num_prefix=60, norm=0.5, cross_attention="none")
+    adapter = InsertionAdapter.start(backend, PROMPTS, insertion, seed=0, shared=shared)
+    original = backend.encode(PROMPTS)
+    original = replace(original, embeds=original.embeds * torch.tensor([1.0, 10, 100])[:, None, None])
+    inserted = adapter.condition(backend, PROMPTS, original).embeds[:, :60].norm(dim=-1).mean(1)
+    torch.testing.assert_close(inserted, 0.5 * original.norm(), rtol=0.05, atol=0)
+
+
+def test_zeros_as_a_negative_prompt_get_embeddings_of_the_prompts_norm(backend):
+    adapter = InsertionAdapter(PROMPTS, 32, Insertion(60, 0, norm=0.5, negative=True))
+    original = backend.encode(PROMPTS)
+    zeros = replace(original, embeds=torch.zeros_like(original.embeds))
+    cond = adapter.condition(backend, PROMPTS, original)
+    uncond = adapter.unconditional(backend, PROMPTS, cond, Sampling(guidance_scale=3), zeros)
+    inserted = uncond.embeds[:, :60].norm(dim=-1).mean(1)
+    torch.testing.assert_close(inserted, 0.5 * original.norm(), rtol=0.05, atol=0)
 
 
 def test_one_side_may_be_empty(backend):
@@ -80,7 +89,7 @@ def test_one_side_may_be_empty(backend):
 def test_attention_modes(backend):
     original = backend.encode(PROMPTS[:1])
     conds = {
-        mode: InsertionAdapter(PROMPTS[:1], 32, Insertion(2, 0, cross_attention=mode, norm=5.0)).condition(
+        mode: InsertionAdapter(PROMPTS[:1], 32, Insertion(2, 0, cross_attention=mode, norm=0.9)).condition(
             backend, PROMPTS[:1], original
         )
         for mode in ("none", "replace", "residual")
@@ -95,7 +104,7 @@ def test_attention_modes(backend):
 def test_with_fixed_queries_the_words_stay_while_embeddings_learn(backend, tmp_path):
     original = backend.encode(PROMPTS)
     adapters = {
-        mode: InsertionAdapter(PROMPTS, 32, Insertion(2, 1, cross_attention=mode, norm=5.0))
+        mode: InsertionAdapter(PROMPTS, 32, Insertion(2, 1, cross_attention=mode, norm=0.9))
         for mode in ("fixed", "residual", "none")
     }
 

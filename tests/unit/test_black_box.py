@@ -25,7 +25,7 @@ from tests.conftest import assert_same_state
 
 PROMPTS = ("a red cat", "sun")
 SAMPLING = Sampling(steps=2, guidance_scale=3.0)
-SMALL = Insertion(num_prefix=1, num_suffix=1, rank=3, cross_attention="none", norm=None, negative=False)
+SMALL = Insertion(num_prefix=1, num_suffix=1, rank=3, cross_attention="none", norm=1.0, negative=False)
 
 
 @pytest.fixture(params=["cma", "bayes"])

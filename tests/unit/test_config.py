@@ -102,7 +102,7 @@ def test_json_round_trip_and_identity() -> None:
     for config in (
         RunConfig(PROMPTS, held_out=("contrast",), scheduler="lms", seeds=()),
         RunConfig(PROMPTS, Raw(), image_size=64),
-        RunConfig(PROMPTS, IPGO(Insertion(rank=3, norm=0.0)), shared=True),
+        RunConfig(PROMPTS, IPGO(Insertion(rank=3, norm=None)), shared=True),
     ):
         assert RunConfig.from_json(config.to_json()) == config
     config = RunConfig(PROMPTS)
@@ -127,7 +127,7 @@ def test_paper_code_is_the_notebook() -> None:
         "unused",
         bias=True,
         cross_attention="none",
-        norm=0.0,
+        norm=None,
         start=1.0,
         negative=False,
     )

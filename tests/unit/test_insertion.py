@@ -1,5 +1,6 @@
 """The parameterisation, part by part."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -50,23 +51,33 @@ def test_the_basis_moves_smoothly_where_a_raw_entry_crosses_zero():
 
 
 def test_attention_by_hand():
-    size = math.sqrt(2 * math.log(3))  # of the states, and so of the query: its score of the first is ln 3
-    prompt = PromptEmbeds(
-        torch.tensor([[[size, 0, 0, 0], [0, size, 0, 0], [9, 9, 9, 9]]]), torch.tensor([[True, True, False]])
-    )
-    for length in (0.01, 1.0, 30.0):  # the direction alone counts
-        answer = cross_attend(torch.tensor([[[length, 0.0, 0, 0]]]), prompt)
-        # Weights 3 : 1; padding is ignored.
-        torch.testing.assert_close(answer, size * torch.tensor([[[0.75, 0.25, 0, 0]]]))
+    # Brought to a mean square of 1, query and first state have the score 2 * 2 / sqrt(4), the second state has 0.
+    first = math.exp(2) / (math.exp(2) + 1)
+    for query, size in itertools.product((0.01, 1.0, 30.0), (0.1, 2.0, 300.0)):  # directions alone count
+        states = size * torch.tensor([[[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 900, 0], [9, 9, 9, 9]]])
+        # Neither padding is looked at, nor a state that is much longer than all others.
+        prompt = PromptEmbeds(states, torch.tensor([[True, True, True, False]]))
+        answer = cross_attend(torch.tensor([[[query, 0.0, 0, 0]]]), prompt, prompt.norm())
+        torch.testing.assert_close(answer, size * torch.tensor([[[first, 1 - first, 0, 0]]]))
 
 
 @pytest.mark.parametrize("basis", ["orthonormal", "free"])
 def test_the_norm_is_the_one_asked_for(basis):
-    insertion = Insertion(num_prefix=40, norm=11.0, basis=basis, rank=60)
-    norms = InsertedEmbeddings([0, 1], 40, 96, insertion)(ROWS).norm(dim=-1)
-    assert norms.mean().item() == pytest.approx(11, rel=0.03)
-    plain = InsertedEmbeddings([0, 1], 40, 96, replace(insertion, norm=0, start=1.0))(ROWS)
-    assert plain.norm(dim=-1).mean().item() == pytest.approx(math.sqrt(60 / 3), rel=0.03)
+    insertion = Insertion(num_prefix=40, norm=0.5, basis=basis, rank=60, cross_attention="none")
+    states = torch.full((2, 3, 96), 2.0) * torch.tensor([1.0, 50])[:, None, None]
+    prompt = PromptEmbeds(states, torch.ones(2, 3, dtype=torch.bool))
+
+    def norms(insertion):
+        side = InsertedEmbeddings([0, 1], 40, 96, insertion)
+        return side.attend(torch.arange(2), prompt, prompt.norm()).norm(dim=-1).mean(1)
+
+    torch.testing.assert_close(norms(insertion), 0.5 * prompt.norm(), rtol=0.05, atol=0)
+    torch.testing.assert_close(
+        norms(replace(insertion, norm=None, start=1.0)),
+        torch.full((2,), math.sqrt(60 / 3)),
+        rtol=0.05,
+        atol=0,
+    )
 
 
 def test_a_small_start_has_the_norm_and_room_to_grow() -> None:
@@ -137,7 +148,7 @@ def test_projection_bounds_coefficients_and_wraps_angles():
         ({"num_prefix": 0, "num_suffix": 0}, "one of them at least 1"),
         ({"num_prefix": -1}, "insertion.num_prefix -1"),
         ({"rank": 0}, "insertion.rank is 0"),
-        ({"norm": -1.0}, "insertion.norm is -1.0"),
+        ({"norm": 0.0}, "insertion.norm is 0.0; it must be above 0, or null"),
         ({"start": 0.0}, "insertion.start is 0.0; it must be above 0 and at most 1"),
         ({"rotations": "aplied"}, "unknown insertion.rotations 'aplied'; did you mean 'applied'"),
         ({"cross_attention": "both"}, "unknown insertion.cross_attention 'both'"),

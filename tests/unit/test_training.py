@@ -109,7 +109,7 @@ def test_the_penalty_pulls_the_mean_back(backend):
 
 def test_prompt_batch_visits_every_prompt_and_shares_one_row(backend):
     steps = list(fit(task(backend, shared=True), batch_size=1, accumulate=1))
-    assert len(steps[0].adapter.prefix.scale) == 1
+    assert len(steps[0].adapter.prefix.coefficients) == 1
     assert [int(step.rewards.isnan().sum()) for step in steps[:3]] == [2, 1, 0]
     assert steps[0].images is None
     assert steps[-1].grad_norm.shape == steps[-1].failed.shape == (3,)

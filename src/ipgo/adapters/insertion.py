@@ -86,7 +86,7 @@ class InsertionAdapter(Adapter):
     ) -> InsertionAdapter:
         """The point where a fit to `prompts` begins, with what `insertion` leaves open decided.
 
-        Its norm for each row, and its negative by the guidance of `sampling`; None is the backend's own.
+        This is `negative`, by the guidance of `sampling`; None is the backend's own.
 
         Raises:
             InputError: what is to be learned is not there in this backend.
@@ -105,13 +105,7 @@ class InsertionAdapter(Adapter):
             )
         own = None if shared else prompts
         width = _pooled_width(backend, prompts[0]) if insertion.pooled else 0
-        adapter = cls(own, backend.embed_dim, insertion, backend.padding, seed, backend.long_prompts, width)
-        if insertion.norm is None:
-            with torch.no_grad():
-                norms = backend.encode(prompts).norm().cpu()  # (prompts,)
-            for side in adapter.sides():
-                side.scale_to_(norms.mean() if shared else norms)
-        return adapter
+        return cls(own, backend.embed_dim, insertion, backend.padding, seed, backend.long_prompts, width)
 
     def sides(self) -> list[InsertedEmbeddings]:
         """The prefix and the suffix, and those of the negative prompt, as far as there are any."""
@@ -139,7 +133,9 @@ class InsertionAdapter(Adapter):
         if original is None:
             return None
         rows = self.rows(prompts)
-        return self._changed(self.insert_negative(rows, original), rows, self.negative_pooled)
+        # SDXL's empty negative prompt is nothing but zeros.
+        unit = torch.where(original.norm() > 0, original.norm(), own.norm())
+        return self._changed(self.insert_negative(rows, original, unit), rows, self.negative_pooled)
 
     def _changed(self, prompt: PromptEmbeds, rows: Tensor, change: nn.Parameter | None) -> PromptEmbeds:
         """With `change` (N, P) added to the vectors (B, P)."""
@@ -149,21 +145,33 @@ class InsertionAdapter(Adapter):
 
     def insert(self, rows: Tensor, original: PromptEmbeds) -> PromptEmbeds:
         """[prefix; original; suffix], by the adapter's rows (B,) for the B rows of `original`."""
-        return original.insert(
-            self._embeds(self.prefix, rows, original), self._embeds(self.suffix, rows, original)
-        )
+        return self._between(self.prefix, self.suffix, rows, original, original.norm())
 
-    def insert_negative(self, rows: Tensor, original: PromptEmbeds) -> PromptEmbeds:
-        """`insert` for the B rows of the negative prompt; without `insertion.negative` it stays as it is."""
-        return original.insert(
-            self._embeds(self.negative_prefix, rows, original),
-            self._embeds(self.negative_suffix, rows, original),
-        )
+    def insert_negative(
+        self, rows: Tensor, original: PromptEmbeds, unit: Tensor | None = None
+    ) -> PromptEmbeds:
+        """`insert` for the B rows of the negative prompt; without `insertion.negative` it stays as it is.
 
-    def _embeds(self, side: InsertedEmbeddings | None, rows: Tensor, original: PromptEmbeds) -> Tensor:
-        if side is None:
-            return original.embeds.new_empty(len(rows), 0, self.width)
-        return side.attend(rows, original)
+        Args:
+            unit: (B,) the norm of a state; None is that of the negative prompt's own.
+        """
+        unit = original.norm() if unit is None else unit
+        return self._between(self.negative_prefix, self.negative_suffix, rows, original, unit)
+
+    def _between(
+        self,
+        prefix: InsertedEmbeddings | None,
+        suffix: InsertedEmbeddings | None,
+        rows: Tensor,
+        original: PromptEmbeds,
+        unit: Tensor,
+    ) -> PromptEmbeds:
+        """`original` with what the two sides, if there are any, put before and after it."""
+        nothing = original.embeds.new_empty(len(rows), 0, self.width)
+        before, after = (
+            nothing if side is None else side.attend(rows, original, unit) for side in (prefix, suffix)
+        )
+        return original.insert(before, after)
 
     def _check(self, backend: Backend) -> None:
         if backend.embed_dim != self.width:

@@ -23,7 +23,7 @@ Search = Literal["cma", "bayes"]
 
 # 2 x 2 x (8 coefficients + 2 angles) = 40 numbers. As long as the prompt's own embeddings: without a gradient that
 # would turn the basis, small ones could change little (docs/settings.md).
-FEW = Insertion(num_prefix=2, num_suffix=2, rank=8, norm=None, start=1.0, negative=False)
+FEW = Insertion(num_prefix=2, num_suffix=2, rank=8, norm=1.0, start=1.0, negative=False)
 
 
 @dataclass(frozen=True)
