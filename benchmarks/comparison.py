@@ -32,7 +32,7 @@ from ipgo.models import BUNDLED_REWARDS
 from ipgo.report.identity import comparable
 from ipgo.report.rows import Row, rows
 from ipgo.report.tables import span
-from ipgo.rewards import raised
+from ipgo.rewards import optimised
 
 REWARDS = BUNDLED_REWARDS["emoji"]
 SETS = ("one", "two", "styled")
@@ -47,7 +47,7 @@ ENOUGH = 8 / 9  # of the cells in which ours should be the best of these
 
 ABOUT = (
     "Gains over raw prompts and the share of images that win, means over the sets, on noise that was not fitted; "
-    "held out: the\nmean change of the rewards that were not raised; objects: points more of the images have "
+    "held out: the\nmean change of the rewards that were not optimised; objects: points more of the images have "
     "what the judge looks for;\nlikeness, where it was measured: how much more they look like the artwork (1 is that). "
     "Numbers are those learned for a prompt.\nSeconds and MiB (the peak of memory) compare on one machine alone."
 )
@@ -156,7 +156,7 @@ def stored(
 def summary(found: Mapping[Cell, Sequence[Row]]) -> str:
     """One line an entry: means over the sets on unseen noise, or on its own where noise is what was learned.
 
-    "held out" is the mean change of the rewards that were not raised, over all cells; "objects" how many points
+    "held out" is the mean change of the rewards that were not optimised, over all cells; "objects" how many points
     more of the images have the objects that the judge looks for; "likeness" how much more they look like the artwork.
     """
     rewards = list(dict.fromkeys(reward for reward, _ in found))
@@ -196,7 +196,7 @@ def summary(found: Mapping[Cell, Sequence[Row]]) -> str:
             gain.gain.value
             for (reward, _), each in gains.items()
             for name, gain in each.items()
-            if name in (*REWARDS, *rewards) and name not in raised(reward)
+            if name in (*REWARDS, *rewards) and name not in optimised(reward)
         ]
         complete = len(gains) == len(found)
         words.append(f"{mean(others):+.3f}" if others and complete else "–")
@@ -237,7 +237,7 @@ def tables(found: Mapping[Cell, Sequence[Row]]) -> str:
 def against_raw(found: Mapping[Cell, Sequence[Row]]) -> str:
     """Ours and its variants, cell by cell: win rates, and every reward and the judge on unseen noise."""
     names = tuple(dict.fromkeys((*REWARDS, *(reward for reward, _ in found))))
-    head = ["entry", "raised", "prompts", "wins, fitted", "wins, unseen", *names, "judge: object"]
+    head = ["entry", "optimised", "prompts", "wins, fitted", "wins, unseen", *names, "judge: object"]
     lines = [head, ["---"] * len(head)]
     for (reward, kind), entries in found.items():
         for row in (each for each in entries if each.method == OURS and reward in each.unseen):
@@ -265,7 +265,7 @@ def said(gain: Gain) -> str:
 
 
 def bar(found: Mapping[Cell, Sequence[Row]]) -> str:
-    """Is ours the best of its level on unseen noise, and does nothing that was not raised fall below raw?"""
+    """Is ours the best of its level on unseen noise, and does nothing that was not optimised fall below raw?"""
     best, rivalled, lines, low = 0, 0, [], []
     for (reward, kind), entries in found.items():
         # Variants of our own compete with nobody.
@@ -287,7 +287,7 @@ def bar(found: Mapping[Cell, Sequence[Row]]) -> str:
         low += [
             f"- {reward} on {kind}: {name} {said(gain)}, {'surely' if gain.gain.high < 0 else 'perhaps'} below raw."
             for name, gain in ours.unseen.items()
-            if name not in raised(reward) and gain.gain.value < 0
+            if name not in optimised(reward) and gain.gain.value < 0
         ]
     verdict = "is" if best >= ENOUGH * len(found) - 1e-9 else "is not"
     return "\n".join(
@@ -300,7 +300,7 @@ def bar(found: Mapping[Cell, Sequence[Row]]) -> str:
             *([""] if lines else []),
             *lines,
             "",
-            f"Rewards that were not raised, and the judge's verdicts, where {OURS} is below raw"
+            f"Rewards that were not optimised, and the judge's verdicts, where {OURS} is below raw"
             + (":" if low else ": none."),
             *([""] if low else []),
             *low,

@@ -104,7 +104,7 @@ def line(reward: str, fitted: list[Gain] | None, unseen: list[Gain], cost: Mappi
         percent(own),
         others,
         f"{judge.before:.0%} to {judge.after:.0%}",
-        f"{like.before:.3f} to {like.after:.3f}" if like else "",  # not where it was raised
+        f"{like.before:.3f} to {like.after:.3f}" if like else "",  # not where it was optimised
         f"{calls['denoiser']:.0f}, {calls['denoiser_grad']:.0f}",
         f"{measured['seconds']:.0f}",
         f"{measured['peak_memory_mib']:.0f}",

@@ -24,7 +24,7 @@ from PIL import Image
 import ipgo
 from ipgo.models import BUNDLED_REWARDS
 from ipgo.prompts import read_prompts
-from ipgo.rewards import raised
+from ipgo.rewards import optimised
 
 REWARDS = BUNDLED_REWARDS["emoji"]
 TRUTH = "emoji-likeness"
@@ -85,7 +85,7 @@ def at_one(reward: str, points: list[Point]) -> str:
     held = "; ".join(
         f"{name.removeprefix('emoji-')} {between([rises[name] for rises in path]):+.1f}"
         for name in points[0].rises
-        if name not in raised(reward)
+        if name not in optimised(reward)
     )
     marks = []
     for kind in ("objects", "likeness"):
@@ -103,7 +103,7 @@ def plot(found: dict[str, list[Point]], path: Path) -> None:
     for panel, (reward, points) in zip(np.atleast_1d(panels), found.items(), strict=True):
         x = [0.0, *(point.rises[reward] for point in points)]
         for name in REWARDS:
-            if name not in raised(reward):
+            if name not in optimised(reward):
                 panel.plot(x, [0.0, *(point.rises[name] for point in points)], "o-", label=name)
         judge = panel.twinx()
         for mark, style in (("objects", "ks--"), ("likeness", "k^:")):
@@ -148,7 +148,7 @@ def main() -> None:
             held = "; ".join(
                 f"{name.removeprefix('emoji-')} {rise:+.1f}"
                 for name, rise in point.rises.items()
-                if name not in raised(reward)
+                if name not in optimised(reward)
             )
             lines.append(
                 f"| {reward} | {strength} | {point.gain:+.3f} | {point.rises[reward]:+.1f} | {held} "

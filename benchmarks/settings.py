@@ -29,7 +29,7 @@ from ipgo.config import RunConfig
 from ipgo.evaluation import Drawing, Gain, Score, score, summarise
 from ipgo.models import BUNDLED_REWARDS, Models, load_models
 from ipgo.prompts import read_prompts
-from ipgo.rewards import raised
+from ipgo.rewards import optimised
 from ipgo.task import Task
 
 ENTRIES = Path(__file__).with_suffix(".yaml")
@@ -69,7 +69,7 @@ def judged(
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a setting did to unseen images of one set: gains over raw, of the raised reward and of the held-out ones."""
+    """What a setting did to unseen images of one set: gains over raw in the optimised and held-out rewards."""
 
     gain: float
     low: float
@@ -77,7 +77,7 @@ class Outcome:
     wins: float  # fraction of images
     others: tuple[float, ...]
     judge: float  # change of the fraction of images whose objects the judge finds
-    likeness: float | None  # change of how much they look like the artwork; None where that was raised
+    likeness: float | None  # change of how much they look like the artwork; None where that was optimised
 
     @classmethod
     def of(cls, reward: str, gains: Sequence[Gain]) -> "Outcome":
@@ -96,7 +96,7 @@ class Outcome:
 
 
 def held_out(reward: str) -> list[str]:
-    return [name for name in BUNDLED_REWARDS["emoji"] if name not in raised(reward)]
+    return [name for name in BUNDLED_REWARDS["emoji"] if name not in optimised(reward)]
 
 
 def told(changes: Sequence[float | None]) -> str:

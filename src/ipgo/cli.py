@@ -256,7 +256,7 @@ def show_run(folder: Run) -> int:
 
 
 def table(gains: Sequence[Gain]) -> str:
-    """One line per reward; a star marks the maximised one and its parts."""
+    """One line per reward; a star marks the optimised one and its parts."""
     from ipgo.evaluation import unlike
 
     over = f"95% over {gains[0].gain.n} {gains[0].gain.over}"
@@ -276,7 +276,7 @@ def table(gains: Sequence[Gain]) -> str:
                 + (f" ({each.wins.low:.0%} to {each.wins.high:.0%})" if some else ""),
             )
         )
-    note = "* the reward that was maximised, or a part of it; all others are held out. A tie counts as half a win."
+    note = "* the reward that was optimised, or a part of it; all others are held out. A tie counts as half a win."
     return "\n".join([*aligned(rows), note, ""])
 
 
@@ -427,27 +427,27 @@ def _show_evaluation(
 
 
 def _judges(folder: Run, asked: Sequence[str] | None, prompts: Sequence[str]) -> tuple[str, ...]:
-    """The maximised reward, if it can still be loaded, and the others, which must be.
+    """The optimised reward, if it can still be loaded, and the others, which must be.
 
-    A run made in Python may have maximised a function that no name stands for.
+    A run made in Python may have optimised a function that no name stands for.
     """
     from ipgo.rewards import check_reward
 
-    raised, names = folder.config.reward, asked or list(folder.identities)
-    others = tuple(dict.fromkeys(name for name in names if name != raised))
+    own, names = folder.config.reward, asked or list(folder.identities)
+    others = tuple(dict.fromkeys(name for name in names if name != own))
     try:
         for name in others:
             check_reward(name, prompts)
         try:
-            check_reward(raised, prompts)
+            check_reward(own, prompts)
         except InputError as error:
-            if raised in names:
+            if own in names:
                 raise
-            logging.getLogger("ipgo").warning("scored without the reward that was maximised: %s", error)
+            logging.getLogger("ipgo").warning("scored without the reward that was optimised: %s", error)
             return others
     except InputError as error:
         raise InputError(f"{error}" + ("" if asked else "; name rewards with --rewards")) from None
-    return (raised, *others)
+    return (own, *others)
 
 
 def report(argv: list[str]) -> int:

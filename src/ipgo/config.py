@@ -51,7 +51,7 @@ class RunConfig:
         prompts_from: the file, set or collection that they were read from; only recorded.
         method: what learns, and its hyperparameters.
         backend: a backend's name, a diffusers folder, a .safetensors file, or a hub id.
-        reward: what is maximised: a name, a sum such as "emoji-clip+0.5*emoji-aesthetic", or mine.py:function.
+        reward: what is optimised: a name, a sum such as "emoji-clip+0.5*emoji-aesthetic", or mine.py:function.
         held_out: rewards that only judge the result; None: those that come with the backend.
         sampling: how images are sampled.
         seeds: noise seeds, which gradient steps use in turn; empty: fresh noise at every step. Default: 0 to 3, or only

@@ -11,9 +11,9 @@ from typing import Any
 from ipgo.errors import ResumeError
 
 
-def with_judges_of(there: Mapping[str, Any], now: Mapping[str, Any], raised: str) -> dict[str, Any]:
-    """The facts `there`, with what `now` says of all rewards but the raised one."""
-    judges = {name: identity for name, identity in now.get("rewards", {}).items() if name != raised}
+def with_judges_of(there: Mapping[str, Any], now: Mapping[str, Any], optimised: str) -> dict[str, Any]:
+    """The facts `there`, with what `now` says of all rewards but the optimised one."""
+    judges = {name: identity for name, identity in now.get("rewards", {}).items() if name != optimised}
     return {**there, "rewards": {**there.get("rewards", {}), **judges}}
 
 

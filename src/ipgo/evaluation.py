@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ipgo.adapters import Adapter, generate
 from ipgo.backends import Backend
 from ipgo.errors import InputError
-from ipgo.rewards import Reward, RewardFunction, as_reward, raised
+from ipgo.rewards import Reward, RewardFunction, as_reward, optimised
 from ipgo.rewards import score as checked
 from ipgo.sampling import Sampling
 from ipgo.seeding import plain
@@ -70,7 +70,7 @@ class Gain:
 
     Attributes:
         method, reward: their names.
-        held_out: whether the reward is not part of the maximised one.
+        held_out: whether the reward is not part of the optimised one.
         before, after: means of the baseline's and the method's images, over prompts of the means over seeds.
         gain: after - before.
         wins: win rate over the baseline in [0, 1]; a tie counts as half a win.
@@ -149,9 +149,9 @@ def score(
     drawings: Sequence[Drawing], rewards: Mapping[str, Reward], trained_on: str, judge: Judge | None = None
 ) -> list[Score]:
     """Every reward's value, and the judge's verdicts as scores named judge-object, judge-colour, ..."""
-    scores, own = [], raised(trained_on)
+    scores, own = [], optimised(trained_on)
     made = judge.made if judge is not None else {}
-    followed = {mark for name in own for mark in made.get(name, ())}  # what was raised judges nothing
+    followed = {mark for name in own for mark in made.get(name, ())}  # what was optimised judges nothing
     for start in range(0, len(drawings), BATCH):
         part = drawings[start : start + BATCH]
         images, prompts = torch.stack([each.image for each in part]), [each.prompt for each in part]
@@ -184,7 +184,7 @@ def evaluate(
         prompts: what is drawn, one after the other.
         seeds: noise seeds; every prompt is drawn from each.
         sampling: how images are sampled.
-        trained_on: spec of the maximised reward; it and the rewards it is made of do not count as held out.
+        trained_on: spec of the optimised reward; it and the rewards it is made of do not count as held out.
         judge: adds scores named judge-object, judge-colour, ...; None: none.
 
     Returns:

@@ -89,7 +89,7 @@ def _results(title: str, gains: Sequence[Gain]) -> str:
         return ""
     lines = ["| reward | raw | adapted | gain, 95% | wins over raw |", "|---|---|---|---|---|"]
     for each in gains:
-        name = escape(each.reward) + (" (held out)" if each.held_out else " (raised)")
+        name = escape(each.reward) + (" (held out)" if each.held_out else " (optimised)")
         bounds = f"{each.gain.low:+.3f} to {each.gain.high:+.3f}{unlike(each, gains[0])}"
         interval = f" ({bounds})" if each.gain.n > 1 else ""
         lines.append(

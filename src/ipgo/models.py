@@ -29,7 +29,7 @@ logger = logging.getLogger("ipgo")
 
 @dataclass(frozen=True)
 class Models:
-    """What a run computes with: `rewards` holds the maximised reward and those held out, by name."""
+    """What a run computes with: `rewards` holds the optimised reward and those held out, by name."""
 
     backend: Backend
     reward: Reward
@@ -83,7 +83,7 @@ def load_models(
 def _load_rewards(
     config: RunConfig, device: str | torch.device, given: Mapping[str, Reward]
 ) -> dict[str, Reward]:
-    """The maximised reward, then those that only judge, by name."""
+    """The optimised reward, then those that only judge, by name."""
     rewards = {
         name: given[name] if name in given else load_reward(name, device=device)
         for name in dict.fromkeys((config.reward, *judging_rewards(config)))

@@ -29,7 +29,7 @@ from ipgo.continuing import check_models, differences, differing_in, with_judges
 from ipgo.errors import InputError, InUseError, ResumeError
 from ipgo.evaluation import Score
 from ipgo.prompts import Prompt, number
-from ipgo.rewards import raised
+from ipgo.rewards import optimised
 from ipgo.task import Progress
 
 SCHEMA = 1
@@ -358,7 +358,7 @@ class Run:
 
     def told(self, scores: Iterable[Score]) -> list[Score]:
         """Scores of this run's images, with what is held out as it is said now: it may have been written otherwise."""
-        own = raised(self.config.reward)
+        own = optimised(self.config.reward)
         return [replace(each, held_out=each.reward not in own) for each in scores]
 
     def judge_again(

@@ -440,7 +440,7 @@ def test_a_run_is_judged_again_without_the_reward_that_is_gone(
     assert cli.main([*command, "--rewards", "contrast", "contrats"]) == 2
     assert "unknown reward 'contrats'; did you mean 'contrast'?\n" in capsys.readouterr().err
     assert cli.main([*command, "--rewards", "contrast"]) == 0
-    assert "scored without the reward that was maximised: unknown reward 'dark'" in caplog.text
+    assert "scored without the reward that was optimised: unknown reward 'dark'" in caplog.text
     assert {each.reward for each in load_scores(tmp_path / "run/evaluation.jsonl")} == {"contrast"}
 
 

@@ -563,7 +563,7 @@ def test_the_table_is_redrawn_without_a_model(compared: Path, capsys: pytest.Cap
 
     assert cli.main(["report", str(compared)]) == 1
     printed = capsys.readouterr()
-    assert "colorfulness, which was raised" in printed.out
+    assert "colorfulness, which was optimised" in printed.out
     assert "ipgo: failed: picky (RuntimeError" in printed.err
     assert {name: (compared / name).read_bytes() for name in names} == before
     assert cli.main(["compare", "--redraw", "--out", str(compared)]) == 1

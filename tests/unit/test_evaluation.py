@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ipgo import InputError, Score, as_reward, summarise, win_rate
 from ipgo.cli import table
 from ipgo.evaluation import Drawing, score
-from ipgo.rewards import raised
+from ipgo.rewards import optimised
 
 
 def scores(values: dict[str, list[tuple[float, float]]], reward: str = "r") -> list[Score]:
@@ -87,9 +87,9 @@ def test_what_a_reward_is_made_of_is_not_held_out() -> None:
     rewards = {name: as_reward(lambda images, _: images.mean((1, 2, 3)), name) for name in names}
     found = {each.reward: each.held_out for each in score(drawings, rewards, spec)}
     assert found == {spec: False, "contrast": False, "colorfulness": False, "clip": True}
-    assert raised("<lambda>") == {"<lambda>"}
-    assert raised("clip:/mine") == {"clip:/mine"}  # other weights
-    assert raised("clip@notebook<=0.3") == {"clip@notebook<=0.3", "clip@notebook", "clip"}
+    assert optimised("<lambda>") == {"<lambda>"}
+    assert optimised("clip:/mine") == {"clip:/mine"}  # other weights
+    assert optimised("clip@notebook<=0.3") == {"clip@notebook<=0.3", "clip@notebook", "clip"}
 
 
 def test_an_interval_over_something_else_than_the_others_says_so() -> None:

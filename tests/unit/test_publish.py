@@ -117,7 +117,7 @@ def test_the_card_says_what_it_is_and_holds_no_markup_of_a_prompt(run: ipgo.Run)
     assert "base_model" not in about  # a local folder is no model of the hub
     for words in (
         "On unseen noise",
-        "colorfulness (raised)",
+        "colorfulness (optimised)",
         "seed 1000 (unseen)",
         "fitted to, word for word",
     ):

@@ -18,14 +18,14 @@ def gain(reward: str, value: float, low: float, high: float, *, held_out: bool =
 
 
 def test_what_fell_while_the_reward_rose_is_said_and_how_surely() -> None:
-    raised = gain("raised", 0.2, 0.1, 0.3, held_out=False)
+    own = gain("optimised", 0.2, 0.1, 0.3, held_out=False)
     others = [gain("surely", -0.2, -0.3, -0.1), gain("perhaps", -0.1, -0.3, 0.1), gain("rose", 0.1, 0.0, 0.2)]
     found = {
         each.text: each.sure
-        for each in fallen("raised", [raised, *others, gain("tiny", -1e-5, -1e-4, -1e-6)])
+        for each in fallen("optimised", [own, *others, gain("tiny", -1e-5, -1e-4, -1e-6)])
     }
     assert found == {"surely: 0.500 to 0.300": True, "perhaps: 0.500 to 0.400": False}
-    assert fallen("raised", [gain("raised", -0.2, -0.3, -0.1, held_out=False), *others]) == []
+    assert fallen("optimised", [gain("optimised", -0.2, -0.3, -0.1, held_out=False), *others]) == []
     assert [mood(value) for value in (0.1, 1e-5, -0.1)] == ["good", "", "bad"]
 
 

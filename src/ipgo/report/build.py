@@ -23,7 +23,7 @@ from ipgo.evaluation import Gain, Score, levels, summarise, unlike
 from ipgo.images import reading
 from ipgo.prompts import Prompt
 from ipgo.report import charts
-from ipgo.rewards import raised
+from ipgo.rewards import optimised
 from ipgo.rewards.checkpoints import fingerprint
 from ipgo.store import EVALUATION, Run
 
@@ -34,7 +34,7 @@ LARGEST = 512  # pixels; larger images are shown smaller, so that the page stays
 
 @dataclass(frozen=True)
 class Pair:
-    """Before and after from one seed: data URIs, and the raised reward's values."""
+    """Before and after from one seed: data URIs, and the optimised reward's values."""
 
     seed: int
     fitted: bool
@@ -186,7 +186,7 @@ def _as_they_are(run: Run) -> str:
 
 @dataclass(frozen=True)
 class Fallen:
-    """A held-out reward that fell while the raised one rose; `sure` if its whole interval is below zero."""
+    """A held-out reward that fell while the optimised one rose; `sure` if its whole interval is below zero."""
 
     text: str
     sure: bool
@@ -194,8 +194,8 @@ class Fallen:
 
 def fallen(reward: str, gains: Sequence[Gain]) -> list[Fallen]:
     """What may be the price of the gain; a sure fall is what reward hacking looks like."""
-    raised = _of(gains, reward)
-    if raised is None or raised.gain.value <= 0:
+    own = _of(gains, reward)
+    if own is None or own.gain.value <= 0:
         return []
     return [
         Fallen(f"{each.reward}: {each.before:.3f} to {each.after:.3f}", each.gain.high < 0)
@@ -209,7 +209,7 @@ def _of(gains: Sequence[Gain], reward: str) -> Gain | None:
 
 
 def _rows(fitted: Sequence[Gain], unseen: Sequence[Gain]) -> list[dict[str, Any]]:
-    """One for each reward, the raised one first."""
+    """One for each reward, the optimised one first."""
     names = dict.fromkeys(gain.reward for gain in (*unseen, *fitted))
     rows = [{"name": name, "fitted": _of(fitted, name), "unseen": _of(unseen, name)} for name in names]
     return sorted(rows, key=lambda row: (row["unseen"] or row["fitted"]).held_out)
@@ -274,13 +274,13 @@ def _mean_of(curves: Sequence[charts.Values]) -> list[float | None]:
 
 
 def _scatters(scores: Sequence[Score], reward: str, seeds: Collection[int]) -> list[tuple[str, Markup, int]]:
-    """For each held-out reward: its gains against the raised one's, and how many fell while that rose."""
+    """For each held-out reward: its gains against the optimised one's, and how many fell while that rose."""
     values: dict[tuple[str, int], dict[tuple[str, bool], float]] = defaultdict(dict)
     for each in scores:
         if each.seed in seeds:
             values[each.prompt, each.seed][each.reward, each.method == "raw"] = each.value
     points: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    own = raised(reward)
+    own = optimised(reward)
     for found in values.values():
         gains = {
             name: found[name, False] - old

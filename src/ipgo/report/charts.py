@@ -62,7 +62,7 @@ def curve(rewards: Values, bold: Values, before: float | None) -> Markup:
 
 
 def scatter(points: Sequence[tuple[float, float]], hues: Mapping[str, int] | None = None) -> Markup:
-    """Gain in the raised reward (across) against gain in a held-out one (up); the lower right is hacking.
+    """Gain in the optimised reward (across) against gain in a held-out one (up); the lower right is hacking.
 
     With `hues`, one for each point by its label, points have these; without, they are good or bad.
     """
@@ -84,7 +84,7 @@ def scatter(points: Sequence[tuple[float, float]], hues: Mapping[str, int] | Non
             for (look, label), (a, b) in zip(looks, points, strict=True)
         ),
     ]
-    return _svg(parts, "gain in the raised reward against gain in a held-out reward")
+    return _svg(parts, "gain in the optimised reward against gain in a held-out reward")
 
 
 def hue(number: int) -> int:

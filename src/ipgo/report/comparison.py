@@ -20,7 +20,7 @@ from ipgo.report.build import environment, picture_uri
 from ipgo.report.identity import strangers, told
 from ipgo.report.rows import Row, own_scores, strange_to
 from ipgo.report.tables import span, tables
-from ipgo.rewards import raised
+from ipgo.rewards import optimised
 from ipgo.store import Run
 
 SHEET_PROMPTS = 24  # of the contact sheet: a page must open
@@ -90,7 +90,7 @@ def lead(entries: Sequence[Row], reward: str) -> str:
         if gains:
             label, gain = max(gains, key=lambda found: found[1].gain.value)
             change = f"{gain.gain.value:+.3f} {span(gain.gain)}".strip()
-            verb, degree = ("raised", "most") if gain.gain.value > 0 else ("lowered", "least")
+            verb, degree = ("optimised", "most") if gain.gain.value > 0 else ("lowered", "least")
             text += f"On {noise}, {label} {verb} {reward} {degree}, by {change}. "
     return text or "Nothing is finished yet that could be compared."
 
@@ -132,7 +132,7 @@ COLUMNS = (
 def numbers(entries: Sequence[Row], reward: str) -> str:
     """comparison.csv: a line for each entry, kind of noise and reward, without rounding.
 
-    Bare prompts have a value and no gain; the last step and the best of the run are of the raised reward alone.
+    Bare prompts have a value and no gain; the last step and the best of the run are of the optimised reward alone.
     """
     stream = io.StringIO()
     writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
@@ -172,9 +172,9 @@ def _levels(row: Row) -> Iterator[dict[str, Any]]:
 
 
 def _scatters(entries: Sequence[Row], reward: str, hues: Mapping[str, int]) -> list[tuple[str, Markup]]:
-    """For each held-out reward: every entry's gain in it against its gain in the raised one."""
+    """For each held-out reward: every entry's gain in it against its gain in the optimised one."""
     gains = {row.label: row.unseen or row.fitted for row in entries}
-    own = raised(reward)
+    own = optimised(reward)
     names = dict.fromkeys(name for each in gains.values() for name in each if name not in own)
     charted = []
     for name in names:

@@ -38,7 +38,7 @@ class Row:
         scores: those of its own images, under its label; of its own raw images under "raw".
         fitted, unseen, unseen_prompts: what it did to each reward, by reward: on noise it was fitted to, on
             noise it was not (empty if it transfers to nothing), and on prompts it was not (shared entries).
-        means: the reward that was raised, on fitted and on unseen noise; None where there is none.
+        means: the reward that was optimised, on fitted and on unseen noise; None where there is none.
         final, best: that reward in the fit itself, mean over prompts: of the last step and of the best one, each over
             as many steps as compare; the same where a fit keeps its last step.
         curve: (weighted calls for each prompt, the reward so far), mean over prompts.
@@ -224,7 +224,7 @@ def _costs(results: Sequence[Mapping[str, Any]], price: Price) -> dict[str, Any]
 
 
 def matrices(entries: Sequence[Row], reward: str) -> list[Matrix]:
-    """Win rates in the raised reward between all entries that it scored alike: on fitted noise, and on unseen."""
+    """Win rates in the optimised reward between all entries that it scored alike: on fitted noise, and on unseen."""
     found = []
     scored = {row.label: row.rewards.get(reward) for row in entries}
     for place, noise in enumerate(("fitted noise", "unseen noise")):

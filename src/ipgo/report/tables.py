@@ -11,7 +11,7 @@ from ipgo.evaluation import Gain, Interval, average
 from ipgo.report.build import mood
 from ipgo.report.identity import MARK
 from ipgo.report.rows import Matrix, Row, matrices, own_scores, strange_to
-from ipgo.rewards import raised
+from ipgo.rewards import optimised
 
 COST = {
     "denoiser": "calls",
@@ -70,15 +70,15 @@ def raised_table(entries: Sequence[Row], reward: str) -> Table:
         lines.append([*line, *([_gain(row.unseen_prompts, reward)] if prompts else [])])
     note = (
         "Gains and wins are over the entry's own raw images, with 95% bootstrap intervals. Images and gains are "
-        "those of the adapter that a method returns: the best of its run by the raised reward where it keeps that, "
-        "else the last. To compare selection alike, “last step” and “best of run” are the raised reward in the fit "
+        "those of the adapter that a method returns: the best of its run by the optimised reward where it keeps that, "
+        "else the last. To compare selection alike, “last step” and “best of run” are the optimised reward in the fit "
         "itself. Entries that are tied to their noise have no unseen noise. What its interval leaves open has no "
         "colour."
     )
     note += (
         f" {MARK}: scored by another {reward}; the line is not comparable with the others." if strange else ""
     )
-    return Table(f"{reward}, which was raised", note, head, lines)
+    return Table(f"{reward}, which was optimised", note, head, lines)
 
 
 def held_out_table(entries: Sequence[Row], reward: str) -> Table:
@@ -98,7 +98,7 @@ def held_out_table(entries: Sequence[Row], reward: str) -> Table:
     )
     if any(strange.values()):
         note += f" {MARK}: scored by another reward of that name; the cell is not comparable with the others."
-    own = raised(reward)
+    own = optimised(reward)
     heads = (f"{name} (a part of it)" if name in own else name for name in names)
     return Table("Other rewards", note, ["entry", "noise", *heads], lines)
 
@@ -160,7 +160,7 @@ def decided(interval: Interval, even: float) -> bool:
 
 
 def _judged(row: Row, reward: str, strange: bool) -> Cell:
-    """What an entry did to a reward that was not raised."""
+    """What an entry did to a reward that was not optimised."""
     gains = row.unseen or row.fitted
     cell = _level(row, reward) if row.method == "raw" else _gain(gains, reward, before=True)
     if not strange:

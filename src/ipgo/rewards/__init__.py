@@ -1,4 +1,4 @@
-"""What is maximised: any function of images and prompts. `load_reward` makes one of what a user writes."""
+"""What is optimised: any function of images and prompts. `load_reward` makes one of what a user writes."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ __all__ = [
     "is_unsettled",
     "load_reward",
     "needs_prompts",
+    "optimised",
     "parts",
-    "raised",
     "score",
     "score_with_gradient",
     "terms",
@@ -134,7 +134,7 @@ def terms(spec: str) -> list[tuple[float, str]]:
     ]
 
 
-def raised(spec: str) -> set[str]:
+def optimised(spec: str) -> set[str]:
     """What a method that follows a spec maximises: the spec, and the rewards it is made of. These are not held out.
 
     Nor is another variant (`@notebook`) of the same weights.
