@@ -39,7 +39,7 @@ TRUTH = "emoji-likeness"  # which the judge says of every picture
 SETS = ("one", "two", "styled")
 FOLDER = Path("build/benchmarks/end-to-end")
 UNSEEN = (1000, 1001, 1002, 1003)
-BARE = {"cross_attention": "none", "norm": 1.0, "negative": False}  # as the paper has them
+BARE = {"cross_attention": "none", "norm": 0.06, "negative": False}  # as the paper has them
 HEADER = (
     "| mode | prompts | reward | before | after, fitted | win rate, fitted | after, unseen | win rate, unseen "
     "| held-out rewards, unseen | judge: object | judge: likeness | calls, of which with gradient | seconds | MiB |\n"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import yaml
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter, Namespace
 
 from ipgo.adapters.noise import check_one_seed
 from ipgo.backends.facts import Opening
@@ -233,7 +233,7 @@ FLAGS: dict[str, dict[str, Any]] = {
         "help": "rewards that only judge the result (default: those that come with the backend)",
     },
     "shared": {
-        "action": "store_true",
+        "action": ActionYesNo(no_prefix="no_"),
         "help": "prompt-batch: one set of embeddings for all prompts instead of one per prompt",
     },
 }

@@ -43,7 +43,7 @@ class Insertion:
             at the start is added, so that each goes on repeating the same words of the prompt while it learns what
             to add to them: that gained a little more, and lost more of what was held out (docs/settings.md).
         norm: mean norm of an inserted embedding at the start, before it attends; 1 is that of the prompt's own
-            embeddings, which differs a hundredfold between text encoders. Small ones begin near the image of the raw
+            embeddings, which differs between text encoders. Small ones begin near the image of the raw
             prompt. None leaves it at start * sqrt(rank / 3), whatever the prompt's: with start = 1 this is the paper's.
         start: coefficients begin uniform in [-start, start], with this norm: an embedding can grow to 1 / start times
             as much before it meets the bounds. The paper's is 1.

@@ -94,7 +94,7 @@ def read_texts(texts: Sequence[str], spec: str | None) -> list[str]:
             raise InputError(f"{text!r} is a file; read its prompts with --prompts {text}")
     for text in {"true", "false"} & set(texts):
         raise InputError(
-            f"prompt {text!r} looks like the value of an option; --shared takes none, it is on or left out"
+            f"prompt {text!r} looks like the value of an option; --shared takes none; its opposite is --no-shared"
         )
     if len(texts) > 1 and not any(" " in text.strip() for text in texts):
         words = " ".join(texts)

@@ -23,6 +23,13 @@ def test_defaults_are_those_of_the_dataclass() -> None:
     assert read({}) == RunConfig(PROMPTS)
 
 
+def test_a_presets_shared_is_undone_by_a_flag() -> None:
+    settings = {"shared": True}
+    assert read(settings).shared
+    assert not read(settings, "--no_shared").shared
+    assert read({}, "--shared").shared
+
+
 def test_flags_override_settings_and_settings_defaults() -> None:
     settings = {
         "sampling": {"steps": 9, "eta": 0.5},
