@@ -172,7 +172,7 @@ def fit(argv: list[str]) -> int:
     for name in (config.reward, *judging_rewards(config)):
         check_reward(name, config.prompts)
     check_gradient(config)
-    check_backend(config.backend, config.opening, config.prompts)
+    config.check_width(check_backend(config.backend, config.opening, config.prompts))
     place = Path(parsed.out or Path("runs") / (slug(parsed.prompts or texts[0]) or "run"))
     folder = Run.open(place, config)
     check_method(folder)

@@ -12,6 +12,7 @@ from typing import Any
 from ipgo.adapters import Adapter
 from ipgo.artefacts import save_scores
 from ipgo.backends import check_backend
+from ipgo.backends.facts import Opening
 from ipgo.budget import (
     BudgetSpent,
     calls_of_an_image,
@@ -51,7 +52,8 @@ logger = logging.getLogger("ipgo")
 
 def check(folder: Comparison, labels: Iterable[str]) -> None:
     """Raise `InputError` for one of these entries that cannot work, as far as that shows without loading a model."""
-    seen = set[object]()
+    seen = set[str]()
+    widths: dict[tuple[str, Opening], int | None] = {}
     for label in labels:
         config, run = folder.plan.config(label), folder.run(label)
         if run is not None and not run.pending():
@@ -61,9 +63,10 @@ def check(folder: Comparison, labels: Iterable[str]) -> None:
                 if name not in seen:
                     check_reward(name, (*folder.plan.prompts, *folder.plan.unseen_prompts))
                 seen.add(name)
-            if (config.backend, config.opening) not in seen:
-                check_backend(config.backend, config.opening, config.prompts)
-                seen.add((config.backend, config.opening))
+            pipeline = config.backend, config.opening
+            if pipeline not in widths:
+                widths[pipeline] = check_backend(*pipeline, config.prompts)
+            config.check_width(widths[pipeline])
             check_gradient(config)
             if run is not None:
                 check_method(run)

@@ -150,6 +150,12 @@ class RunConfig:
             if value > 0 and self.scheduler not in (None, "ddim"):
                 raise InputError(f"{field} above 0 needs the ddim scheduler, not {self.scheduler!r}")
 
+    def check_width(self, width: int | None) -> None:
+        """Raise `InputError` if the method does not fit prompt embeddings of `width`; None is not known."""
+        if self.method.insertion is not None and width is not None:
+            with _of_the_method():
+                self.method.insertion.check(width)
+
     @property
     def new_seeds(self) -> tuple[int, ...]:
         """The seeds that are never fitted."""

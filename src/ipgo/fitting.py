@@ -148,7 +148,7 @@ def fit(
     if config.reward not in given:
         check_gradient(config)
     if given_backend is None:
-        check_backend(config.backend, config.opening, config.prompts)
+        config.check_width(check_backend(config.backend, config.opening, config.prompts))
     with tempfile.TemporaryDirectory() as temporary, torch.inference_mode(False), own_numbers():
         kept = None if out is None else Path(out).expanduser()
         folder = Run.open(kept or Path(temporary) / "run", config)

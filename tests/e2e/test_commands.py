@@ -536,12 +536,14 @@ def test_what_cannot_be_written_is_refused_before_it_is_computed(
     assert "which cannot be written: Permission denied" in capsys.readouterr().err
 
 
-def test_an_insertion_that_does_not_fit_is_refused_before_rewards_are_loaded(
+def test_an_insertion_that_does_not_fit_is_refused_before_weights_are_read(
     pipeline_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(models, "load_reward", None)
+    monkeypatch.setattr(models, "load_backend", None)
     assert fit(pipeline_folder, tmp_path / "run", ["a fox"], "--method.insertion.rank", "999") == 2
-    assert "insertion.rank is 999" in capsys.readouterr().err
+    assert (
+        "method.insertion.rank is 999; the embeddings of this backend are 32 wide" in capsys.readouterr().err
+    )
 
 
 def test_a_full_disk_loses_nothing_and_the_run_goes_on(

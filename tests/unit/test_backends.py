@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from ipgo.adapters import InsertionAdapter, generate
 from ipgo.artefacts import save_adapter
-from ipgo.backends import FAMILIES, load_backend
+from ipgo.backends import FAMILIES, check_backend, load_backend
 from ipgo.backends import folder as folders
+from ipgo.backends.facts import Opening
 from ipgo.backends.weights import fingerprint
 from ipgo.embeds import PromptEmbeds
 from ipgo.errors import InputError
@@ -310,3 +311,10 @@ def test_the_unconditional_half_builds_no_graph_where_it_carries_none(backend):
     sample(backend, cond, uncond, backend.noise([0]), Sampling(steps=3), backprop_steps=2)
     hook.remove()
     assert modes == [False, True, False, True]
+
+
+def test_a_folder_says_how_wide_its_embeddings_are(pipeline_folder, tmp_path):
+    assert check_backend(pipeline_folder, Opening()) == load_backend(pipeline_folder, device="cpu").embed_dim
+    shutil.copytree(pipeline_folder, tmp_path / "damaged")
+    (tmp_path / "damaged/unet/config.json").write_text("{")
+    assert check_backend(tmp_path / "damaged", Opening()) is None  # whoever opens it says what is wrong

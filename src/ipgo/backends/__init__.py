@@ -12,7 +12,7 @@ from torch import nn
 
 from ipgo.backends.base import Backend, denoiser_of
 from ipgo.backends.chroma import Chroma
-from ipgo.backends.facts import Facts, Opening
+from ipgo.backends.facts import Facts, Opening, width_of
 from ipgo.backends.few_steps import FewSteps, by_folder, by_name, by_pipeline, either
 from ipgo.backends.flux import Flux
 from ipgo.backends.flux_2 import Flux2Klein
@@ -244,10 +244,13 @@ def _around(pipe: Any, kind: str, opening: Opening) -> Backend:
     return with_own_scale(backend, loaded or backend.name, _few_steps_of(backend, loaded))
 
 
-def check_backend(source: str | Path, opening: Opening, prompts: Sequence[str] = ()) -> None:
+def check_backend(source: str | Path, opening: Opening, prompts: Sequence[str] = ()) -> int | None:
     """Raise `InputError` for a backend that cannot be opened so, as far as that shows without its weights.
 
     Also for prompts that are too long, where CLIP's tokenizer says so.
+
+    Returns:
+        The width of its prompt embeddings, where it is a folder, which says it.
     """
     kind, place = _place(source)
     facts = _family(kind, str(source)).facts
@@ -257,6 +260,7 @@ def check_backend(source: str | Path, opening: Opening, prompts: Sequence[str] =
         if tokenizer is not None:
             lengths = [len(ids) for ids in unpadded(tokenizer, prompts)]
             check_lengths(prompts, lengths, min(facts.tokens, tokenizer.model_max_length), facts.chunked)
+    return width_of(Path(place), facts)
 
 
 def few_steps(source: str) -> FewSteps | None:

@@ -63,7 +63,6 @@ class Backend(ABC):
     facts: ClassVar[Facts]
     optional: ClassVar[tuple[str, ...]] = ()  # text encoders that a pipeline may lack
 
-    embed_dim: int
     max_tokens: int
     guidance: Guidance = "classifier-free"
 
@@ -80,6 +79,7 @@ class Backend(ABC):
             raise InputError(f"backend {name!r} has no {part}, without which it cannot draw")
         denoiser = denoiser_of(pipe)
         self.device, self.dtype = denoiser.device, denoiser.dtype
+        self.embed_dim: int = denoiser.config[self.facts.width]
         self.text_device: torch.device = next(iter(encoders.values())).device
         self._parts: dict[str, nn.Module] = {
             "denoiser": denoiser,

@@ -22,6 +22,7 @@ class Chroma(PackedBackend):
 
     facts: ClassVar[Facts] = Facts(
         tokens=512,
+        width="joint_attention_dim",
         ordered=False,
         masked="never",
         pooled=False,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from ipgo.backends.schedulers import SCHEDULERS
@@ -24,6 +27,7 @@ class Facts:
 
     Attributes:
         tokens: the longest prompt, with its marks; a model's own tokenizer may allow less.
+        width: what the denoiser's configuration calls the width of the prompt embeddings.
         ordered: does the denoiser see the order of the text states? If not, before and after are the same.
         masked: is padding hidden from the denoiser: "always", "never", or "optional" (padding="none").
         pooled: does the denoiser get a vector for the whole prompt besides the states?
@@ -41,6 +45,7 @@ class Facts:
     """
 
     tokens: int
+    width: str
     ordered: bool
     masked: Literal["always", "never", "optional"]
     pooled: bool
@@ -105,3 +110,13 @@ class Opening:
             )
         if self.scheduler is not None and facts.process == "flow":
             raise InputError(f"scheduler is {self.scheduler!r}; {name} is a flow model and keeps its own")
+
+
+def width_of(folder: Path, facts: Facts) -> int | None:
+    """The width of the prompt embeddings of the model in a diffusers folder; None if it does not say."""
+    for part in ("unet", "transformer"):
+        with contextlib.suppress(OSError, ValueError):  # whoever opens it says what is wrong
+            config = json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
+            width = config.get(facts.width) if isinstance(config, dict) else None
+            return width if isinstance(width, int) else None
+    return None

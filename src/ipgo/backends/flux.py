@@ -24,6 +24,7 @@ class Flux(PackedBackend):
 
     facts: ClassVar[Facts] = Facts(
         tokens=512,
+        width="joint_attention_dim",
         ordered=False,
         masked="never",
         pooled=True,

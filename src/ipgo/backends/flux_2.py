@@ -25,6 +25,7 @@ class Flux2Klein(Backend):
 
     facts: ClassVar[Facts] = Facts(
         tokens=512,
+        width="joint_attention_dim",
         ordered=True,
         masked="never",
         pooled=False,
@@ -37,7 +38,6 @@ class Flux2Klein(Backend):
 
     def __init__(self, pipe: Any, name: str, opening: Opening) -> None:
         super().__init__(pipe, name, opening)
-        self.embed_dim = pipe.transformer.config.joint_attention_dim
         self.guidance = "none" if pipe.config.is_distilled else "classifier-free"
         self.layers: tuple[int, ...] = self._own_default("text_encoder_out_layers")
 

@@ -9,16 +9,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ipgo.backends.base import Backend, latent_side
-from ipgo.backends.facts import Opening
 from ipgo.backends.schedulers import shifted
 
 
 class PackedBackend(Backend):
     """A pipeline whose `latents` are patches of 2 x 2, and whose schedule depends on their number."""
-
-    def __init__(self, pipe: Any, name: str, opening: Opening) -> None:
-        super().__init__(pipe, name, opening)
-        self.embed_dim = pipe.transformer.config.joint_attention_dim
 
     def _latent_shape(self, image_size: int | None) -> tuple[int, int, int]:
         side = latent_side(self.pipe, self.pipe.default_sample_size, image_size, patch=2)

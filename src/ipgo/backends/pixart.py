@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ipgo.backends.base import Backend, upcast
-from ipgo.backends.facts import Facts, Opening
+from ipgo.backends.facts import Facts
 from ipgo.backends.text import tokenize
 from ipgo.embeds import PromptEmbeds, concatenate
 
@@ -24,16 +24,13 @@ class PixArtAlpha(Backend):
 
     facts: ClassVar[Facts] = Facts(
         tokens=120,
+        width="caption_channels",
         ordered=False,
         masked="always",
         pooled=False,
         guidance=("classifier-free",),
         process="diffusion",
     )
-
-    def __init__(self, pipe: Any, name: str, opening: Opening) -> None:
-        super().__init__(pipe, name, opening)
-        self.embed_dim = pipe.transformer.config.caption_channels
 
     def _encode(self, prompts: Sequence[str], padding: str) -> PromptEmbeds:
         small = [prompt.lower().strip() for prompt in prompts]

@@ -29,6 +29,7 @@ class QwenImage(PackedBackend):
 
     facts: ClassVar[Facts] = Facts(
         tokens=512,
+        width="joint_attention_dim",
         ordered=True,
         masked="always",
         pooled=False,

@@ -29,6 +29,7 @@ class Sana(Backend):
 
     facts: ClassVar[Facts] = Facts(
         tokens=POSITIONS - 1,
+        width="caption_channels",
         ordered=False,
         masked="always",
         pooled=False,
@@ -39,7 +40,6 @@ class Sana(Backend):
 
     def __init__(self, pipe: Any, name: str, opening: Opening) -> None:
         super().__init__(pipe, name, opening)
-        self.embed_dim = pipe.transformer.config.caption_channels
         self.max_tokens = self.facts.tokens
         self.instruction = "\n".join(self._own_default("complex_human_instruction"))
 

@@ -23,6 +23,7 @@ class StableDiffusion(Backend):
 
     facts: ClassVar[Facts] = Facts(
         tokens=77,
+        width="cross_attention_dim",
         ordered=False,
         masked="optional",
         pooled=False,
@@ -33,7 +34,6 @@ class StableDiffusion(Backend):
 
     def __init__(self, pipe: Any, name: str, opening: Opening) -> None:
         super().__init__(pipe, name, opening)
-        self.embed_dim = pipe.unet.config.cross_attention_dim
         self.max_tokens = clip_tokens(pipe.tokenizer, pipe.text_encoder)
         if pipe.unet.config.time_cond_proj_dim is not None:
             self.guidance = "distilled"

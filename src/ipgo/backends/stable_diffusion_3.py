@@ -27,6 +27,7 @@ class StableDiffusion3(Backend):
 
     facts: ClassVar[Facts] = Facts(
         tokens=256,
+        width="joint_attention_dim",
         ordered=False,
         masked="never",
         pooled=True,
@@ -39,7 +40,6 @@ class StableDiffusion3(Backend):
 
     def __init__(self, pipe: Any, name: str, opening: Opening) -> None:
         super().__init__(pipe, name, opening)
-        self.embed_dim = pipe.transformer.config.joint_attention_dim
         self.clip_tokens = min(clip_tokens(tokenizer, encoder) for tokenizer, encoder in self._clips())
         if pipe.text_encoder_3 is None:
             self.max_tokens = self.clip_tokens

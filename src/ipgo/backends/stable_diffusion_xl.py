@@ -26,6 +26,7 @@ class StableDiffusionXL(Backend):
 
     facts: ClassVar[Facts] = Facts(
         tokens=77,
+        width="cross_attention_dim",
         ordered=False,
         masked="optional",
         pooled=True,
@@ -36,7 +37,6 @@ class StableDiffusionXL(Backend):
 
     def __init__(self, pipe: Any, name: str, opening: Opening) -> None:
         super().__init__(pipe, name, opening)
-        self.embed_dim = pipe.unet.config.cross_attention_dim
         self.max_tokens = min(clip_tokens(tokenizer, encoder) for tokenizer, encoder in self._encoders())
         if pipe.unet.config.time_cond_proj_dim is not None:
             self.guidance = "distilled"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ipgo.backends.base import Backend, latent_side
-from ipgo.backends.facts import Facts, Opening
+from ipgo.backends.facts import Facts
 from ipgo.backends.schedulers import shifted
 from ipgo.backends.text import chat, tokenize
 from ipgo.embeds import PromptEmbeds
@@ -26,6 +26,7 @@ class ZImage(Backend):
 
     facts: ClassVar[Facts] = Facts(
         tokens=512,
+        width="cap_feat_dim",
         ordered=True,
         masked="always",
         pooled=False,
@@ -35,10 +36,6 @@ class ZImage(Backend):
         scaling="factor and shift",
         prediction="flow",
     )
-
-    def __init__(self, pipe: Any, name: str, opening: Opening) -> None:
-        super().__init__(pipe, name, opening)
-        self.embed_dim = pipe.transformer.config.cap_feat_dim
 
     def _latent_shape(self, image_size: int | None) -> tuple[int, int, int]:
         side = latent_side(self.pipe, SIDE, image_size, patch=2)
