@@ -96,6 +96,14 @@ def test_likeness_is_one_for_the_artwork_wherever_it_stands(judge: Judge) -> Non
     assert judge.likeness(large, ["a fox to the left of a pear, 3d"]).item() > 0.9
 
 
+def test_a_picture_that_is_not_finite_is_not_judged(judge: Judge) -> None:
+    images = torch.stack([torch.full((3, 64, 64), torch.nan), torch.zeros(3, 64, 64)])
+    prompts = ["a fox on a red background, 3d style"] * 2
+    for marks in (judge(images, prompts), *judge.marks(images, prompts).values()):
+        if not marks[1].isnan():  # the prompt says nothing of a relation
+            assert marks[0].isnan()
+
+
 def test_likeness_falls_with_all_that_the_artwork_is_not(judge: Judge) -> None:
     picture = scene_of(judge, {("rabbit", "3d"): (8, 8, 48)})
     prompt = "a rabbit on a teal background, 3d style"

@@ -47,7 +47,7 @@ REWARDS: dict[str, Known] = {
     ),
     "emoji-likeness": Known(
         "ipgo.rewards.emoji:load_likeness",
-        "How much the image looks like the artwork it should show. Nothing in it is learned, so nothing fools it.",
+        "How much the objects in the image look like their artwork; nothing in it is learned.",
         check="ipgo.rewards.emoji.artwork:check_prompts",
     ),
     "emoji-judge": Known(

@@ -1,5 +1,8 @@
-"""How much a picture looks like the artwork of what its prompt names: the truth of the bundled world, learned from
-nothing, so that no optimiser can fool it."""
+"""How much the objects in a picture look like their artwork: the truth of the bundled world, learned from nothing.
+
+An optimiser finds no weak spots of a network here. But only objects and what is next to them are looked at: not the
+background's colour, nor what else stands about. The judge sees those.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +92,7 @@ class Artwork:
 
 
 class Likeness:
-    """How much pictures look like the artwork they should show, 0 to 1. Nothing in it is learned, nothing fools it."""
+    """How much the objects in pictures look like the artwork they should show, 0 to 1; nothing in it is learned."""
 
     name = "emoji-likeness"
     differentiable = True
@@ -123,7 +126,7 @@ def check_prompts(prompts: Sequence[str]) -> None:
 
 
 def load_likeness(device: str | torch.device = "cpu") -> Likeness:
-    """How much the picture looks like the artwork it should show. Nothing in it is learned, so nothing fools it."""
+    """The reward `emoji-likeness`."""
     labels = load_labels()
     return Likeness(load_artwork(labels), Reader(labels))
 

@@ -1,7 +1,7 @@
 """The judge: a small convolutional network that says what a picture shows, and the artwork that it should look like.
 
 The network is held out: no reward and no generator was trained with it, so it can tell an image that got better from
-one that merely fools the reward. The artwork was learned from nothing and cannot be fooled; rewards that were trained
+one that merely fools the reward. The artwork was learned from nothing; rewards that were trained
 further on its labels (`tools.emoji.follow`; none of the package's) are not independent of it.
 """
 
@@ -80,7 +80,7 @@ class Judge:
 
     @torch.no_grad()
     def verdict(self, images: Tensor) -> list[Claims]:
-        """What each picture (B, 3, H, W in [0, 1]) shows, in the terms of a prompt's claims."""
+        """What each picture (B, 3, H, W in [0, 1]) shows, in the terms of a prompt's claims; nonsense for NaN."""
         device = next(self.network.parameters()).device
         logits = self.network(in_size(images.to(device)) * 2 - 1)
         layout, first, second, colour, style = (part.argmax(-1).tolist() for part in logits[:5])
@@ -93,9 +93,13 @@ class Judge:
         return found
 
     def accuracy(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """For object, colour, style and relation: (B,) of 1 right, 0 wrong, NaN where the prompt does not say."""
+        """For object, colour, style and relation: (B,) of 1 right and 0 wrong.
+
+        NaN where the prompt does not say, and for a picture that is not finite.
+        """
         rows = [_compare(self.read(p), seen) for p, seen in zip(prompts, self.verdict(images), strict=True)]
-        return {key: torch.tensor([row[key] for row in rows]) for key in SEEN}
+        broken = ~images.flatten(1).isfinite().all(1).cpu()
+        return {key: torch.tensor([row[key] for row in rows]).masked_fill(broken, math.nan) for key in SEEN}
 
     @torch.no_grad()
     def likeness(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -117,9 +121,13 @@ class Judge:
         return {**self.accuracy(images, prompts), "likeness": self.likeness(images, prompts)}
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """The share of a prompt's claims that the picture bears out, in [0, 1]; 0 for a prompt that claims nothing."""
+        """The share of a prompt's claims that the picture bears out, in [0, 1]; 0 for a prompt that claims nothing.
+
+        NaN for a picture that is not finite.
+        """
         marks = torch.stack(list(self.accuracy(images, prompts).values()))
-        return marks.nanmean(dim=0).nan_to_num(0.0)
+        broken = ~images.flatten(1).isfinite().all(1).cpu()
+        return marks.nanmean(dim=0).nan_to_num(0.0).masked_fill(broken, math.nan)
 
 
 def _compare(claimed: Claims, seen: Claims) -> dict[str, float]:
