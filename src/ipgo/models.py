@@ -73,6 +73,13 @@ def load_models(
         )
     if config.method.insertion is not None:
         config.method.insertion.check(backend.embed_dim)
+    few = backend.few_steps  # of a hub id that did not say so: its defaults were those of other models
+    if few is not None and config.sampling.steps > 2 * few.steps:
+        logger.warning(
+            "%s is a few-step model, and sampling.steps is %d; it is meant for --preset few-step --sampling.steps %d "
+            "--sampling.guidance_scale %g",
+            *(backend.name, config.sampling.steps, few.steps, few.guidance_scale),
+        )
     # Where a backend was given that stays where it is, its pictures are there.
     rewards = _load_rewards(config, backend.device if config.device == "auto" else config.device, given or {})
     models = Models(backend, rewards[config.reward], rewards, judge)

@@ -15,8 +15,10 @@ import ipgo
 from ipgo import backends, cli
 from ipgo.backends import BACKENDS, GUIDANCE, few_steps
 from ipgo.cli_compare import entries_of
+from ipgo.config import RunConfig
 from ipgo.defaults import for_backend, method_and_sampling
 from ipgo.methods import METHODS
+from ipgo.models import load_models
 from tests import tiny_families as tiny
 
 LEAST = ("--reward", "colorfulness", "--unseen-seeds", "1", "--method.ascent.steps", "1", "--held-out")
@@ -103,12 +105,22 @@ def test_the_name_says_the_steps_and_the_network_the_scale(
         assert (few.steps, few.guidance_scale) == expected
 
 
-def test_a_hub_id_is_known_by_what_it_is_made_of(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_id_is_known_by_what_it_is_made_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(backends, "_place", lambda source: ("LatentConsistencyModelPipeline", source))
     monkeypatch.setattr(backends, "_open", lambda *_: tiny.lcm())
     backend = ipgo.load_backend("owner/name")
     assert backend.few_steps is not None
     assert backend.guidance_scale == backend.few_steps.guidance_scale == 8.5
+    # Its name did not say so: the settings are those of other models.
+    load_models(RunConfig(("a fox",), backend="owner/name", reward="contrast"), backend)
+    assert "owner/name is a few-step model, and sampling.steps is 20" in caplog.text
+    assert "--sampling.steps 4 --sampling.guidance_scale 8.5" in caplog.text
+    caplog.clear()
+    four = ipgo.Sampling(steps=4, fit_steps=None)
+    load_models(RunConfig(("a fox",), backend="owner/name", reward="contrast", sampling=four), backend)
+    assert not caplog.text
 
 
 def test_a_damaged_folder_is_left_to_the_opening_of_it(tmp_path: Path) -> None:
