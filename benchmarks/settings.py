@@ -3,12 +3,12 @@
     python benchmarks/settings.py --prompts one:train two:train --rewards emoji-preference --entries ipgo embedding
     python benchmarks/settings.py --prompts one:train two:train --rewards emoji-preference --shared mixed:train
 
-Entries are those of benchmarks/settings.yaml, as `ipgo compare --config` reads them. Prompt-wise an entry is fitted to
-all prompts over seeds 0 to 3, and judged on four others. With --shared it is fitted once, to the prompts that are named
-there, with noise that is always new, and judged on those of --prompts. Prompts are drawn as one batch, which a GPU
-likes, in a prompt-wise fit and when they are judged: `ipgo compare` does the same prompt by prompt, and keeps images
-and embeddings. "objects" is how many points more of the images have the objects that the judge looks for, "likeness"
-how much more they look like the artwork.
+Entries are those of benchmarks/settings.yaml, or of --config, as `ipgo compare --config` reads them. Prompt-wise an
+entry is fitted to all prompts over seeds 0 to 3, and judged on four others. With --shared it is fitted once, to the
+prompts that are named there, with noise that is always new, and judged on those of --prompts. Prompts are drawn as one
+batch, which a GPU likes, in a prompt-wise fit and when they are judged: `ipgo compare` does the same prompt by prompt,
+and keeps images and embeddings. "objects" is how many points more of the images have the objects that the judge looks
+for, "likeness" how much more they look like the artwork.
 """
 
 import argparse
@@ -158,12 +158,13 @@ def outcomes(
         dtype=options.dtype,
     )
     common = common_settings(config)
-    entries = read_comparison(str(ENTRIES))["entries"]
+    settings = read_comparison(options.config)
+    entries, method = settings["entries"], settings.get("method", {})
     chosen = options.entries or [
         label for label in entries if label.startswith("shared") == bool(options.shared)
     ]
     budget = None if options.shared else options.budget
-    plan = Plan(fit, common, entries_of(",".join(chosen), entries, {}), budget, PRICE)
+    plan = Plan(fit, common, entries_of(",".join(chosen), entries, method), budget, PRICE)
     plan.check()
     models = load_models(plan.config(chosen[0]))
     raw = judged(RAW, Adapter(), judged_on, plan.config(chosen[0]), models)
@@ -183,6 +184,7 @@ def outcomes(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--config", default=str(ENTRIES), help="a file with entries, or ablations or systems")
     parser.add_argument("--entries", nargs="+", help="default: all of the file that are for the mode")
     parser.add_argument("--prompts", nargs="+", default=["styled:train"])
     parser.add_argument("--rewards", nargs="+", default=["emoji-preference"], help="specs, as in fit")
