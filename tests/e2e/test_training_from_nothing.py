@@ -103,6 +103,7 @@ def test_every_stage_and_the_way_back(folder: Path) -> None:
     again = run(folder, "-c", DRIVER)
     for stage in ("clip-hard", "aesthetic", "preference"):
         assert f"{stage}: what it continues from has changed" in again
+    assert "denoiser: what it learns from has changed" in again
     assert {"redraw", "follow"} < set(again.split())
     assert "latents" not in again.split()
 

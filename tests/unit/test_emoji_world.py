@@ -13,7 +13,7 @@ from ipgo.images import from_pil
 from ipgo.rewards import emoji
 from ipgo.rewards.emoji.artwork import SPRITE
 from ipgo.rewards.emoji.judge import Judge, Network, _compare, load_judge
-from tools.emoji import world
+from tools.emoji import follow, world
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +50,7 @@ def test_the_judge_reads_captions_as_they_are_meant(judge: Judge) -> None:
         assert read.relation == scene.relation, text
         assert read.colour == (scene.colour if claims[3] != world.UNSAID else None), text
         assert read.style == (scene.style if claims[4] != world.UNSAID else None), text
+        assert follow.claimed(scene, claims) == read, text
 
 
 def test_a_relation_may_be_said_from_either_side(judge: Judge) -> None:

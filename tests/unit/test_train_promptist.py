@@ -71,22 +71,36 @@ def test_advantages_leave_the_own_reward_out_of_the_baseline():
 
 
 def test_the_recipe_runs_resumes_and_its_model_rewrites(tmp_path, monkeypatch, tokens):
-    schedules = [Schedule(steps=steps, batch=4, lr=1e-3, warmup=1) for steps in (2, 4)]
-    weights = []
-    for number, first in enumerate((schedules[1:], schedules)):
+    schedule = Schedule(steps=4, batch=4, lr=1e-3, warmup=1)
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0)
+    encode, weights = train_promptist.encode, []
+    batches = iter([encode] * 2)  # of the run that is stopped: the third is one too many
+    for number, stopped in enumerate((False, True)):
         monkeypatch.setattr(loop, "BUILD", tmp_path / str(number))
-        for schedule in first:
-            monkeypatch.setattr(Schedule, "rate", lambda self, step, elapsed: 1e-3 / (1 + step))
-            train_promptist.train_supervised(schedule)
+        if stopped:
+            monkeypatch.setattr(train_promptist, "encode", lambda *given: next(batches)(*given))
+            with pytest.raises(StopIteration):
+                train_promptist.train_supervised(schedule)
+            monkeypatch.setattr(train_promptist, "encode", encode)
+        train_promptist.train_supervised(schedule)
         model = loop.trained(train_promptist.SUPERVISED, train_promptist.language_model(tokens))
         weights.append(model.state_dict())
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
     monkeypatch.setattr(train_promptist, "SAMPLING", ipgo.Sampling(steps=1))
     monkeypatch.setattr(train_promptist, "LONGEST", 6)
-    train_promptist.train_policy(schedules[0])
+    short = Schedule(steps=2, batch=4, lr=1e-4, warmup=1)
+    train_promptist.train_policy(short)
     climbed = loop.trained(train_promptist.FINAL, train_promptist.language_model(tokens)).state_dict()
     change = [(value - weights[1][name]).abs().max() for name, value in climbed.items()]
     assert 0 < max(change) < 0.01  # it began at the supervised weights
+
+    other = {name: value + 1 for name, value in weights[1].items()}
+    loop.keep(train_promptist.SUPERVISED, other)
+    train_promptist.train_policy(short)
+    again = loop.trained(train_promptist.FINAL, train_promptist.language_model(tokens)).state_dict()
+    assert (
+        max((again[name] - other[name]).abs().max() for name in other) < 0.01
+    )  # as it did when these changed
 
     train_promptist.export(tmp_path / "rewriter")
     method = Promptist(model=str(tmp_path / "rewriter"), max_new_tokens=8)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import CLIPModel
 
 from tools.emoji import data, parts, tokenizer, world
-from tools.emoji.loop import DEVICE, Figures, Schedule, exists, restored, save, train, trained
+from tools.emoji.loop import DEVICE, Figures, Schedule, digest, exists, save, train, trained, weights
 from tools.emoji.networks import attacked, embed_images, pixels, read_texts, shifted
 
 SCHEDULES = {
@@ -131,9 +131,12 @@ def _probe() -> Probe:
 
 
 def _restored(draw: Callable[[np.random.Generator, int], Batch], steps: int = 200) -> Probe:
-    """The package's CLIP, whose heads were thrown away: they learn anew first, from its frozen embeddings."""
+    """The package's CLIP, whose heads were thrown away: they learn anew first, from its frozen embeddings.
+
+    It is kept as "clip-probe", which stays as it is when "clip" is hardened.
+    """
     probe = _probe().to(DEVICE)
-    probe.clip.load_state_dict(trained("clip", probe.clip).state_dict())
+    probe.load_state_dict(weights("clip-probe"), strict=False)
     heads = [*probe.heads.parameters(), *probe.quality.parameters()]
     optimizer = torch.optim.Adam(heads, lr=1e-2)
     for step in range(steps):
@@ -159,7 +162,8 @@ def train_clip() -> None:
         said, read = probe.text_loss(states, drawn.claims)
         return value + 0.3 * said, figures | read
 
-    if train("clip-probe", probe, loss, SCHEDULES["clip"]) or not exists("clip"):
+    vae = digest(weights("vae"))  # whose pictures it sees
+    if train("clip-probe", probe, loss, SCHEDULES["clip"], learns_from=vae) or not exists("clip"):
         save("clip", probe.clip)  # or what `harden` made of it stays
 
 
@@ -171,7 +175,8 @@ def harden() -> None:
     tower stays as the denoiser knows it.
     """
     tokens, draw = tokenizer.load(), batches()
-    probe = _restored(draw) if restored("clip-probe") else trained("clip-probe", _probe())
+    whole = "heads.weight" in weights("clip-probe")
+    probe = trained("clip-probe", _probe()) if whole else _restored(draw)
     probe.requires_grad_(True)
     probe.clip.text_model.requires_grad_(False)
     probe.clip.text_projection.requires_grad_(False)

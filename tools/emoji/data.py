@@ -1,4 +1,4 @@
-"""Draw the training and test scenes once, so that every stage learns from the same pictures.
+"""Draw the training scenes once, so that every stage learns from the same pictures.
 
 python -m tools.emoji.data --count 60000
 """
@@ -11,13 +11,15 @@ from dataclasses import asdict
 
 import numpy as np
 
-from tools.emoji import sprites, world
+from tools.emoji import arguments, sprites, world
+from tools.emoji.sprites import replacing
 
 FOLDER = sprites.BUILD / "data"
 TWINS = 20_000  # how many clean training scenes are drawn once more, spoilt
 DECODED = FOLDER / "decoded.npy"  # the first training scenes, through the VAE and back
 BLOCK = 2000  # scenes per seed; the picture of a scene depends on its block and place, not on the number of workers
-SEEDS = {"train": 1_000, "test": 900_000, "twins": 400_000}
+SEEDS = {"train": 1_000, "twins": 400_000}
+SCENES, SPOILT = FOLDER / "train.jsonl", FOLDER / "twins.npy"
 
 
 def _draw_block(split: str, block: int) -> tuple[list[world.Scene], np.ndarray]:
@@ -27,23 +29,26 @@ def _draw_block(split: str, block: int) -> tuple[list[world.Scene], np.ndarray]:
         part = clean_rows(scenes)[block * BLOCK : (block + 1) * BLOCK]
         scenes = [world.spoilt(rng, scenes[row]) for row in part]
     else:
-        scenes = [world.sample_scene(rng, split=split) for _ in range(BLOCK)]
+        scenes = [world.sample_scene(rng) for _ in range(BLOCK)]
     art = sprites.load()
     return scenes, np.stack([world.draw(rng, scene, art) for scene in scenes])
 
 
 def build(split: str, count: int) -> None:
     """Write `count` scenes (rounded up to whole blocks) as one uint8 array and one line of JSON each."""
+    if count < 1:
+        raise SystemExit(f"count {count}: must be at least 1")
     FOLDER.mkdir(parents=True, exist_ok=True)
     blocks = -(-count // BLOCK)
-    images = np.lib.format.open_memmap(
-        FOLDER / f"{split}.npy", "w+", np.uint8, (blocks * BLOCK, world.SIZE, world.SIZE, 3)
-    )
-    with ProcessPoolExecutor() as pool, (FOLDER / f"{split}.jsonl").open("w") as lines:
-        for block, (scenes, drawn) in enumerate(pool.map(_draw_block, [split] * blocks, range(blocks))):
-            images[block * BLOCK : (block + 1) * BLOCK] = drawn
-            lines.writelines(json.dumps(asdict(scene)) + "\n" for scene in scenes)
-    images.flush()
+    with replacing(FOLDER / f"{split}.npy") as pictures, replacing(FOLDER / f"{split}.jsonl") as told:
+        images = np.lib.format.open_memmap(
+            pictures, "w+", np.uint8, (blocks * BLOCK, world.SIZE, world.SIZE, 3)
+        )
+        with ProcessPoolExecutor() as pool, told.open("w") as lines:
+            for block, (scenes, drawn) in enumerate(pool.map(_draw_block, [split] * blocks, range(blocks))):
+                images[block * BLOCK : (block + 1) * BLOCK] = drawn
+                lines.writelines(json.dumps(asdict(scene)) + "\n" for scene in scenes)
+        images.flush()
 
 
 def load(split: str) -> tuple[np.ndarray, Sequence[world.Scene]]:
@@ -53,7 +58,13 @@ def load(split: str) -> tuple[np.ndarray, Sequence[world.Scene]]:
         raise FileNotFoundError(f"no {path}: run `python -m tools.emoji.data` first")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     scenes = [world.Scene(**{**row, "objects": tuple(row["objects"])}) for row in rows]
-    return np.load(FOLDER / f"{split}.npy", mmap_mode="r"), scenes
+    images = np.load(FOLDER / f"{split}.npy", mmap_mode="r")
+    if len(images) != len(scenes):
+        raise SystemExit(
+            f"{path} has {len(scenes)} scenes and {split}.npy {len(images)} pictures, which must be as many: "
+            "run `python -m tools.emoji.data` again"
+        )
+    return images, scenes
 
 
 def clean_rows(scenes: Sequence[world.Scene]) -> np.ndarray:
@@ -84,16 +95,15 @@ def pictures(
 
 
 def build_all(count: int = 60_000) -> None:
-    """Both splits, `count` training scenes; and the twins."""
+    """`count` training scenes, and the twins: as many as there are clean scenes, in whole blocks."""
+    if count <= BLOCK:
+        raise SystemExit(f"--count {count}: must be more than {BLOCK}, or too few scenes are clean")
+    SPOILT.unlink(missing_ok=True)  # twins of other scenes; without them the data count as not made
     build("train", count)
-    build("test", 4_000)
-    blocks = min(TWINS, len(clean_rows(load("train")[1]))) // BLOCK
-    if not blocks:
-        raise SystemExit(f"--count {count} leaves less than {BLOCK} clean scenes; {2 * BLOCK} are enough")
-    build("twins", blocks * BLOCK)
+    build("twins", min(TWINS, len(clean_rows(load("train")[1]))) // BLOCK * BLOCK)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=60_000, help="training scenes")
+    parser.add_argument("--count", type=arguments.count, default=60_000, help="training scenes")
     build_all(parser.parse_args().count)

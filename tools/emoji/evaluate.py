@@ -19,14 +19,16 @@ from torch import Tensor
 from ipgo import Reward, backends
 from ipgo.images import to_pil
 from ipgo.prompts import read_prompts
+from ipgo.rewards import uses_prompts
 from ipgo.rewards.clip import ClipReward, embed
 from ipgo.rewards.emoji import Judge, load_aesthetic, load_clip, load_judge, load_preference
-from tools.emoji import scorers, sprites, world
+from tools.emoji import arguments, scorers, sprites, world
 from tools.emoji.export import BACKEND, PACKAGE
 
 STEPS = 20
 GUIDANCE = backends.GUIDANCE["emoji"]
 BATCH = 50
+FEWEST = 10  # captions: with fewer some figures have nothing to compare
 
 
 def unit(images: np.ndarray) -> Tensor:
@@ -120,9 +122,10 @@ def synonyms() -> Iterator[str]:
 def generated_figures(pipe: StableDiffusionPipeline, count: int) -> dict[str, object]:
     """The rewards on the generator's own pictures.
 
-    Shares of pictures that score higher with their own prompt than with another object's, higher than when they are
-    spoilt, and lower than artwork of the same scene through the VAE, which tells the rewards what is still to be had;
-    how well scores of spoilt pictures are in the order of how much they are spoilt; and retrieval among the prompts.
+    Shares of pictures that score higher with their own prompt than with another object's (where the reward reads it),
+    higher than when they are spoilt, and lower than artwork of the same scene through the VAE, which tells the rewards
+    what is still to be had; how well scores of spoilt pictures are in the order of how much they are spoilt; and
+    retrieval among the prompts.
     """
     scenes = test_scenes(count, 1, seed=5)
     prompts = [world.plain_caption(scene) for scene in scenes]
@@ -147,10 +150,13 @@ def generated_figures(pipe: StableDiffusionPipeline, count: int) -> dict[str, ob
     figures: dict[str, object] = {}
     for reward in (clip, preference, aesthetic):
         scores = reward(images, prompts)
+        own = {}
+        if uses_prompts(reward):
+            own["own prompt above another's"] = (scores > reward(images, others)).float().mean().item()
         higher = reward(pair_artwork, pair_prompts) > reward(pair_images, pair_prompts)
         below = reward(unit(spoilt), prompts)
         figures[reward.name] = {
-            "own prompt above another's": (scores > reward(images, others)).float().mean().item(),
+            **own,
             "above its spoilt copy": (scores > below).float().mean().item(),
             "Spearman with the quality of spoilt copies": -float(spearmanr(below, strengths).statistic),
             "below the artwork, one object": (reward(artwork, prompts) > scores).float().mean().item(),
@@ -338,7 +344,12 @@ def rows(figures: object, name: str = "") -> list[str]:
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=500, help="held-out captions of each kind")
+    parser.add_argument(
+        "--count",
+        type=arguments.count,
+        default=500,
+        help=f"held-out captions of each kind, at least {FEWEST}",
+    )
     parser.add_argument("--out", type=Path, help="write the table there, under the command that made it")
     parser.add_argument(
         "--sheet", type=Path, help="also write 50 prompts of each kind, with what the judge sees"
@@ -347,6 +358,16 @@ def main() -> None:
         "--guidance", type=float, nargs="+", help="compare these guidance scales, and nothing else"
     )
     options = parser.parse_args()
+    if options.count < FEWEST:
+        parser.error(f"--count {options.count}: must be at least {FEWEST}")
+    for path in (options.out, options.sheet):
+        if path and not path.parent.is_dir():
+            parser.error(f"{path}: there is no folder {path.parent}")
+    if not options.guidance:
+        try:
+            sprites.load()  # held-out scenes are drawn
+        except FileNotFoundError as error:
+            parser.error(str(error))
     pipe = StableDiffusionPipeline.from_pretrained(BACKEND, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     judge = load_judge()

@@ -12,7 +12,7 @@ from transformers import CLIPModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from ipgo.rewards.emoji.judge import Network
 from tools.emoji import parts, sprites, tokenizer, world
-from tools.emoji.loop import keep, newest, save, trained
+from tools.emoji.loop import digest, keep, newest, save, trained, weights
 from tools.emoji.networks import SCALING, load_clip, pipeline
 from tools.emoji.scorers import JUDGE_SIZES
 from tools.emoji.sprites import BUILD
@@ -36,7 +36,7 @@ def vocabulary() -> dict[str, object]:
         "styles": {name: list(words) for name, words in world.STYLES.items()},
         "relations": relations,
         "quality": quality,
-        "words": json.loads((BUILD / "words.json").read_text()),
+        "words": json.loads(tokenizer.WORDS.read_text()),
     }
 
 
@@ -46,19 +46,25 @@ def restore() -> None:
     Of all but the rewriter, whose policy is nothing without what it was trained from. The scenes and the latents are
     made again by their stages.
     """
-    CLIPTokenizer.from_pretrained(BACKEND / "tokenizer").save_pretrained(tokenizer.FOLDER)
     words = json.loads((BACKEND / "vocabulary.json").read_text())["words"]
-    (BUILD / "words.json").write_text(json.dumps(words))
+    BUILD.mkdir(parents=True, exist_ok=True)
+    tokenizer.WORDS.write_text(json.dumps(words))
+    tokenizer.save(CLIPTokenizer.from_pretrained(BACKEND / "tokenizer"))
     vae = AutoencoderKL.from_pretrained(BACKEND / "vae")
     save("vae", vae)
     SCALING.write_text(json.dumps({"scaling_factor": vae.config.scaling_factor}))
     save("denoiser", UNet2DConditionModel.from_pretrained(BACKEND / "unet"))
-    for name in ("clip", "preference"):
-        save(name, CLIPModel.from_pretrained(REWARDS / name))
+    save("clip", CLIPModel.from_pretrained(REWARDS / "clip"))
+    # What the two rewards go on from: they begin again if this CLIP is trained further.
+    clip = weights("clip")
+    tower = {k.removeprefix("vision_model."): v for k, v in clip.items() if k.startswith("vision_model.")}
+    preference = CLIPModel.from_pretrained(REWARDS / "preference")
+    keep("preference", preference.state_dict(), digest(clip))
+    aesthetic = CLIPVisionModelWithProjection.from_pretrained(REWARDS / "aesthetic")
+    keep("aesthetic", aesthetic.state_dict(), digest(tower))
     probe = nn.Module()
     probe.clip = CLIPModel.from_pretrained(REWARDS / "clip")
     save("clip-probe", probe)
-    save("aesthetic", CLIPVisionModelWithProjection.from_pretrained(REWARDS / "aesthetic"))
     keep("judge", load_file(REWARDS / "judge.safetensors"))
 
 

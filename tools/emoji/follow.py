@@ -9,7 +9,7 @@ next round fits against that. The artwork, laid upon a picture, says how good it
 import argparse
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -19,10 +19,11 @@ import torch
 from ipgo import IPGO, Adapter, Backend, Reward, Sampling, Task, as_reward, load_backend
 from ipgo.rewards.emoji.artwork import Artwork
 from ipgo.rewards.emoji.claims import Claims
-from tools.emoji import data, parts, sprites, world
+from tools.emoji import arguments, data, parts, sprites, world
 from tools.emoji.loop import DEVICE, HALF, mixed, newest, trained
 from tools.emoji.networks import as_bytes, embed_images, embed_texts, graded, load_clip, pipeline, pixels
 from tools.emoji.redraw import GUIDANCE, redrawn
+from tools.emoji.sprites import replacing
 
 REWARDS = ("preference", "aesthetic")  # that can be followed too far
 COUNT = 96 if DEVICE.type == "cpu" else 512  # prompts of a round, for each of them
@@ -50,6 +51,11 @@ class Round:
 def paths(name: str = "*") -> list[Path]:
     """The files of all rounds against a reward, or against any."""
     return sorted(data.FOLDER.glob(f"followed-{name}-*.npz"))
+
+
+def path(name: str, number: int) -> Path:
+    """The file of one round against a reward."""
+    return data.FOLDER / f"followed-{name}-{number}.npz"
 
 
 def load(name: str = "*") -> Round:
@@ -96,22 +102,25 @@ def drawn(
         return as_bytes(backend.pipe.vae.decode(x / backend.pipe.vae.config.scaling_factor).sample.float())
 
 
-def followed(name: str, count: int, number: int) -> Round:
-    """A round against a reward as it is. Half of the prompts are of two objects."""
+def followed(name: str, count: int, number: int, without: Collection[str] = ()) -> Round:
+    """A round against a reward as it is, on other captions than those. Half of the prompts are of two objects."""
     images, scenes = data.load("train")
     rng = np.random.default_rng((9, number, REWARDS.index(name)))
     chosen = [rng.choice(kind, count, replace=False) for kind in data.clean_kinds(scenes)]
     rows = rng.permutation(np.concatenate(chosen))
-    wording = {world.caption(rng, scenes[row])[0]: row for row in rows}  # each once
-    prompts = list(wording)[:count]
+    wording: dict[str, tuple[int, Claims]] = {}  # each once
+    for row in rows:
+        caption, said = world.caption(rng, scenes[row])
+        wording[caption] = int(row), claimed(scenes[row], said)
+    prompts = [caption for caption in wording if caption not in without][:count]
     # The sampler's arithmetic in bfloat16 where that is fast.
     backend = load_backend(pipeline().to(DEVICE), dtype=torch.bfloat16 if HALF else "auto")
     reward = reward_of(name)
     vae = backend.pipe.vae
     captions, blocks = [], []
-    for start in range(0, count, BATCH):
+    for start in range(0, len(prompts), BATCH):
         batch = prompts[start : start + BATCH]
-        art = pixels(images[[wording[prompt] for prompt in batch]])
+        art = pixels(images[[wording[prompt][0] for prompt in batch]])
         with torch.no_grad(), mixed():
             latents = vae.encode(art).latent_dist.mode().float() * vae.config.scaling_factor
             copied = as_bytes(vae.decode(latents / vae.config.scaling_factor).sample.float())
@@ -122,15 +131,23 @@ def followed(name: str, count: int, number: int) -> Round:
             captions += batch
             blocks.append(np.stack([copied, *made], axis=1))
     pictures = np.concatenate(blocks)
-    shown = [scenes[wording[caption]] for caption in captions]
+    shown = [wording[caption][1] for caption in captions]
     return Round(
         captions, pictures, np.stack([likeness(*each) for each in zip(pictures, shown, strict=True)])
     )
 
 
-def likeness(pictures: np.ndarray, scene: world.Scene) -> np.ndarray:
-    """Of bytes (N, 64, 64, 3) that should show a scene: (N,)."""
-    claims = Claims(scene.objects, scene.relation, scene.colour, scene.style)
+def claimed(scene: world.Scene, said: tuple[int, ...]) -> Claims:
+    """What a caption says of its scene, given its `world.caption` claims: a style left open may be either."""
+    colour, style = (
+        None if fact == world.UNSAID else shown
+        for fact, shown in zip(said[3:5], (scene.colour, scene.style), strict=True)
+    )
+    return Claims(scene.objects, scene.relation, colour, style)
+
+
+def likeness(pictures: np.ndarray, claims: Claims) -> np.ndarray:
+    """Of bytes (N, 64, 64, 3) that should show what is claimed: (N,)."""
     with torch.no_grad():
         found = [artwork().likeness(each, claims).item() for each in pixels(pictures).add(1).div(2)]
     return np.array(found, np.float32)
@@ -147,20 +164,23 @@ def build(count: int = COUNT, names: Sequence[str] = REWARDS) -> None:
     for name in names:
         number = len(paths(name))
         found = followed(name, count, number)
-        path = data.FOLDER / f"followed-{name}-{number}.npz"
-        unfinished = path.with_name(f".{path.name}")
-        np.savez(unfinished, **asdict(found))
-        unfinished.replace(path)
+        with replacing(path(name, number)) as unfinished:
+            np.savez(unfinished, **asdict(found))
 
 
 def main() -> None:
     """How like the artwork pictures are after a fit, on prompts that no round had."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--reward", choices=REWARDS, default=REWARDS[0])
-    parser.add_argument("--count", type=int, default=16)
+    parser.add_argument("--count", type=arguments.count, default=16)
     parser.add_argument("--number", type=int, default=1_000, help="of the round, which is its seed")
     options = parser.parse_args()
-    found = followed(options.reward, options.count, options.number).likeness
+    if options.number < len(paths(options.reward)):
+        parser.error(
+            f"--number {options.number}: must be at least {len(paths(options.reward))}, the rounds kept"
+        )
+    seen = set(load().captions) if paths() else set()
+    found = followed(options.reward, options.count, options.number, seen).likeness
     for place, name in enumerate(("artwork", "raw", *(f"{steps} steps" for steps in AT))):
         print(f"{name}: {found[:, place].mean():.3f}")
 

@@ -75,7 +75,7 @@ def _path(name: str) -> Path:
 
 
 def _told(name: str) -> dict[str, str]:
-    """What a checkpoint says of itself: its step and, where it was trained, its origin, its seconds, if it is done."""
+    """What a checkpoint says of itself: step, origin; and where it was trained schedule, seconds, and if it is done."""
     with safe_open(_path(name), "pt") as file:
         return dict(file.metadata())
 
@@ -107,15 +107,20 @@ def train(
     schedule: Schedule,
     seed: int = 0,
     origin: nn.Module | None = None,
+    learns_from: str = "",
 ) -> bool:
     """Train `module` in place; `loss(rng, batch)` gives the loss of one step and figures for the log. Was there a step?
 
     The random numbers of a step depend on `seed` and the step alone, so a resumed run equals a straight one. `origin`
-    is what was trained before and is trained further here: if it has changed since, this begins again.
+    is what was trained before and is trained further here: if it has changed since, this begins again. `learns_from` is
+    the digest of what a part only learns from: if it has changed, the schedule begins again, from the part's weights.
+    It also does when training was stopped under another schedule; one that is done stays so whatever its schedule was.
+    `SystemExit` if the loss is not finite: nothing is saved then.
     """
-    path, begins = _path(name), "" if origin is None else digest(origin.state_dict())
-    log = BUILD / "logs" / f"{name}.jsonl"
-    log.parent.mkdir(parents=True, exist_ok=True)
+    path, begins = _path(name), learns_from if origin is None else digest(origin.state_dict())
+    if done(name, begins):
+        trained(name, module)
+        return False
     module.to(DEVICE).train()
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -123,13 +128,21 @@ def train(
     )
     average = {k: v.detach().clone() for k, v in module.state_dict().items()} if schedule.ema else {}
     told = _told(name) if path.exists() else {}
-    start = 0
-    if told and told.get("origin", begins) == begins:
-        start = _resume(path, module, average, optimizer)
-    elif told:
-        print(f"{name}: what it continues from has changed, so it begins again", flush=True)
-        told = {}
+    if told and (told.get("origin") or begins) != begins:
+        if origin is not None:
+            print(f"{name}: what it continues from has changed, so it begins again", flush=True)
+            told = {}
+        else:
+            print(f"{name}: what it learns from has changed, so it is trained further", flush=True)
+            told = _renewed(name, begins)
+    elif told and told["step"] != "0" and told.get("schedule") != str(schedule):
+        stopped = f"stopped at step {told['step']} of another schedule"
+        print(f"{name}: {stopped}, so a new one continues from its weights", flush=True)
+        told = _renewed(name, begins)
+    start = _resume(path, module, average, optimizer) if told else 0
+    log = _log(name, start)
     saved = shown = time.monotonic()
+    logged = start
     began = saved - float(told.get("seconds", 0))
     step, last = start, schedule.over(start, saved - began)
     while not last:
@@ -149,19 +162,25 @@ def train(
         step += 1
         now = time.monotonic()
         last = schedule.over(step, now - began)
-        if step % 50 == 0 or last:
+        show, keeping = step % 50 == 0 or last, now - saved > CHECKPOINT_SECONDS or last
+        if (show or keeping) and not (value.isfinite() and norm.isfinite()):
+            raise SystemExit(
+                f"{name}: at step {step} the loss is {value.item():g} and its gradient's norm {norm.item():g}, which "
+                "must be finite; this is not saved, and a smaller learning rate may help"
+            )
+        if show:
             row = {"step": step}
             for key, figure in {"loss": value, "norm": norm, **figures}.items():
                 row[key] = round(figure.detach().item(), 5)
-            row["per_second"] = round(((step - 1) % 50 + 1) * schedule.batch / (now - shown), 1)
-            shown = now
+            row["per_second"] = round((step - logged) * schedule.batch / (now - shown), 1)
+            shown, logged = now, step
             with log.open("a") as lines:
                 lines.write(json.dumps(row) + "\n")
-        if now - saved > CHECKPOINT_SECONDS or last:
+        if keeping:
             tensors = {f"model.{k}": v for k, v in module.state_dict().items()}
             tensors |= {f"average.{k}": v for k, v in average.items()}
             tensors |= _optimizer_tensors(optimizer)
-            _save(path, tensors, step, origin=begins, seconds=now - began, done=last)
+            _save(path, tensors, step, origin=begins, schedule=schedule, seconds=now - began, done=last)
             saved = now
     if schedule.ema:
         module.load_state_dict(average)
@@ -169,19 +188,36 @@ def train(
     return step > start
 
 
+def _log(name: str, start: int) -> Path:
+    """The log of a stage, without the rows after the step that it goes on from: those steps are done again."""
+    log = BUILD / "logs" / f"{name}.jsonl"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    lines = log.read_text().splitlines(keepends=True) if start and log.exists() else []
+    log.write_text("".join(line for line in lines if json.loads(line)["step"] <= start))
+    return log
+
+
 def save(name: str, module: nn.Module) -> None:
     """Keep a part of a larger network under a name of its own, for `trained`."""
     keep(name, module.state_dict())
 
 
-def keep(name: str, state: Mapping[str, Tensor]) -> None:
-    """The same for bare tensors. A stage of this name starts its schedule from them."""
-    _save(_path(name), {f"model.{k}": v.float().clone() for k, v in state.items()}, 0)
+def keep(name: str, state: Mapping[str, Tensor], origin: str = "") -> None:
+    """The same for bare tensors. A stage of this name starts its schedule from them, if `origin` is still its own."""
+    _save(_path(name), {f"model.{k}": v.float().clone() for k, v in state.items()}, 0, origin=origin)
 
 
-def restored(name: str) -> bool:
-    """Is a part's checkpoint the package's, on which no stage has gone on yet?"""
-    return _told(name)["step"] == "0"
+def _renewed(name: str, origin: str) -> dict[str, str]:
+    """Keep a part's weights alone, so that a schedule begins from them; and what the checkpoint says then."""
+    keep(name, weights(name), origin)
+    return _told(name)
+
+
+def renew(name: str) -> None:
+    """Let a new schedule continue from a stage's weights, if it is done."""
+    if done(name):
+        print(f"{name} is done; a new schedule continues from its weights", flush=True)
+        _renewed(name, _told(name)["origin"])
 
 
 def exists(name: str) -> bool:
@@ -189,9 +225,10 @@ def exists(name: str) -> bool:
     return _path(name).exists()
 
 
-def done(name: str) -> bool:
-    """Has a stage come to the end of its schedule?"""
-    return _path(name).exists() and _told(name).get("done") == "True"
+def done(name: str, origin: str | None = None) -> bool:
+    """Has a stage come to the end of a schedule, from this origin (or from any)?"""
+    told = _told(name) if exists(name) else {}
+    return told.get("done") == "True" and (origin is None or (told["origin"] or origin) == origin)
 
 
 def newest(name: str) -> str:

@@ -14,6 +14,7 @@ from ipgo import backends
 from tools.emoji import data, world
 from tools.emoji.loop import DEVICE, mixed
 from tools.emoji.networks import as_bytes, pipeline, pixels
+from tools.emoji.sprites import replacing
 
 PAIRS = data.FOLDER / "redrawn.npy"  # uint8 (N, 2, 64, 64, 3): the artwork through the VAE, and drawn again
 TEXTS = PAIRS.with_suffix(".json")
@@ -60,6 +61,8 @@ def astray(
 @torch.no_grad()
 def build(count: int = COUNT) -> None:
     """Half of the scenes with two objects, each batch with a strength and a straying of its own."""
+    if count < 2:
+        raise SystemExit(f"count {count}: must be at least 2")
     images, scenes = data.load("train")
     rng = np.random.default_rng(8)
     torch.manual_seed(8)
@@ -68,16 +71,28 @@ def build(count: int = COUNT) -> None:
     )
     texts = [world.caption(rng, scenes[row])[0] for row in rows]
     pipe = pipeline().to(DEVICE)
-    pairs = np.lib.format.open_memmap(PAIRS, "w+", np.uint8, (len(rows), 2, *images.shape[1:]))
-    for start in range(0, len(rows), BATCH):
-        part = slice(start, start + BATCH)
-        strength, amount = float(rng.choice(STRENGTHS)), float(rng.uniform(0, ASTRAY))
-        with mixed():
-            latents = pipe.vae.encode(pixels(images[rows[part]])).latent_dist.mode().float()
-        wanted, empty = astray(pipe, texts[part], amount)
-        x = redrawn(pipe, latents * pipe.vae.config.scaling_factor, wanted, empty, strength)
-        for place, z in enumerate((latents, x / pipe.vae.config.scaling_factor)):
+    with replacing(PAIRS) as unfinished, replacing(TEXTS) as told:
+        pairs = np.lib.format.open_memmap(unfinished, "w+", np.uint8, (len(rows), 2, *images.shape[1:]))
+        for start in range(0, len(rows), BATCH):
+            part = slice(start, start + BATCH)
+            strength, amount = float(rng.choice(STRENGTHS)), float(rng.uniform(0, ASTRAY))
             with mixed():
-                pairs[part, place] = as_bytes(pipe.vae.decode(z).sample.float())
-    pairs.flush()
-    TEXTS.write_text(json.dumps(texts))
+                latents = pipe.vae.encode(pixels(images[rows[part]])).latent_dist.mode().float()
+            wanted, empty = astray(pipe, texts[part], amount)
+            x = redrawn(pipe, latents * pipe.vae.config.scaling_factor, wanted, empty, strength)
+            for place, z in enumerate((latents, x / pipe.vae.config.scaling_factor)):
+                with mixed():
+                    pairs[part, place] = as_bytes(pipe.vae.decode(z).sample.float())
+        pairs.flush()
+        told.write_text(json.dumps(texts))
+
+
+def load() -> tuple[np.ndarray, list[str]]:
+    """The pairs (N, 2, 64, 64, 3) uint8, mapped from disk, and their texts."""
+    pairs, texts = np.load(PAIRS, mmap_mode="r"), json.loads(TEXTS.read_text())
+    if len(pairs) != len(texts):
+        raise SystemExit(
+            f"{PAIRS} has {len(pairs)} pairs and {TEXTS.name} {len(texts)} texts, which must be as many: "
+            "run the stage 'redraw' again"
+        )
+    return pairs, texts

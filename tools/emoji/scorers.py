@@ -1,6 +1,5 @@
 """The bundled rewards and the judge: trained on drawn scenes, the rewards also on what the denoiser makes of them."""
 
-import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -14,7 +13,7 @@ from transformers import CLIPModel, CLIPTokenizer, CLIPVisionModelWithProjection
 from ipgo.rewards.emoji.judge import Network
 from tools.emoji import data, follow, parts, redraw, sprites, world
 from tools.emoji.clip import RADIUS
-from tools.emoji.loop import DEVICE, Figures, Schedule, mixed, newest, train, trained
+from tools.emoji.loop import DEVICE, Figures, Schedule, digest, done, mixed, newest, train, trained, weights
 from tools.emoji.networks import attacked, embed_images, embed_texts, graded, load_clip, pixels, shifted
 
 CLEARLY = 0.1  # of two pictures one is clearly better that is so much more like the artwork
@@ -64,7 +63,7 @@ def train_judge() -> None:
 
         return error(attacked(rng, x, lambda pictures: error(pictures)[0], RADIUS, steps=1))
 
-    train("judge", judge, loss, SCHEDULES["judge"], seed=77)
+    train("judge", judge, loss, SCHEDULES["judge"], seed=77, learns_from=digest(weights("vae")))
 
 
 # -------------------------------------------------------------------------------------------------- aesthetic
@@ -177,6 +176,8 @@ def train_preference(blocks: int = 24) -> None:
     details that they lack are smaller than such a disturbance.
     """
     model, tokens = load_clip()
+    if done("preference", digest(model.state_dict())):
+        return  # before so many pairs are drawn
     loss = _preferring(model, tokens, blocks, _redrawn())
     train("preference", model, loss, SCHEDULES["preference"], origin=model)
 
@@ -203,7 +204,7 @@ def resist(names: Sequence[str] = follow.REWARDS, blocks: int = 12) -> None:
 
 def _redrawn() -> Made:
     """The artwork through the VAE, and what the denoiser made of it."""
-    pictures, told = np.load(redraw.PAIRS, mmap_mode="r"), json.loads(redraw.TEXTS.read_text())
+    pictures, told = redraw.load()
 
     def made(rng: np.random.Generator, count: int) -> tuple[np.ndarray, list[str], np.ndarray]:
         rows = rng.integers(len(told), size=count)

@@ -1,6 +1,7 @@
 """A CLIP byte-pair tokenizer of our own, learned from the world's captions: `python -m tools.emoji.tokenizer`."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 
@@ -9,11 +10,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
 from tools.emoji import data, world
-from tools.emoji.sprites import BUILD
+from tools.emoji.sprites import BUILD, replacing
 
 FOLDER = BUILD / "tokenizer"
 SIZE = 1_500
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+WORDS = BUILD / "words.json"  # that training captions use
 LENGTH = 77
 CAPTIONS = BUILD / "captions.npy"
 PER_SCENE = 8
@@ -46,9 +48,17 @@ def build() -> None:
     )
     learner.train_from_iterator(texts, trainer)
     merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
-    _clip_tokenizer(merges).save_pretrained(FOLDER)
     words = sorted({word for text in texts for word in text.replace(",", " ").split()})
-    (BUILD / "words.json").write_text(json.dumps(words))
+    with replacing(WORDS) as unfinished:
+        unfinished.write_text(json.dumps(words))
+    save(_clip_tokenizer(merges))
+
+
+def save(tokens: CLIPTokenizer) -> None:
+    """Put it where `load` finds it."""
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    with replacing(FOLDER) as unfinished:
+        tokens.save_pretrained(unfinished)
 
 
 def load() -> CLIPTokenizer:
@@ -73,7 +83,9 @@ def build_captions() -> None:
     _, scenes = data.load("train")
     blocks = [scenes[start : start + data.BLOCK] for start in range(0, len(scenes), data.BLOCK)]
     with ProcessPoolExecutor() as pool:
-        np.save(CAPTIONS, np.concatenate(list(pool.map(_caption_block, range(len(blocks)), blocks))))
+        captions = np.concatenate(list(pool.map(_caption_block, range(len(blocks)), blocks)))
+    with replacing(CAPTIONS) as unfinished:
+        np.save(unfinished, captions)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
 """Train the bundled model from nothing, stage by stage: `python -m tools.emoji.train all`.
 
 A stage that trains resumes from its checkpoint in `build/emoji/checkpoints`; figures are logged to `build/emoji/logs`.
-The others begin again if they were stopped, and `all` does none again that is done. One that is done, or was restored
-from the package, is trained further by name: `... denoiser --steps 3000 --lr 4e-4`.
+The others begin again if they were stopped, and `all` does none again that is done, by name or by `all`, unless what it
+builds on has changed. One that trains and is done, or was restored from the package, is trained further by name with a
+schedule: `... denoiser --steps 3000 --lr 4e-4`.
 """
 
 import argparse
+import hashlib
 import json
 import zlib
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,10 +19,10 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 
-from tools.emoji import clip, data, export, follow, parts, redraw, scorers, sprites, tokenizer
-from tools.emoji.loop import DEVICE, Figures, Schedule, digest, done, keep, mixed, train, trained, weights
+from tools.emoji import arguments, clip, data, export, follow, parts, redraw, scorers, sprites, tokenizer
+from tools.emoji.loop import DEVICE, Figures, Schedule, digest, mixed, renew, train, trained, weights
 from tools.emoji.networks import SCALING, as_bytes, load_clip, pixels
-from tools.emoji.sprites import BUILD
+from tools.emoji.sprites import BUILD, replacing
 
 SCHEDULES = {
     "vae": Schedule(steps=14_000, batch=16, lr=1.2e-3, ema=0.998),
@@ -86,22 +89,23 @@ def build_latents() -> None:
     """
     images, _ = data.load("train")
     vae = trained("vae", parts.vae()).to(memory_format=torch.channels_last)  # on a CPU a quarter faster
-    latents = np.lib.format.open_memmap(
-        LATENTS, "w+", np.float16, (len(images), parts.LATENT_CHANNELS, parts.LATENT_SIZE, parts.LATENT_SIZE)
-    )
     count = data.num_decoded(len(images))
-    decoded = np.lib.format.open_memmap(data.DECODED, "w+", np.uint8, (count, *images.shape[1:]))
+    size = parts.LATENT_CHANNELS, parts.LATENT_SIZE, parts.LATENT_SIZE
     noise = torch.Generator().manual_seed(99)
-    for start in range(0, len(images), 250):
-        rows = slice(start, start + 250)
-        with mixed():
-            mode = vae.encode(pixels(images[rows])).latent_dist.mode().float()
-            latents[rows] = mode.cpu().numpy()
-            if start < count:
-                amount = 0.2 * torch.rand(len(mode), 1, 1, 1, generator=noise) * mode.std().cpu()
-                extra = (amount * torch.randn(mode.shape, generator=noise)).to(DEVICE)
-                decoded[rows] = as_bytes(vae.decode(mode + extra).sample.float())
-    decoded.flush()
+    with replacing(LATENTS) as encodings, replacing(data.DECODED) as pictures:
+        latents = np.lib.format.open_memmap(encodings, "w+", np.float16, (len(images), *size))
+        decoded = np.lib.format.open_memmap(pictures, "w+", np.uint8, (count, *images.shape[1:]))
+        for start in range(0, len(images), 250):
+            rows = slice(start, start + 250)
+            with mixed():
+                mode = vae.encode(pixels(images[rows])).latent_dist.mode().float()
+                latents[rows] = mode.cpu().numpy()
+                if start < count:
+                    amount = 0.2 * torch.rand(len(mode), 1, 1, 1, generator=noise) * mode.std().cpu()
+                    extra = (amount * torch.randn(mode.shape, generator=noise)).to(DEVICE)
+                    decoded[rows] = as_bytes(vae.decode(mode + extra).sample.float())
+        latents.flush()
+        decoded.flush()
     scale = float(1 / np.asarray(latents[:10_000], np.float32).std())
     SCALING.write_text(json.dumps({"scaling_factor": round(scale, 5)}))
 
@@ -113,8 +117,15 @@ def train_denoiser() -> None:
     """v-prediction at stratified timesteps, on mostly two objects; a tenth of the captions empty, for guidance."""
     _, scenes = data.load("train")
     latents, captions = (torch.from_numpy(np.load(path)).to(DEVICE) for path in (LATENTS, tokenizer.CAPTIONS))
+    for path, rows in ((LATENTS, latents), (tokenizer.CAPTIONS, captions)):
+        if len(rows) != len(scenes):
+            raise SystemExit(
+                f"{path} has {len(rows)} rows and {data.SCENES} {len(scenes)} scenes, which must be as many: run the "
+                f"stage {path.stem!r} again"
+            )
     scale = json.loads(SCALING.read_text())["scaling_factor"]
     model, tokens = load_clip()
+    learns_from = f"{digest(weights('vae'))} {digest(model.text_model.state_dict())}"
     empty = tokens("", padding="max_length", return_tensors="pt").input_ids.to(DEVICE)
     encoder, unet, noising = model.text_model, parts.denoiser(), parts.scheduler()
     if DEVICE.type == "cpu":
@@ -149,7 +160,7 @@ def train_denoiser() -> None:
         figures = {"late": (error * late).sum() / late.sum(), "early": (error * ~late).sum() / (~late).sum()}
         return error.mean(), figures
 
-    train("denoiser", unet, loss, SCHEDULES["denoiser"])
+    train("denoiser", unet, loss, SCHEDULES["denoiser"], learns_from=learns_from)
 
 
 STAGES = {
@@ -171,37 +182,58 @@ STAGES = {
     "export": export.export,
 }
 
-# What stages make that have no checkpoint: `train_all` makes it again when one of these parts has changed.
-MADE: dict[str, tuple[str, ...]] = {
-    "sprites": (),
-    "data": (),
-    "tokenizer": (),
-    "captions": (),
-    "latents": ("vae",),
-    "redraw": ("vae", "clip", "denoiser"),
-    "follow": ("vae", "clip", "denoiser", "aesthetic", "preference"),
+# What stages make that have no checkpoint: the file to look for, and the parts and files that it is made from. `all`
+# makes it again when one of these has changed.
+TOKENS = tokenizer.FOLDER / "tokenizer.json"
+MADE: dict[str, tuple[Path, tuple[str | Path, ...]]] = {
+    "sprites": (sprites.LAST, ()),
+    "data": (data.SPOILT, ()),
+    "tokenizer": (TOKENS, ()),
+    "captions": (tokenizer.CAPTIONS, (data.SCENES, TOKENS)),
+    "latents": (LATENTS, (data.SCENES, "vae")),
+    "redraw": (redraw.TEXTS, (data.SCENES, "vae", "clip", "denoiser")),
+    "follow": (follow.path(follow.REWARDS[-1], 0), ("vae", "clip", "denoiser", "aesthetic", "preference")),
 }
 CHECKPOINTS = {"clip": "clip-probe", "harden": "clip-hard"}  # where they are not called as the stage
 
 
+def _mark(stage: str) -> Path:
+    """Says what a stage's files were made from."""
+    return BUILD / "made" / stage
+
+
+def _sources(stage: str) -> str:
+    """The digests of what a stage's files are made from."""
+    return " ".join(
+        digest(weights(each)) if isinstance(each, str) else hashlib.sha256(each.read_bytes()).hexdigest()
+        for each in MADE[stage][1]
+    )
+
+
+def is_made(stage: str) -> bool:
+    """Has a stage made its files from what there is now? One that is made from nothing, wherever they come from."""
+    path, sources = MADE[stage]
+    mark = _mark(stage)
+    return path.exists() and (not sources or (mark.exists() and mark.read_text() == _sources(stage)))
+
+
 def run(stage: str) -> None:
     """One stage, from a seed of its own: new parts begin at random."""
+    mark = _mark(stage)
+    mark.unlink(missing_ok=True)  # so that a stage that is stopped while it writes is not taken for done
     torch.manual_seed(zlib.crc32(stage.encode()))
     STAGES[stage]()
+    if stage in MADE and MADE[stage][1]:
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.write_text(_sources(stage))
 
 
 def train_all() -> None:
     """Every stage that is not done, in order."""
     for stage in STAGES:
-        mark = BUILD / "made" / stage
-        state = " ".join(digest(weights(part)) for part in MADE.get(stage, ()))
-        if mark.exists() and mark.read_text() == state:
-            continue
-        print(stage, flush=True)
-        run(stage)
-        if stage in MADE:
-            mark.parent.mkdir(parents=True, exist_ok=True)
-            mark.write_text(state)
+        if stage not in MADE or not is_made(stage):
+            print(stage, flush=True)
+            run(stage)
 
 
 def main() -> None:
@@ -209,10 +241,10 @@ def main() -> None:
     parser.add_argument(
         "stage", choices=[*STAGES, "all", "restore"], help="restore: start from the package's weights"
     )
-    parser.add_argument("--steps", type=int, help="another length than the stage's own")
-    parser.add_argument("--seconds", type=float, help="or a length in time")
-    parser.add_argument("--lr", type=float, help="another learning rate")
-    parser.add_argument("--batch", type=int, help="another number of samples a step")
+    parser.add_argument("--steps", type=arguments.count, help="another length than the stage's own")
+    parser.add_argument("--seconds", type=arguments.amount, help="or a length in time")
+    parser.add_argument("--lr", type=arguments.amount, help="another learning rate")
+    parser.add_argument("--batch", type=arguments.count, help="another number of samples a step")
     options = parser.parse_args()
     stage = options.stage
     changes = {key: getattr(options, key) for key in ("steps", "seconds", "lr", "batch")}
@@ -224,10 +256,8 @@ def main() -> None:
         )
     for table in tables:
         table[stage] = replace(table[stage], **changes)
-    part = CHECKPOINTS.get(stage, stage)
-    if changes and done(part):
-        print(f"{part} is done; a new schedule continues from its weights", flush=True)
-        keep(part, weights(part))
+    if changes:
+        renew(CHECKPOINTS.get(stage, stage))
     if stage == "restore":
         export.restore()
     elif stage == "all":

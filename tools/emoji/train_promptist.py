@@ -26,8 +26,8 @@ from ipgo.models import BUNDLED_REWARDS
 from ipgo.prompts import read_prompts
 from ipgo.rewards.emoji import load_judge
 from ipgo.task import Task
-from tools.emoji import loop, world
-from tools.emoji.loop import DEVICE, Figures, Schedule, keep, train, trained
+from tools.emoji import arguments, world
+from tools.emoji.loop import DEVICE, Figures, Schedule, renew, train, trained
 
 TOKENIZER = Path("src/ipgo/backends/emoji/tokenizer")
 SUPERVISED, FINAL = "promptist-sft", "promptist"
@@ -168,9 +168,8 @@ def train_policy(schedule: Schedule = SCHEDULES[FINAL]) -> None:
     """REINFORCE from the supervised model, with the other rewritings of a prompt as its baseline."""
     tokens = tokenizer()
     before = trained(SUPERVISED, language_model(tokens))
-    if not (loop.BUILD / "checkpoints" / f"{FINAL}.safetensors").exists():
-        keep(FINAL, before.state_dict())
     model = language_model(tokens)
+    model.load_state_dict(before.state_dict())
     judged = Judged(ipgo.load_backend("emoji", device=str(DEVICE)))
 
     def loss(rng: np.random.Generator, batch: int) -> tuple[Tensor, Figures]:
@@ -199,7 +198,7 @@ def train_policy(schedule: Schedule = SCHEDULES[FINAL]) -> None:
         figures = {"reward": reward.mean(), "kl": stray.mean()}
         return -(gain * torch.stack(logs)).mean(), figures
 
-    train(FINAL, model, loss, schedule)
+    train(FINAL, model, loss, schedule, origin=before)
 
 
 def export(folder: Path = BUNDLED["emoji"]) -> None:
@@ -239,13 +238,19 @@ def evaluate(count: int = 4, seeds: Sequence[int] = (0, 1)) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("stage", choices=["sft", "rl", "export", "all", "evaluate"])
-    parser.add_argument("--steps", type=int, help="of the stage, instead of the schedule's")
-    parser.add_argument("--batch", type=int, help="texts per step, instead of the schedule's")
+    parser.add_argument("--steps", type=arguments.count, help="of the stage, instead of the schedule's")
+    parser.add_argument("--batch", type=arguments.count, help="texts per step, instead of the schedule's")
     options = parser.parse_args()
     changes = {name: getattr(options, name) for name in ("steps", "batch") if getattr(options, name)}
+    if changes and options.stage in ("export", "evaluate"):
+        parser.error(f"{', '.join(f'--{key}' for key in changes)}: stage {options.stage!r} has no schedule")
     if options.stage in ("sft", "all"):
+        if changes:
+            renew(SUPERVISED)
         train_supervised(replace(SCHEDULES[SUPERVISED], **changes))
     if options.stage in ("rl", "all"):
+        if changes:
+            renew(FINAL)
         train_policy(replace(SCHEDULES[FINAL], **changes))
     if options.stage in ("export", "all"):
         export()
