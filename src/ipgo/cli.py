@@ -152,8 +152,10 @@ def fit(argv: list[str]) -> int:
     from ipgo.store import Run
     from ipgo.vocabulary import warn_of_unseen_words
 
-    chosen, rest = peek(argv, ("--preset", "--config", "--method", "--backend"))
+    chosen, rest = peek(argv, ("--preset", "--config", "--method", "--backend"), flags=("--no_shared",))
     settings = read_settings(chosen.preset, chosen.config)
+    if chosen.no_shared:  # nor what goes with it
+        settings = {**settings, "shared": False, "judged_prompts": None}
     if chosen.method is not None:
         settings["method"] = _method_settings(settings.get("method", {}), chosen.method)
     if chosen.backend is not None:
@@ -301,7 +303,9 @@ def generate(argv: list[str]) -> int:
         "--out", type=Path, default=Path("images"), help="folder for the images (default: images)"
     )
     parser.add_argument("--steps", type=int, help="denoising steps (default: those of the run)")
-    parser.add_argument("--guidance-scale", type=float, help="1: no guidance (default: that of the run)")
+    parser.add_argument(
+        "--guidance-scale", type=float, help="as sampling.guidance_scale in fit (default: that of the run)"
+    )
     add_device_flags(parser)
     args = parser.parse_args(argv)
 

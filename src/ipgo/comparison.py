@@ -70,7 +70,7 @@ class Plan:
                 )
             if config.reward != self.reward:
                 raise InputError(
-                    f"entry {label!r}: reward is {config.reward!r}; all entries maximise the comparison's, "
+                    f"entry {label!r}: reward is {config.reward!r}; all entries optimise the comparison's, "
                     f"{self.reward!r} (name others in held_out)"
                 )
             if config.method_name != "raw" and label == "raw":
@@ -90,7 +90,7 @@ class Plan:
 
     @property
     def reward(self) -> str:
-        """The reward that all entries maximise."""
+        """The reward that all entries optimise."""
         return str(self.common["reward"])
 
     def config(self, label: str) -> RunConfig:

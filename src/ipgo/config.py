@@ -54,8 +54,8 @@ class RunConfig:
         reward: what is optimised: a name, a sum such as "emoji-clip+0.5*emoji-aesthetic", or mine.py:function.
         held_out: rewards that only judge the result; None: those that come with the backend.
         sampling: how images are sampled.
-        seeds: noise seeds, which gradient steps use in turn; empty: fresh noise at every step. Default: 0 to 3, or only
-            0 for a method that learns the noise or prefers a single seed (`ipgo-black-box`).
+        seeds: noise seeds, which gradient steps use in turn; empty: fresh noise at every step. Default: 0 to 3 (no more
+            than there are steps), or only 0 for a method that learns the noise or prefers a single seed.
         unseen_seeds: number of held-out seeds (1000, 1001, ...) that the result is also evaluated on.
         seed: random seed of the initial values, the prompt order and other random choices.
         shared: one set of embeddings for all prompts (prompt-batch) instead of one per prompt (prompt-wise).
@@ -66,7 +66,7 @@ class RunConfig:
         image_size: side of the images in pixels; None: the model's own.
         long_prompts: refuse prompts that are too long for the encoder, truncate them, or chunk them into windows.
         dtype: auto, float32, bfloat16 or float16.
-        chunk: number of prompts fitted at once; affects memory, not results.
+        chunk: number of prompts fitted at once; affects memory, and results by no more than rounding.
         device: auto, cpu, cuda or cuda:N.
         text_device: device of the text encoders: auto (with the rest), or cpu, which saves GPU memory.
     """

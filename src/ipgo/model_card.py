@@ -37,7 +37,7 @@ def model_card(run: Run, adapter: Adapter) -> str:
     whose = "any prompt" if adapter.prompts is None else f"{len(done)} prompt{'s' * (len(done) > 1)}"
     sections = [
         f"---\n{yaml.safe_dump({k: v for k, v in about.items() if v}, sort_keys=False)}---",
-        f"# {config.method_name} for {whose}, raising {escape(config.reward)}",
+        f"# {config.method_name} for {whose}, optimising {escape(config.reward)}",
         f"Learned with ipgo {version('ipgo')} on {escape(config.backend)}: "
         f"{count:,} numbers besides the frozen model, by the reward {escape(config.reward)}." + _behind(run),
         _limits(run, adapter),

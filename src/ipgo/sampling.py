@@ -25,7 +25,8 @@ class Sampling:
 
     Attributes:
         steps: denoising steps.
-        guidance_scale: weight of classifier-free guidance; 1 or less turns it off. None: the backend's own.
+        guidance_scale: weight of classifier-free guidance, of which 1 or less is none; or what a network is given that
+            takes the scale as an input. None: the backend's own.
         eta: 0 is deterministic; above 0, up to 1, DDIM adds noise at each step.
         negative_prompt: what guidance moves away from.
         fit_steps: denoising steps of the images that a fit learns from, if fewer than `steps`; None: `steps`.

@@ -191,7 +191,9 @@ def test_a_rewritten_negative_prompt_may_be_long():
 
 def test_prompts_of_unequal_length_are_fitted_together():
     backend = chunked(tiny_pipeline())
-    method = IPGO(Insertion(2, 2, rank=4, norm=0.4), Ascent(steps=4, lr=0.05, backprop_steps=None, penalty_weight=0.0))
+    method = IPGO(
+        Insertion(2, 2, rank=4, norm=0.4), Ascent(steps=4, lr=0.05, backprop_steps=None, penalty_weight=0.0)
+    )
 
     def rewards(prompts, method):
         task = Task(backend, as_reward(redness), prompts, SAMPLING)

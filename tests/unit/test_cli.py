@@ -104,6 +104,10 @@ def test_the_list_of_backends_says_all_that_is_declared(capsys: pytest.CaptureFi
         (["generate", "x", "--seeds", "one"], "invalid int value: 'one'"),
         (["list", "rewards", "clipp"], "unknown reward 'clipp'; did you mean 'clip'"),
         (["fit", "a", "cat", "and", "a", "dog"], "put a single prompt in quotes: 'a cat and a dog'"),
+        (  # of the preset's settings `judged_prompts` would go with `shared` alone
+            ["fit", "a fox", "--preset", "ipgo-plus", "--no-shared", "--method.insertion.rank", "999"],
+            "method.insertion.rank is 999",
+        ),
         (
             ["score", "docs", "--reward", "contrast", "--prompt", " "],
             "is empty; it needs at least one word",

@@ -946,7 +946,7 @@ class RunPrice:
         ),
         (
             "--config FILE:reward",
-            "entry 'x': reward is 'contrast'; all entries maximise the comparison's, 'emoji-",
+            "entry 'x': reward is 'contrast'; all entries optimise the comparison's, 'emoji-",
         ),
         ("--methods promptist --shared", "entry 'promptist': shared is true; method 'promptist' fits each"),
         (

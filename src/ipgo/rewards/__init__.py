@@ -67,11 +67,12 @@ def load_reward(spec: str, *, device: str | torch.device = "auto") -> Reward:
         device: auto, cpu, cuda or cuda:N.
 
     Returns:
-        The reward; a `WeightedSum` for several terms or a weight other than 1.
+        The reward; a `Ceiling` if it has one; a `WeightedSum` for several terms or a weight other than 1.
 
     Raises:
-        InputError: an unknown name, a weight that is not a number, a file without that function, weights that are
-            not there and cannot be fetched, a command that cannot be run, or a question without a terminal.
+        InputError: an unknown name, a weight or ceiling that is not a finite number, a weight of 0, a file without that
+            function, weights that are not there and cannot be fetched, a command that cannot be run, a question without
+            a terminal, or a device that is not there.
     """
     if not isinstance(spec, str):
         raise InputError(f"a reward is loaded by its name, not from {spec!r}; for a function use as_reward")
