@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-SINK = 30  # times as long as the median: states of words differ by less, also where encoders are mixed (SD3)
+SINK = 30  # times as long as the median: far more than states of words differ by
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,13 @@ class PromptEmbeds:
         return (states * weights).sum(1) / weights.sum(1)
 
     def norm(self) -> Tensor:
-        """(B,): the median Euclidean norm of the states at the text positions, which no sink moves (see `words`)."""
-        return self._norms().masked_fill(~self.mask, math.nan).nanmedian(1).values
+        """(B,): the median Euclidean norm of the states at the text positions, which no sink moves (see `words`).
+
+        Of an even number of them it is the smaller one of the two in the middle.
+        """
+        rising = self._norms().masked_fill(~self.mask, math.inf).sort(1).values  # (B, L)
+        middle = (self.mask.sum(1, keepdim=True) - 1).clamp(min=0) // 2
+        return rising.gather(1, middle)[:, 0]
 
     def words(self) -> Tensor:
         """(B, L) bool: the text positions without sinks.
