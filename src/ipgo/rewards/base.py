@@ -93,15 +93,10 @@ class WeightedSum:
 
 
 @dataclass(frozen=True)
-class Ceiling:
-    """min(reward, most): above it nothing is gained, and there is no gradient.
-
-    For a reward that is good enough at some level, and only fooled beyond it.
-    """
+class _Around:
+    """What is said of another reward holds for this one, too."""
 
     reward: Reward
-    most: float
-    name: str
 
     @property
     def differentiable(self) -> bool:
@@ -110,6 +105,17 @@ class Ceiling:
     @property
     def uses_prompts(self) -> bool:
         return uses_prompts(self.reward)
+
+
+@dataclass(frozen=True)
+class Ceiling(_Around):
+    """min(reward, most): above it nothing is gained, and there is no gradient.
+
+    For a reward that is good enough at some level, and only fooled beyond it.
+    """
+
+    most: float
+    name: str
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -120,19 +126,10 @@ class Ceiling:
 
 
 @dataclass(frozen=True)
-class Renamed:
+class Renamed(_Around):
     """A reward under another name."""
 
-    reward: Reward
     name: str
-
-    @property
-    def differentiable(self) -> bool:
-        return self.reward.differentiable
-
-    @property
-    def uses_prompts(self) -> bool:
-        return uses_prompts(self.reward)
 
     @property
     def most(self) -> float:
