@@ -80,7 +80,9 @@ EVALUATION_SEEDS = tuple(range(2000, 2008))  # not those that `fit` judges on
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # ipgo checks by itself what it warns of
+    os.environ.setdefault(
+        "TRANSFORMERS_VERBOSITY", "error"
+    )  # such as of missing weights, which ipgo refuses itself
     _log_to_stderr()
     kept = "; finished prompts are kept" if name in RESUMABLE else ""
     try:
@@ -152,10 +154,8 @@ def fit(argv: list[str]) -> int:
     from ipgo.store import Run
     from ipgo.vocabulary import warn_of_unseen_words
 
-    chosen, rest = peek(argv, ("--preset", "--config", "--method", "--backend"), flags=("--no_shared",))
+    chosen, rest = peek(argv, ("--preset", "--config", "--method", "--backend"))
     settings = read_settings(chosen.preset, chosen.config)
-    if chosen.no_shared:  # nor what goes with it
-        settings = {**settings, "shared": False, "judged_prompts": None}
     if chosen.method is not None:
         settings["method"] = _method_settings(settings.get("method", {}), chosen.method)
     if chosen.backend is not None:

@@ -351,6 +351,8 @@ def parse(parser: ArgumentParser, settings: dict[str, Any], argv: list[str]) -> 
     method = {key: value for key, value in settings.get("method", {}).items() if key != "name"}
     try:
         base = parser.parse_object({**plain, "method": method} if method else plain, defaults=False)
+        if "--no_shared" in argv:  # nor what goes with `shared`, unless a flag says so
+            base.judged_prompts = None
         return cast(Namespace, parser.instantiate(parser.parse_args(argv, namespace=base)))
     except ArgumentError as error:
         raise _explain(error, parser) from None

@@ -72,16 +72,17 @@ class PromptEmbeds:
         middle = (self.mask.sum(1, keepdim=True) - 1).clamp(min=0) // 2
         return rising.gather(1, middle)[:, 0]
 
-    def words(self) -> Tensor:
-        """(B, L) bool: the text positions without sinks.
+    def words(self, unit: Tensor) -> Tensor:
+        """(B, L) bool: the text positions without sinks, where (B,) states have the norm `unit`.
 
         Language models give the first token, and few others, a state of no meaning that is hundreds of times as long
         as the rest (arXiv 2402.17762): whatever looks at the prompt's states would see nothing else.
         """
-        return self.mask & (self._norms() <= SINK * self.norm()[:, None])
+        return self.mask & (self._norms() <= SINK * unit[:, None])
 
     def _norms(self) -> Tensor:
-        states = self.embeds.to(torch.promote_types(self.embeds.dtype, torch.float32))
+        """(B, L): what is only measured by, so without gradient."""
+        states = self.embeds.detach().to(torch.promote_types(self.embeds.dtype, torch.float32))
         norms: Tensor = torch.linalg.vector_norm(states, dim=-1)  # (B, L)
         return norms
 

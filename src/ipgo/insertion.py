@@ -20,7 +20,6 @@ Rotations = Literal["applied", "unused", "none"]
 Basis = Literal["orthonormal", "free"]
 CrossAttention = Literal["none", "replace", "residual", "fixed"]
 
-
 ANGLES = 2  # rotations of one embedding: the even pairs of coordinates, then the odd ones
 
 
@@ -43,8 +42,8 @@ class Insertion:
             at the start is added, so that each goes on repeating the same words of the prompt while it learns what
             to add to them: that gained a little more, and lost more of what was held out (docs/settings.md).
         norm: mean norm of an inserted embedding at the start, before it attends; 1 is that of the prompt's own
-            embeddings, which differs between text encoders. Small ones begin near the image of the raw
-            prompt. None leaves it at start * sqrt(rank / 3), whatever the prompt's: with start = 1 this is the paper's.
+            embeddings, which differs between text encoders. Small ones begin near the image of the raw prompt. None
+            leaves it at start * sqrt(rank / 3), whatever the prompt's: with start = 1 this is the paper's.
         start: coefficients begin uniform in [-start, start], with this norm: an embedding can grow to 1 / start times
             as much before it meets the bounds. The paper's is 1.
         pooled: learn a change of the vector for the whole prompt too, where there is one (SDXL, SD3, FLUX.1).
@@ -240,4 +239,4 @@ def cross_attend(queries: Tensor, prompt: PromptEmbeds, unit: Tensor) -> Tensor:
     # Both sizes are given to the queries, which are fewer.
     queries = F.normalize(queries, dim=-1) * (math.sqrt(width) / unit.to(queries.dtype)[:, None, None])
     scores = queries @ values.mT  # (B, n, L)
-    return scores.masked_fill(~prompt.words()[:, None], -math.inf).softmax(-1) @ values
+    return scores.masked_fill(~prompt.words(unit)[:, None], -math.inf).softmax(-1) @ values

@@ -24,9 +24,12 @@ def test_defaults_are_those_of_the_dataclass() -> None:
 
 
 def test_a_presets_shared_is_undone_by_a_flag() -> None:
-    settings = {"shared": True}
-    assert read(settings).shared
-    assert not read(settings, "--no_shared").shared
+    settings = {"shared": True, "judged_prompts": 5}
+    assert (read(settings).shared, read(settings).judged_prompts) == (True, 5)
+    undone = read(settings, "--no_shared")
+    assert (undone.shared, undone.judged_prompts) == (False, None)
+    with pytest.raises(InputError, match=r"judged_prompts is 3; .* needs shared"):
+        read(settings, "--no_shared", "--judged_prompts=3")
     assert read({}, "--shared").shared
 
 

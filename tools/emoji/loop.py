@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tools.emoji.sprites import BUILD
+from tools.emoji.sprites import BUILD, replacing
 
 Figures = dict[str, Tensor]  # scalars; read only when they are logged, since a GPU would be waited for
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -66,8 +66,8 @@ def _save(path: Path, tensors: dict[str, Tensor], step: int, **told: object) -> 
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {key: str(value) for key, value in {"step": step, **told}.items()}
-    save_file(tensors, path.with_suffix(".tmp"), metadata=metadata)
-    path.with_suffix(".tmp").replace(path)
+    with replacing(path) as unfinished:
+        save_file(tensors, unfinished, metadata=metadata)
 
 
 def _path(name: str) -> Path:

@@ -133,8 +133,8 @@ class InsertionAdapter(Adapter):
         if original is None:
             return None
         rows = self.rows(prompts)
-        # SDXL's empty negative prompt is nothing but zeros.
-        unit = torch.where(original.norm() > 0, original.norm(), own.norm())
+        unit = original.norm()
+        unit = torch.where(unit > 0, unit, own.norm())  # SDXL's empty negative prompt is nothing but zeros
         return self._changed(self.insert_negative(rows, original, unit), rows, self.negative_pooled)
 
     def _changed(self, prompt: PromptEmbeds, rows: Tensor, change: nn.Parameter | None) -> PromptEmbeds:

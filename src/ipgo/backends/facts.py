@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ipgo import files
 from ipgo.backends.schedulers import SCHEDULERS
 from ipgo.errors import InputError, unknown
 from ipgo.typed import check_types
@@ -115,8 +115,7 @@ class Opening:
 def width_of(folder: Path, facts: Facts) -> int | None:
     """The width of the prompt embeddings of the model in a diffusers folder; None if it does not say."""
     for part in ("unet", "transformer"):
-        with contextlib.suppress(OSError, ValueError):  # whoever opens it says what is wrong
-            config = json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
-            width = config.get(facts.width) if isinstance(config, dict) else None
+        with contextlib.suppress(InputError):  # whoever opens it says what is wrong
+            width = files.read_json(folder / part / "config.json").get(facts.width)
             return width if isinstance(width, int) else None
     return None

@@ -136,7 +136,7 @@ def terms(spec: str) -> list[tuple[float, str]]:
 
 
 def optimised(spec: str) -> set[str]:
-    """What a method that follows a spec maximises: the spec, and the rewards it is made of. These are not held out.
+    """What a method that follows a spec optimises: the spec, and the rewards it is made of. These are not held out.
 
     Nor is another variant (`@notebook`) of the same weights.
     """
