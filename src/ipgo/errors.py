@@ -45,6 +45,13 @@ def unknown(kind: str, value: object, allowed: Iterable[str]) -> InputError:
 
 
 def unknown_option(name: str, allowed: Iterable[str]) -> InputError:
-    """The error for a misspelt flag: `unknown option '--sedes'; did you mean '--seeds'?`."""
-    near = difflib.get_close_matches(name, sorted(allowed), n=1)
-    return InputError(f"unknown option {name!r}; " + (f"did you mean {near[0]!r}?" if near else "see --help"))
+    """The error for a misspelt flag: `unknown option '--sedes'; did you mean '--seeds'?`.
+
+    One that is the last part of longer ones (`--steps`) was hardly misspelt: all of these are named.
+    """
+    options = sorted(allowed)
+    bare = name.lstrip("-").replace("-", "_")
+    near = [each for each in options if each.lstrip("-").split(".")[-1] == bare]
+    near = near or difflib.get_close_matches(name, options, n=1)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "see --help"
+    return InputError(f"unknown option {name!r}; {hint}")
