@@ -209,12 +209,12 @@ def show_comparison(place: Path) -> int:
     from ipgo.comparison import Comparison
     from ipgo.report.comparison import incomparable, write_comparison
     from ipgo.report.rows import rows
-    from ipgo.report.tables import cost_table, raised_table
+    from ipgo.report.tables import cost_table, optimised_table
 
     folder = Comparison.open(place)
     entries = rows(folder)
     written = write_comparison(folder, entries)
-    for table in (raised_table(entries, folder.plan.reward), cost_table(folder, entries)):
+    for table in (optimised_table(entries, folder.plan.reward), cost_table(folder, entries)):
         print(f"\n{table.title}\n{plain(table)}")
     print()
     for name, file in written.items():

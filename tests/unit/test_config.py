@@ -181,7 +181,10 @@ def test_settings_that_cannot_work(values: dict[str, Any], message: str) -> None
     [
         (["--stepz", "3"], "unknown option '--stepz'"),
         (["--sampling.stepz", "3"], "unknown option '--sampling.stepz'; did you mean '--sampling.steps'"),
-        (["--steps", "3"], "unknown option '--steps'; did you mean '--method.ascent.steps' or '--sampling.steps'\\?"),
+        (
+            ["--steps", "3"],
+            "unknown option '--steps'; did you mean '--method.ascent.steps' or '--sampling.steps'\\?",
+        ),
         (["--sampling.steps", "four"], "sampling.steps is 'four'; it must be int"),
         (["--method.insertion.rank", "x"], "method.insertion.rank is 'x'; it must be int or null"),
         (["--method.insertion.rotations", "up"], "is 'up'; it must be 'applied', 'unused', 'none'"),

@@ -220,7 +220,7 @@ def test_plain_functions_and_numbers_of_numpy_judge(backend: ipgo.Backend) -> No
 def test_a_judges_name_is_not_free(backend: ipgo.Backend) -> None:
     with pytest.raises(ipgo.InputError, match="reserved for the judge's verdicts"):
         ipgo.fit("a", reward=ipgo.as_reward(brightness, "judge-object"), **SHORT)
-    # Where no judge is, nothing is taken; and a reward may be held out by the name that it is raised by.
+    # Where no judge is, nothing is taken; and a reward may be held out by the name that it is optimised by.
     reward = ipgo.as_reward(brightness, "judge-object")
     assert ipgo.fit("a", backend=backend, reward=reward, held_out=["judge-object"], method=ONE_STEP, **SHORT)
 

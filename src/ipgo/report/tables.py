@@ -49,14 +49,14 @@ def tables(folder: Comparison, entries: Sequence[Row]) -> list[Table]:
     """All tables, in the order of their weight."""
     reward = folder.plan.reward
     return [
-        raised_table(entries, reward),
+        optimised_table(entries, reward),
         held_out_table(entries, reward),
         cost_table(folder, entries),
         *(matrix_table(each, reward) for each in matrices(entries, reward)),
     ]
 
 
-def raised_table(entries: Sequence[Row], reward: str) -> Table:
+def optimised_table(entries: Sequence[Row], reward: str) -> Table:
     """What the methods did to the reward that they raise."""
     prompts = any(row.unseen_prompts for row in entries)
     head = ["entry", "fitted noise", "gain", "wins over raw", "last step", "best of run"]
