@@ -163,14 +163,17 @@ class Ledger(Counter[str]):
     """`Backend.calls` that refuses the call beyond a limit: the denoiser is then not run."""
 
     def __init__(self, calls: Mapping[str, int], price: Price, limit: float) -> None:
-        self.price, self.limit = price, float("inf")
+        self.price, self.limit = price, math.inf
         super().__init__(calls)
         self.limit = price.of(self) + limit
 
-    def __setitem__(self, name: str, count: int) -> None:
-        if count > self[name] and self.price.of({**self, name: count}) > self.limit + SLACK:
+    def update(self, more: Mapping[str, int], /) -> None:  # type: ignore[override]
+        """Add a call of several kinds; one that is refused leaves nothing behind."""
+        whole = Counter(self)
+        whole.update(more)
+        if self.price.of(whole) > self.limit + SLACK:
             raise BudgetSpent
-        super().__setitem__(name, count)
+        super().update(more)
 
 
 def watch(

@@ -66,7 +66,8 @@ class RunConfig:
         image_size: side of the images in pixels; None: the model's own.
         long_prompts: refuse prompts that are too long for the encoder, truncate them, or chunk them into windows.
         dtype: auto, float32, bfloat16 or float16.
-        chunk: number of prompts fitted at once; affects memory, and results by no more than rounding.
+        chunk: number of prompts fitted at once, or with shared encoded and drawn where the method has no batches;
+            affects memory, and results by no more than rounding.
         device: auto, cpu, cuda or cuda:N.
         text_device: device of the text encoders: auto (with the rest), or cpu, which saves GPU memory.
     """

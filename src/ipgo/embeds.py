@@ -125,10 +125,10 @@ def concatenate(prompts: Sequence[PromptEmbeds]) -> PromptEmbeds:
         torch.ones_like(prompt.mask) if prompt.present is None else prompt.present for prompt in prompts
     ]
     return PromptEmbeds(
-        torch.cat([_padded(prompt.embeds, length) for prompt in prompts]),
-        torch.cat([_padded(prompt.mask, length) for prompt in prompts]),
+        torch.cat([padded(prompt.embeds, length) for prompt in prompts]),
+        torch.cat([padded(prompt.mask, length) for prompt in prompts]),
         torch.cat(pooled) if pooled else None,
-        present=None if whole else torch.cat([_padded(each, length) for each in present]),
+        present=None if whole else torch.cat([padded(each, length) for each in present]),
     )
 
 
@@ -138,7 +138,7 @@ def _widened(mask: Tensor, before: int, after: int) -> Tensor:
     return torch.cat([first, mask, last], dim=1)
 
 
-def _padded(values: Tensor, length: int) -> Tensor:
+def padded(values: Tensor, length: int) -> Tensor:
     """(B, L, ...) with zeros up to `length` in the second dimension."""
     missing = values.new_zeros(len(values), length - values.shape[1], *values.shape[2:])
     return torch.cat([values, missing], dim=1)

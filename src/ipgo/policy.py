@@ -95,7 +95,7 @@ class _Training:
         # After the last whole epoch: a budget may break the next one off.
         self.ready = copy.deepcopy(self.kept)
         with torch.no_grad():
-            self.original = self.backend.encode(task.prompts)
+            self.original = task.encoded()
         nan = torch.full((len(task.prompts),), math.nan)
         # Everything that lives from epoch to epoch besides the parameters and the optimiser's moments.
         self.memory = {
@@ -223,11 +223,13 @@ class _Training:
         return log_probability(step.next_latents, mean, std)
 
     def _go_back(self, overflow: bool) -> None:
-        """To the parameters that last drew finite rewards, without momentum; `overflow`: a smaller scale may do."""
+        """To the parameters that last drew finite rewards, without momentum; `overflow`: a smaller scale may do.
+
+        Adam's second moments stay, as in `maximize`.
+        """
         self.adapter.load_state_dict(self.kept.state_dict())
         for parameter in self.parameters.values():
-            for name in ("exp_avg", "exp_avg_sq"):
-                self.optimizer.state[parameter][name].zero_()
+            self.optimizer.state[parameter]["exp_avg"].zero_()
         if overflow:
             self.memory["loss_scale"].div_(2)
         else:

@@ -148,8 +148,7 @@ def shortcut(
     scheduler = backend.scheduler(sampling.steps, noise[:, 0])
     if not hasattr(scheduler, "alphas_cumprod"):
         raise InputError(f"the gradient of words needs a diffusion scheduler, not {type(scheduler).__name__}")
-    depth = len(scheduler.timesteps) - index
-    walk = denoise(backend, cond, uncond, noise, sampling, backprop_steps=depth)
+    walk = denoise(backend, cond, uncond, noise, sampling, backprop_from=index)
     step = next(itertools.islice(walk, index, None))
     # x = sqrt(a) x0 + sqrt(1 - a) e. Some schedulers walk with x / sqrt(a), and scale it for the denoiser.
     noisy = scheduler.scale_model_input(step.latents, step.timestep)

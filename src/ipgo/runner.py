@@ -127,7 +127,9 @@ def fit_chunk(folder: Run, models: Models, chunk: Chunk, limit: Limit | None = N
     """
     config, backend = folder.config, models.backend
     sampling = config.sampling.for_fit(backend)
-    task = Task(backend, models.reward, chunk.texts, sampling, config.seeds, config.seed, config.shared)
+    task = Task(
+        backend, models.reward, chunk.texts, sampling, config.seeds, config.seed, config.shared, config.chunk
+    )
     found = folder.checkpoint(chunk)
     earlier = found.cost if found is not None else Cost()
     started = saved = time.monotonic()

@@ -116,6 +116,7 @@ def denoise(
     sampling: Sampling,
     *,
     backprop_steps: int = 0,
+    backprop_from: int | None = None,
     recompute: bool = False,
 ) -> Iterator[Step]:
     """Walk from noise (B, 1 + n, C, h, w) to clean latents, with gradient in the last steps alone (DRaFT-K).
@@ -123,6 +124,7 @@ def denoise(
     Args:
         backprop_steps: K, the number of last denoiser calls that build a graph; 0 for none, `sampling.steps`
             for all. Schedulers that make more calls than steps (PNDM) count calls.
+        backprop_from: in place of K, the first call that builds a graph, counted from 0.
         recompute: gradient checkpointing: recompute the activations of these calls in the backward pass; those of
             large transformers then block by block, once more.
     """
@@ -133,6 +135,8 @@ def denoise(
     scale_input = getattr(scheduler, "scale_model_input", lambda latents, timestep: latents)
     calls = len(scheduler.timesteps)
     first_grad = 0 if backprop_steps >= sampling.steps else calls - backprop_steps
+    if backprop_from is not None:
+        first_grad = backprop_from
     for index, timestep in enumerate(scheduler.timesteps):
         # Closed before the yield: a generator's grad mode would leak into its consumer.
         with torch.set_grad_enabled(index >= first_grad):

@@ -9,9 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ipgo.adapters import Adapter, generate
+from ipgo.adapters import Adapter
 from ipgo.resume import copied, fill
-from ipgo.rewards import score
 from ipgo.task import Progress, Task
 
 
@@ -115,12 +114,11 @@ class _Search:
 
     def _draw(self) -> tuple[Tensor, Tensor]:
         """The candidate's rewards (P,), and its images from the last seed."""
-        task, prompts = self.task, list(self.task.prompts)
-        fixed = [[seed] * len(prompts) for seed in task.seeds]
-        rewards = []
-        for seeds in fixed or [task.noise_seeds(prompts, self.step)]:
-            images = generate(task.backend, prompts, seeds, self.adapter, task.sampling)
-            rewards.append(score(task.reward, images, prompts).cpu().float())
+        task, rewards = self.task, []
+        fixed = [[seed] * len(task.prompts) for seed in task.seeds]
+        for seeds in fixed or [task.noise_seeds(task.prompts, self.step)]:
+            scores, images = task.scored(self.adapter, seeds)
+            rewards.append(scores)
         return torch.stack(rewards).mean(0), images
 
     def _keep(self, rewards: Tensor) -> None:

@@ -38,6 +38,11 @@ def derive(seed: int, *keys: str | int) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
+def repeated(seed: int, times: int) -> int:
+    """The seed of a draw that was made `times` times before: its own at first."""
+    return derive(seed, "again", times) if times else seed
+
+
 def shuffled(count: int, start: int, size: int, seed: int) -> torch.Tensor:
     """(size,): numbers below `count`, from place `start` on of an endless sequence of shuffled passes."""
     places = range(start, start + size)

@@ -7,17 +7,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from ipgo.adapters import Adapter
+from ipgo.adapters import Adapter, generate
 from ipgo.ascent import Ascent
 from ipgo.backends import Backend
+from ipgo.embeds import PromptEmbeds, concatenate
 from ipgo.errors import InputError
 from ipgo.insertion import Insertion
 from ipgo.prompts import check_prompts
-from ipgo.rewards import Reward
+from ipgo.rewards import Reward, score
 from ipgo.sampling import Sampling
-from ipgo.seeding import check_seeds, derive
+from ipgo.seeding import check_seeds, derive, repeated
 from ipgo.typed import check_types
 
 
@@ -32,6 +34,8 @@ class Task:
         seeds: noise seeds, which gradient steps use in turn; empty: fresh noise at every step.
         seed: where initial values and every other choice derive from.
         shared: False is prompt-wise, one row for each prompt; True is prompt-batch, one row for all.
+        chunk: at most so many prompts are encoded or drawn at once, where the method has no batches of its own; None:
+            all of them. Affects memory, and results by no more than rounding.
     """
 
     backend: Backend
@@ -41,6 +45,7 @@ class Task:
     seeds: tuple[int, ...] = (0,)
     seed: int = 0
     shared: bool = False
+    chunk: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.reward, Reward):
@@ -48,17 +53,44 @@ class Task:
         check_types(self, "task.")
         check_prompts(self.prompts)
         check_seeds(self.seeds)
+        if self.chunk is not None and self.chunk < 1:
+            raise InputError(f"task.chunk is {self.chunk}; it must be at least 1")
 
     @property
     def most(self) -> float:
         """The reward's ceiling, where nothing is left to gain; without one, infinity."""
         return float(getattr(self.reward, "most", math.inf))
 
-    def noise_seeds(self, prompts: list[str], step: int) -> list[int]:
-        """The seed of each prompt's noise at a step of the fit."""
+    def noise_seeds(self, prompts: Sequence[str], step: int, before: Sequence[int] = ()) -> list[int]:
+        """The seed of each prompt's noise at a step of the fit.
+
+        Args:
+            before: how often each was drawn before in the same step, where there are few to draw from; () is never.
+        """
+        counts = before or [0] * len(prompts)
         if self.seeds:
-            return [self.seeds[step % len(self.seeds)]] * len(prompts)
-        return [derive(self.seed, "noise", prompt, step) for prompt in prompts]
+            return [self.seeds[(step + count) % len(self.seeds)] for count in counts]
+        own = [derive(self.seed, "noise", prompt, step) for prompt in prompts]
+        return list(map(repeated, own, counts))
+
+    def encoded(self) -> PromptEmbeds:
+        """All prompts as they are."""
+        parts = [self.backend.encode(self.prompts[part]) for part in self._parts()]
+        return parts[0] if len(parts) == 1 else concatenate(parts)
+
+    def scored(self, adapter: Adapter, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Draw each prompt from its seed: the rewards (P,), on the CPU, and the images."""
+        rewards, images = [], []
+        for part in self._parts():
+            prompts = list(self.prompts[part])
+            drawn = generate(self.backend, prompts, seeds[part], adapter, self.sampling)
+            rewards.append(score(self.reward, drawn, prompts).detach().cpu().float())
+            images.append(drawn)
+        return torch.cat(rewards), torch.cat(images)
+
+    def _parts(self) -> list[slice]:
+        size = self.chunk or len(self.prompts)
+        return [slice(start, start + size) for start in range(0, len(self.prompts), size)]
 
 
 @dataclass(frozen=True)
@@ -96,8 +128,8 @@ class Progress:
         failed: (P,) bool, rows that were given up.
         images: (P, 3, H, W) of this step, detached, on the backend's device; None where a step draws some
             prompts only (shared).
-        adapter: each row's best so far (or the latest, as in `best`), ready for `generate`. The same object
-            at each step: copy it to keep it.
+        adapter: each row's best so far, ready for `generate`; or the latest, as in `best`, and with the update that
+            this step's gradient gave. The same object at each step: copy it to keep it.
         state: returns all that `resume` needs; call it before the next step begins.
         over: number of consecutive steps whose mean reward is comparable with that of others: 1 where each step draws
             the same noise, S where S seeds are used in turn, `FRESH` where noise or prompts change at each step.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, distributed
@@ -16,10 +17,11 @@ from ipgo.errors import RewardError
 from ipgo.resume import all_tensors, copied, fill
 from ipgo.rewards import score_with_gradient
 from ipgo.sampling import decode, denoise, last_latents, redo_last_step, unconditional
-from ipgo.seeding import derive, generator, shuffled
+from ipgo.seeding import derive, generator, repeated, shuffled
 from ipgo.task import FRESH, Progress, Task
 
 PATIENCE = 3  # steps in a row without a finite gradient before a row is given up
+MOMENTA = ("exp_avg", "momentum_buffer")  # of Adam and SGD
 FLOAT16_SCALE = 2.0**10  # a float16 backend loses small gradients; a row that overflows halves its own
 logger = logging.getLogger("ipgo")
 
@@ -83,8 +85,10 @@ class _Climb:
         device = task.backend.device
         self.adapter = adapter.to(device)
         self.kept = copy.deepcopy(self.adapter).requires_grad_(False)
+        # What a step yields: where the latest counts and not the best, that is with the step's own update.
+        self.result = self.kept if self._keeps_best else copy.deepcopy(self.kept)
         with torch.no_grad():
-            self.original = task.backend.encode(task.prompts)
+            self.original = task.encoded()
             if self.adapter.learns_unconditional:
                 # That of the prompts as they are: what is learned starts from it, at each step.
                 self.uncond = unconditional(task.backend, self.original, task.sampling)
@@ -115,6 +119,8 @@ class _Climb:
             norms, finite = self._clip()
             good = self._remember(finite)
             self._update(step, good)
+            if not self._keeps_best:
+                self.result.load_state_dict(self.adapter.state_dict())
             self.memory["step"] += 1
             over = self._at_the_ceiling()
             yield self._progress(norms, images, int(self.memory["step"]) if over else self.ascent.steps)
@@ -137,14 +143,21 @@ class _Climb:
         self.optimizer.zero_grad()
         batches = self._batches(step)
         drawn = sum(len(batch) for batch in batches) if self.task.shared else 1
+        visits: Counter[int] = Counter()
         for number, batch in enumerate(batches):
-            objective, rewards, penalty, images = self._score(batch, step, self._backprop_steps(step, number))
+            before = []
+            for each in batch.tolist():
+                before.append(visits[each])
+                visits[each] += 1
+            depth = self._backprop_steps(step, number)
+            objective, rewards, penalty, images = self._score(batch, step, before, depth)
             scale = self.memory["loss_scale"].to(objective)
             # To these alone: a reward of the user's may have parameters that want a gradient too.
             own = [each for each in self.parameters.values() if each.requires_grad]
             torch.autograd.backward(-(objective * scale).sum() / drawn, inputs=own)
             self.memory["rewards"][batch] = rewards.detach().cpu().float()
             self.memory["penalty"][batch] = penalty.detach().cpu().float()
+        self.drawn = torch.unique(torch.cat(batches))
         return None if self.task.shared else images.detach()
 
     def _backprop_steps(self, step: int, number: int) -> int:
@@ -155,8 +168,14 @@ class _Climb:
         source = generator(derive(self.task.seed, "backprop", step, number))
         return int(torch.randint(1, most + 1, (), generator=source))
 
-    def _score(self, batch: Tensor, step: int, backprop_steps: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What to differentiate, the rewards and penalties of a batch (B,), and its images."""
+    def _score(
+        self, batch: Tensor, step: int, before: Sequence[int], backprop_steps: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What to differentiate, the rewards and penalties of a batch (B,), and its images.
+
+        Args:
+            before: how often each prompt was drawn before in this step.
+        """
         task, backend, ascent = self.task, self.task.backend, self.ascent
         prompts = [task.prompts[number] for number in batch]
         numbers = batch.to(backend.device)
@@ -165,9 +184,8 @@ class _Climb:
         uncond = None if self.uncond is None else self.uncond.select(numbers)
         if self.adapter.learns_unconditional:
             uncond = self.adapter.unconditional(backend, prompts, cond, task.sampling, uncond)
-        noise = self.adapter.noise(
-            backend, prompts, task.noise_seeds(prompts, step), task.sampling.noise_steps(backend)
-        )
+        seeds = task.noise_seeds(prompts, step, before)
+        noise = self.adapter.noise(backend, prompts, seeds, task.sampling.noise_steps(backend))
         walk = denoise(
             backend,
             cond,
@@ -183,9 +201,12 @@ class _Climb:
         penalty = self.adapter.penalty(original, cond, noise)
         objective = rewards - ascent.penalty_weight * penalty
         for number in range(ascent.renoised):
-            seeds = [derive(task.seed, "renoised", prompt, step, number) for prompt in prompts]
-            again = redo_last_step(backend, cond, uncond, latents, backend.noise(seeds)[:, 0], task.sampling)
-            redrawn = decode(backend, again, recompute=ascent.recompute)
+            seeds = [
+                repeated(derive(task.seed, "renoised", prompt, step, number), count)
+                for prompt, count in zip(prompts, before, strict=True)
+            ]
+            redone = redo_last_step(backend, cond, uncond, latents, backend.noise(seeds)[:, 0], task.sampling)
+            redrawn = decode(backend, redone, recompute=ascent.recompute)
             objective = objective + score_with_gradient(task.reward, redrawn, prompts)
         return objective, rewards, penalty, images
 
@@ -205,7 +226,7 @@ class _Climb:
         for parameter in self.parameters.values():
             # Unused angles have none.
             grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            if self.task.shared and distributed.is_available() and distributed.is_initialized():
+            if self._among_others:
                 distributed.all_reduce(grad)
                 grad /= distributed.get_world_size()
             grads.append(grad / _rows(scale, grad))
@@ -216,15 +237,27 @@ class _Climb:
             parameter.grad = grad * _rows(factor, grad)
         return norms.cpu(), norms.isfinite().cpu()
 
+    @property
+    def _among_others(self) -> bool:
+        """Do other processes draw other prompts for the same row?"""
+        return self.task.shared and distributed.is_available() and distributed.is_initialized()
+
+    def _everywhere(self, true: Tensor) -> Tensor:
+        """(1,) bool: is it true in all processes? So that they all do the same."""
+        if not self._among_others:
+            return true
+        least = true.to(self.task.backend.device, torch.uint8)
+        distributed.all_reduce(least, distributed.ReduceOp.MIN)
+        return least.cpu().bool()
+
     def _remember(self, finite: Tensor) -> Tensor:
         """Count failures and keep what is best; which rows (N,) may go on from where they are."""
         memory = self.memory
-        good = finite & ~self._failed()
-        if not self.task.shared:
-            good &= memory["rewards"].isfinite()
-        overflow = ~finite & (memory["loss_scale"] > 1)
-        if not self.task.shared:
-            overflow &= memory["rewards"].isfinite()
+        scored = memory["rewards"].isfinite()  # (P,)
+        if self.task.shared:
+            scored = self._everywhere(scored[self.drawn].all()[None])  # (1,)
+        good = finite & scored & ~self._failed()
+        overflow = ~finite & scored & (memory["loss_scale"] > 1)
         memory["misses"] = torch.where(good, 0, memory["misses"] + ~overflow)
         memory["loss_scale"] = torch.where(overflow, memory["loss_scale"] / 2, memory["loss_scale"])
         self._report()
@@ -252,14 +285,18 @@ class _Climb:
 
     @torch.no_grad()
     def _update(self, step: int, good: Tensor) -> None:
-        """An optimiser step for the good rows; the others go back to what was kept, without momentum."""
+        """An optimiser step for the good rows; the others go back to what was kept, without momentum.
+
+        Adam's second moments stay: from zeros, which its correction by the number of steps takes for a mean over all of
+        them, the next steps would be several times as long.
+        """
         self._copy(self.kept, self.adapter, ~good)
         bad = ~good.to(self.task.backend.device)
         for group in self.optimizer.param_groups:
             (parameter,) = group["params"]
             group["lr"] = self.lr[group["name"]] * self.ascent.lr_decay ** (step // self.ascent.decay_every)
-            moments = (value for value in self.optimizer.state[parameter].values() if value.dim() > 0)
-            for rows in (parameter.grad, *moments):
+            state = self.optimizer.state[parameter]
+            for rows in (parameter.grad, *(state[name] for name in MOMENTA if name in state)):
                 rows[bad] = 0
         self.optimizer.step()
         self.adapter.project_()
@@ -289,7 +326,7 @@ class _Climb:
             grad_norm=norms.expand(count),
             failed=self._failed().expand(count),
             images=images,
-            adapter=self.kept,
+            adapter=self.result,
             state=self.state,
             over=FRESH if self.task.shared else len(self.task.seeds) or FRESH,
             keeps_best=self._keeps_best,

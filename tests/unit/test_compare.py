@@ -96,7 +96,7 @@ def steps_of(
     def search() -> Iterator[Progress]:
         for step, calls in enumerate(costs, 1):
             for count in calls:
-                backend.calls["denoiser"] += count
+                backend.calls.update({"denoiser": count})
             yield progress(step, [1.0], len(costs))
 
     found = watch(search(), backend, PRICE, limit, Counter(denoiser=earlier))
@@ -116,12 +116,25 @@ def test_weighted_calls_by_hand() -> None:
 
 def test_the_ledger_refuses_the_call_beyond_the_limit() -> None:
     ledger = Ledger(Counter(denoiser=7), PRICE, 4)
-    ledger["denoiser"] += 2  # 2 spent
-    ledger["denoiser_grad"] += 2  # 4 spent
+    ledger.update({"denoiser": 2, "denoiser_grad": 2})  # 4 spent
     ledger["decoder"] += 50
     with pytest.raises(BudgetSpent):
-        ledger["denoiser"] += 1
+        ledger.update({"denoiser": 1})
     assert dict(ledger) == {"denoiser": 9, "denoiser_grad": 2, "decoder": 50}
+
+
+def test_a_differentiated_call_is_refused_as_a_whole(pipeline_folder: str) -> None:
+    """It would be paid for without its gradient."""
+    backend = load_backend(pipeline_folder, device="cpu")
+    task = Task(backend, load_reward("colorfulness"), ("a red cat",), Sampling(3, 3.0))
+    search = IPGO(Insertion(1, 1, rank=4), Ascent(steps=2, backprop_steps=1)).fit(task)
+    drawn = []
+    hook = backend.modules["denoiser"].register_forward_hook(lambda *given: drawn.append(given))
+    with pytest.raises(BudgetSpent):
+        list(watch(search, backend, Price(3, 4), 3.5, {}))
+    hook.remove()
+    assert len(drawn) == 2
+    assert dict(backend.calls) == {"denoiser": 2}
 
 
 def test_a_search_ends_before_the_step_that_is_not_paid_for() -> None:
@@ -143,7 +156,7 @@ def test_a_search_that_goes_on_need_not_begin_again() -> None:
     def search() -> Iterator[Progress]:
         for step, calls in ((7, 4), (8, 4), (9, 40)):
             for _ in range(calls):  # the last step is dearer, and broken off
-                backend.calls["denoiser"] += 1
+                backend.calls.update({"denoiser": 1})
             yield dataclasses.replace(progress(step, [1.0], 20), over=4)
 
     assert [each.step for each in watch(search(), backend, PRICE, 40, Counter(denoiser=28))] == [7, 8]

@@ -224,6 +224,34 @@ def test_the_shortcut_foresees_what_the_scheduler_does(make_pipe, scheduler, pre
         torch.testing.assert_close(*slopes, atol=1e-5, rtol=1e-3)
 
 
+def test_the_shortcut_differentiates_one_call_of_pndm(make_pipe):
+    """Which makes one more than there are steps."""
+    backend = load_backend(make_pipe(), device="cpu", scheduler="pndm")
+    sampling = replace(SAMPLING, steps=3)
+    cond = backend.encode(["sun"])
+    cond.embeds.requires_grad_()
+    for index in range(4):
+        backend.calls.clear()
+        shortcut(backend, cond, unconditional(backend, cond, sampling), backend.noise([0]), sampling, index)
+        assert (backend.calls["denoiser"], backend.calls["denoiser_grad"]) == (index + 1, 1)
+
+
+def test_a_reward_with_weights_of_its_own_and_a_draw_of_no_words(backend, tmp_path):
+    """What comes of the images wants a gradient then, though none of it is that of the words."""
+    file = tmp_path / "words.json"
+    file.write_text('{"negative": [["blurry"]]}')
+    network = torch.nn.Conv2d(3, 1, 3)
+    reward = as_reward(lambda images, prompts: network(images).mean((1, 2, 3)), "network")
+    method = DPODiffusion("negative", "gradient", str(file), gradient_steps=4, candidates=4)
+    task = Task(backend, reward, ("sun",), SAMPLING)
+    search = proposer(method, task)
+    empty = [(0,)]
+    before = search.memory["logits"].clone()
+    with torch.no_grad():
+        search._climb(empty, 0)
+    assert torch.equal(search.memory["logits"], before)
+
+
 def test_the_first_step_of_the_gradient(backend64, words):
     """RMSprop from rest moves every logit by lr / sqrt(1 - 0.99) along the gradient's sign, and stays in range."""
     task = Task(backend64, REWARD, PROMPTS, SAMPLING)

@@ -412,6 +412,17 @@ def test_preservation_looks_at_the_end_of_every_encoders_text():
         assert found[row].item() == pytest.approx(1 - sum(cosines) / 2, abs=1e-5)
 
 
+def test_preservation_is_measured_in_float32(make_pipe):
+    """In bfloat16 1 - the cosine of a prompt with itself is up to 0.004."""
+    backend = load_backend(make_pipe(), device="cpu", dtype="bfloat16")
+    original = backend.encode(PROMPTS)
+    adapter = EmbeddingAdapter.start(backend, PROMPTS, shared=False)
+    cond = adapter.condition(backend, PROMPTS, original)
+    assert cond.embeds.dtype == torch.bfloat16
+    penalty = adapter.penalty(original, cond, backend.noise([0] * len(PROMPTS)))
+    assert penalty.abs().max() < 1e-6
+
+
 def test_the_ends_of_text_by_hand():
     rows = ["110010", "111111", "000001", "101010", "000000"]
     mask = torch.tensor([[sign == "1" for sign in row] for row in rows])

@@ -147,7 +147,7 @@ def test_each_row_keeps_its_best_candidate(backend, monkeypatch):
         [4.0, 4.0],
         [1.0, 8.0],
     ]
-    monkeypatch.setattr("ipgo.search.score", table_reward(values))
+    monkeypatch.setattr("ipgo.task.score", table_reward(values))
     proposer = Script(["one", "two", "three", "four"])
     task = Task(backend, COLOUR, PROMPTS, SAMPLING, seeds=(0, 1))
     steps = [(step.rewards.tolist(), step.best.tolist(), step.adapter.texts) for step in
@@ -175,7 +175,7 @@ def test_one_row_for_all_prompts_is_kept_by_its_mean(backend, monkeypatch):
             adapter.value.fill_(step + 1)
 
     values = [[1.0, 1.0], [9.0, -8.0], [0.0, 4.0], [torch.nan, 100.0]]
-    monkeypatch.setattr("ipgo.search.score", table_reward(values))
+    monkeypatch.setattr("ipgo.task.score", table_reward(values))
     proposer = Count([])
     task = Task(backend, COLOUR, PROMPTS, SAMPLING, seeds=(), shared=True)
     steps = [(step.best.tolist(), step.adapter.value.item()) for step in search(task, Shared(), proposer, 4)]
@@ -184,7 +184,7 @@ def test_one_row_for_all_prompts_is_kept_by_its_mean(backend, monkeypatch):
 
 
 def test_a_prompt_that_never_had_a_finite_score_is_failed(backend, monkeypatch):
-    monkeypatch.setattr("ipgo.search.score", table_reward([[torch.nan, 1.0]] * 2))
+    monkeypatch.setattr("ipgo.task.score", table_reward([[torch.nan, 1.0]] * 2))
     task = Task(backend, COLOUR, PROMPTS, SAMPLING)
     steps = search(task, TextAdapter.start(backend, PROMPTS, shared=False), Script(["one", "two"]), 2)
     first, last = [(step.failed.tolist(), step.adapter.texts) for step in steps]

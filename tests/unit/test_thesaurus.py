@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,10 @@ def test_a_chat_model_names_the_words_once(
     assert len(endpoint.requests) == 2
     with pytest.raises(InputError, match="OPENAI_API_KEY is not set and no answer is stored"):
         method.check(Request(["a blue dog"], "colorfulness", "emoji"))
+    # One negative prompt for all prompts asks for the words of none.
+    dataclasses.replace(method, target="negative").check(
+        Request(["a blue dog"], "colorfulness", "emoji", shared=True)
+    )
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     answers[ANTONYMS] = "I cannot help with that."
     found = word_list_of("llm", "a red dog", Chat(), synonyms=False, antonyms=True)

@@ -97,7 +97,9 @@ def test_the_last_step_is_kept_if_asked_for(backend):
     assert (rewards.max(0).values > rewards[-1]).any()
     torch.testing.assert_close(kept[-1].best, rewards.max(0).values)
     torch.testing.assert_close(last[-1].best, rewards[-1])
-    images = generate(backend, PROMPTS, [0, 0, 0], last[-1].adapter, SAMPLING)
+    # With the update that its own gradient gave: what the next step would draw.
+    earlier = list(fit(task(backend), steps=len(last) - 1, lr=3.0, lr_basis=3.0, keep_best=False))
+    images = generate(backend, PROMPTS, [0, 0, 0], earlier[-1].adapter, SAMPLING)
     torch.testing.assert_close(score(REWARD, images, PROMPTS), rewards[-1], atol=1e-5, rtol=0)
     assert (kept[-1].keeps_best, last[-1].keeps_best, last[-1].over) == (True, False, 1)
 
@@ -115,6 +117,46 @@ def test_prompt_batch_visits_every_prompt_and_shares_one_row(backend):
     assert steps[-1].grad_norm.shape == steps[-1].failed.shape == (3,)
     images = generate(backend, ["never seen"], [0], steps[-1].adapter, SAMPLING)
     assert images.shape == (1, 3, 16, 16)
+
+
+def test_a_prompt_that_a_step_draws_again_has_other_noise(backend, monkeypatch):
+    """Fewer prompts than a step draws: the same image twice would teach nothing."""
+    seeds, noise = [], backend.noise
+    monkeypatch.setattr(backend, "noise", lambda given, *more: seeds.extend(given) or noise(given, *more))
+    next(fit(task(backend, shared=True, seeds=()), batch_size=4, accumulate=2))
+    assert len(seeds) == len(set(seeds)) == 8
+    seeds.clear()
+    next(fit(task(backend, shared=True, seeds=(5, 6)), batch_size=2, accumulate=3))
+    assert sorted(seeds) == [5, 5, 5, 6, 6, 6]
+
+
+@pytest.mark.parametrize("options", [{"shared": True}, {"seeds": ()}, {}])
+def test_where_the_latest_counts_the_last_update_does_too(backend, options):
+    steps = list(fit(task(backend, **options), steps=1, keep_best=False))
+    start = InsertionAdapter.start(backend, PROMPTS, INSERTION, seed=0, shared="shared" in options)
+    moved = (steps[-1].adapter.prefix.coefficients - start.prefix.coefficients).abs()
+    assert moved.max().item() == pytest.approx(0.03, rel=1e-3)
+
+
+def test_prompts_drawn_in_parts_give_the_same(backend):
+    """And are never more at once."""
+    sizes = []
+
+    def reward(images, prompts):
+        sizes.append(len(prompts))
+        return score(REWARD, images, prompts)
+
+    whole, parts = (
+        list(Raw().fit(task(backend, as_reward(reward), seeds=(3, 4), chunk=chunk)))[-1]
+        for chunk in (None, 2)
+    )
+    assert sizes == [3, 3, 2, 1, 2, 1]
+    torch.testing.assert_close(parts.best, whole.best)
+    torch.testing.assert_close(parts.images, whole.images, atol=1e-5, rtol=0)
+    encoded = [task(backend, chunk=chunk).encoded().embeds for chunk in (None, 2)]
+    torch.testing.assert_close(*encoded)
+    with pytest.raises(InputError, match=r"task.chunk is 0; it must be at least 1"):
+        task(backend, chunk=0)
 
 
 def test_accumulation_is_a_larger_batch(backend64):
@@ -146,7 +188,7 @@ def test_gradients_are_averaged_over_processes(backend, monkeypatch, shared, fac
     alone = next(fit(task(backend, shared=shared)))
     monkeypatch.setattr(distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
-    monkeypatch.setattr(distributed, "all_reduce", lambda grad: grad.mul_(3))
+    monkeypatch.setattr(distributed, "all_reduce", lambda values, op=None: values.mul_(3))
     averaged = next(fit(task(backend, shared=shared)))
     torch.testing.assert_close(averaged.grad_norm, factor * alone.grad_norm)
 
@@ -188,6 +230,20 @@ def test_a_row_recovers_from_its_best(backend):
     steps = list(fit(task(backend, nan_gradient_for(twice)), steps=12))
     assert not steps[-1].failed.any()
     assert steps[-1].best[2] > steps[0].best[2]
+
+
+def test_a_row_that_went_back_makes_no_longer_steps_than_before(backend):
+    """Adam's correction for its first steps is over by then: second moments from zero would be taken for small."""
+    calls = iter(range(1000))
+
+    def once(prompt):
+        return prompt == "sun" and next(calls) == 60  # asked at each of its steps
+
+    options = {"steps": 90, "lr": 1e-4, "lr_basis": 1e-4, "lr_decay": 1.0, "keep_best": False}
+    steps = fit(task(backend, nan_gradient_for(once)), **options)
+    places = [step.adapter.prefix.coefficients[2].detach().clone() for step in steps]
+    lengths = torch.stack(places).diff(dim=0).flatten(1).norm(dim=1)  # of the steps after the first
+    assert lengths[60:].max() < 1.1 * lengths[20:59].max()  # 59 is the way back
 
 
 def test_a_fit_ends_when_no_row_is_left(backend):

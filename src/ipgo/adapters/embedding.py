@@ -80,7 +80,8 @@ class EmbeddingAdapter(Adapter):
 
         With several text encoders it is the mean over the ends of what each of them made.
         """
-        pairs = zip(original.embeds, conditioned.embeds, original.ends(), strict=True)
+        wide = torch.promote_types(original.embeds.dtype, torch.float32)  # 1 - cos is lost in bfloat16
+        pairs = zip(original.embeds.to(wide), conditioned.embeds.to(wide), original.ends(), strict=True)
         cosines = [torch.cosine_similarity(before[end], after[end], dim=-1) for before, after, end in pairs]
         return torch.stack([1 - each.mean() for each in cosines])
 

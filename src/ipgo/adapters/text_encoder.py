@@ -12,7 +12,7 @@ from torch import nn
 from ipgo.adapters.base import Adapter, key
 from ipgo.backends import Backend
 from ipgo.backends.weights import uncompiled
-from ipgo.embeds import PromptEmbeds
+from ipgo.embeds import PromptEmbeds, padded
 from ipgo.errors import InputError
 from ipgo.sampling import Sampling
 
@@ -80,9 +80,11 @@ class TextEncoderAdapter(Adapter):
         encoder = uncompiled(backend.modules["text_encoder"])
         self._check(encoder)
         rows: list[int] = self.rows(prompts).tolist()
-        # Every set of weights encodes the whole batch, so that padding is as in `original`.
+        # Every set of weights encodes the whole batch, so that all answers are of one length. `original` may be part
+        # of a larger batch, and longer; nothing looks at what is beyond.
         answers = {row: self._call(encoder, row, encode) for row in set(rows)}
         embeds = torch.stack([answers[row].embeds[place] for place, row in enumerate(rows)])
+        embeds = padded(embeds, original.length)
         pooled = original.pooled
         if pooled is not None:
             vectors = [answers[row].pooled for row in rows]

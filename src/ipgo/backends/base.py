@@ -311,14 +311,13 @@ class Backend(ABC):
         Args:
             denoise: (latents, prompt) to the model output; here the prompt's mask says what is attended to.
         """
-        self.calls["denoiser"] += len(latents)
-        both = False
+        both, kinds = False, ["denoiser"]
         if torch.is_grad_enabled():
             negative = uncond is not None and uncond.requires_grad
             # The weights come last: asking all of them takes as long as a layer of a small model.
             both = latents.requires_grad or negative or _learned(self.modules["denoiser"])
-            self.calls["denoiser_grad"] += len(latents)
-            self.calls["denoiser_grad_both"] += len(latents) * both
+            kinds += ["denoiser_grad", *["denoiser_grad_both"] * both]
+        self.calls.update(dict.fromkeys(kinds, len(latents)))  # at once: a budget refuses a call as a whole
         if uncond is None or guidance_scale <= 1:
             return denoise(latents, cond)
         padded = self.facts.masked == "never" and cond.length != uncond.length  # and nothing would hide it

@@ -99,10 +99,12 @@ class DPODiffusion(Method):
         """Steps with a gradient: a budget, which sets `candidates`, must leave some for what was learned."""
         return min(self.gradient_steps, max(1, self.candidates // 2)) if self.climbing else 0
 
-    @property
-    def looked_up(self) -> dict[str, bool]:
-        """What is needed of a prompt's words."""
-        return {"synonyms": self.target != "negative", "antonyms": self.target != "positive"}
+    def looked_up(self, shared: bool) -> dict[str, bool]:
+        """What is needed of a prompt's words: nothing where one negative prompt is for all."""
+        return {
+            "synonyms": self.target != "negative" and not shared,
+            "antonyms": self.target != "positive" and not shared,
+        }
 
     def check(self, request: Request) -> None:
         """Before a model is loaded: `InputError` without the word list, or a key for one that is asked for."""
@@ -110,7 +112,7 @@ class DPODiffusion(Method):
         scale = request.sampling.guidance_scale
         if self.target != "positive" and scale is not None and scale <= 1:
             raise self._unguided(scale)
-        check_word_list(self.word_list, request.prompts, self.chat, **self.looked_up)
+        check_word_list(self.word_list, request.prompts, self.chat, **self.looked_up(request.shared))
 
     def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
         if self.climbing and not task.reward.differentiable:
@@ -157,7 +159,7 @@ class DPODiffusion(Method):
         start = task.sampling.negative_prompt
         self._check_shared(task.shared)
         if task.shared:
-            words = word_list_of(self.word_list, "", self.chat, synonyms=False, antonyms=False)
+            words = word_list_of(self.word_list, "", self.chat, **self.looked_up(True))
             spaces = [Space(negative=negative_slots("", words, start))]
         else:
             spaces = [self._space(prompt, start) for prompt in task.prompts]
@@ -170,7 +172,7 @@ class DPODiffusion(Method):
         return spaces
 
     def _space(self, prompt: str, start: str) -> Space:
-        words = word_list_of(self.word_list, prompt, self.chat, **self.looked_up)
+        words = word_list_of(self.word_list, prompt, self.chat, **self.looked_up(False))
         return Space(
             PLAIN if self.target == "negative" else synonym_slots(prompt, words),
             PLAIN if self.target == "positive" else negative_slots(prompt, words, start),
@@ -294,9 +296,11 @@ class _Words:
             with torch.enable_grad():
                 logits = self.memory["logits"].clone().requires_grad_()
                 rewards = self.mixed_rewards(logits, choices, batch, step)
-                if rewards.requires_grad:  # not if every slot is empty in this draw
+                if rewards.requires_grad:
                     objective = (rewards * scale.to(rewards)).sum() / len(batches)
-                    grad += torch.autograd.grad(objective, logits)[0]
+                    (own,) = torch.autograd.grad(objective, logits, allow_unused=True)
+                    if own is not None:  # where every slot is empty in this draw
+                        grad += own
         grad /= scale[:, None, None]
         finite = grad.isfinite()
         scale /= torch.where(finite.flatten(1).all(1), 1, 2)

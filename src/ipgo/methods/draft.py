@@ -19,8 +19,8 @@ class DRaFT(Method):
     """Learn a LoRA of the denoiser, for each prompt or for all (arXiv 2309.17400).
 
     `ascent.backprop_steps` is the K of DRaFT-K. `ascent.renoised` makes DRaFT-LV of it, which needs the ddim
-    scheduler, and `ascent.random_backprop` AlignProp (arXiv 2310.03739). Published with the
-    weight decay of AdamW; there is none here.
+    scheduler, and `ascent.random_backprop`, with `backprop_steps` None, AlignProp (arXiv 2310.03739). Published with
+    the weight decay of AdamW; there is none here.
 
     Attributes:
         lora: what is learned.

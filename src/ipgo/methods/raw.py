@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ipgo.adapters import Adapter, generate
-from ipgo.rewards import score
+from ipgo.adapters import Adapter
 from ipgo.task import Method, Progress, Task
 
 
@@ -18,13 +17,12 @@ class Raw(Method):
     """Change nothing: draw each prompt once for each seed, and score it."""
 
     def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
-        adapter, prompts = Adapter(), list(task.prompts)
-        rewards = []
+        adapter, rewards = Adapter(), []
         for turn in range(max(1, len(task.seeds))):
-            images = generate(task.backend, prompts, task.noise_seeds(prompts, turn), adapter, task.sampling)
-            rewards.append(score(task.reward, images, prompts).detach().cpu().float())
+            scores, images = task.scored(adapter, task.noise_seeds(task.prompts, turn))
+            rewards.append(scores)
         mean = torch.stack(rewards).mean(0)
-        none = torch.zeros(len(prompts))
+        none = torch.zeros(len(task.prompts))
         yield Progress(
             step=1,
             total=1,
