@@ -37,7 +37,7 @@ def strip(columns: list[tuple[str, Image.Image, Image.Image]]) -> Image.Image:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--prompts", default="styled:test?n=6")
-    parser.add_argument("--reward", default="emoji-likeness")
+    parser.add_argument("--reward", default="emoji-likeness+emoji-preference")
     parser.add_argument("--backend", default="emoji")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2, 3], help="those that are fitted")
     parser.add_argument("--out", type=Path, default=Path("docs/before-after.png"))

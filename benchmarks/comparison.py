@@ -32,7 +32,7 @@ from ipgo.models import BUNDLED_REWARDS
 from ipgo.report.identity import comparable
 from ipgo.report.rows import Row, rows
 from ipgo.report.tables import span
-from ipgo.rewards import optimised
+from ipgo.rewards import optimised, terms
 
 REWARDS = BUNDLED_REWARDS["emoji"]
 SETS = ("one", "two", "styled")
@@ -167,7 +167,14 @@ def summary(found: Mapping[Cell, Sequence[Row]]) -> str:
         for name, scale in MARKS.items()
         if any(f"judge-{name}" in {**row.fitted, **row.unseen} for row in everything)
     }
-    head = ["entry", *columns, "held out", *(f"{name}s" if name == "object" else name for name in marks)]
+    added = list(dict.fromkeys(name for reward in rewards for name in added_up(reward)))
+    head = [
+        "entry",
+        *columns,
+        *(f"of which {name.removeprefix('emoji-')}" for name in added),
+        "held out",
+        *(f"{name}s" if name == "object" else name for name in marks),
+    ]
     lines = [f"| {' | '.join(head)} |", "|---" * (len(head) + len(rewards)) + "|"]
     for label in dict.fromkeys(row.label for entries in found.values() for row in entries):
         of = {cell: row for cell, entries in found.items() for row in entries if row.label == label}
@@ -178,7 +185,7 @@ def summary(found: Mapping[Cell, Sequence[Row]]) -> str:
                 mean([row.means[1].value for (name, _), row in of.items() if name == r]) for r in rewards
             ]
             lines.append(
-                f"| {label} | {''.join(f'{level:.3f} | | ' for level in levels)}|{' |' * len(marks)}"
+                f"| {label} | {''.join(f'{level:.3f} | | ' for level in levels)}|{' |' * (len(added) + len(marks))}"
             )
             continue
         own_noise = not any(row.unseen for row in of.values())
@@ -192,6 +199,9 @@ def summary(found: Mapping[Cell, Sequence[Row]]) -> str:
                 continue
             wins = mean([each.wins.value for each in some])
             words.append(f"{mean([each.gain.value for each in some]):+.3f} | {wins:.0%}")
+        for name in added:
+            some = [each[name] for (reward, _), each in gains.items() if name in added_up(reward)]
+            words.append(f"{mean([each.gain.value for each in some]):+.3f}")
         others = [
             gain.gain.value
             for (reward, _), each in gains.items()
@@ -236,7 +246,8 @@ def tables(found: Mapping[Cell, Sequence[Row]]) -> str:
 
 def against_raw(found: Mapping[Cell, Sequence[Row]]) -> str:
     """Ours and its variants, cell by cell: win rates, and every reward and the judge on unseen noise."""
-    names = tuple(dict.fromkeys((*REWARDS, *(reward for reward, _ in found))))
+    own = (name for reward, _ in found for name in (reward, *added_up(reward)))
+    names = tuple(dict.fromkeys((*REWARDS, *own)))
     head = ["entry", "optimised", "prompts", "wins, fitted", "wins, unseen", *names, "judge: object"]
     lines = [head, ["---"] * len(head)]
     for (reward, kind), entries in found.items():
@@ -247,6 +258,12 @@ def against_raw(found: Mapping[Cell, Sequence[Row]]) -> str:
             seen = f"{judge.before:.1%} to {judge.after:.1%}" if judge else "–"
             lines.append([row.label, reward, kind, *wins, *gains, seen])
     return f"## {OURS} against raw\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def added_up(reward: str) -> list[str]:
+    """What a sum adds up; nothing of a reward that is none."""
+    found = [name for _, name in terms(reward)]
+    return found if len(found) > 1 else []
 
 
 def cell(row: Row | None, reward: str, noise: str) -> str:

@@ -2,7 +2,7 @@
 
 import ipgo
 
-result = ipgo.fit("a lemon on a blue background", reward="emoji-likeness")
+result = ipgo.fit("a lemon on a blue background", reward="emoji-likeness+emoji-preference")
 result[0].after[0].save("lemon.png")
 """
 

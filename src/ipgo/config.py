@@ -75,7 +75,7 @@ class RunConfig:
     prompts: tuple[str, ...]
     method: Method = IPGO()
     backend: str = "emoji"
-    reward: str = "emoji-likeness"
+    reward: str = "emoji-likeness+emoji-preference"
     held_out: tuple[str, ...] | None = None
     sampling: Sampling = Sampling()
     seeds: tuple[int, ...] = None  # type: ignore[assignment]  # then it is `default_seeds(method)`, never None

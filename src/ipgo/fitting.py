@@ -79,7 +79,7 @@ class Result(Sequence[Fitted]):
 def fit(
     prompts: str | Sequence[str],
     *,
-    reward: str | Reward = "emoji-likeness",
+    reward: str | Reward = "emoji-likeness+emoji-preference",
     backend: str | Path | Backend | object = "emoji",
     method: str | Method = "ipgo",
     held_out: Sequence[str | RewardFunction] | None = None,

@@ -21,7 +21,7 @@ from ipgo.config import RunConfig
 from ipgo.devices import choose_device
 from ipgo.errors import InputError
 from ipgo.evaluation import Judge
-from ipgo.rewards import Reward, identity_of, is_unsettled, load_reward
+from ipgo.rewards import Reward, identity_of, is_unsettled, load_reward, terms_of
 
 BUNDLED_REWARDS = {"emoji": ("emoji-preference", "emoji-clip", "emoji-aesthetic")}
 logger = logging.getLogger("ipgo")
@@ -29,7 +29,7 @@ logger = logging.getLogger("ipgo")
 
 @dataclass(frozen=True)
 class Models:
-    """What a run computes with: `rewards` holds the optimised reward and those held out, by name."""
+    """What a run computes with: `rewards` holds the optimised reward, what it adds up, and those held out, by name."""
 
     backend: Backend
     reward: Reward
@@ -90,11 +90,12 @@ def load_models(
 def _load_rewards(
     config: RunConfig, device: str | torch.device, given: Mapping[str, Reward]
 ) -> dict[str, Reward]:
-    """The optimised reward, then those that only judge, by name."""
-    rewards = {
-        name: given[name] if name in given else load_reward(name, device=device)
-        for name in dict.fromkeys((config.reward, *judging_rewards(config)))
-    }
+    """The optimised reward, what it adds up, then those that only judge, by name."""
+    own = given[config.reward] if config.reward in given else load_reward(config.reward, device=device)
+    rewards = {config.reward: own} | terms_of(own)
+    for name in judging_rewards(config):
+        if name not in rewards:
+            rewards[name] = given[name] if name in given else load_reward(name, device=device)
     for name in (name for name, each in rewards.items() if is_unsettled(each)):
         logger.warning(
             "reward %r has batch norm or dropout in training mode, so its numbers do not depend on the picture alone; "

@@ -17,7 +17,7 @@ from ipgo.ascent import Ascent
 from ipgo.backends import BACKENDS, GUIDANCE
 from ipgo.backends.text import expanded
 from ipgo.images import from_pil
-from ipgo.rewards import identity_of
+from ipgo.rewards import WeightedSum, identity_of, terms_of
 from ipgo.rewards.checkpoints import sha256
 from tests.conftest import brightness, tiny_pipeline
 
@@ -90,6 +90,32 @@ def test_held_out_rewards_are_named(pipeline_folder: str) -> None:
         "contrast": True,
         "dark": True,
     }
+
+
+def test_what_a_sum_adds_up_is_reported_too(pipeline_folder: str) -> None:
+    """A gain of the sum may be a gain of one and a loss of another. Both are optimised, not held out."""
+    spec = "colorfulness+-0.5*contrast<=0.1"
+    result = ipgo.fit(
+        "a fox", backend=pipeline_folder, reward=spec, held_out=["contrast"], method=ONE_STEP, **SHORT
+    )
+    gains = result.on_unseen_seeds
+    assert [(gain.reward, gain.held_out) for gain in gains] == [
+        (spec, False),
+        ("colorfulness", False),
+        ("contrast", False),
+    ]
+    whole, colour, contrast = (gain.before for gain in gains)
+    assert whole == pytest.approx(colour - 0.5 * min(contrast, 0.1))
+
+
+def test_a_question_is_not_asked_twice() -> None:
+    """Nor is a command run again, though both are terms."""
+    assert set(terms_of(ipgo.load_reward("colorfulness+2*cmd:true {image}"))) == {"colorfulness"}
+    assert terms_of(ipgo.load_reward("colorfulness")) == {}
+    own = WeightedSum(
+        (ipgo.load_reward("contrast"),), (2.0,), "mine"
+    )  # whose name does not say what is in it
+    assert terms_of(own) == {}
 
 
 def test_how_a_backend_was_opened_is_part_of_the_run(pipeline_folder: str, tmp_path: Path) -> None:

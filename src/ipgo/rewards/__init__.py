@@ -50,6 +50,7 @@ __all__ = [
     "score",
     "score_with_gradient",
     "terms",
+    "terms_of",
     "uses_prompts",
 ]
 
@@ -145,6 +146,22 @@ def optimised(spec: str) -> set[str]:
     except InputError:  # the name of a function of the user's, which says nothing
         return {spec}
     return {spec, *names, *(re.sub("@[^:]*", "", name) for name in names if bare_name(name) in REWARDS)}
+
+
+def terms_of(reward: Reward) -> dict[str, Reward]:
+    """What a spec's sum adds up and its ceilings cut off, by name; nothing of any other reward.
+
+    A gain of the sum says nothing about any one of them. Those without a fixed answer (a command, a person) are left
+    out: they would be asked twice.
+    """
+    if not isinstance(reward, WeightedSum | Ceiling):
+        return {}
+    named = optimised(reward.name) - {reward.name}
+    return {
+        each.name: each
+        for each in parts(reward)
+        if each.name in named and not each.name.startswith(tuple(EXTERNAL))
+    }
 
 
 def _outline(spec: str) -> Reward:
