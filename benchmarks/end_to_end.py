@@ -70,16 +70,19 @@ def prompt_batch(
         measured = {"seconds": time.monotonic() - started, "peak_memory_mib": peak_memory(backend.device)}
         save_adapter(last.adapter, folder, {})
         files.write_json(folder / "cost.json", {"calls": dict(backend.calls), "measured": measured})
-    raw = judged(backend, f"raw-{kind}-{backend.dtype}", "raw", Adapter(), test)
-    scores = [*raw, *judged(backend, f"{name}/{kind}", "ipgo", load_adapter(folder), test)]
+    raw = judged(backend, f"raw-{kind}-{backend.dtype}", "raw", Adapter(), test, reward)
+    scores = [*raw, *judged(backend, f"{name}/{kind}", "ipgo", load_adapter(folder), test, reward)]
     return line(reward, None, summarise(scores), files.read_json(folder / "cost.json"))
 
 
-def judged(backend: Backend, name: str, label: str, adapter: Adapter, prompts: Sequence[str]) -> list[Score]:
+def judged(
+    backend: Backend, name: str, label: str, adapter: Adapter, prompts: Sequence[str], reward: str
+) -> list[Score]:
     """Every reward and the judge on unseen seeds; kept, so that raw is drawn once."""
-    file = FOLDER / f"{name}-{len(prompts)}.jsonl"
+    added = [] if reward in (*REWARDS, TRUTH) else [reward]
+    file = FOLDER / f"{'-'.join([name, *added])}-{len(prompts)}.jsonl"
     if not file.is_file():
-        rewards = {each: ipgo.load_reward(each) for each in REWARDS}
+        rewards = {each: ipgo.load_reward(each) for each in (*REWARDS, *added)}
         sampling = ipgo.Sampling()
         scores = evaluate(backend, {label: adapter}, rewards, prompts, UNSEEN, sampling, "", load_judge())
         save_scores(file, scores)
@@ -129,7 +132,7 @@ def main() -> None:
     parser.add_argument(
         "--modes", nargs="+", default=["one-seed"], choices=["one-seed", "seeds", "shared", "plus"]
     )
-    parser.add_argument("--rewards", nargs="+", default=list(REWARDS), choices=(*REWARDS, TRUTH))
+    parser.add_argument("--rewards", nargs="+", default=list(REWARDS), help="specs, as in fit")
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS)
     parser.add_argument("--count", type=int, default=30, help="prompts of the test half, 30 at most")
     parser.add_argument(

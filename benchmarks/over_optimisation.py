@@ -62,7 +62,7 @@ def measure(
     names = dict.fromkeys((*REWARDS, reward))
     gains = {name: np.mean(values["ipgo", name]) - np.mean(values["raw", name]) for name in names}
     rises = {name: float(gains[name] / np.std(values["raw", name])) for name in names}
-    marks = "judge-object", reward if reward == TRUTH else "judge-likeness"
+    marks = "judge-object", TRUTH if TRUTH in optimised(reward) else "judge-likeness"
     objects, likeness = (
         tuple(float(np.mean(values[each, mark])) for each in ("raw", "ipgo")) for mark in marks
     )
