@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
@@ -146,7 +146,7 @@ def _fail(message: str, code: int) -> int:
 def fit(argv: list[str]) -> int:
     """`ipgo fit`: settings from a preset, then a file, then flags, checked as early as possible."""
     from ipgo.backends import check_backend
-    from ipgo.config import build, flatten, merge, method_of, parse, read_settings
+    from ipgo.config import build, flatten, merge, method_of, parse, read_settings, settings_for
     from ipgo.defaults import for_backend
     from ipgo.models import judging_rewards, load_models
     from ipgo.rewards import check_reward
@@ -157,7 +157,7 @@ def fit(argv: list[str]) -> int:
     chosen, rest = peek(argv, ("--preset", "--config", "--method", "--backend"))
     settings = read_settings(chosen.preset, chosen.config)
     if chosen.method is not None:
-        settings["method"] = _method_settings(settings.get("method", {}), chosen.method)
+        settings["method"] = settings_for(chosen.method, settings.get("method", {}))
     if chosen.backend is not None:
         settings["backend"] = chosen.backend
 
@@ -170,29 +170,22 @@ def fit(argv: list[str]) -> int:
     parsed = parse(_fit_parser(method_of(settings)), merge(few, settings), rest)
 
     texts = read_texts(parsed.text, parsed.prompts)
+    if not texts and parsed.held_out:
+        raise InputError(
+            f"prompts is empty; held_out has taken {parsed.held_out[-1]!r} as a reward: give prompts before options"
+        )
     config = build(parsed, tuple(texts))
     for name in (config.reward, *judging_rewards(config)):
         check_reward(name, config.prompts)
     check_gradient(config)
     config.check_width(check_backend(config.backend, config.opening, config.prompts))
-    place = Path(parsed.out or Path("runs") / (slug(parsed.prompts or texts[0]) or "run"))
+    place = Path(parsed.out or Path("runs") / (slug(parsed.prompts or texts[0]) or "run")).expanduser()
     folder = Run.open(place, config)
     check_method(folder)
     warn_of_unseen_words(config.backend, config.prompts)
     loading(config.backend)
     run(folder, load_models(config, begun_in=folder.dtype))
     return show_run(folder)
-
-
-def _method_settings(given: dict[str, Any], name: str) -> dict[str, Any]:
-    """Settings of the method that a flag names: those of a file, unless these are of another."""
-    if given.get("name", name) == name:
-        return {**given, "name": name}
-    if given.keys() - {"name"}:
-        logging.getLogger("ipgo").info(
-            "settings of the method %s are left out: --method is %s", given["name"], name
-        )
-    return {"name": name}
 
 
 def _fit_parser(method: str) -> ArgumentParser:

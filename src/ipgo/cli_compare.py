@@ -49,7 +49,7 @@ def compare(argv: list[str]) -> int:
     plan = plan_of(parsed, entries, method)
     place = Path(
         chosen.out or parsed.out or Path("runs") / f"compare-{slug(parsed.prompts or plan.prompts[0])}"
-    )
+    ).expanduser()
     folder = Comparison.open(place, plan)
 
     from ipgo.compare import check
@@ -170,6 +170,10 @@ def entries_of(
     if not isinstance(entries, Mapping):
         raise InputError("entries must be a mapping of labels to settings")
     entries = {str(label): own for label, own in entries.items()}
+    if method:
+        method = {"name": "ipgo", **method}
+        if method["name"] not in METHODS:
+            raise unknown("method", method["name"], METHODS)
     labels = [name.strip() for name in names.split(",") if name.strip()] if names else list(entries)
     if not labels:
         raise InputError("methods is empty; name some with --methods, or give a --config with entries")

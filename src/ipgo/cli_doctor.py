@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser
 
 from ipgo.errors import InputError
+from ipgo.prompts import check_prompts
 from ipgo.terminal import add_device_flags, check_image, command_parser, drawn_in, given, loading
 
 
@@ -13,6 +14,7 @@ def doctor(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     if not args.prompt.strip():
         raise InputError("prompt is empty; it needs at least one word")
+    check_prompts([args.prompt])
     check_image(args.guidance_scale, args.image_size)
 
     from ipgo.backends import load_backend

@@ -31,6 +31,8 @@ def list_(argv: list[str]) -> int:
 def _names(kind: str, name: str | None) -> list[str]:
     if name is not None and kind not in ("prompts", "objects"):
         lines = _names(kind, None)
+        if kind in ("presets", "comparisons") and name in lines:  # the folder is called so, too
+            return (Path(__file__).parent / kind / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
         # Further lines of one thing are indented.
         at = [place for place, line in enumerate(lines) if not line.startswith(" ")]
         named = {lines[a].split()[0]: lines[a:b] for a, b in zip(at, [*at[1:], len(lines)], strict=True)}

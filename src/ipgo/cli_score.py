@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import itertools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 from ipgo import files
 from ipgo.errors import InputError
+from ipgo.prompts import check_prompts
 from ipgo.terminal import command_parser, loading
 
 if TYPE_CHECKING:
@@ -53,6 +55,7 @@ def score(argv: list[str]) -> int:
     )
     if lacking:
         raise InputError(f"the prompt of picture {str(lacking[0])!r} is empty; it needs at least one word")
+    check_prompts(prompts or ["-"], distinct=False)
     blind = [spec for spec in args.reward if prompts is None and needs_prompts(spec)]
     if blind:
         raise InputError(f"reward {blind[0]!r} looks at prompts; give --prompts or --prompt")
@@ -144,7 +147,7 @@ def _table(path: Path) -> list[tuple[Path, str]] | None:
     """The lines of a table with columns file and prompt; None for another table."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as lines:
-            rows = csv.DictReader(lines)
+            rows = csv.DictReader(lines, strict=True)
             if not {"file", "prompt"} <= set(rows.fieldnames or ()):
                 return None
             return [(Path(row["file"] or ""), row["prompt"] or "") for row in rows]
@@ -196,7 +199,9 @@ def scored(
                     columns = {spec: checked(each, batch, texts).tolist() for spec, each in rewards.items()}
                 for row, (name, text) in enumerate(zip(names, texts, strict=True)):
                     values = {spec: column[row] for spec, column in columns.items()}
-                    yield {"file": str(name), "prompt": text, **values}
+                    # A name that is not UTF-8 could not be written into a table.
+                    readable = os.fsencode(name).decode(errors="replace")
+                    yield {"file": readable, "prompt": text, **values}
                 bar.update(len(part))
 
 

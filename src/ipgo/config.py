@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import logging
 import re
 from argparse import SUPPRESS, Action, ArgumentError
 from argparse import _HelpAction as ActionHelp
@@ -271,7 +272,20 @@ def read_settings(preset: str | None, file: str | None) -> dict[str, Any]:
         return over
     if name not in presets():
         raise unknown("preset", name, presets())
-    return merge(_read_yaml(PRESETS / f"{name}.yaml"), over)
+    base = _read_yaml(PRESETS / f"{name}.yaml")
+    if "name" in over.get("method", {}):
+        base["method"] = settings_for(over["method"]["name"], base.get("method", {}))
+    return merge(base, over)
+
+
+def settings_for(method: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the method that is asked for: those given, unless these are of another."""
+    if given.get("name", method) == method:
+        return {**given, "name": method}
+    if given.keys() - {"name"}:
+        text = "settings of the method %s are left out: the method is %s"
+        logging.getLogger("ipgo").info(text, given["name"], method)
+    return {"name": method}
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -394,7 +408,7 @@ def _explain(error: ArgumentError, parser: ArgumentParser) -> InputError:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        settings = yaml.load(path.read_text(encoding="utf-8"), _OnceEach)
     except FileNotFoundError:
         raise InputError(f"config file {str(path)!r} does not exist") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -402,12 +416,54 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(settings or {}, dict):
         raise InputError(f"config file {str(path)!r} holds no 'key: value' settings")
     settings = settings or {}
+    entries = settings.pop("entries", None)  # whose labels may hold dots
+    settings = _nested(settings)
+    if entries is not None:
+        settings["entries"] = entries
+    if isinstance(entries, dict):
+        settings["entries"] = {
+            label: _nested(entry) if isinstance(entry, dict) else entry for label, entry in entries.items()
+        }
     for name in ("config", "text", "redraw"):
         if name in settings:
             raise InputError(f"config file {str(path)!r} has {name!r}, which only the command line takes")
     if method := method_settings(settings.pop("method", None)):
         settings["method"] = method
     return settings
+
+
+class _OnceEach(yaml.SafeLoader):
+    """YAML without its leave to say the same thing twice, of which the last would count."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.MarkedYAMLError(
+                    problem=f"{key.value!r} a second time", problem_mark=key.start_mark
+                )
+            seen.add(str(key.value))
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        return found
+
+
+def _nested(settings: dict[Any, Any], prefix: str = "") -> dict[Any, Any]:
+    """With `method.ascent.lr: 0.1` as the nested settings that it stands for."""
+    found: dict[Any, Any] = {}
+    for key, value in settings.items():
+        first, dot, rest = str(key).partition(".")
+        name, own = (first, {rest: value}) if dot and rest else (key, value)
+        if f"{prefix}{name}" == "method" and isinstance(own, str):
+            own = {"name": own}
+        if isinstance(own, dict):
+            own = _nested(own, f"{prefix}{name}.")
+        there = found.get(name)
+        if name in found and not (isinstance(there, dict) and isinstance(own, dict)):
+            raise InputError(f"{prefix}{name} is given twice")
+        if isinstance(there, dict) and (twice := sorted(flatten(there).keys() & flatten(own).keys())):
+            raise InputError(f"{prefix}{name}.{twice[0]} is given twice")
+        found[name] = merge(there, own) if isinstance(there, dict) else own
+    return found
 
 
 def _reason(error: Exception) -> str:

@@ -196,7 +196,7 @@ def _read_lines(spec: str, text: str) -> list[str]:
 
 
 def _read_csv(spec: str, text: str) -> list[str]:
-    rows = csv.DictReader(io.StringIO(text, newline=""))  # a quoted prompt may hold line breaks
+    rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)  # a quoted prompt may hold line breaks
     try:
         if "prompt" not in (rows.fieldnames or ()):
             raise InputError(
@@ -231,7 +231,7 @@ READERS = {".txt": _read_lines, ".csv": _read_csv, ".jsonl": _read_jsonl}
 def unseen_words(texts: Iterable[str], known: Iterable[str]) -> dict[str, str | None]:
     """The words in `texts` that a model's vocabulary lacks, each with the nearest word that it has."""
     vocabulary = {word.lower() for word in known}
-    words = dict.fromkeys(word for text in texts for word in re.findall(r"[a-z0-9]+", text.lower()))
+    words = dict.fromkeys(word for text in texts for word in re.findall(r"[^\W_]+", text.lower()))
     unseen = [word for word in words if word not in vocabulary]
     nearest = {word: difflib.get_close_matches(word, sorted(vocabulary), n=1) for word in unseen}
     return {word: near[0] if near else None for word, near in nearest.items()}

@@ -15,6 +15,7 @@ from ipgo.rewards.checkpoints import HUB_ID
 from ipgo.store import Run
 
 FILES = ("adapter.json", "adapter.safetensors")
+PUBLISHED = (FILES[0], "README.md")  # a run's own folders have no model card
 
 
 def save_pretrained(run: Run | str | Path, folder: str | Path) -> Path:
@@ -32,7 +33,8 @@ def save_pretrained(run: Run | str | Path, folder: str | Path) -> Path:
     whole, settings = run.whole_adapter()
     files.check_out(folder, folder=True)
     if folder.exists() and not (
-        folder.is_dir() and (not any(folder.iterdir()) or (folder / FILES[0]).is_file())
+        folder.is_dir()
+        and (not any(folder.iterdir()) or all((folder / name).is_file() for name in PUBLISHED))
     ):
         raise InputError(f"folder {str(folder)!r} holds something else; give a new or empty one")
     save_adapter(whole, folder, settings, run.drawn_by)
@@ -53,7 +55,6 @@ def push_to_hub(run: Run, folder: str | Path, repository: str, *, private: bool 
         InputError: as `save_pretrained`; `repository` is not owner/name; or the hub cannot be reached, or refuses.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     if not HUB_ID.fullmatch(repository):
         raise InputError(f"{repository!r} is not a model name of the hub; write owner/name")
@@ -62,7 +63,7 @@ def push_to_hub(run: Run, folder: str | Path, repository: str, *, private: bool 
     try:
         address = hub.create_repo(repository, private=private, exist_ok=True)
         hub.upload_folder(repo_id=repository, folder_path=folder, commit_message="Adapter learned by ipgo")
-    except (OSError, ValueError, HfHubHTTPError) as error:
+    except Exception as error:  # also whatever its HTTP library raises where there is no network
         raise InputError(f"cannot write {repository!r} on the hub: {first_line(error)}") from error
     return str(address)
 

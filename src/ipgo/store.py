@@ -28,8 +28,9 @@ from ipgo.config import RunConfig
 from ipgo.continuing import check_models, differences, differing_in, with_judges_of
 from ipgo.errors import InputError, InUseError, ResumeError
 from ipgo.evaluation import Score
-from ipgo.prompts import Prompt, number
+from ipgo.prompts import Prompt, number, slug
 from ipgo.rewards import optimised
+from ipgo.rewards.checkpoints import fingerprint
 from ipgo.task import Progress
 
 SCHEMA = 1
@@ -366,8 +367,8 @@ class Run:
     ) -> None:
         """Add scores of a later evaluation to those of earlier ones.
 
-        Earlier scores of another reward of the same name are replaced. Those of images that another backend
-        (`drawn_by` is the identity of this one) has drawn are set aside, in a file named for it, and come back with it.
+        Earlier scores of another reward of the same name are set aside, in a file named for its fingerprint. So are
+        those of images that another backend (`drawn_by` is the identity of this one) has drawn; they come back with it.
         """
         file = self.path / EVALUATION
         with FileLock(self.path / ".evaluation.lock"):  # two evaluations may end together
@@ -378,9 +379,15 @@ class Run:
                     _set_aside(file, drawn_by).replace(file)
             known = load_identities(file)
             found = {(s.method, s.prompt, s.seed, s.reward): s for s in scores}
-            for each in load_scores(file):
-                if known.get(each.reward) == rewards.get(each.reward, known.get(each.reward)):
+            earlier = load_scores(file)
+            other = {name for name in known.keys() & rewards.keys() if known[name] != rewards[name]}
+            for each in earlier:
+                if each.reward not in other:
                     found.setdefault((each.method, each.prompt, each.seed, each.reward), each)
+            for name in other:
+                aside = file.with_stem(f"{file.stem}-{slug(name)}-{fingerprint(known[name])}")
+                old = [*load_scores(aside), *(each for each in earlier if each.reward == name)]
+                save_scores(aside, old, {name: known[name]}, drawn_by)
             save_scores(file, found.values(), {**known, **rewards}, drawn_by)
 
     def close(self) -> None:

@@ -124,15 +124,17 @@ def peek(
     for name in flags:
         parser.add_argument(name, action="store_true")
     try:
-        return parser.parse_known_args([underscores(word) for word in argv])
+        end = list(argv).index("--") if "--" in argv else len(argv)  # prompts alone follow
+        return parser.parse_known_args([*map(underscores, argv[:end]), *argv[end:]])
     except argparse.ArgumentError as error:
         raise InputError(str(error)) from None
 
 
 def underscores(word: str) -> str:
-    """`--unseen-seeds=4` is `--unseen_seeds=4`."""
+    """`--unseen-seeds=4` is `--unseen_seeds=4`; a prompt that begins with -- stays."""
     name, equals, value = word.partition("=")
-    return f"--{name[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") else word
+    option = re.fullmatch(r"--[\w.-]+", name)
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if option else word
 
 
 def backend_of(settings: dict[str, Any], given: str | None) -> str:

@@ -11,9 +11,10 @@ import ipgo
 from ipgo import cli
 from ipgo.adapters import Adapter, NoiseAdapter
 from ipgo.backends import BACKENDS, FAMILIES
+from ipgo.config import settings_for
 from ipgo.continuing import differences
 from ipgo.evaluation import Gain, Interval
-from ipgo.terminal import Stored, backend_of, read_texts
+from ipgo.terminal import Stored, backend_of, peek, read_texts
 from tests.conftest import one_sentence
 
 NAN = float("nan")
@@ -117,6 +118,9 @@ def test_the_list_of_backends_says_all_that_is_declared(capsys: pytest.CaptureFi
         (["fit", "a fox", "--out", f"{__file__}/run"], "which cannot be written"),
         (["fit", "a fox", "a  fox "], "prompt 2 repeats prompt 1"),
         (["fit", "a \udcff fox"], "which is not valid Unicode"),
+        (["score", "docs", "--reward", "contrast", "--prompt", "a \udcff"], "which is not valid Unicode"),
+        (["doctor", "--prompt", "a \udcff"], "which is not valid Unicode"),
+        (["fit", "--held_out", "contrast", "a fox"], "held_out has taken 'a fox' as a reward"),
     ],
 )
 def test_bad_words(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,6 +134,10 @@ def test_one_of_a_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert out.startswith("backends:\n  sd15 ")
     assert "sdxl" not in out
     assert "guidance" in out
+    assert cli.main(["list", "presets", "fast"]) == 0
+    assert "backprop_steps: 1" in capsys.readouterr().out
+    assert cli.main(["list", "comparisons", "systems"]) == 0
+    assert "alignprop:" in capsys.readouterr().out
 
 
 def test_a_reader_that_has_had_enough_is_no_error() -> None:
@@ -227,10 +235,10 @@ def test_every_public_name_is_there() -> None:
 
 def test_settings_of_a_file_hold_under_a_method_flag(caplog: pytest.LogCaptureFixture) -> None:
     steps = {"ascent": {"steps": 3}}
-    assert cli._method_settings(steps, "reno") == {**steps, "name": "reno"}
-    assert cli._method_settings({"name": "reno", **steps}, "reno") == {"name": "reno", **steps}
+    assert settings_for("reno", steps) == {**steps, "name": "reno"}
+    assert settings_for("reno", {"name": "reno", **steps}) == {"name": "reno", **steps}
     with caplog.at_level("INFO", "ipgo"):
-        assert cli._method_settings({"name": "ipgo", **steps}, "reno") == {"name": "reno"}
+        assert settings_for("reno", {"name": "ipgo", **steps}) == {"name": "reno"}
     assert "settings of the method ipgo are left out" in caplog.text
 
 
@@ -263,3 +271,10 @@ def test_a_backend_that_is_not_here_is_asked_for() -> None:
     with pytest.raises(ipgo.InputError, match=r"was fitted on '\./moved', which is not here"):
         backend_of({"backend": "./moved"}, None)
     assert backend_of({"backend": "./moved"}, "emoji") == "emoji"
+
+
+def test_a_prompt_with_dashes_is_not_an_option() -> None:
+    words = ["--unseen-seeds=4", "--a red-and-blue lemon", "--held-out", "--", "--a-red-lemon"]
+    known, rest = peek(words, ("--preset",))
+    assert known.preset is None
+    assert rest == ["--unseen_seeds=4", "--a red-and-blue lemon", "--held_out", "--", "--a-red-lemon"]

@@ -177,6 +177,47 @@ def test_settings_that_cannot_work(values: dict[str, Any], message: str) -> None
 
 
 @pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("method.ascent.lr: 0.5", {"method": {"ascent": {"lr": 0.5}}}),
+        ("method: ipgo\nmethod.ascent.lr: 0.5", {"method": {"name": "ipgo", "ascent": {"lr": 0.5}}}),
+        ("sampling.steps: 33\nsampling: {eta: 1.0}", {"sampling": {"steps": 33, "eta": 1.0}}),
+        (
+            "entries:\n  lr-0.5: {method.ascent.lr: 0.5}",
+            {"entries": {"lr-0.5": {"method": {"ascent": {"lr": 0.5}}}}},
+        ),
+        ("sampling.steps: 33\nsampling: {steps: 9}", r"sampling\.steps is given twice"),
+        ("seed: 1\nseed.x: 2", "seed is given twice"),
+        ("seed: 1\nseed: 2", "cannot be read: 'seed' a second time in line 2"),
+        ("entries: {ipgo: {seed: 1}, ipgo: {seed: 2}}", "cannot be read: 'ipgo' a second time in line 1"),
+    ],
+)
+def test_dotted_names_in_a_file_are_nested_ones(tmp_path: Path, text: str, found: Any) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text(text)
+    if isinstance(found, dict):
+        assert read_settings(None, str(file)) == found
+        return
+    with pytest.raises(InputError, match=found):
+        read_settings(None, str(file))
+
+
+def test_a_presets_settings_are_for_its_own_method(tmp_path: Path) -> None:
+    """As with --preset and --method."""
+    file = tmp_path / "settings.yaml"
+    file.write_text("preset: fast\nmethod: draft")
+    settings = read_settings(None, str(file))
+    assert settings["method"] == {"name": "draft"}
+    assert settings["sampling"] == read_settings("fast", None)["sampling"]
+    file.write_text("method: {name: ipgo, ascent: {lr: 0.5}}")
+    assert read_settings("fast", str(file))["method"]["ascent"] == {
+        "steps": 15,
+        "backprop_steps": 1,
+        "lr": 0.5,
+    }
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--stepz", "3"], "unknown option '--stepz'"),

@@ -121,7 +121,14 @@ def test_refused_prompts(prompts: list[str], message: str) -> None:
         check_prompts(prompts)
 
 
+def test_a_quote_that_is_not_closed_takes_no_other_prompts(tmp_path: Path) -> None:
+    (tmp_path / "q.csv").write_text('prompt\n"a lemon\na fox\n')
+    with pytest.raises(InputError, match=r"q.csv' line 3 cannot be read: unexpected end of data"):
+        read_prompts(str(tmp_path / "q.csv"))
+
+
 def test_unseen_words_come_with_the_nearest_known_one() -> None:
+    assert unseen_words(["a café, 柠檬"], ["a", "calf"]) == {"café": "calf", "柠檬": None}
     known = ["a", "fox", "lemon", "on", "blue", "background"]
     assert unseen_words(["a lemmon on a blue background"], known) == {"lemmon": "lemon"}
     assert unseen_words(["A Fox, xylophone!"], known) == {"xylophone": None}

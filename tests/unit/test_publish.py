@@ -59,6 +59,10 @@ def test_what_is_published_draws_what_the_run_drew(
             prompt, "after", 1000
         ).read_bytes()
     ipgo.save_pretrained(run, folder)  # again, over itself
+    own = run.adapter_folder(run.prompts[0])  # has an adapter, too
+    with pytest.raises(ipgo.InputError, match="holds something else"):
+        ipgo.save_pretrained(run, own)
+    assert not (own / "README.md").exists()
     (folder / "adapter.json").unlink()
     with pytest.raises(ipgo.InputError, match="holds something else"):
         ipgo.save_pretrained(run, folder)

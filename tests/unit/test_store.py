@@ -240,6 +240,19 @@ def test_evaluations_by_other_schedulers_are_kept_apart(run: Run) -> None:
     assert {each.seed for each in load_scores(run.path / "evaluation-aa-float32-C.jsonl")} == {1, 2}
 
 
+def test_evaluations_by_another_reward_of_the_same_name_are_kept_apart(run: Run) -> None:
+    score, drawn = Score("ipgo", "a fox", 1, "mine.py:f", 0.5, False), {"weights": "aa"}
+    other = replace(score, reward="contrast")
+    for number, version in enumerate((1, 2, 1, 2)):
+        scores = [replace(each, seed=number) for each in (score, other)]
+        run.judge_again(scores, {"mine.py:f": {"version": version}, "contrast": {}}, drawn)
+    latest = load_scores(run.path / "evaluation.jsonl")
+    assert [each.seed for each in latest if each.reward == "mine.py:f"] == [3]
+    assert {each.seed for each in latest if each.reward == "contrast"} == {0, 1, 2, 3}
+    aside = [load_scores(file) for file in sorted(run.path.glob("evaluation-mine*"))]
+    assert sorted(sorted(each.seed for each in scores) for scores in aside) == [[0, 2], [1]]
+
+
 def test_whoever_is_refused_leaves_the_history_alone(run: Run) -> None:
     chunk = Chunk(run.prompts[:2])
     run.record(chunk, progress(1), Cost())

@@ -16,8 +16,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
+from ipgo import files
 from ipgo.artefacts import load_identities, load_scores
 from ipgo.config import flatten
+from ipgo.continuing import differing_in
 from ipgo.errors import InputError
 from ipgo.evaluation import Gain, Score, levels, summarise, unlike
 from ipgo.images import reading
@@ -67,6 +69,7 @@ def render(run: Run) -> str:
     fitted, unseen = (summarise(scores, seeds=seeds) for seeds in (config.seeds, config.new_seeds))
     later = run.told(load_scores(run.path / EVALUATION))
     scored_by = load_identities(run.path / EVALUATION)
+    drawn_by = next(iter(files.read_lines(run.path / EVALUATION)), {}).get("drawn_by", run.drawn_by)
     name, rewards, bold, before = _mean_curve(run)
     template = environment().get_template("page.html.j2")
     return template.render(
@@ -78,6 +81,7 @@ def render(run: Run) -> str:
         rows=_rows(fitted, unseen),
         later=_later(run, later),
         later_strange=run.strange(scored_by),
+        later_differs=differing_in(run.drawn_by, drawn_by),
         curve=charts.curve(rewards, bold, before),
         curve_name=name,
         before=before is not None,
@@ -152,9 +156,11 @@ def summary(run: Run, fitted: Sequence[Gain], unseen: Sequence[Gain]) -> str:
         )
     text, last = run.config.method_name.upper(), ""
     for title, gain in found:
-        verb = "raised" if gain.gain.value > 0 else "lowered" if gain.gain.value < 0 else "left"
+        moved = abs(gain.gain.value) >= VISIBLE
+        verb = "left" if not moved else "raised" if gain.gain.value > 0 else "lowered"
         start = " and" if verb == last else f"{' but' if last else ''} {verb} {'it' if last else reward}"
-        text += f"{start} from {gain.before:.3f} to {gain.after:.3f} on {title}"
+        where = f"from {gain.before:.3f} to {gain.after:.3f}" if moved else f"at {gain.before:.3f}"
+        text += f"{start} {where} on {title}"
         last = verb
     text += f". It beats the raw prompt in {found[-1][1].wins.value:.0%} of the images on {found[-1][0]}."
     judged = _of(unseen or fitted, "judge-object")
