@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import itertools
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -34,8 +35,8 @@ def score(argv: list[str]) -> int:
     parser.add_argument("--reward", nargs="+", required=True, help="rewards, as in fit")
     parser.add_argument(
         "--prompts",
-        help="a file with one prompt per image, in the order of their names, or a .csv file with columns file "
-        "and prompt",
+        help="a file with one prompt per image, in the order given (a folder's by name), or a .csv or .jsonl file with "
+        "columns file and prompt",
     )
     parser.add_argument("--prompt", help="one prompt for all images")
     parser.add_argument("--out", type=Path, help="a .csv or .json file (default: the terminal)")
@@ -134,9 +135,11 @@ def match_prompts(pictures: Sequence[Path], spec: str | None, single: str | None
         return [single] * len(pictures)
     if spec is None:
         return None
-    table = _table(Path(spec)) if Path(spec).suffix.lower() == ".csv" and Path(spec).is_file() else None
+    readers = {".csv": _table, ".jsonl": _objects}
+    reader = readers.get(Path(spec).suffix.lower())
+    table = reader(Path(spec)) if reader is not None and Path(spec).is_file() else None
     if table is not None:
-        return [_prompt_of(file, table, spec) for file in pictures]
+        return [_prompt_of(file, pictures, table, spec) for file in pictures]
     prompts = read_prompts(spec)
     if len(prompts) != len(pictures):
         raise InputError(f"prompts has {len(prompts)} lines for {len(pictures)} pictures; give one for each")
@@ -155,17 +158,37 @@ def _table(path: Path) -> list[tuple[Path, str]] | None:
         raise InputError(f"prompt file {str(path)!r} cannot be read: {error}") from None
 
 
-def _prompt_of(picture: Path, table: Sequence[tuple[Path, str]], spec: str) -> str:
-    """That of the line whose file shares most with the picture's path, seen from the end, and its name at least."""
-    ours = picture.resolve().parts[::-1]
-    named = [(file.parts[::-1], prompt) for file, prompt in table if file.name == picture.name]
+def _objects(path: Path) -> list[tuple[Path, str]] | None:
+    """Likewise the objects of a .jsonl file, if all have a file and a prompt."""
+    try:
+        lines = [
+            json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()
+        ]
+    except (OSError, ValueError):  # said by whoever reads it as prompts alone
+        return None
+    whole = all(isinstance(line, dict) and {"file", "prompt"} <= line.keys() for line in lines)
+    return [(Path(str(line["file"])), str(line["prompt"])) for line in lines] if whole else None
+
+
+def _shared(picture: Path, file: Path) -> int:
+    """How many parts of their paths are the same, seen from the end."""
+    pairs = zip(picture.resolve().parts[::-1], file.parts[::-1])  # noqa: B905 - to the end of the shorter one
+    return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
+
+
+def _prompt_of(picture: Path, pictures: Sequence[Path], table: Sequence[tuple[Path, str]], spec: str) -> str:
+    """That of the line whose file shares most with the picture's path, and its name at least.
+
+    A line of which another picture's path shares more is that picture's.
+    """
+    named = [(file, prompt) for file, prompt in table if file.name == picture.name]
     if not named:
         raise InputError(f"prompt file {spec!r} has no line for picture {picture.name!r}")
-    shared = [
-        len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ours, parts))))  # noqa: B905
-        for parts, _ in named
-    ]
+    shared = [_shared(picture, file) for file, _ in named]
     best = {prompt for (_, prompt), count in zip(named, shared, strict=True) if count == max(shared)}
+    lines = [file for (file, _), count in zip(named, shared, strict=True) if count == max(shared)]
+    if all(any(_shared(other, file) > max(shared) for other in pictures) for file in lines):
+        raise InputError(f"prompt file {spec!r} has no line for picture {str(picture)!r}")
     if len(best) > 1:
         raise InputError(
             f"prompt file {spec!r} has several prompts for picture {str(picture)!r}; "

@@ -141,9 +141,12 @@ def _judge(reward: Reward, images: Tensor, prompt: str) -> tuple[Tensor | None, 
         values = score(reward, images, [prompt])
     except RewardError as error:
         if error.__cause__ is None:
-            advice = "give one number a row, so .squeeze(-1) makes (B,) of (B, 1); look for log, sqrt or division at 0"
+            advice = (
+                "return a torch tensor, no array of numpy's, with one number a row (.squeeze(-1) makes (B,) of "
+                "(B, 1)); where one is not finite, look for log, sqrt or division at 0"
+            )
         else:  # it raised something, for a picture that carries a gradient
-            advice = f"compute it in torch alone, without numpy and PIL; or {_other_method()}"
+            advice = f"compute it in torch alone, without numpy and PIL, if that is what fails; or {_other_method()}"
         return None, Finding(str(error), advice)
     if not values.requires_grad:
         text = f"{name} gives {values.item():.4f}, but the number has no gradient: it was cut off inside"

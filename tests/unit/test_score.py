@@ -18,7 +18,8 @@ from PIL import Image
 import ipgo
 import ipgo.rewards
 from ipgo import cli
-from ipgo.cli_score import BATCH
+from ipgo.cli_score import BATCH, match_prompts
+from ipgo.errors import InputError
 from ipgo.images import from_pil
 from ipgo.rewards.checkpoints import fingerprint
 from tests.conftest import Terminal, one_sentence
@@ -197,3 +198,19 @@ def test_bad_input_is_one_sentence(
         (tmp_path / "twice.csv").write_text("file,prompt\n00.png,a\n00.png,b\n")
     assert cli.main(["score", *(word.format(folder=folder, tmp=tmp_path) for word in words)]) == 2
     assert message in one_sentence(capsys)
+
+
+@pytest.mark.parametrize("name", ["p.csv", "p.jsonl"])
+def test_a_prompt_goes_to_the_picture_that_its_line_names(tmp_path: Path, name: str) -> None:
+    """Not to one of the same name in another folder, nor by order."""
+    pictures = [tmp_path / folder / "x.png" for folder in ("a", "b")]
+    lines = {"b/x.png": "two", "elsewhere/a/x.png": "one"}
+    if name == "p.csv":
+        table = "\n".join(["file,prompt", *(f"{file},{prompt}" for file, prompt in lines.items())])
+    else:
+        table = "\n".join(json.dumps({"file": file, "prompt": prompt}) for file, prompt in lines.items())
+    (tmp_path / name).write_text(table)
+    assert match_prompts(pictures, str(tmp_path / name), None) == ["one", "two"]
+    (tmp_path / name).write_text("\n".join(line for line in table.splitlines() if "b/x.png" not in line))
+    with pytest.raises(InputError, match=r"has no line for picture '.*b/x.png'"):
+        match_prompts(pictures, str(tmp_path / name), None)
