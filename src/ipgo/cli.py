@@ -32,6 +32,7 @@ from ipgo.terminal import (
     aligned,
     backend_of,
     command_parser,
+    given,
     loading,
     open_stored,
     peek,
@@ -254,7 +255,8 @@ def table(gains: Sequence[Gain]) -> str:
     """One line per reward; a star marks the optimised one and its parts."""
     from ipgo.evaluation import unlike
 
-    over = f"95% over {gains[0].gain.n} {gains[0].gain.over}"
+    first = gains[0].gain
+    over = f"95% over {first.n} {first.over}" if first.n > 1 else "95%"
     rows = [("reward", "raw", gains[0].method, "gain", over, "wins over raw")]
     for each in gains:
         some = each.gain.n > 1
@@ -293,7 +295,7 @@ def generate(argv: list[str]) -> int:
         help="noise seeds (default: 0, or the seed of what is tied to its noise)",
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("images"), help="folder for the images (default: images)"
+        "--out", type=Path, help="folder for the images (default: images/NAME, that of the adapter's folder)"
     )
     parser.add_argument("--steps", type=int, help="denoising steps (default: those of the run)")
     parser.add_argument(
@@ -311,7 +313,9 @@ def generate(argv: list[str]) -> int:
     from ipgo.vocabulary import warn_of_unseen_words
 
     check_seeds(tuple(args.seeds or ()))
-    files.check_out(args.out, folder=True)
+    # Two adapters draw the same prompt from the same seed: their images have the same names.
+    out = given(args.out, Path("images") / (args.adapter.resolve().name or "adapter")).expanduser()
+    files.check_out(out, folder=True)
     stored = open_stored(args.adapter)
     seeds = stored.seeds(args.seeds)
     texts, settings = stored.prompts(args.text, args.prompts), stored.settings
@@ -327,11 +331,11 @@ def generate(argv: list[str]) -> int:
     backend.check_prompts(texts)
     stored.check_backend(backend)
     adapter = stored.adapter.to(backend.device)
-    args.out.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     with tqdm(total=len(texts) * len(seeds), desc="images", disable=None, leave=False) as bar:
         for prompt in number(texts):
             for drawing in draw(backend, {"adapter": adapter}, prompt.text, seeds, sampling):
-                file = args.out / f"{prompt.id}-{drawing.seed}.png"
+                file = out / f"{prompt.id}-{drawing.seed}.png"
                 to_pil(drawing.image[None])[0].save(file)
                 bar.write(str(file), file=sys.stdout)
                 bar.update()

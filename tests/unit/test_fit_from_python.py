@@ -66,6 +66,7 @@ def test_a_pipeline_that_was_changed_is_noticed(
     monkeypatch.chdir(tmp_path)
     assert cli.main(["generate", str(tmp_path / "run"), "a fox"]) == 0
     assert "learned on a backend with other weights" in caplog.text
+    assert len(list((tmp_path / "images/run").glob("*-a-fox-*.png"))) == 1
 
 
 def test_held_out_rewards_are_named(pipeline_folder: str) -> None:
