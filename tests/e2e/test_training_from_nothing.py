@@ -10,9 +10,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image, ImageDraw
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tools.emoji import world
@@ -68,10 +70,20 @@ def run(folder: Path, *words: str) -> str:
     return done.stdout
 
 
+def contents(checkpoints: Path) -> dict[str, Any]:
+    """What every file holds. Not its bytes: safetensors writes the metadata in any order."""
+    found: dict[str, Any] = {}
+    for path in checkpoints.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name).numpy().tobytes() for name in file.keys()}  # noqa: SIM118
+            found[path.name] = (file.metadata(), tensors)
+    return found
+
+
 def test_every_stage_and_the_way_back(folder: Path) -> None:
     assert run(folder, "-c", DRIVER).endswith("['preference-2', 'aesthetic-2']\n")
     checkpoints = folder / "build/emoji/checkpoints"
-    trained = {path.name: path.read_bytes() for path in checkpoints.glob("*.safetensors")}
+    trained = contents(checkpoints)
     rounds = sorted((folder / "build/emoji/data").glob("followed-*"))
     made = {
         str(path.relative_to(folder / "src/ipgo")): path
@@ -92,7 +104,7 @@ def test_every_stage_and_the_way_back(folder: Path) -> None:
     again = run(folder, "-c", DRIVER)
     assert "begins again" not in again
     assert not {"data", "tokenizer", "latents", "redraw", "follow"} & set(again.split())
-    assert trained == {path.name: path.read_bytes() for path in checkpoints.glob("*.safetensors")}
+    assert trained == contents(checkpoints)
     assert rounds == sorted((folder / "build/emoji/data").glob("followed-*"))
     last = load_file(checkpoints / "aesthetic-2.safetensors")["model.visual_projection.weight"]
     shown = load_file(folder / "src/ipgo/rewards/emoji/aesthetic/model.safetensors")
@@ -113,9 +125,9 @@ def test_every_stage_and_the_way_back(folder: Path) -> None:
     shutil.rmtree(folder / "build/emoji/tokenizer")
     run(folder, "-m", "tools.emoji.train", "restore")
     for said in ("", "aesthetic is done; a new schedule continues from its weights\n"):
-        before = (checkpoints / "aesthetic.safetensors").read_bytes()
+        before = contents(checkpoints)["aesthetic.safetensors"]
         assert run(folder, "-m", "tools.emoji.train", "aesthetic", "--steps", "1") == said
-        assert (checkpoints / "aesthetic.safetensors").read_bytes() != before
+        assert contents(checkpoints)["aesthetic.safetensors"] != before
     assert {"vae", "denoiser", "clip", "clip-probe", "preference", "aesthetic", "judge"} == {
         path.stem for path in checkpoints.glob("*.safetensors")
     }
