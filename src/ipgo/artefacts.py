@@ -94,6 +94,12 @@ def load_scores(file: Path) -> list[Score]:
     return [Score.read(line) for line in files.read_lines(file) if "rewards" not in line]
 
 
+def load_drawn_by(file: Path) -> dict[str, Any] | None:
+    """The identity of the backend that drew what `save_scores` wrote; None if there is no file or it does not say."""
+    found: dict[str, Any] | None = next(iter(files.read_lines(file)), {}).get("drawn_by")
+    return found
+
+
 def load_identities(file: Path) -> dict[str, Any]:
     """The identities of rewards that `save_scores` wrote, by name; none if there is no file or it has none."""
     found: dict[str, Any] = {}

@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import os
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,7 +140,12 @@ def match_prompts(pictures: Sequence[Path], spec: str | None, single: str | None
     reader = readers.get(Path(spec).suffix.lower())
     table = reader(Path(spec)) if reader is not None and Path(spec).is_file() else None
     if table is not None:
-        return [_prompt_of(file, pictures, table, spec) for file in pictures]
+        lines, namesakes = defaultdict(list), defaultdict(list)
+        for file, prompt in table:
+            lines[file.name].append((file, prompt))
+        for picture in pictures:
+            namesakes[picture.name].append(picture)
+        return [_prompt_of(each, namesakes[each.name], lines[each.name], spec) for each in pictures]
     prompts = read_prompts(spec)
     if len(prompts) != len(pictures):
         raise InputError(f"prompts has {len(prompts)} lines for {len(pictures)} pictures; give one for each")
@@ -176,19 +182,21 @@ def _shared(picture: Path, file: Path) -> int:
     return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
 
 
-def _prompt_of(picture: Path, pictures: Sequence[Path], table: Sequence[tuple[Path, str]], spec: str) -> str:
-    """That of the line whose file shares most with the picture's path, and its name at least.
+def _prompt_of(picture: Path, namesakes: Sequence[Path], lines: Sequence[tuple[Path, str]], spec: str) -> str:
+    """That of the line whose file shares most with the picture's path.
 
     A line of which another picture's path shares more is that picture's.
+
+    Args:
+        namesakes, lines: the pictures and the lines of a table with the picture's name.
     """
-    named = [(file, prompt) for file, prompt in table if file.name == picture.name]
-    if not named:
+    if not lines:
         raise InputError(f"prompt file {spec!r} has no line for picture {picture.name!r}")
-    shared = [_shared(picture, file) for file, _ in named]
-    best = {prompt for (_, prompt), count in zip(named, shared, strict=True) if count == max(shared)}
-    lines = [file for (file, _), count in zip(named, shared, strict=True) if count == max(shared)]
-    if all(any(_shared(other, file) > max(shared) for other in pictures) for file in lines):
+    most = max(_shared(picture, file) for file, _ in lines)
+    nearest = [(file, prompt) for file, prompt in lines if _shared(picture, file) == most]
+    if all(any(_shared(other, file) > most for other in namesakes) for file, _ in nearest):
         raise InputError(f"prompt file {spec!r} has no line for picture {str(picture)!r}")
+    best = {prompt for _, prompt in nearest}
     if len(best) > 1:
         raise InputError(
             f"prompt file {spec!r} has several prompts for picture {str(picture)!r}; "

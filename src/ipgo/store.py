@@ -18,6 +18,7 @@ from ipgo.adapters import ADAPTERS, Adapter, stack
 from ipgo.artefacts import (
     adapter_facts,
     load_adapter,
+    load_drawn_by,
     load_identities,
     load_scores,
     save_adapter,
@@ -372,7 +373,7 @@ class Run:
         """
         file = self.path / EVALUATION
         with FileLock(self.path / ".evaluation.lock"):  # two evaluations may end together
-            before = next(iter(files.read_lines(file)), {}).get("drawn_by", drawn_by)
+            before = load_drawn_by(file) or drawn_by
             if differing_in(before, drawn_by) is not None:
                 file.replace(_set_aside(file, before))
                 if _set_aside(file, drawn_by).is_file():

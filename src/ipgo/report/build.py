@@ -16,8 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from ipgo import files
-from ipgo.artefacts import load_identities, load_scores
+from ipgo.artefacts import load_drawn_by, load_identities, load_scores
 from ipgo.config import flatten
 from ipgo.continuing import differing_in
 from ipgo.errors import InputError
@@ -69,7 +68,6 @@ def render(run: Run) -> str:
     fitted, unseen = (summarise(scores, seeds=seeds) for seeds in (config.seeds, config.new_seeds))
     later = run.told(load_scores(run.path / EVALUATION))
     scored_by = load_identities(run.path / EVALUATION)
-    drawn_by = next(iter(files.read_lines(run.path / EVALUATION)), {}).get("drawn_by", run.drawn_by)
     name, rewards, bold, before = _mean_curve(run)
     template = environment().get_template("page.html.j2")
     return template.render(
@@ -81,7 +79,7 @@ def render(run: Run) -> str:
         rows=_rows(fitted, unseen),
         later=_later(run, later),
         later_strange=run.strange(scored_by),
-        later_differs=differing_in(run.drawn_by, drawn_by),
+        later_differs=differing_in(run.drawn_by, load_drawn_by(run.path / EVALUATION) or {}),
         curve=charts.curve(rewards, bold, before),
         curve_name=name,
         before=before is not None,
