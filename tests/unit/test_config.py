@@ -190,6 +190,14 @@ def test_settings_that_cannot_work(values: dict[str, Any], message: str) -> None
         ("seed: 1\nseed.x: 2", "seed is given twice"),
         ("seed: 1\nseed: 2", "cannot be read: 'seed' a second time in line 2"),
         ("entries: {ipgo: {seed: 1}, ipgo: {seed: 2}}", "cannot be read: 'ipgo' a second time in line 1"),
+        ("[seed]: 1", "cannot be read: found unhashable key in line 1"),
+        (
+            "sampling: &one {steps: 9, eta: 1.0}\nentries: {ipgo: {sampling: {<<: *one, steps: 3}}}",
+            {
+                "sampling": {"steps": 9, "eta": 1.0},
+                "entries": {"ipgo": {"sampling": {"steps": 3, "eta": 1.0}}},
+            },
+        ),
     ],
 )
 def test_dotted_names_in_a_file_are_nested_ones(tmp_path: Path, text: str, found: Any) -> None:
