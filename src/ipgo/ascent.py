@@ -15,6 +15,7 @@ from ipgo.typed import check_types
 Optimizer = Literal["adam", "sgd"]
 
 MOMENTUM = 0.9  # Nesterov's, of optimizer="sgd"
+LARGEST = 1_000_000  # of a rate: far beyond any use, and far from what overflows in float32
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Ascent:
         optimizer: adam, or sgd with Nesterov's momentum of 0.9.
         lr: learning rate.
         lr_basis: learning rate of the orthonormal basis, where there is one; None: `lr`.
-        lr_decay: factor applied to the learning rates every `decay_every` steps.
+        lr_decay: factor, at most 1, applied to the learning rates every `decay_every` steps.
         decay_every: steps between decays.
         max_grad_norm: each row's gradient is clipped to this norm; None: no clipping.
         backprop_steps: number of last denoising steps to backpropagate through (DRaFT's K); None: all.
@@ -65,10 +66,15 @@ class Ascent:
                 raise InputError(f"ascent.{field} is {count}; it must be at least 1")
         if self.optimizer not in get_args(Optimizer):
             raise unknown("ascent.optimizer", self.optimizer, get_args(Optimizer))
-        for field in ("lr", "lr_basis", "lr_decay", "max_grad_norm"):
+        for field, most in (
+            ("lr", LARGEST),
+            ("lr_basis", LARGEST),
+            ("lr_decay", 1),
+            ("max_grad_norm", LARGEST),
+        ):
             value = getattr(self, field)
-            if value is not None and not value > 0:
-                raise InputError(f"ascent.{field} is {value}; it must be above 0")
+            if value is not None and not 0 < value <= most:
+                raise InputError(f"ascent.{field} is {value}; it must be above 0 and at most {most:,}")
         for field in ("penalty_weight", "renoised"):
             if not getattr(self, field) >= 0:
                 raise InputError(f"ascent.{field} is {getattr(self, field)}; it must be at least 0")

@@ -179,7 +179,8 @@ def fit(argv: list[str]) -> int:
     for name in (config.reward, *judging_rewards(config)):
         check_reward(name, config.prompts)
     check_gradient(config)
-    config.check_width(check_backend(config.backend, config.opening, config.prompts))
+    negative = config.sampling.negative_prompt
+    config.check_width(check_backend(config.backend, config.opening, config.prompts, negative))
     place = Path(parsed.out or Path("runs") / (slug(parsed.prompts or texts[0]) or "run")).expanduser()
     folder = Run.open(place, config)
     check_method(folder)
@@ -369,6 +370,7 @@ def evaluate(argv: list[str]) -> int:
     files.check_out(folder.path, folder=True)
     stored = open_stored(args.run)
     prompts = stored.prompts([], args.prompts)
+    stored.seeds(args.seeds)  # for its warning
     source = backend_of(stored.settings, args.backend)
     first, *others = _judges(folder, args.rewards, prompts)
     config = replace(

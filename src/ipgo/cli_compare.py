@@ -38,6 +38,7 @@ def compare(argv: list[str]) -> int:
     if chosen.redraw:
         if chosen.out is None:
             raise InputError("--redraw needs the comparison's folder: --out FOLDER")
+        parse(_parser(), {}, rest)  # the command may be the one that it was made with, but not misspelt
         return show_comparison(Path(chosen.out).expanduser())
     settings = read_comparison(chosen.config) if chosen.config else {}
     entries = settings.pop("entries", None) or {}

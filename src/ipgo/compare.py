@@ -65,7 +65,7 @@ def check(folder: Comparison, labels: Iterable[str]) -> None:
                 seen.add(name)
             pipeline = config.backend, config.opening
             if pipeline not in widths:
-                widths[pipeline] = check_backend(*pipeline, config.prompts)
+                widths[pipeline] = check_backend(*pipeline, config.prompts, config.sampling.negative_prompt)
             config.check_width(widths[pipeline])
             check_gradient(config)
             if run is not None:

@@ -21,6 +21,7 @@ from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter, Name
 from ipgo.adapters.noise import check_one_seed
 from ipgo.backends.facts import Opening
 from ipgo.errors import InputError, first_line, unknown, unknown_option
+from ipgo.files import is_hub_id
 from ipgo.methods import METHODS
 from ipgo.methods.ipgo import IPGO
 from ipgo.prompts import check_prompts
@@ -38,6 +39,14 @@ NOT_RESULTS = (
     "prompts_from",
     *(f"method.chat.{name}" for name in ("timeout", "retries", "cache")),
 )
+# What a message calls the types of settings.
+IN_WORDS = {
+    "int": "a whole number",
+    "float": "a finite number",
+    "bool": "true or false",
+    "str": "a text",
+    "NoneType": "null",
+}
 FIRST_UNSEEN = 1000
 # Seeds of a fit where none are asked for: with one, what is learned suits its noise and few others.
 SEVERAL = 4
@@ -111,6 +120,10 @@ class RunConfig:
                 f"judged_prompts is {self.judged_prompts}; it must be at least 1, and needs shared: "
                 "prompt-wise results are judged on every prompt"
             )
+        if (
+            is_hub_id(self.backend) and Path(self.backend).is_dir()
+        ):  # else another folder reads it as the hub's
+            object.__setattr__(self, "backend", f"./{self.backend}")
         check_seeds(self.seeds)
         clash = sorted(set(self.seeds) & set(self.new_seeds))
         if clash:
@@ -401,8 +414,11 @@ def _explain(error: ArgumentError, parser: ArgumentParser) -> InputError:
         return InputError(f"{found[1]} is {found[2]!r}; it must be a mapping of settings")
     if found := re.search(r'Parser key "(.+?)".*?: .* [Vv]alue:\s*(.*)', text):
         types = re.findall(r"Expected an? (?:<class '(\w+)'>|typing\.Literal\[(.*?)\])", text)
-        allowed = " or ".join(kind.replace("NoneType", "null") or choices for kind, choices in types)
-        return InputError(f"{found[1]} is {found[2]!r}; it must be {allowed or 'of another type'}")
+        allowed = " or ".join(IN_WORDS.get(kind, kind) or choices for kind, choices in types)
+        said = {"None": "null", "True": "true", "False": "false"}.get(found[2]) or found[2]
+        number = re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?|-?inf|nan", said)
+        shown = said if number or said != found[2] else repr(said)
+        return InputError(f"{found[1]} is {shown}; it must be {allowed or 'of another type'}")
     return InputError(text)
 
 

@@ -1,15 +1,23 @@
-"""Files that are whole or absent, whenever the process dies."""
+"""Files that are whole or absent, whenever the process dies; and what is the name of no file."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ipgo.errors import InputError
+
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(?<!\.safetensors)")
+
+
+def is_hub_id(place: str | Path) -> bool:
+    """Does it look like a model of the hub, `owner/name`? A folder may be called so too; `./owner/name` is no model."""
+    return HUB_ID.fullmatch(str(place)) is not None
 
 
 def check_out(out: Path, *, folder: bool) -> None:

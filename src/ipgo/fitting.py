@@ -18,10 +18,10 @@ from ipgo.defaults import method_and_sampling
 from ipgo.devices import own_numbers
 from ipgo.errors import InputError
 from ipgo.evaluation import Gain, Score, summarise
+from ipgo.files import is_hub_id
 from ipgo.models import judging_rewards, load_models
 from ipgo.prompts import Prompt
 from ipgo.rewards import REWARDS, FunctionReward, Reward, RewardFunction, as_reward, check_reward
-from ipgo.rewards.checkpoints import HUB_ID
 from ipgo.runner import check_gradient, check_method, run
 from ipgo.sampling import Sampling
 from ipgo.seeding import plain
@@ -148,7 +148,8 @@ def fit(
     if config.reward not in given:
         check_gradient(config)
     if given_backend is None:
-        config.check_width(check_backend(config.backend, config.opening, config.prompts))
+        negative = config.sampling.negative_prompt
+        config.check_width(check_backend(config.backend, config.opening, config.prompts, negative))
     with tempfile.TemporaryDirectory() as temporary, torch.inference_mode(False), own_numbers():
         kept = None if out is None else Path(out).expanduser()
         folder = Run.open(kept or Path(temporary) / "run", config)
@@ -189,7 +190,7 @@ def place_of(backend: Backend) -> str:
     """Where a backend can be opened again, if its pipeline says so; else what it is."""
     if backend.name in BACKENDS:
         return backend.name
-    known = Path(backend.origin).is_absolute() or HUB_ID.fullmatch(backend.origin)
+    known = Path(backend.origin).is_absolute() or is_hub_id(backend.origin)
     return backend.origin if known else backend.name
 
 

@@ -14,6 +14,7 @@ import yaml
 
 from ipgo.adapters import Adapter, NoiseAdapter, TextEncoderAdapter, WeightAdapter
 from ipgo.evaluation import Gain, summarise, unlike
+from ipgo.files import is_hub_id
 from ipgo.prompts import Prompt
 from ipgo.rewards.checkpoints import fingerprint
 from ipgo.store import Run
@@ -70,8 +71,7 @@ def _base(backend: str) -> str | None:
     from ipgo.backends import BACKENDS
 
     place = BACKENDS[backend][1] if backend in BACKENDS else backend
-    local = place.startswith((".", "~", "/")) or place.endswith(".safetensors") or Path(place).exists()
-    return place if place.count("/") == 1 and not local else None
+    return place if is_hub_id(place) and not Path(place).exists() else None
 
 
 def _limits(run: Run, adapter: Adapter) -> str:

@@ -67,6 +67,8 @@ def load_models(
     )
     config.sampling.check(backend)  # all steps: a fit that draws in fewer would notice after it
     backend.check_prompts(config.prompts)
+    if config.sampling.negative_prompt:
+        backend.check_prompts([config.sampling.negative_prompt], "sampling.negative_prompt")
     for text in backend.truncated(config.prompts):
         logger.warning(
             "prompt %r is cut to the %d tokens that the encoder takes", text[:60], backend.max_tokens

@@ -120,15 +120,15 @@ def diffusiondb(place: str, options: Options) -> list[str]:
     Args:
         place: metadata.parquet, or empty for the hub's.
     """
-    file = place or _download(*DIFFUSIONDB, "diffusiondb:PATH/metadata.parquet")
-    if "max_nsfw" not in options:
-        return [row["prompt"] for row in _rows(file, "prompt")]
     try:
-        limit = float(options["max_nsfw"])
+        limit = float(options.get("max_nsfw", 1))
     except ValueError:
         limit = -1
     if not 0 <= limit <= 1:
         raise InputError(f"max_nsfw is {options['max_nsfw']!r}; it must be a number from 0 to 1")
+    file = place or _download(*DIFFUSIONDB, "diffusiondb:PATH/metadata.parquet")
+    if "max_nsfw" not in options:
+        return [row["prompt"] for row in _rows(file, "prompt")]
     rows = _rows(file, "prompt", "prompt_nsfw", numbers=("prompt_nsfw",))
     return [row["prompt"] for row in rows if row["prompt_nsfw"] <= limit]
 

@@ -11,7 +11,6 @@ from ipgo.adapters import Adapter
 from ipgo.artefacts import load_adapter, save_adapter
 from ipgo.errors import InputError, first_line
 from ipgo.model_card import MOST, model_card, picture_name, shown_seed
-from ipgo.rewards.checkpoints import HUB_ID
 from ipgo.store import Run
 
 FILES = ("adapter.json", "adapter.safetensors")
@@ -56,7 +55,7 @@ def push_to_hub(run: Run, folder: str | Path, repository: str, *, private: bool 
     """
     from huggingface_hub import HfApi
 
-    if not HUB_ID.fullmatch(repository):
+    if not files.is_hub_id(repository):
         raise InputError(f"{repository!r} is not a model name of the hub; write owner/name")
     save_pretrained(run, folder)
     hub = HfApi(library_name="ipgo", library_version=version("ipgo"))
@@ -79,8 +78,7 @@ def from_pretrained(source: str | Path) -> Adapter:
 
 def fetch(source: str | Path) -> Path:
     """The folder itself, or where the hub's model `owner/name` was downloaded to."""
-    name = str(source)
-    if Path(source).exists() or name.count("/") != 1 or name[0] in "/.~":
+    if Path(source).exists() or not files.is_hub_id(source):
         return Path(source)
     from huggingface_hub import snapshot_download
 

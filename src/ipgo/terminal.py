@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ipgo.errors import InputError, unknown_option
+from ipgo.files import is_hub_id
 from ipgo.prompts import READERS, check_prompts, read_prompts
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class _Parser(argparse.ArgumentParser):
     """argparse, with one sentence instead of its usage lines, and prompts after options as well as before."""
 
     def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
-        return self.parse_intermixed_args(args, namespace)
+        return self.parse_intermixed_args(spelt(args, "-"), namespace)
 
     def error(self, message: str) -> None:  # type: ignore[override]
         if found := re.search(r"unrecognized arguments: (-[^\s=]+)", message):
@@ -124,17 +125,21 @@ def peek(
     for name in flags:
         parser.add_argument(name, action="store_true")
     try:
-        end = list(argv).index("--") if "--" in argv else len(argv)  # prompts alone follow
-        return parser.parse_known_args([*map(underscores, argv[:end]), *argv[end:]])
+        return parser.parse_known_args(spelt(argv, "_"))
     except argparse.ArgumentError as error:
         raise InputError(str(error)) from None
 
 
-def underscores(word: str) -> str:
-    """`--unseen-seeds=4` is `--unseen_seeds=4`; a prompt that begins with -- stays."""
+def spelt(argv: Sequence[str], joint: str) -> list[str]:
+    """Options with their words joined by "-" or by "_", however they were written; prompts that begin with -- stay."""
+    end = list(argv).index("--") if "--" in argv else len(argv)  # prompts alone follow
+    return [*(_spelt(word, joint) for word in argv[:end]), *argv[end:]]
+
+
+def _spelt(word: str, joint: str) -> str:
     name, equals, value = word.partition("=")
-    option = re.fullmatch(r"--[\w.-]+", name)
-    return f"--{name[2:].replace('-', '_')}{equals}{value}" if option else word
+    option = re.fullmatch(r"--[A-Za-z][\w.-]*", name)
+    return f"--{re.sub('[-_]', joint, name[2:])}{equals}{value}" if option else word
 
 
 def backend_of(settings: dict[str, Any], given: str | None) -> str:
@@ -153,8 +158,7 @@ def backend_of(settings: dict[str, Any], given: str | None) -> str:
             else f"was fitted on a pipeline object ({made})"
         )
         raise InputError(f"this adapter {what}; name a backend, folder or hub id with --backend")
-    hub_id = made is not None and made.count("/") == 1 and made[0] not in "/.~"
-    if given is None and not hub_id and made not in BACKENDS and not Path(made).exists():
+    if given is None and made not in BACKENDS and not is_hub_id(made) and not Path(made).exists():
         raise InputError(
             f"this adapter was fitted on {made!r}, which is not here; name its place with --backend"
         )

@@ -264,6 +264,8 @@ def test_a_long_prompt_is_refused_with_its_length_or_truncated(pipe, backend):
     prompt = "very " * 30 + "long"  # 124 letters, one token each, and the two marks
     with pytest.raises(InputError, match="has 126 tokens and the encoder takes 77"):
         backend.encode([prompt])
+    with pytest.raises(InputError, match=r"^negative_prompt 'very .* has 126 tokens"):
+        backend.unconditional(prompt, backend.encode(["short"]))
     cut = load_backend(pipe, device="cpu", long_prompts="truncate").encode([prompt])
     assert cut.embeds.shape == (1, 77, 32)
     assert cut.mask.all()
@@ -311,6 +313,11 @@ def test_the_unconditional_half_builds_no_graph_where_it_carries_none(backend):
     sample(backend, cond, uncond, backend.noise([0]), Sampling(steps=3), backprop_steps=2)
     hook.remove()
     assert modes == [False, True, False, True]
+
+
+def test_a_long_negative_prompt_is_refused_before_weights_are_read(pipeline_folder):
+    with pytest.raises(InputError, match=r"^sampling.negative_prompt 'very .* has 126 tokens"):
+        check_backend(pipeline_folder, Opening(), ["short"], "very " * 30 + "long")
 
 
 def test_a_folder_says_how_wide_its_embeddings_are(pipeline_folder, tmp_path):

@@ -13,8 +13,9 @@ from ipgo.adapters import Adapter, NoiseAdapter
 from ipgo.backends import BACKENDS, FAMILIES
 from ipgo.config import settings_for
 from ipgo.continuing import differences
+from ipgo.errors import InputError
 from ipgo.evaluation import Gain, Interval
-from ipgo.terminal import Stored, backend_of, peek, read_texts
+from ipgo.terminal import Stored, backend_of, peek, read_texts, spelt
 from tests.conftest import one_sentence
 
 NAN = float("nan")
@@ -249,6 +250,34 @@ def test_what_is_tied_to_its_noise_is_drawn_from_it(caplog: pytest.LogCaptureFix
     assert tied.seeds([5, 6]) == [5, 6]
     assert "tied to the noise of seed 5; on others (6) it draws the raw prompt" in caplog.text
     assert Stored(Adapter(), {}, {}, None).seeds(None) == [0]
+
+
+def test_options_are_known_with_either_joint() -> None:
+    words = [
+        "a b",
+        "--text-device",
+        "cpu",
+        "--judged_prompts=a-b_c",
+        "--method.ascent.lr_basis",
+        "-1",
+        "--",
+        "--x-y",
+    ]
+    with_bars = [words[0], "--text_device", "cpu", words[3], *words[4:]]
+    assert spelt(words, "_") == with_bars
+    assert spelt(with_bars, "-") == [
+        *words[:3],
+        "--judged-prompts=a-b_c",
+        "--method.ascent.lr-basis",
+        *words[5:],
+    ]
+    assert spelt(["-- not an option", "--"], "_") == ["-- not an option", "--"]
+
+
+def test_an_adapter_of_a_folder_that_is_elsewhere_is_not_looked_up_on_the_hub() -> None:
+    with pytest.raises(InputError, match=r"fitted on './models/mine', which is not here"):
+        backend_of({"backend": "./models/mine"}, None)
+    assert backend_of({"backend": "owner/name"}, None) == "owner/name"
 
 
 def test_long_settings_are_cut_where_they_differ() -> None:

@@ -930,7 +930,7 @@ class RunPrice:
         ),
         ("--methods raw,dno --shared", "entry 'dno': shared is true; noise belongs to one prompt"),
         ("--methods raw --budget 0", "budget is 0; it must be at least 1"),
-        ("--methods raw --budget many", "budget is 'many'; it must be int"),
+        ("--methods raw --budget many", "budget is 'many'; it must be a whole number"),
         ("--methods raw --price 0.5 2", "price.gradient is 0.5; it must be at least 1"),
         ("--methods raw --reward nosuch", "unknown reward 'nosuch'"),
         (
@@ -948,6 +948,7 @@ class RunPrice:
         ),
         ("--methods ,", "methods is empty"),
         ("--redraw", "is not a comparison's folder: it has no plan.json"),
+        ("--redraw --methods raw --bugdet 3", "unknown option '--bugdet'; did you mean '--budget'?"),
         (
             "--methods raw,dno --backend emoji --config FILE:still",
             "entry 'dno': sampling.eta is 0; dno learns the noise of every step",

@@ -23,6 +23,13 @@ def test_defaults_are_those_of_the_dataclass() -> None:
     assert read({}) == RunConfig(PROMPTS)
 
 
+def test_a_relative_folder_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models/mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert read({}, "--backend", "models/mine").backend == "./models/mine"
+    assert read({}, "--backend", "models/other").backend == "models/other"
+
+
 def test_a_presets_shared_is_undone_by_a_flag() -> None:
     settings = {"shared": True, "judged_prompts": 5}
     assert (read(settings).shared, read(settings).judged_prompts) == (True, 5)
@@ -234,10 +241,18 @@ def test_a_presets_settings_are_for_its_own_method(tmp_path: Path) -> None:
             ["--steps", "3"],
             "unknown option '--steps'; did you mean '--method.ascent.steps' or '--sampling.steps'\\?",
         ),
-        (["--sampling.steps", "four"], "sampling.steps is 'four'; it must be int"),
-        (["--method.insertion.rank", "x"], "method.insertion.rank is 'x'; it must be int or null"),
+        (["--sampling.steps", "four"], "sampling.steps is 'four'; it must be a whole number"),
+        (["--method.insertion.rank", "x"], "method.insertion.rank is 'x'; it must be a whole number or null"),
         (["--method.insertion.rotations", "up"], "is 'up'; it must be 'applied', 'unused', 'none'"),
         (["--seeds", "x"], "seeds is 'x'"),
+        (["--chunk", "2.5"], "chunk is 2.5; it must be a whole number"),
+        (["--unseen_seeds", "null"], "unseen_seeds is null; it must be a whole number"),
+        (["--method.ascent.lr", "nan"], "method.ascent.lr is nan; it must be a finite number"),
+        (
+            ["--method.ascent.lr", "1e40"],
+            "method.ascent.lr is 1e\\+40; it must be above 0 and at most 1,000,000",
+        ),
+        (["--method.ascent.lr_decay", "2"], "lr_decay is 2.0; it must be above 0 and at most 1"),
         (["--sampling.steps", "0"], "sampling.steps is 0; it must be at least 1"),
         (["--seed"], "argument --seed: expected one argument"),
         (["a prompt"], "unexpected 'a'; give prompts first, in quotes"),

@@ -27,6 +27,7 @@ from ipgo.backends.weights import check_numbers
 from ipgo.backends.z_image import ZImage
 from ipgo.devices import choose_device, choose_dtype
 from ipgo.errors import InputError, unknown
+from ipgo.files import is_hub_id
 
 __all__ = [
     "BACKENDS",
@@ -244,7 +245,9 @@ def _around(pipe: Any, kind: str, opening: Opening) -> Backend:
     return with_own_scale(backend, loaded or backend.name, _few_steps_of(backend, loaded))
 
 
-def check_backend(source: str | Path, opening: Opening, prompts: Sequence[str] = ()) -> int | None:
+def check_backend(
+    source: str | Path, opening: Opening, prompts: Sequence[str] = (), negative_prompt: str = ""
+) -> int | None:
     """Raise `InputError` for a backend that cannot be opened so, as far as that shows without its weights.
 
     Also for prompts that are too long, where CLIP's tokenizer says so.
@@ -258,8 +261,10 @@ def check_backend(source: str | Path, opening: Opening, prompts: Sequence[str] =
     if prompts and facts.chunked and opening.long_prompts == "refuse":
         tokenizer = clip_tokenizer(place)
         if tokenizer is not None:
-            lengths = [len(ids) for ids in unpadded(tokenizer, prompts)]
-            check_lengths(prompts, lengths, min(facts.tokens, tokenizer.model_max_length), facts.chunked)
+            most = min(facts.tokens, tokenizer.model_max_length)
+            for what, texts in (("prompt", prompts), ("sampling.negative_prompt", [negative_prompt])):
+                lengths = [len(ids) for ids in unpadded(tokenizer, texts)]
+                check_lengths(texts, lengths, most, facts.chunked, what)
     return width_of(Path(place), facts)
 
 
@@ -296,7 +301,7 @@ def _place(source: str | Path) -> tuple[str, str | Path]:
     if isinstance(source, str):
         if "/" not in source and not Path(source).exists():
             raise unknown("backend", source, BACKENDS)
-        if (source[0] in "/.~" or source.count("/") > 1) and not Path(source).exists():
+        if "/" in source and not is_hub_id(source) and not Path(source).exists():
             raise InputError(f"backend folder {source!r} does not exist")
     from ipgo.backends.folder import pipeline_class  # here, because diffusers takes seconds
 

@@ -181,10 +181,10 @@ class Backend(ABC):
 
     # -- prompts ----------------------------------------------------------------------------------------
 
-    def check_prompts(self, prompts: Sequence[str]) -> None:
+    def check_prompts(self, prompts: Sequence[str], what: str = "prompt") -> None:
         """Raise `InputError` for a prompt that the encoder cannot take. Needs the tokenizer only."""
         if self.long_prompts == "refuse":
-            check_lengths(prompts, self._lengths(prompts), self.max_tokens, self.facts.chunked)
+            check_lengths(prompts, self._lengths(prompts), self.max_tokens, self.facts.chunked, what)
 
     def truncated(self, prompts: Sequence[str]) -> list[str]:
         """Those that lose their end, with long_prompts="truncate"."""
@@ -211,7 +211,7 @@ class Backend(ABC):
             raise InputError(
                 f"backend {self.name!r} has no unconditional half; its guidance is {self.guidance!r}"
             )
-        self.check_prompts([negative_prompt])
+        self.check_prompts([negative_prompt], "negative_prompt")
         full = self._negative(negative_prompt, cond.length).to(self.device, self.dtype)
         full = full.select(torch.zeros(len(cond.mask), dtype=torch.long, device=self.device))
         if self.padding == "max_length":

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -18,7 +17,9 @@ from huggingface_hub.errors import GatedRepoError
 from safetensors import SafetensorError, safe_open
 from transformers.utils import logging as transformers_logging
 
+from ipgo.bars import only_of_downloads
 from ipgo.errors import InputError, first_line
+from ipgo.files import is_hub_id
 
 INDEX = "model_index.json"
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
@@ -33,7 +34,7 @@ UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 def is_local(source: str | Path) -> bool:
     """Is it a path? Else it is a hub id, `owner/name`."""
     path = Path(source)
-    return path.exists() or path.suffix in PICKLES or str(source).count("/") != 1
+    return path.exists() or path.suffix in PICKLES or not is_hub_id(source)
 
 
 def pipeline_class(source: str | Path) -> str:
@@ -71,7 +72,7 @@ def open_pipeline(source: str | Path, kind: str, dtype: torch.dtype) -> Any:
     try:
         if not local:
             variant = _hub_variant(str(source))
-        with no_bars() if local else nullcontext():
+        with only_of_downloads(source, diffusers_logging, transformers_logging):
             pipe = cls.from_pretrained(
                 str(source), dtype=dtype, use_safetensors=True, variant=variant, **options
             )
@@ -189,19 +190,6 @@ def _cannot_open(source: str | Path, error: Exception) -> InputError:
         f"backend {str(source)!r} is not here, and cannot be fetched from huggingface.co ({reason}); "
         "give a copy as a folder: --backend /path/folder"
     )
-
-
-@contextmanager
-def no_bars() -> Iterator[None]:
-    """Without the progress bars of diffusers and transformers, which run while a folder is read."""
-    loggings = [each for each in (diffusers_logging, transformers_logging) if each.is_progress_bar_enabled()]
-    for each in loggings:
-        each.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for each in loggings:
-            each.enable_progress_bar()
 
 
 def _weight_files(folder: Path, file_name: str, variant: str | None) -> list[Path]:

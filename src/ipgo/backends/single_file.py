@@ -7,9 +7,12 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.utils import logging as diffusers_logging
 from safetensors import safe_open
+from transformers.utils import logging as transformers_logging
 
-from ipgo.backends.folder import INDEX, check_weights, class_name, no_bars
+from ipgo.backends.folder import INDEX, check_weights, class_name
+from ipgo.bars import only_of_downloads
 from ipgo.errors import InputError, first_line
 
 PARTS = ("model.diffusion_model.", "first_stage_model.")  # of every such file: the UNet and the VAE
@@ -46,7 +49,7 @@ def open_file(path: Path, kind: str, dtype: torch.dtype) -> Any:
     if "safety_checker" in getattr(diffusers, kind)._optional_components:
         options |= {"safety_checker": None, "requires_safety_checker": False}
     try:
-        with no_bars():
+        with only_of_downloads(path, diffusers_logging, transformers_logging):
             return getattr(diffusers, kind).from_single_file(
                 str(path), dtype=dtype, feature_extractor=None, image_encoder=None, **options
             )

@@ -29,13 +29,20 @@ def unpadded(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
     return ids
 
 
-def check_lengths(prompts: Sequence[str], lengths: Sequence[int], most: int, chunked: bool) -> None:
-    """Raise `InputError` for a prompt of more than `most` tokens; `chunked`: may it be read in windows?"""
+def check_lengths(
+    prompts: Sequence[str], lengths: Sequence[int], most: int, chunked: bool, what: str = "prompt"
+) -> None:
+    """Raise `InputError` for a prompt of more than `most` tokens.
+
+    Args:
+        chunked: may it be read in windows?
+        what: the prompts are called.
+    """
     for prompt, length in zip(prompts, lengths, strict=True):
         if length > most:
             allowed = '"truncate" or "chunk"' if chunked else '"truncate"'
             raise InputError(
-                f"prompt {prompt[:60]!r} has {length} tokens and the encoder takes {most}; "
+                f"{what} {prompt[:60]!r} has {length} tokens and the encoder takes {most}; "
                 f"shorten it, or allow long_prompts={allowed}"
             )
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ipgo.adapters import TextAdapter
+from ipgo.bars import only_of_downloads
 from ipgo.errors import InputError, first_line
 from ipgo.rewriting import Rewrites, fitted
 from ipgo.search import search
@@ -103,10 +104,12 @@ class Promptist(Method):
 def _load(model: str, tokenizer: str, device: torch.device) -> tuple[Any, Any]:
     """The language model, frozen, and its tokenizer; `InputError` if they cannot be opened."""
     from transformers import AutoModelForCausalLM, AutoTokenizer  # here, because they take a second
+    from transformers.utils import logging as transformers_logging
 
     try:
         tokens = AutoTokenizer.from_pretrained(tokenizer)
-        network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, use_safetensors=True)
+        with only_of_downloads(model, transformers_logging):
+            network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"method.model {model!r} cannot be opened: {first_line(error)}") from error
     return network.to(device).eval().requires_grad_(False), tokens

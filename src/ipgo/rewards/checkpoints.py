@@ -16,8 +16,11 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers.utils import logging
 
+from ipgo.bars import only_of_downloads
 from ipgo.errors import InputError, first_line
+from ipgo.files import is_hub_id
 
 CLIP_L = "openai/clip-vit-large-patch14"  # its tokenizer is that of open_clip, too
 MODEL = "model*.safetensors"
@@ -29,7 +32,6 @@ INDEX = "model.safetensors.index.json"  # of weights in several files
 FOLDER = ("config.json", "preprocessor_config.json", *TOKENIZER, MODEL, INDEX)
 # No network, no such repository, an id that is not one.
 FETCH_ERRORS = (OSError, ValueError, EntryNotFoundError)
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class Checkpoint:
                     f"reward {self.spec!r}: {self.place!r} is not the folder of a CLIPModel: "
                     "it needs config.json and model.safetensors"
                 )
-        elif not HUB_ID.fullmatch(self.place):
+        elif not is_hub_id(self.place):
             raise InputError(f"reward {self.spec!r}: there is no folder {self.place!r}; {self._needed()}")
 
     def find(self) -> Path:
@@ -192,7 +194,10 @@ def open_model(kind: Any, folder: Path | None, reward: str, what: str, **options
         InputError: the weights are not those of such a model, or not all of them; the message calls them `what`.
     """
     try:
-        model, report = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
+        with only_of_downloads(folder, logging):
+            model, report = kind.from_pretrained(
+                folder, dtype=torch.float32, output_loading_info=True, **options
+            )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = first_line(error)
         raise InputError(f"reward {reward!r}: {what!r} cannot be opened: {reason}") from error

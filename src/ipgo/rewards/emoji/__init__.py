@@ -3,8 +3,7 @@
 All but the first are trained by tools/emoji on drawn scenes; docs/emoji-model.md says how well they do.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPModel, CLIPVisionModelWithProjection
 from transformers.utils import logging
 
+from ipgo.bars import only_of_downloads
 from ipgo.rewards.checkpoints import identity
 from ipgo.rewards.clip import ClipReward, TextTower
 from ipgo.rewards.emoji.artwork import load_likeness
@@ -36,7 +36,7 @@ class EmojiAesthetic(nn.Module):
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
-        with _no_bars():
+        with only_of_downloads(folder, logging):
             model = CLIPVisionModelWithProjection.from_pretrained(
                 folder, dtype=torch.float32, attn_implementation="eager"
             )
@@ -48,18 +48,6 @@ class EmojiAesthetic(nn.Module):
             pixel_values=PREPROCESSING(images.to(self.model.device).float())
         ).image_embeds[:, 0]
         return logit.sigmoid()
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """Without the progress bar of transformers: these weights are read in a moment."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def load_clip(device: str | torch.device = "cpu") -> ClipReward:
@@ -75,7 +63,7 @@ def load_preference(device: str | torch.device = "cpu") -> ClipReward:
 def _cosine(part: str, device: str | torch.device) -> ClipReward:
     """`part` is the folder of a CLIPModel beside this file; both read texts alike."""
     # Plain attention: on a CPU the fused kernel's backward pass takes longer than all the rest together.
-    with _no_bars():
+    with only_of_downloads(FOLDER, logging):
         model = CLIPModel.from_pretrained(FOLDER / part, dtype=torch.float32, attn_implementation="eager")
     name, text = f"emoji-{part}", TextTower(model, AutoTokenizer.from_pretrained(FOLDER / "clip"))
     about = identity(name, [FOLDER / part / "model.safetensors"], PREPROCESSING)
