@@ -256,14 +256,14 @@ def test_whole_prompts_of_unequal_windows_are_learned_alone_and_together(pipe):
     """Fitted together or apart and stacked: the same pictures, and gradient at a prompt's own windows alone."""
     backend = chunked(pipe)
     together = EmbeddingAdapter.start(backend, [SHORT, LONG], shared=False)
-    assert together.embeds.shape == (2, 231, backend.embed_dim)
+    assert together.change.shape == (2, 231, backend.embed_dim)
     with torch.no_grad():
-        together.embeds += torch.randn(together.embeds.shape, generator=torch.Generator().manual_seed(0))
+        together.change += torch.randn(together.change.shape, generator=torch.Generator().manual_seed(0))
     apart = [EmbeddingAdapter.start(backend, [text], shared=False) for text in (SHORT, LONG)]
-    assert apart[0].embeds.shape[1] == 77
+    assert apart[0].change.shape[1] == 77
     with torch.no_grad():
         for row, alone in enumerate(apart):
-            alone.embeds.copy_(together.embeds[row : row + 1, : alone.embeds.shape[1]])
+            alone.change.copy_(together.change[row : row + 1, : alone.change.shape[1]])
     stacked = stack(apart)
     for prompts in ([SHORT], [LONG], [SHORT, LONG]):
         images = [
@@ -276,7 +276,7 @@ def test_whole_prompts_of_unequal_windows_are_learned_alone_and_together(pipe):
     with pytest.raises(InputError, match="with equal options"):
         stack([EmbeddingAdapter([SHORT], 77, 8), EmbeddingAdapter([LONG], 64, 8)])
     generate(backend, [SHORT, LONG], [3, 3], together, SAMPLING, backprop_steps=1).sum().backward()
-    reached = together.embeds.grad.abs().sum(-1) > 0
+    reached = together.change.grad.abs().sum(-1) > 0
     assert reached[0, :77].any()
     assert not reached[0, 77:].any()
     assert reached[1, 77:].any()

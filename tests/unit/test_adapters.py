@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ipgo.adapters import ADAPTERS, Adapter, InsertionAdapter, generate, stack
+from ipgo.adapters import ADAPTERS, Adapter, EmbeddingAdapter, InsertionAdapter, generate, stack
 from ipgo.artefacts import load_adapter, save_adapter
 from ipgo.backends import load_backend
 from ipgo.errors import InputError
@@ -68,6 +68,44 @@ def test_the_norm_is_in_units_of_the_prompts(backend, shared):
     original = replace(original, embeds=original.embeds * torch.tensor([1.0, 10, 100])[:, None, None])
     inserted = adapter.condition(backend, PROMPTS, original).embeds[:, :60].norm(dim=-1).mean(1)
     torch.testing.assert_close(inserted, 0.5 * original.norm(), rtol=0.05, atol=0)
+
+
+def test_conformity_is_in_units_of_the_prompts_and_blind_to_sinks(backend):
+    """The same for states of any size, also where the first is a language model's sink."""
+    adapter = InsertionAdapter(PROMPTS, 32, Insertion(3, 2, cross_attention="none"))
+    original = backend.encode(PROMPTS)
+    start = adapter.penalty(original, adapter.condition(backend, PROMPTS, original), None)
+    assert start.min() > 1e-3
+    large = replace(original, embeds=original.embeds * torch.tensor([0.1, 1, 100])[:, None, None])
+    torch.testing.assert_close(
+        adapter.penalty(large, adapter.condition(backend, PROMPTS, large), None), start
+    )
+
+    sinks = replace(original, embeds=original.embeds.clone())
+    sinks.embeds[:, 0] *= 100
+    cond = adapter.condition(backend, PROMPTS, sinks)
+    seen, blind = (cond.mean() - sinks.mean()).abs().mean(-1), adapter.penalty(sinks, cond, None)
+    assert (seen > 3 * start).all()
+    assert (blind < 1.5 * start).all()
+
+    paper = InsertionAdapter(PROMPTS, 32, Insertion(3, 2, cross_attention="none", norm=None))
+    cond = paper.condition(backend, PROMPTS, large)
+    torch.testing.assert_close(paper.penalty(large, cond, None), (cond.mean() - large.mean()).abs().mean(-1))
+
+
+def test_a_free_prompt_learns_in_units_of_its_states(backend):
+    """The same change of the parameters is the same change of states, for their size, in any of them."""
+    adapter = EmbeddingAdapter.start(backend, PROMPTS, shared=False)
+    with torch.no_grad():
+        adapter.change.normal_(generator=torch.Generator().manual_seed(0))
+    original = backend.encode(PROMPTS)
+    large = replace(original, embeds=original.embeds * 100)
+    learned = adapter.condition(backend, PROMPTS, original)
+    torch.testing.assert_close(
+        adapter.condition(backend, PROMPTS, large).embeds, learned.embeds * 100, atol=1e-4, rtol=1e-5
+    )
+    size = (learned.embeds - original.embeds).square().mean((1, 2)).sqrt() * 32**0.5
+    torch.testing.assert_close(size, original.norm(), rtol=0.05, atol=0)
 
 
 def test_zeros_as_a_negative_prompt_get_embeddings_of_the_prompts_norm(backend):

@@ -383,8 +383,9 @@ def test_an_embedding_starts_as_the_prompt(backend, pipe):
     cond = adapter.condition(backend, PROMPTS, original)
     assert adapter.penalty(original, cond, raw).abs().max() < 1e-6
     with torch.no_grad():
-        adapter.embeds[0, 0] += 1  # at the start of the text, which the penalty does not look at
-        adapter.embeds[1] *= -1
+        adapter.change[0, 0] += 1  # at the start of the text, which the penalty does not look at
+        size = original.norm()[1] / math.sqrt(original.embeds.shape[-1])
+        adapter.change[1] -= 2 * original.embeds[1] / size
     turned = adapter.penalty(original, adapter.condition(backend, PROMPTS, original), raw)
     torch.testing.assert_close(turned, torch.tensor([0.0, 2.0]), atol=1e-6, rtol=0)
     with pytest.raises(InputError, match="prompt-wise only"):
@@ -402,7 +403,7 @@ def test_preservation_looks_at_the_end_of_every_encoders_text():
     adapter = EmbeddingAdapter.start(backend, prompts, shared=False)
     original = backend.encode(prompts)
     with torch.no_grad():
-        adapter.embeds += torch.randn(adapter.embeds.shape, generator=torch.Generator().manual_seed(0))
+        adapter.change += torch.randn(adapter.change.shape, generator=torch.Generator().manual_seed(0))
     cond = adapter.condition(backend, prompts, original)
     found = adapter.penalty(original, cond, backend.noise([0, 0]))
     for row, prompt in enumerate(prompts):

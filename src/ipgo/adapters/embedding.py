@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar, Self
@@ -16,17 +17,21 @@ from ipgo.errors import InputError
 
 
 class EmbeddingAdapter(Adapter):
-    """States of the text encoder's whole length instead of each prompt's, padding included (PEO)."""
+    """States of the text encoder's whole length instead of each prompt's, padding included (PEO).
+
+    What is learned is how they change, in units of the prompt's states, of a mean square of 1 as CLIP's are: one
+    learning rate serves every text encoder.
+    """
 
     kind: ClassVar[str] = "embedding"
 
-    embeds: nn.Parameter  # (N, L, D), L of the longest prompt
+    change: nn.Parameter  # (N, L, D), L of the longest prompt; starts at 0
 
     def __init__(self, prompts: Sequence[str], length: int, width: int, long_prompts: str = "refuse") -> None:
         super().__init__(prompts)
         self.long_prompts = long_prompts
         self.options = {"length": length, "width": width, "long_prompts": long_prompts}
-        self.embeds = nn.Parameter(torch.zeros(len(prompts), length, width))
+        self.change = nn.Parameter(torch.zeros(len(prompts), length, width))
 
     @classmethod
     def start(cls, backend: Backend, prompts: Sequence[str], *, shared: bool) -> Self:
@@ -41,14 +46,12 @@ class EmbeddingAdapter(Adapter):
             )
         check_padding(backend.padding)
         with torch.no_grad():
-            own = backend.encode(prompts)
-            adapter = cls(prompts, own.length, backend.embed_dim, backend.long_prompts)
-            adapter.embeds.copy_(own.embeds)
-        return adapter
+            length = backend.encode(prompts).length
+        return cls(prompts, length, backend.embed_dim, backend.long_prompts)
 
     def condition(self, backend: Backend, prompts: Sequence[str], original: PromptEmbeds) -> PromptEmbeds:
         check_padding(backend.padding)
-        (most, width), (length, taken) = self.embeds.shape[1:], original.embeds.shape[1:]
+        (most, width), (length, taken) = self.change.shape[1:], original.embeds.shape[1:]
         # Of prompts read in windows, those of fewer windows than the longest have rows that end with filling.
         fits = length <= most if self.long_prompts == "chunk" else length == most
         if width != taken or not fits:
@@ -56,7 +59,9 @@ class EmbeddingAdapter(Adapter):
                 f"this adapter holds states of shape {(most, width)}; backend {backend.name!r} takes "
                 f"{(length, taken)}"
             )
-        learned = self.embeds[self.rows(prompts), :length]
+        unit = original.norm() / math.sqrt(width)
+        change = self.change[self.rows(prompts), :length] * unit[:, None, None]
+        learned = original.embeds + change  # in float32 or wider: bfloat16 would lose small changes
         return replace(original, embeds=learned.to(original.embeds))
 
     @staticmethod
@@ -65,14 +70,14 @@ class EmbeddingAdapter(Adapter):
         found = [each for each in adapters if isinstance(each, EmbeddingAdapter)]
         if any(each.long_prompts != "chunk" for each in found):
             return adapters
-        longest = max(each.embeds.shape[1] for each in found)
+        longest = max(each.change.shape[1] for each in found)
         return [each._filled(longest) for each in found]
 
     def _filled(self, length: int) -> EmbeddingAdapter:
         assert self.prompts is not None
         filled = EmbeddingAdapter(self.prompts, **{**self.options, "length": length})
         with torch.no_grad():
-            filled.embeds[:, : self.embeds.shape[1]] = self.embeds
+            filled.change[:, : self.change.shape[1]] = self.change
         return filled
 
     def penalty(self, original: PromptEmbeds, conditioned: PromptEmbeds, noise: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, ClassVar
@@ -189,8 +190,19 @@ class InsertionAdapter(Adapter):
             )
 
     def penalty(self, original: PromptEmbeds, conditioned: PromptEmbeds, noise: Tensor) -> Tensor:
-        """Conformity: the mean over D of |mean(conditioned) - mean(original)|, means over text positions."""
-        return (conditioned.mean() - original.mean()).abs().mean(-1)
+        """Conformity: the mean over D of |mean(conditioned) - mean(original)|, means over text positions.
+
+        With `insertion.norm` it is in units of the prompt's states, of a mean square of 1 as CLIP's are, and does not
+        look at their sinks. So one weight serves every text encoder.
+        """
+        if self.insertion.norm is None:
+            return (conditioned.mean() - original.mean()).abs().mean(-1)
+        unit = original.norm()
+        words = original.words(unit)
+        around = conditioned.mask.clone()
+        around[:, self.insertion.num_prefix :][:, : original.length] = words
+        change = replace(conditioned, mask=around).mean() - replace(original, mask=words).mean()
+        return change.abs().mean(-1) * (math.sqrt(self.width) / unit)
 
     def project_(self) -> None:
         for side in self.sides():

@@ -28,7 +28,7 @@ class Embedding(Method):
 
     prompt_wise: ClassVar[bool] = True
 
-    ascent: Ascent = Ascent(steps=50, lr=0.01, lr_decay=1.0, penalty_weight=0.5)
+    ascent: Ascent = Ascent(steps=50, lr=8e-3, lr_decay=1.0, penalty_weight=0.5)
 
     def check(self, request: Request) -> None:
         """Before a model is loaded: `InputError` for prompts without padding."""
