@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ipgo import files
-from ipgo.errors import InputError, MissingExtraError
+from ipgo.errors import InputError, MissingExtraError, first_line
 from ipgo.typed import check_types
 
 FIRST_WAIT = 1.0  # seconds before the first further try, doubled for each one after it ...
@@ -26,12 +26,23 @@ QUOTES = {'"': '"', "'": "'", "`": "`", "“": "”", "‘": "’", "«": "»"}
 NUMBERED = re.compile(r"^\**\(?\d+[.):]\**\s+")
 ITEM = re.compile(rf"{NUMBERED.pattern}|^[-*•]\s+")
 LABEL = re.compile(r"^(?:(?:rewritten|improved|new)\s+)?prompt(?:\s*\d+)?\s*:\s*", re.IGNORECASE)
+# What comes before the text on its own line, or on the line before it. A prompt, too, may begin with "Here is".
 ANNOUNCED = re.compile(
-    r"^(?:(?:sure|certainly|of course|okay|ok)\b[^\w]*)?(?:here(?:'s|’s| is| are)|this is)\b[^:]{0,80}:\s*",
+    r"^(?:(?:sure|certainly|of course|okay|ok)\b[^\w]*)?(?:here\b|this is\b)"
+    r"(?:[^:\n]{0,80}\b(?:prompt|version|rewrit\w*|description|caption|result|answer|suggestion|it is|you go)\b"
+    r"[^:\n]{0,40}:\s*|[^:\n]{0,120}:\s*\n\s*)",
     re.IGNORECASE,
 )
 LIST = re.compile(r"(?:^|:)\s*(\[.*\])[\s.,;}]*$", re.DOTALL | re.MULTILINE)
-THOUGHT = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL | re.IGNORECASE)
+# Some templates put the opening mark into the question, and some answers end before the closing one.
+THOUGHTS = [
+    re.compile(pattern, re.DOTALL | re.IGNORECASE)
+    for pattern in (
+        r"<think(?:ing)?>.*?</think(?:ing)?>",
+        r"\A.*</think(?:ing)?>",
+        r"<think(?:ing)?>.*\Z",
+    )
+]
 logger = logging.getLogger("ipgo")
 
 
@@ -96,6 +107,10 @@ class Chat:
             logger.warning("stored answer %s is damaged; the model is asked again", file)
             return None
 
+    def forget(self, instruction: str, text: str, index: int = 0) -> None:
+        """Do not keep the answer of an earlier `ask`."""
+        self._file(self._question(instruction, text, index)).unlink(missing_ok=True)
+
     def check(self, instruction: str, text: str) -> None:
         """Raise at once what `ask` would raise for want of a key or of the openai package."""
         if self.stored(instruction, text) is None:
@@ -105,10 +120,10 @@ class Chat:
     def folder(self) -> Path:
         """Where answers are stored."""
         if self.cache is not None:
-            return Path(self.cache)
+            return Path(self.cache).expanduser()
         own = os.environ.get("IPGO_CACHE")
         if own:
-            return Path(own) / "chat"
+            return Path(own).expanduser() / "chat"
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ipgo" / "chat"
 
     def _question(self, instruction: str, text: str, index: int) -> dict[str, Any]:
@@ -142,7 +157,13 @@ class Chat:
         from openai import OpenAI  # here, because it takes a second
 
         wait = FIRST_WAIT
-        with OpenAI(timeout=self.timeout, max_retries=0) as client:
+        try:
+            made = OpenAI(timeout=self.timeout, max_retries=0)
+        except Exception as error:  # its HTTP library has errors of its own
+            raise InputError(
+                f"OPENAI_BASE_URL, or the address of a proxy, cannot be used: {first_line(error)}"
+            ) from error
+        with made as client:
             for attempt in range(self.retries + 1):
                 answer, problem, asked = self._try(client, messages)
                 if answer is not None:
@@ -194,6 +215,13 @@ def _seconds(header: str | None) -> float | None:
         return None
 
 
+def without_thoughts(answer: str) -> str:
+    """An answer without what a model thought aloud, between <think> marks."""
+    for pattern in THOUGHTS:
+        answer = pattern.sub("", answer)
+    return answer
+
+
 def parse_texts(answer: str) -> list[str]:
     """The different texts that an answer lists: numbered, with bullets, as JSON, or one a line.
 
@@ -201,7 +229,7 @@ def parse_texts(answer: str) -> list[str]:
     or have bullets, the others are talk; if none are, a line that ends with a colon is, and so is what a model thought
     aloud between <think> marks.
     """
-    answer = THOUGHT.sub("", answer)
+    answer = without_thoughts(answer)
     lines = _json_texts(answer) or [line.strip() for line in answer.splitlines()]
     lines = [line for line in lines if line and not line.startswith("```")]
     items = [ITEM.sub("", line) for line in lines if ITEM.match(line)]
@@ -216,12 +244,12 @@ def parse_text(answer: str) -> str:
     Lines and bullets are parts of it, numbered lines are several texts, of which the first is taken. Thoughts, fences,
     labels, quotation marks, and what announces it ("Sure! Here is your prompt:") are taken off.
     """
-    answer = THOUGHT.sub("", answer)
+    answer = without_thoughts(answer)
     listed = _json_texts(answer)
     lines = listed[:1] or [line.strip() for line in answer.splitlines()]
     lines = [line for line in lines if line and not line.startswith("```")]
     several = [line for line in lines if NUMBERED.match(line)]
-    whole = " ".join(ITEM.sub("", line) for line in several[:1] or lines)
+    whole = "\n".join(ITEM.sub("", line) for line in several[:1] or lines)
     text = _bare(ANNOUNCED.sub("", whole))
     return "" if text.endswith(":") else text  # it announces what did not come
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ipgo.adapters import Adapter, generate
 from ipgo.backends import Backend
 from ipgo.errors import InputError
-from ipgo.rewards import Reward, RewardFunction, as_reward, optimised
+from ipgo.rewards import Reward, RewardFunction, as_reward, identity_of, optimised
 from ipgo.rewards import score as checked
 from ipgo.sampling import Sampling
 from ipgo.seeding import plain
@@ -146,10 +146,17 @@ def _drawn(
 
 
 def score(
-    drawings: Sequence[Drawing], rewards: Mapping[str, Reward], trained_on: str, judge: Judge | None = None
+    drawings: Sequence[Drawing],
+    rewards: Mapping[str, Reward],
+    own: Collection[str],
+    judge: Judge | None = None,
 ) -> list[Score]:
-    """Every reward's value, and the judge's verdicts as scores named judge-object, judge-colour, ..."""
-    scores, own = [], optimised(trained_on)
+    """Every reward's value, and the judge's verdicts as scores named judge-object, judge-colour, ...
+
+    Args:
+        own: the names of what was optimised, which is not held out.
+    """
+    scores = []
     made = judge.made if judge is not None else {}
     followed = {mark for name in own for mark in made.get(name, ())}  # what was optimised judges nothing
     for start in range(0, len(drawings), BATCH):
@@ -200,10 +207,11 @@ def evaluate(
     if not len(prompts) or not seeds:
         raise InputError("evaluate needs at least one prompt and one seed")
     judges = {name: as_reward(reward, name) for name, reward in rewards.items()}
+    own = optimised(trained_on, {name: identity_of(reward) for name, reward in judges.items()})
     scores = []
     for prompt in tqdm(prompts, desc="evaluating", unit="prompt", disable=None, leave=False):
         drawings = list(draw(backend, adapters, prompt, seeds, sampling))
-        scores += score(drawings, judges, trained_on, judge)
+        scores += score(drawings, judges, own, judge)
     return scores
 
 

@@ -69,7 +69,8 @@ def ask_texts(
 ) -> list[str]:
     """n texts that the encoder takes, out of a chat model's answer; too few of them are repeated in turn.
 
-    Texts that are too long are cut, and said to be; an answer without any text is asked for anew.
+    Texts that are too long are cut, and said to be; an answer without any text is asked for anew. If none of these has
+    one either, they are forgotten, so that another run may ask again.
 
     Args:
         occasion: numbers the times that the same question may be asked, each of which wants an answer of its own.
@@ -86,6 +87,8 @@ def ask_texts(
             if len(texts) < n:
                 logger.warning("chat.model %r gave %d texts instead of %d", chat.model, len(texts), n)
             return [texts[place % len(texts)] for place in range(n)]
+    for attempt in range(ATTEMPTS):
+        chat.forget(instruction, text, ATTEMPTS * occasion + attempt)
     raise InputError(f"chat.model {chat.model!r} gave no text for {text[:60]!r} in {ATTEMPTS} answers")
 
 

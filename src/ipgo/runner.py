@@ -27,7 +27,8 @@ from ipgo.images import to_pil
 from ipgo.methods import WITHOUT_GRADIENT
 from ipgo.models import Models, facts
 from ipgo.prompts import Prompt
-from ipgo.rewards import asks, has_gradient
+from ipgo.rewards import has_gradient, optimised
+from ipgo.rewards.external import asks
 from ipgo.store import Run
 from ipgo.task import Progress, Task
 
@@ -103,18 +104,17 @@ def exclusively(backend: Backend) -> Iterator[None]:
 
 
 def try_rewards(config: RunConfig, models: Models) -> None:
-    """Score one picture of the first prompt by the held-out rewards, so that a broken one fails before the search.
+    """Score two copies of one picture of the first prompt, so that a broken reward fails before the search.
 
-    Rewards that ask a person are left out.
+    Two, since a search may score one image at a time, and only what is drawn after it comes in batches. Rewards that
+    ask a person are left out.
     """
-    judges = {
-        name: reward for name, reward in models.rewards.items() if name != config.reward and not asks(name)
-    }
-    if judges:
+    tried = {name: reward for name, reward in models.rewards.items() if not asks(reward)}
+    if tried:
         text, seeds = config.prompts[0], config.judged_seeds[:1]
         sampling = config.sampling.for_fit(models.backend)
         drawings = list(draw(models.backend, {"raw": Adapter()}, text, seeds, sampling))
-        score(drawings, judges, config.reward)
+        score(2 * drawings, tried, ())
 
 
 def fit_chunk(folder: Run, models: Models, chunk: Chunk, limit: Limit | None = None) -> tuple[Progress, Cost]:
@@ -195,7 +195,7 @@ def draw_and_score(folder: Run, models: Models, prompt: Prompt, method: str, ada
         when = "before" if method == "raw" else "after"
         folder.save_image(prompt, when, drawing.seed, to_pil(drawing.image[None])[0])
         drawings.append(drawing)
-    return score(drawings, models.rewards, config.reward, models.judge)
+    return score(drawings, models.rewards, optimised(config.reward, models.identities), models.judge)
 
 
 def taken_over(folder: Run, models: Models, prompt: Prompt, twins: Sequence[Run]) -> list[Score]:

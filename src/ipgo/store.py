@@ -360,7 +360,7 @@ class Run:
 
     def told(self, scores: Iterable[Score]) -> list[Score]:
         """Scores of this run's images, with what is held out as it is said now: it may have been written otherwise."""
-        own = optimised(self.config.reward)
+        own = optimised(self.config.reward, self.identities)
         return [replace(each, held_out=each.reward not in own) for each in scores]
 
     def judge_again(

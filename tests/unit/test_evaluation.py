@@ -85,7 +85,7 @@ def test_what_a_reward_is_made_of_is_not_held_out() -> None:
     drawings = [Drawing(name, "a fox", 0, image) for name in ("raw", "ipgo")]
     names = (spec, "contrast", "colorfulness", "clip")
     rewards = {name: as_reward(lambda images, _: images.mean((1, 2, 3)), name) for name in names}
-    found = {each.reward: each.held_out for each in score(drawings, rewards, spec)}
+    found = {each.reward: each.held_out for each in score(drawings, rewards, optimised(spec))}
     assert found == {spec: False, "contrast": False, "colorfulness": False, "clip": True}
     assert optimised("<lambda>") == {"<lambda>"}
     assert optimised("clip:/mine") == {"clip:/mine"}  # other weights

@@ -105,6 +105,12 @@ def test_troubles_that_do_not_pass_are_said(endpoint, waits, monkeypatch):
         Chat().ask("", "hello")
 
 
+def test_an_address_that_is_none_is_said_to_be(endpoint, monkeypatch):
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://localhost:port/v1")
+    with pytest.raises(InputError, match="OPENAI_BASE_URL, or the address of a proxy, cannot be used"):
+        Chat().ask("", "sun")
+
+
 def test_a_slow_answer_is_given_up(endpoint):
     endpoint.script = [(200, {}, completion("too late"), 0.6)]
     with pytest.raises(InputError, match=r"ended in a time-out after 0\.2 s"):
@@ -143,6 +149,7 @@ def test_wrong_settings_of_a_chat_are_refused(options, message):
         ('Sure:\n["a cat",\n "a dog"]\nHope it helps.', ["a cat", "a dog"]),
         ("<think>\nA cat?\n</think>\n\na cat", ["a cat"]),
         ("<think>for ever", []),
+        ("1. think\n2. answer\n</think>\n1. a cat\n2. a dog", ["a cat", "a dog"]),
         ('{"prompts": ["a cat", "a dog"]}', ["a cat", "a dog"]),
         ('```json\n{\n  "prompts": [\n    "a cat",\n    "a dog"\n  ]\n}\n```', ["a cat", "a dog"]),
         ('Here they are: ["a cat", "a dog"].', ["a cat", "a dog"]),
@@ -172,6 +179,11 @@ def test_answers_are_read_in_whatever_form_they_come(answer, texts):
         ('["a fox"]', "a fox"),
         ("<think>a fox?</think>a cat", "a cat"),
         ("<think>a fox?", ""),
+        ("The user wants a fox.\nFine.\n</think>\n\nA red fox", "A red fox"),
+        ("This is a photo of a fox, style: watercolor", "This is a photo of a fox, style: watercolor"),
+        ("Here is a fox: red on blue", "Here is a fox: red on blue"),
+        ("Here's the better one:\nA red fox", "A red fox"),
+        ("Here you go: A red fox", "A red fox"),
     ],
 )
 def test_an_answer_that_is_one_text_is_read_whole(answer, text):
@@ -227,6 +239,8 @@ def test_answers_without_a_text_are_asked_for_anew(backend, endpoint, caplog):
     endpoint.answer = lambda request: "Sorry:"
     with pytest.raises(InputError, match="gave no text for 'moon' in 3 answers"):
         ask_texts(Chat(), backend, "", "moon", 1)
+    endpoint.answer = lambda request: "a dog"
+    assert ask_texts(Chat(), backend, "", "moon", 1) == ["a dog"]  # the useless ones were not kept
 
 
 def test_each_reward_has_its_instruction():
@@ -242,6 +256,7 @@ def test_each_reward_has_its_instruction():
     for spec in ("hpsv2.1", "pickscore:a/folder", "imagereward"):
         assert ChatGPT().instruction(spec) == ChatGPT().instruction("emoji-preference"), spec
     assert ChatGPT().instruction("clip@notebook") == said["clip"]
+    assert ChatGPT().instruction("a*b") == ChatGPT().instruction("mine")  # a function's own name
     assert "as a fault, how vivid" in ChatGPT().instruction("emoji-clip+-0.5*colorfulness")
 
 
@@ -249,7 +264,7 @@ def test_llm_search_learns_from_its_history(backend, endpoint):
     def answer(request):
         instruction, question = (message["content"] for message in request["messages"])
         if "You study trials" in instruction:
-            return "Dogs score high."
+            return "<think>Cats? No.</think>Dogs score high."
         number = question.count("\n0.") + question.count("\n-0.")
         return f"1. a dog {number}\n2. a cat {number}"
 

@@ -94,8 +94,12 @@ class ChatGPT(Method):
 
 def _value(reward: str) -> str:
     """The values of a reward, or of the terms of a sum; a function in a file goes by its own name."""
+    try:
+        added = terms(reward)
+    except InputError:  # the name of a function of the user's, which is no sum
+        added = [(1.0, reward)]
     found = []
-    for weight, name in terms(reward):
+    for weight, name in added:
         value = VALUES.get(name.rpartition(":")[2].strip().removeprefix("emoji-"), GENERAL)
         found.append(value if weight > 0 else f"as a fault, {value}")
     return "; and ".join(dict.fromkeys(found))

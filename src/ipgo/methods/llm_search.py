@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ipgo.adapters import TextAdapter
-from ipgo.chat import Chat
+from ipgo.chat import Chat, without_thoughts
 from ipgo.errors import InputError
 from ipgo.rewriting import Rewrites, ask_texts
 from ipgo.search import search
@@ -101,7 +101,7 @@ class LLMSearch(Method):
         different = dict(table.history(row, step))
         trials = sorted(different.items(), key=lambda trial: trial[1])[-self.shown :]
         hint = self.chat.ask(HINT, _question(prompt, trials, ""), turn) if self.hints else ""
-        return _question(prompt, trials, hint)
+        return _question(prompt, trials, without_thoughts(hint))
 
 
 def _question(prompt: str, trials: Sequence[tuple[str, float]], hint: str) -> str:

@@ -24,7 +24,6 @@ from ipgo.evaluation import Gain, Score, levels, summarise, unlike
 from ipgo.images import reading
 from ipgo.prompts import Prompt
 from ipgo.report import charts
-from ipgo.rewards import optimised
 from ipgo.rewards.checkpoints import fingerprint
 from ipgo.store import EVALUATION, Run
 
@@ -284,7 +283,7 @@ def _scatters(scores: Sequence[Score], reward: str, seeds: Collection[int]) -> l
         if each.seed in seeds:
             values[each.prompt, each.seed][each.reward, each.method == "raw"] = each.value
     points: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    own = optimised(reward)
+    own = {each.reward for each in scores if not each.held_out}
     for found in values.values():
         gains = {
             name: found[name, False] - old

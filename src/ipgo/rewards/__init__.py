@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pkgutil
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -37,7 +38,6 @@ __all__ = [
     "RewardFunction",
     "WeightedSum",
     "as_reward",
-    "asks",
     "check_reward",
     "combine",
     "has_gradient",
@@ -123,11 +123,6 @@ def has_gradient(spec: str) -> bool:
     return _outline(spec).differentiable
 
 
-def asks(spec: str) -> bool:
-    """Does a person give it?"""
-    return any(each.name.startswith("ask:") for each in read_terms(spec))
-
-
 def terms(spec: str) -> list[tuple[float, str]]:
     """What a spec adds up: weights and names, those in `REWARDS` without a path or variant."""
     return [
@@ -136,16 +131,32 @@ def terms(spec: str) -> list[tuple[float, str]]:
     ]
 
 
-def optimised(spec: str) -> set[str]:
+def optimised(spec: str, identities: Mapping[str, Any] | None = None) -> set[str]:
     """What a method that follows a spec optimises: the spec, and the rewards it is made of. These are not held out.
 
     Nor is another variant (`@notebook`) of the same weights.
+
+    Args:
+        spec: or the name of a reward object, which may say nothing.
+        identities: what all rewards are known by (`identity_of`), by name: tells a reward under another name.
     """
+    known = identities or {}
+    made_of = list(_within(known.get(spec)))
+    alike = {name for name, identity in known.items() if identity in made_of}
     try:
         names = {each.name for each in read_terms(spec)}
-    except InputError:  # the name of a function of the user's, which says nothing
-        return {spec}
-    return {spec, *names, *(re.sub("@[^:]*", "", name) for name in names if bare_name(name) in REWARDS)}
+    except InputError:
+        return {spec, *alike}
+    bare = {re.sub("@[^:]*", "", name) for name in names if bare_name(name) in REWARDS}
+    return {spec, *alike, *names, *bare}
+
+
+def _within(identity: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
+    """The identity, and those of what a sum adds up and a ceiling cuts off."""
+    if identity is not None:
+        yield identity
+        for each in (*identity.get("terms", ()), identity):
+            yield from _within(each.get("reward"))
 
 
 def terms_of(reward: Reward) -> dict[str, Reward]:
@@ -184,7 +195,7 @@ def _load(name: str, device: torch.device) -> Reward:
         load, checkpoint = pkgutil.resolve_name(REWARDS[bare].load), _checkpoint(name)
         return as_reward(load(device) if checkpoint is None else load(device, checkpoint), name)
     if ".py:" in name:
-        return as_reward(*read_function(name))
+        return as_reward(read_function(name), name)
     raise _unknown(name)
 
 

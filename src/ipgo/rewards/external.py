@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ipgo.errors import InputError, RewardError
 from ipgo.images import to_pil
+from ipgo.rewards.base import Reward, parts
 from ipgo.rewards.checkpoints import identity
 
 PICTURES = "written as PNG, 8 bits a channel"
@@ -137,3 +138,8 @@ def _is_file(word: str) -> bool:
     with contextlib.suppress(OSError, ValueError):
         return Path(word).is_file()
     return False
+
+
+def asks(reward: Reward) -> bool:
+    """Does a person give it, or a part of it?"""
+    return any(isinstance(each, Question) for each in parts(reward))

@@ -30,8 +30,8 @@ DEVICE = re.compile(r"(cpu|cuda|mps)(:\d+)?")
 RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
 
-def read_function(spec: str) -> tuple[Function, str]:
-    """The function that `path/mine.py:warmth` names, and its name.
+def read_function(spec: str) -> Function:
+    """The function that `path/mine.py:warmth` names.
 
     Raises:
         InputError: no such file, one that does not run, or one without that function.
@@ -57,7 +57,8 @@ def read_function(spec: str) -> tuple[Function, str]:
     if not hasattr(module, name):
         public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise unknown(f"reward in {place!r}:", name, public)
-    return getattr(module, name), name
+    found: Function = getattr(module, name)
+    return found
 
 
 def said(error: BaseException) -> str:
