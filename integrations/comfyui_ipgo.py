@@ -7,10 +7,11 @@ the CLIP that it is given, as they do, and puts the learned embeddings around th
 
 Limits: models with one text encoder, whose denoiser does not care about the order of tokens (Stable Diffusion 1.x and
 2.x); prompts of one window of 77 tokens; adapters learned with padding="max_length" and without insertion.pooled. One
-that was fitted to prompts takes these, word for word; a shared one takes any. Adapters of other kinds or widths are
+that was fitted to prompts takes these, word for word, their brackets as brackets; a shared one takes any. Adapters of other kinds or widths are
 refused; that the checkpoint is the one that the adapter was learned on, the node cannot see.
 """
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,10 @@ class IPGOTextEncode:
                 "this node takes 'max_length' and False"
             )
         rows = learned.rows([text])
+        # Bare brackets would be ComfyUI's emphasis, which the fit knew nothing of.
+        read = text if learned.prompts is None else re.sub(r"[()]", r"\\\g<0>", text)
         return (
-            encoded(clip, text, learned.width, lambda states: learned.insert(rows, states)),
+            encoded(clip, read, learned.width, lambda states: learned.insert(rows, states)),
             encoded(clip, negative_text, learned.width, lambda states: learned.insert_negative(rows, states)),
         )
 

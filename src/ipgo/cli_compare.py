@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -136,10 +137,7 @@ def plan_of(parsed: Namespace, entries: Mapping[str, Any], method: Mapping[str, 
     prompts = tuple(read_texts(parsed.text, parsed.prompts))
     if parsed.price is not None and len(parsed.price) != 2:
         raise InputError(f"price is {parsed.price}; it must be two numbers")
-    unseen = parsed.unseen_prompts
-    name, _, half = (parsed.prompts or "").partition("?")[0].partition(":")
-    if unseen is None and half == "train" and "test" in halves(name):
-        unseen = parsed.prompts.replace(":train", ":test", 1)
+    unseen = parsed.unseen_prompts or _other_half(parsed.prompts or "")
     return Plan(
         prompts=prompts,
         common=common_settings(build(parsed, prompts)),
@@ -148,6 +146,21 @@ def plan_of(parsed: Namespace, entries: Mapping[str, Any], method: Mapping[str, 
         price=Price(*parsed.price) if parsed.price else None,
         unseen_prompts=tuple(read_prompts(unseen)) if unseen else (),
     )
+
+
+def _other_half(spec: str) -> str | None:
+    """`one:test` for `one:train`, with the same options; all of its prompts if n is more than there are."""
+    place, _, query = spec.partition("?")
+    name, _, half = place.partition(":")
+    if half != "train" or "test" not in halves(name):
+        return None
+    options = [each for each in query.split("&") if each]
+    for kept in (options, [each for each in options if not each.startswith("n=")]):
+        other = "?".join(filter(None, (f"{name}:test", "&".join(kept))))
+        with contextlib.suppress(InputError):
+            read_prompts(other)
+            return other
+    return None  # `exclude` leaves none
 
 
 def entries_of(
@@ -159,13 +172,12 @@ def entries_of(
         names: labels and methods, comma-separated; None is all of the file's entries.
         entries: the file's, by label; those of the bundled `systems` may be named besides.
         method: what the file's entries of one method have in common, with its name.
-        backend: its name may say that it is a few-step model.
+        backend: the common one; its name, as that of an entry's own, may say that it is a few-step model.
 
     Raises:
         InputError: nothing to compare, or a name that is neither.
     """
     from ipgo.config import merge, method_settings, read_settings
-    from ipgo.defaults import for_backend
     from ipgo.methods import METHODS
 
     if not isinstance(entries, Mapping):
@@ -202,11 +214,24 @@ def entries_of(
         name = given.get("name") or (label if label in METHODS else method.get("name"))
         if name not in METHODS:
             raise InputError(f"entry {label!r} has method {name!r}; choose from {', '.join(METHODS)}")
-        few = for_backend(backend, name).get("method") or {}
-        common = merge(few, dict(method) if method.get("name") == name else {})
-        settings = {**own, "method": merge(common, {**given, "name": name})}
+        few = _few_step_settings(name, backend, str(own.get("backend", backend)))
+        common = merge(few.pop("method", {}), dict(method) if method.get("name") == name else {})
+        settings = {**merge(few, own), "method": merge(common, {**given, "name": name})}
         found[label] = merge(dict(needed.get(name) or {}), settings)
     return found
+
+
+def _few_step_settings(method: str, common: str, own: str) -> Settings:
+    """What an entry needs besides the common settings, which are those of the backend `common`."""
+    from ipgo.defaults import for_backend
+    from ipgo.sampling import Sampling
+
+    few = for_backend(own, method)
+    if own == common:
+        few.pop("sampling", None)  # it is among the common ones
+    elif not few and (theirs := for_backend(common, method)):
+        few["sampling"] = {key: getattr(Sampling(), key) for key in theirs["sampling"]}
+    return few
 
 
 def show_comparison(place: Path) -> int:

@@ -105,7 +105,7 @@ def show(found: Explanation) -> str:
     return "\n".join(
         [
             f"\n{found.prompt}",
-            f"{found.reward} {found.value:.4f}, raw {found.raw:.4f}; mean norm of the prompt's states "
+            f"{found.reward} {found.value:.4f}, raw {found.raw:.4f}; median norm of the prompt's states "
             f"{found.prompt_norm:.2f}; drift of their mean {found.drift:.1%}",
             f"attention: {looks}",
             *aligned(rows),

@@ -95,7 +95,7 @@ def _read(file: Path) -> dict[str, Any]:
 def _images_of(captions: Path, names: list[str]) -> set[int]:
     """The images that show a category or supercategory of these names."""
     wanted = {part for name in names for part in SUBSETS.get(name, (name,))}
-    images, known = set(), set(SUBSETS)
+    images, known = set(), set[str]()
     files = [captions.with_name(captions.name.replace("captions", kind)) for kind in ("instances", "stuff")]
     for file in files:
         if not file.is_file():
@@ -110,7 +110,8 @@ def _images_of(captions: Path, names: list[str]) -> set[int]:
     if missing:
         absent = ", ".join(file.name for file in files if not file.is_file())
         hint = f"; {absent} is not beside the captions ({COCO_FILES})" if absent else ""
-        raise InputError(f"{unknown('COCO category', missing[0], known)}{hint}")
+        others = (known | set(SUBSETS)) - set(missing)
+        raise InputError(f"{unknown('COCO category', missing[0], others)}{hint}")
     return images
 
 
@@ -139,9 +140,10 @@ def pick_a_pic(place: str, options: Options) -> list[str]:
         return [row["caption"] for row in _rows(place, "caption")]
     if Path(place).is_dir() and place:
         shards = sorted(Path(place).glob("*.parquet"))
-        if not shards:
+        if shards:
+            return [row["caption"] for shard in shards for row in _rows(str(shard), "caption")]
+        if place not in PICK_A_PIC_SPLITS:  # which a folder may be called by chance
             raise InputError(f"folder {place!r} has no .parquet file")
-        return [row["caption"] for shard in shards for row in _rows(str(shard), "caption")]
     split = place or "validation_unique"
     if split not in PICK_A_PIC_SPLITS:
         raise unknown("split of Pick-a-Pic", split, (*PICK_A_PIC_SPLITS, "FILE.parquet", "FOLDER"))
@@ -161,7 +163,9 @@ def _hub_columns(
         raise MissingExtraError(f'{spec} needs the datasets package: pip install "ipgo[data]"') from None
     try:
         found = load_dataset(repository, split=split)
-    except (OSError, ValueError) as error:
+    except (
+        Exception
+    ) as error:  # its libraries say in many ways that there is no network, or not for long enough
         raise _offline(repository, local, error) from error
     missing = [name for name in columns if name not in found.column_names]
     if missing:
@@ -176,7 +180,7 @@ def _download(repository: str, file: str, local: str) -> str:
 
     try:
         return str(hf_hub_download(repository, file, repo_type="dataset"))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # as above
         raise _offline(f"{repository}/{file}", local, error) from error
 
 

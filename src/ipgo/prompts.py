@@ -97,7 +97,8 @@ def read_prompts(spec: str) -> list[str]:
         if option not in (*COMMON, *known):
             raise unknown(f"option of {place!r}", option, (*COMMON, *known))
     if source is not None:
-        prompts = [prompt for text in source(rest, options) if (prompt := " ".join(text.split()))]
+        place = str(Path(rest).expanduser()) if rest.startswith("~") else rest
+        prompts = [prompt for text in source(place, options) if (prompt := " ".join(text.split()))]
         prompts = list(dict.fromkeys(prompts))
     else:
         prompts = _read_file(place) if Path(place).suffix.lower() in READERS else _read_set(place)
@@ -152,7 +153,7 @@ def _some(spec: str, prompts: list[str], options: Mapping[str, str]) -> list[str
 
 
 def _read_file(spec: str) -> list[str]:
-    path = Path(spec)
+    path = Path(spec).expanduser()
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:

@@ -36,7 +36,7 @@ from ipgo import (
 from ipgo import compare as work
 from ipgo.backends import Backend
 from ipgo.budget import BudgetSpent, Ledger, Price, fit_to, length_of, measure, paid, step_cost, watch
-from ipgo.cli_compare import comparisons, entries_of, read_comparison
+from ipgo.cli_compare import _other_half, comparisons, entries_of, read_comparison
 from ipgo.comparison import Comparison, Plan, common_settings
 from ipgo.config import RunConfig
 from ipgo.insertion import Insertion
@@ -226,6 +226,37 @@ def test_entries_take_what_their_methods_need_and_what_the_file_says() -> None:
     ):
         with pytest.raises(InputError, match=message):
             entries_of(names, found, method)
+
+
+def test_an_entry_with_a_backend_of_its_own_has_its_defaults() -> None:
+    own = {
+        "turbo": {"backend": "sdxl-turbo", "method": "ipgo"},
+        "sdxl": {"backend": "sdxl", "method": "ipgo"},
+    }
+    few = {"steps": 1, "guidance_scale": 1.0}
+    whole = {"name": "ipgo", "ascent": {"backprop_steps": None}}
+    common_is_usual = entries_of("ipgo,turbo", own, {})
+    assert common_is_usual["turbo"] == {"backend": "sdxl-turbo", "sampling": few, "method": whole}
+    assert common_is_usual["ipgo"] == {"method": {"name": "ipgo"}}
+    common_is_few = entries_of("ipgo,turbo,sdxl", own, {}, "sd-turbo")
+    assert common_is_few["ipgo"] == {"method": whole}
+    assert common_is_few["turbo"] == common_is_usual["turbo"]
+    usual = {"steps": 20, "guidance_scale": None}
+    assert common_is_few["sdxl"] == {"backend": "sdxl", "sampling": usual, "method": {"name": "ipgo"}}
+    own["turbo"]["sampling"] = {"steps": 4}
+    assert entries_of("turbo", own, {})["turbo"]["sampling"] == {**few, "steps": 4}
+
+
+def test_the_other_half_of_a_set_is_for_what_transfers(tmp_path: Path) -> None:
+    words = tmp_path / "words.txt"
+    words.write_text("teal\npurple\n")
+    assert _other_half("one:train?n=3&seed=1") == "one:test?n=3&seed=1"
+    assert _other_half("one:train") == "one:test"
+    assert _other_half(f"one:train?exclude={words}&n=25") == f"one:test?exclude={words}"  # which has fewer
+    assert _other_half("one") is None
+    assert _other_half("mixed:train") is None
+    words.write_text("a\n")
+    assert _other_half(f"one:train?exclude={words}") is None
 
 
 def configs_of(name: str) -> dict[str, RunConfig]:

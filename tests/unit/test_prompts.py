@@ -218,6 +218,11 @@ def test_coco_captions_and_their_categories(annotations: Path) -> None:
     (annotations / "stuff_val2017.json").unlink()
     with pytest.raises(InputError, match=r"stuff_val2017.json is not beside the captions"):
         read("?category=buildings")
+    (annotations / "instances_val2017.json").unlink()
+    with pytest.raises(
+        InputError, match=r"'person'.* instances_val2017.json, stuff_val2017.json is not beside"
+    ):
+        read("?category=person")  # the name of a subset, too, which is no sign that it is there
     with pytest.raises(InputError, match="n is 5 in"):
         read("?n=5")
 
@@ -314,6 +319,24 @@ def test_captions_of_the_hub(
         read_prompts("coco:train2017")
     hub["yuvalkirstain/pickapic_v1_no_images", "validation_unique"] = {"caption": ["x", None, "y ", "x"]}
     assert read_prompts("pickapic:validation_unique") == read_prompts("pickapic:") == ["x", "y"]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "validation_unique").mkdir()  # by chance
+    assert read_prompts("pickapic:validation_unique") == ["x", "y"]
+
+    class BrokenError(Exception):  # as those of the hub's HTTP library, which are no OSError
+        pass
+
+    hub["yuvalkirstain/pickapic_v1_no_images", "test"] = BrokenError("the peer closed the connection")
+    with pytest.raises(InputError, match=r"\(the peer closed the connection\); give a local copy"):
+        read_prompts("pickapic:test")
+
+
+def test_a_home_folder_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "prompts.txt").write_text("a cat\na red dog\n")
+    (tmp_path / "words.txt").write_text("red\n")
+    assert read_prompts("~/prompts.txt") == ["a cat", "a red dog"]
+    assert read_prompts("~/prompts.txt?exclude=~/words.txt") == ["a cat"]
 
 
 def test_a_local_folder_comes_before_the_hub(annotations: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -202,7 +202,8 @@ def test_only_the_weights_that_are_read_are_known(folder: Path, tmp_path: Path) 
         checkpoints.weight_files(tmp_path / "clip")
     (tmp_path / "clip/model.safetensors.index.json").write_text(damaged)
     found = load_reward(f"clip:{tmp_path / 'clip'}", device="cpu")
-    assert torch.equal(
+    # Not the same bits: some processors add in another order where weights lie elsewhere in memory.
+    torch.testing.assert_close(
         score(found, IMAGES, PROMPTS), score(load_reward(f"clip:{folder}", device="cpu"), IMAGES, PROMPTS)
     )
 
@@ -369,5 +370,5 @@ def test_a_file_of_ones_own_may_have_any_place_and_neighbours(tmp_path: Path) ->
     with pytest.raises(InputError, match="'warmth'; there is none"):
         check_reward(f"{tmp_path}/none.py:warmth")
     (tmp_path / "odd.py").write_text("def odd(images, prompts):\n    return images.mean((1, 2, 3)) * 1j\n")
-    with pytest.raises(InputError, match=r"'odd' must return real numbers, not torch\.complex64"):
+    with pytest.raises(InputError, match=r"odd.py:odd' must return real numbers, not torch\.complex64"):
         score(load_reward(f"{tmp_path}/odd.py:odd"), IMAGES, PROMPTS)

@@ -46,7 +46,7 @@ def pipeline_class(source: str | Path) -> str:
     if not is_local(source):
         try:
             file = hf_hub_download(str(source), INDEX)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # also what its HTTP library raises where a connection breaks off
             raise _cannot_open(source, error) from error
         return class_name(Path(file), source)
     path = Path(source)

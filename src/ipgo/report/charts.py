@@ -163,7 +163,7 @@ def _number(value: float, span: float) -> str:
 
 
 def _padded(low: float, high: float) -> tuple[float, float]:
-    margin = 0.08 * (high - low) or 0.5
+    margin = 0.08 * (high - low) or max(0.5, 1e-3 * abs(high))  # enough to tell huge numbers apart
     return low - margin, high + margin
 
 
