@@ -222,10 +222,13 @@ def show_run(folder: Run) -> int:
     page, curve = write_report(folder)
     config, scores = folder.config, folder.scores()
     fitted = f"fitted seeds: {_span(config.seeds)}"
-    for title, seeds in ((fitted, config.seeds), ("unseen seeds", config.new_seeds)):
+    tied = folder.transfers == "nothing"
+    for title, seeds in ((fitted, config.seeds), ("unseen seeds", () if tied else config.new_seeds)):
         gains = summarise(scores, seeds=seeds)
         if gains:
             print(f"\n{title}\n{table(gains)}")
+    if tied:
+        print("\nunseen seeds: as raw, since what was learned belongs to the noise of its seed\n")
     alone = len(folder.prompts) == 1
     if alone:
         seed = config.judged_seeds[0]

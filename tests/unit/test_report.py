@@ -64,7 +64,34 @@ def test_what_learned_before_it_was_given_up_is_no_nothing(pipeline_folder: str,
     assert "steep from" in text
 
 
-@pytest.mark.parametrize("rewards", [[], [1.0], [None, None, 2.0], [2.0, 2.0, 2.0], [1e-9, 2e-9], [1e6, 3e6]])
+def test_what_belongs_to_its_noise_is_judged_on_it(pipeline_folder: str, tmp_path: Path) -> None:
+    """On other noise nothing changes, so that nothing could be seen to fall there."""
+
+    def brightness(images: Any, prompts: list[str]) -> Any:
+        return images.mean((1, 2, 3))
+
+    def darkness(images: Any, prompts: list[str]) -> Any:
+        return -images.mean((1, 2, 3))
+
+    ipgo.fit(
+        ["a fox", "a lemon"],
+        backend=pipeline_folder,
+        reward=brightness,
+        held_out=[darkness],
+        method=ipgo.BestOfN(n=8),
+        sampling=ipgo.Sampling(steps=2),
+        seeds=(0,),
+        unseen_seeds=1,
+        out=tmp_path / "run",
+    )
+    text = render(ipgo.Run.open(tmp_path / "run"))
+    assert "While brightness rose on fitted noise" in text
+    assert "<li>darkness: " in text
+    assert "in 100% of the images on the fitted noise" in text
+    assert "unseen noise" not in text
+
+
+@pytest.mark.parametrize("rewards", [[], [1.0], [None, None, 2.0], [2.0, 2.0, 2.0], [1e-9, 2e-9], [1e6, 3e6], [1e20, 1e20]])
 def test_curves_of_any_range(rewards: list[Any]) -> None:
     chart = charts.curve(rewards, rewards, None)
     assert "nan" not in chart

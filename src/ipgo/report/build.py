@@ -64,7 +64,9 @@ def write_report(run: Run) -> tuple[Path, Path]:
 def render(run: Run) -> str:
     """The page as text."""
     config, results, scores = run.config, run.results(), run.scores()
-    fitted, unseen = (summarise(scores, seeds=seeds) for seeds in (config.seeds, config.new_seeds))
+    seeds = _judging(run, config.new_seeds)  # of what it is worth
+    fitted = summarise(scores, seeds=config.seeds)
+    unseen = summarise(scores, seeds=seeds) if seeds != config.seeds else []
     later = run.told(load_scores(run.path / EVALUATION))
     scored_by = load_identities(run.path / EVALUATION)
     name, rewards, bold, before = _mean_curve(run)
@@ -82,7 +84,7 @@ def render(run: Run) -> str:
         curve=charts.curve(rewards, bold, before),
         curve_name=name,
         before=before is not None,
-        scatters=_scatters(scores, config.reward, config.new_seeds or config.seeds),
+        scatters=_scatters(scores, config.reward, seeds),
         cards=[_card(run, prompt, result) for prompt, result in zip(run.finished, results, strict=True)],
         cost=run_cost(run),
         settings=_settings(run),
@@ -90,6 +92,11 @@ def render(run: Run) -> str:
         scorers={name: fingerprint(identity) for name, identity in run.identities.items()},
         missing=len(run.judged) - len(results),
     )
+
+
+def _judging(run: Run, unseen: Sequence[int]) -> Sequence[int]:
+    """The seeds that say what a result is worth: unseen ones, unless on these it changes nothing."""
+    return unseen if unseen and run.transfers != "nothing" else run.config.seeds
 
 
 def _later(run: Run, scores: Sequence[Score]) -> list[dict[str, Any]]:
@@ -235,7 +242,7 @@ def _card(run: Run, prompt: Prompt, result: dict[str, Any]) -> Card:
         for seed in seeds
     ]
     curve = Markup("") if run.config.shared else charts.curve(*_curve(run, prompt, values))
-    gains = summarise(scores, seeds=result["unseen_seeds"] or result["seeds"])
+    gains = summarise(scores, seeds=_judging(run, result["unseen_seeds"]))
     return Card(prompt.text, result["status"] == "failed", pairs, curve, gains)
 
 
