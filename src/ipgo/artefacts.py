@@ -12,6 +12,7 @@ from safetensors.torch import save
 
 from ipgo import files
 from ipgo.adapters import ADAPTERS, Adapter
+from ipgo.devices import own_numbers
 from ipgo.errors import InputError, first_line, unknown
 from ipgo.evaluation import Score
 
@@ -32,7 +33,8 @@ def save_adapter(
         settings: the backend and sampling that the adapter belongs to, as JSON values.
         drawn_by: what was behind the backend's name when it was learned, as `Run.drawn_by` has it.
     """
-    folder = Path(folder)
+    folder = files.place("folder", folder)
+    files.check_out(folder, folder=True)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.state_dict().items()}
     about = {"schema": SCHEMA, "kind": adapter.kind, "options": adapter.options, "prompts": adapter.prompts}
@@ -47,15 +49,17 @@ def load_adapter(folder: Path | str) -> Adapter:
     Raises:
         InputError: no adapter there, one of an unknown kind, or a damaged one.
     """
-    about = adapter_facts(Path(folder))
+    folder = files.place("folder", folder)
+    about = adapter_facts(folder)
     if about.get("kind") not in ADAPTERS:
         raise unknown("adapter kind", about.get("kind"), ADAPTERS)
-    file = Path(folder) / "adapter.safetensors"
+    file = folder / "adapter.safetensors"
     try:
         with safe_open(file, framework="pt") as tensors:
             state = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
         prompts = None if about["prompts"] is None else tuple(about["prompts"])
-        adapter = ADAPTERS[about["kind"]](prompts, **about["options"])
+        with own_numbers():
+            adapter = ADAPTERS[about["kind"]](prompts, **about["options"])
         adapter.load_state_dict(state)
     except (SafetensorError, OSError, RuntimeError, KeyError, TypeError) as error:
         raise InputError(f"adapter {str(file)!r} cannot be read: {first_line(error)}") from None

@@ -20,6 +20,13 @@ def is_hub_id(place: str | Path) -> bool:
     return HUB_ID.fullmatch(str(place)) is not None
 
 
+def place(field: str, value: object) -> Path:
+    """A path that a Python user gave, "~" included; `InputError` in the name of the field for anything else."""
+    if not isinstance(value, str | Path):
+        raise InputError(f"{field} is {value!r}; it must be a path")
+    return Path(value).expanduser()
+
+
 def check_out(out: Path, *, folder: bool) -> None:
     """Raise `InputError` for a place that a file, or a folder, cannot be put at. Makes nothing."""
     if folder and out.is_file():

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ipgo import files
 from ipgo.adapters import Adapter
 from ipgo.backends import BACKENDS, Backend, check_backend, few_steps, load_backend
 from ipgo.config import RunConfig
@@ -151,7 +152,7 @@ def fit(
         negative = config.sampling.negative_prompt
         config.check_width(check_backend(config.backend, config.opening, config.prompts, negative))
     with tempfile.TemporaryDirectory() as temporary, torch.inference_mode(False), own_numbers():
-        kept = None if out is None else Path(out).expanduser()
+        kept = None if out is None else files.place("out", out)
         folder = Run.open(kept or Path(temporary) / "run", config)
         check_method(folder)
         warn_of_unseen_words(config.backend, config.prompts)

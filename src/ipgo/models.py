@@ -65,6 +65,7 @@ def load_models(
     backend = backend or load_backend(
         config.backend, device=config.device, dtype=dtype, **asdict(config.opening)
     )
+    backend.check_current()
     config.sampling.check(backend)  # all steps: a fit that draws in fewer would notice after it
     backend.check_prompts(config.prompts)
     if config.sampling.negative_prompt:

@@ -26,7 +26,7 @@ def save_pretrained(run: Run | str | Path, folder: str | Path) -> Path:
     Raises:
         InputError: no prompt of the run is finished, its method learns nothing, or `folder` holds something else.
     """
-    run, folder = run if isinstance(run, Run) else Run.open(run), Path(folder)
+    run, folder = run if isinstance(run, Run) else Run.open(run), files.place("folder", folder)
     if run.config.method_name == "raw":
         raise InputError(f"run {str(run.path)!r} is of the method 'raw', which learns nothing to publish")
     whole, settings = run.whole_adapter()

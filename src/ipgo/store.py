@@ -70,7 +70,7 @@ class Run:
             InputError: no run there, or a folder full of other things.
             ResumeError: a run with other settings; the message lists them.
         """
-        path = Path(path)
+        path = files.place("run", path)
         found = path / "run.json"
         if not found.is_file():
             if config is None:
@@ -144,8 +144,9 @@ class Run:
 
     @property
     def identities(self) -> dict[str, Any]:
-        """What decides the scores, by reward: as they were when the run began."""
-        found: dict[str, Any] = self.facts.get("rewards", {})
+        """What decides the scores, by reward: as they were when the run began; {} before."""
+        begun = (self.path / "run.json").is_file()
+        found: dict[str, Any] = self.facts.get("rewards", {}) if begun else {}
         return found
 
     def strange(self, identities: Mapping[str, Any]) -> list[str]:

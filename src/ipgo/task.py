@@ -168,6 +168,9 @@ class Method:
     prompt_wise: ClassVar[bool] = False
     both_halves: ClassVar[bool] = False
 
+    def __post_init__(self) -> None:
+        check_types(self)
+
     @property
     def ascent(self) -> Ascent | None:
         """The settings of the gradient loop, of a method that has one."""

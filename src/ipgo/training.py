@@ -112,6 +112,7 @@ class _Climb:
         basis = ascent.lr if ascent.lr_basis is None else ascent.lr_basis
         self.lr = {name: basis if name.endswith("raw_basis") else ascent.lr for name in self.parameters}
         self.optimizer = make_optimizer(self.parameters, ascent.optimizer)
+        self.patience = min(PATIENCE, ascent.steps)
 
     def run(self) -> Iterator[Progress]:
         for step in range(int(self.memory["step"]), self.ascent.steps):
@@ -277,10 +278,10 @@ class _Climb:
         """Say which rows were given up just now, and what may help."""
         half = self.task.backend.dtype == torch.float16
         hint = "; float16 may be too coarse, so try bfloat16 or float32" if half else ""
-        for row in (self.memory["misses"] == PATIENCE).nonzero()[:, 0].tolist():
+        for row in (self.memory["misses"] == self.patience).nonzero()[:, 0].tolist():
             whose = "the fit" if self.task.shared else f"prompt {self.task.prompts[row]!r}"
             logger.warning(
-                "%s is given up: reward or gradient was not finite %d times%s", whose, PATIENCE, hint
+                "%s is given up: reward or gradient was not finite %d times%s", whose, self.patience, hint
             )
 
     @torch.no_grad()
@@ -308,7 +309,9 @@ class _Climb:
             ours[rows] = theirs[rows]
 
     def _failed(self) -> Tensor:
-        return self.memory["misses"] >= PATIENCE
+        """Rows whose last steps, or all of a fit that has fewer, were not finite."""
+        failed: Tensor = self.memory["misses"] >= self.patience
+        return failed
 
     @property
     def _keeps_best(self) -> bool:

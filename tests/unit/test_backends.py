@@ -12,9 +12,11 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from huggingface_hub.errors import GatedRepoError
+from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import ipgo
 from ipgo.adapters import InsertionAdapter, generate
 from ipgo.artefacts import save_adapter
 from ipgo.backends import FAMILIES, check_backend, load_backend
@@ -25,6 +27,7 @@ from ipgo.embeds import PromptEmbeds
 from ipgo.errors import InputError
 from ipgo.images import from_pil
 from ipgo.insertion import Insertion
+from ipgo.rewards.emoji import load_judge
 from ipgo.sampling import Sampling, sample
 from tests.conftest import put_into_cache
 
@@ -81,6 +84,44 @@ def test_the_identity_is_that_of_the_weights_wherever_they_came_from(pipeline_fo
     assert half["dtype"] == "float16"
     assert len({*found, half["weights"]}) == 4
     assert fingerprint({"denoiser": torch.nn.Linear(2, 2, device="meta")}) is None
+
+
+def test_what_changes_pictures_without_being_a_weight_is_known(make_pipe):
+    pipe = make_pipe()
+    found = [load_backend(pipe, device="cpu").identity["weights"]]
+    pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    found.append(load_backend(pipe, device="cpu").identity["weights"])
+    pipe.disable_freeu()
+    assert load_backend(pipe, device="cpu").identity["weights"] == found[0]
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    for change in (lambda: None, lambda: pipe.unet.set_adapters(["default"], [0.1]), pipe.unet.disable_lora):
+        change()
+        found.append(load_backend(pipe, device="cpu").identity["weights"])
+    assert len(set(found)) == 5
+
+
+def test_a_pipeline_that_was_changed_since_is_opened_again(make_pipe):
+    pipe = make_pipe()
+    backend = load_backend(pipe, device="cpu")
+    pipe.unet = make_pipe().unet
+    with pytest.raises(InputError, match="has got other networks, or another number format"):
+        generate(backend, ["sun"], [0])
+    backend = load_backend(pipe, device="cpu")
+    pipe.to(torch.float64)
+    with pytest.raises(InputError, match="has got other networks, or another number format"):
+        ipgo.fit("sun", backend=backend, reward=lambda images, prompts: images.mean((1, 2, 3)))
+    generate(load_backend(pipe, device="cpu"), ["sun"], [0], None, Sampling(1))
+
+
+def test_opening_and_drawing_leave_the_callers_random_numbers(make_pipe):
+    state = torch.random.get_rng_state()
+    pipe = make_pipe()
+    torch.random.set_rng_state(state)
+    pipe.vae.register_to_config(force_upcast=True)
+    backend = load_backend(pipe, device="cpu", dtype="float16")
+    generate(backend, ["sun"], [0], None, Sampling(1))
+    load_judge()
+    assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def change(part, edit):

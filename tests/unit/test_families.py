@@ -2,6 +2,7 @@
 
 import io
 import json
+from contextlib import ExitStack
 
 import accelerate
 import pytest
@@ -247,8 +248,13 @@ def test_what_moves_about_is_refused_but_draws_what_was_learned(offload):
     for change in weights.up.values():
         torch.nn.init.normal_(change)
     options = {"num_inference_steps": 1, "output_type": "pt"}
-    for kwargs, learned in ((inserted.prompt_kwargs(moved, "sun"), inserted), ({"prompt": "sun"}, weights)):
-        with learned.attached(moved, ["sun"]):
+    for learned in (inserted, weights):
+        with ExitStack() as stack:
+            if learned is weights:
+                stack.enter_context(weights.attached(moved, ["sun"]))
+                kwargs = {"prompt": "sun"}
+            else:
+                kwargs = inserted.prompt_kwargs(moved, "sun")
             theirs = moved(latents=backend.noise([3])[:, 0], **kwargs, **options).images
         ours = generate(backend, ["sun"], [3], learned, Sampling(1))
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)

@@ -16,12 +16,14 @@ from ipgo.adapters.weights import LoRA
 from ipgo.ascent import Ascent
 from ipgo.backends import BACKENDS, GUIDANCE
 from ipgo.backends.text import expanded
+from ipgo.errors import RewardError
 from ipgo.images import from_pil
-from ipgo.rewards import WeightedSum, identity_of, terms_of
+from ipgo.rewards import Ceiling, WeightedSum, identity_of, terms_of
 from ipgo.rewards.checkpoints import sha256
 from tests.conftest import brightness, tiny_pipeline
 
 SHORT: dict[str, Any] = {"sampling": ipgo.Sampling(steps=2), "seeds": (0,), "unseen_seeds": 1}
+SHORT_RAW: dict[str, Any] = {**SHORT, "held_out": ["contrast"], "device": "cpu"}
 ONE_STEP = ipgo.IPGO(ascent=Ascent(steps=1))
 
 
@@ -137,6 +139,83 @@ def test_a_method_by_its_name() -> None:
         ipgo.fit("a fox", method=3)  # type: ignore[arg-type]
 
 
+def test_a_rewards_file_is_run_once_for_a_fit(pipeline_folder: str, tmp_path: Path) -> None:
+    file, log = tmp_path / "mine.py", tmp_path / "log"
+    file.write_text(
+        f"with open({str(log)!r}, 'a') as log:\n    log.write('run ')\n"
+        "calls = []\n"
+        "def warmth(images, prompts):\n"
+        "    calls.append(1)\n"
+        "    return images[:, 0].mean((1, 2))\n"
+    )
+    for runs in (1, 2):  # the next fit has one of its own, with nothing counted yet
+        ipgo.fit("a fox", backend=pipeline_folder, reward=f"{file}:warmth", method="raw", **SHORT_RAW)
+        assert log.read_text() == "run " * runs
+
+
+def test_functions_that_are_added_up_are_reported_each(pipeline_folder: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def warmth(images, prompts):\n    return images[:, 0].mean((1, 2))\n")
+    own = f"{tmp_path}/mine.py:warmth"
+    spec = f"{own}<=0.9+0.5*colorfulness"
+    result = ipgo.fit("a fox", backend=pipeline_folder, reward=spec, method="best-of-n", **SHORT_RAW)
+    found = {gain.reward: gain.held_out for gain in result.on_fitted_seeds}
+    assert found == {spec: False, own: False, "colorfulness": False, "contrast": True}
+
+
+def test_a_reward_under_another_name_is_not_held_out(pipeline_folder: str, tmp_path: Path) -> None:
+    """Nor one that a sum or a ceiling is made of, given as an object."""
+    inner = ipgo.load_reward("contrast")
+    for reward in (
+        ipgo.as_reward(inner, "mine"),
+        Ceiling(inner, 0.7, "capped"),
+        WeightedSum((inner, ipgo.as_reward(brightness)), (1.0, 0.5), "mix"),
+    ):
+        settings = {**SHORT_RAW, "held_out": ["contrast", "colorfulness"], "out": tmp_path / reward.name}
+        result = ipgo.fit("a fox", backend=pipeline_folder, reward=reward, method="best-of-n", **settings)
+        found = {gain.reward: gain.held_out for gain in result.on_fitted_seeds}
+        assert found == {reward.name: False, "contrast": False, "colorfulness": True}
+        stored = ipgo.Run.open(tmp_path / reward.name).scores()
+        assert {each.reward for each in stored if each.held_out} == {"colorfulness"}
+
+
+def test_a_reward_for_one_picture_alone_fails_before_the_search(pipeline_folder: str) -> None:
+    calls = []
+
+    def one(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        calls.append(len(images))
+        return images.mean()[None]
+
+    with pytest.raises(RewardError, match=r"'one' must return a tensor of shape \(2,\), not \(1,\)"):
+        ipgo.fit("a fox", backend=pipeline_folder, reward=one, **{**SHORT, "held_out": []})
+    assert calls == [2]
+
+
+def test_a_fit_without_one_finite_step_has_failed(pipeline_folder: str) -> None:
+    def steep(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        return (images - images.detach()).square().mean((1, 2, 3)).sqrt()  # a gradient that is no number
+
+    for steps in (1, 2, 4):
+        method = ipgo.IPGO(ascent=Ascent(steps=steps, backprop_steps=1))
+        (found,) = ipgo.fit("a fox", backend=pipeline_folder, reward=steep, method=method, **SHORT_RAW)
+        assert found.failed
+
+
+def test_an_adapter_is_the_same_in_any_default_format(pipeline_folder: str, tmp_path: Path) -> None:
+    backend = ipgo.load_backend(pipeline_folder, device="cpu")
+    adapter = ipgo.InsertionAdapter.start(backend, ["a fox"], ipgo.Insertion(2, 1), seed=0, shared=False)
+    ipgo.save_adapter(adapter, tmp_path)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        again = ipgo.load_adapter(tmp_path)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {value.dtype for value in again.state_dict().values()} == {torch.float32}
+    own = adapter.prompt_kwargs(backend.pipe, "a fox")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = again.prompt_kwargs(backend.pipe, "a fox")
+    assert torch.equal(own["prompt_embeds"], cast["prompt_embeds"])
+
+
 def test_numbers_of_numpy_are_numbers(pipeline_folder: str, tmp_path: Path) -> None:
     settings: dict[str, Any] = {**SHORT, "backend": pipeline_folder, "reward": brightness, "device": "cpu"}
     foreign = ipgo.IPGO(ascent=Ascent(steps=np.int64(1), lr=np.float32(0.5)))  # type: ignore[arg-type]
@@ -157,8 +236,16 @@ def test_numbers_of_numpy_are_numbers(pipeline_folder: str, tmp_path: Path) -> N
         (lambda: ipgo.fit("a", seeds=3), r"seeds is 3; it must be a sequence"),  # type: ignore[arg-type]
         (lambda: ipgo.fit("a", seeds=(0.5,)), r"seeds is \(0.5,\); it must be tuple\[int"),  # type: ignore[arg-type]
         (lambda: ipgo.fit("a", sampling={"steps": 2}), r"sampling is \{'steps': 2\}; it must be Sampling"),  # type: ignore[arg-type]
-        (lambda: ipgo.fit("a", method=ipgo.IPGO(ascent=3)), r"method.ascent is 3; it must be Ascent"),  # type: ignore[arg-type]
+        (lambda: ipgo.fit("a", method=ipgo.IPGO(ascent=3)), r"ascent is 3; it must be Ascent"),  # type: ignore[arg-type]
         (lambda: ipgo.fit("a", method=ipgo.BestOfN(n="4")), r"n is '4'; it must be int"),  # type: ignore[arg-type]
+        (lambda: ipgo.fit("a lemon", out=3), r"out is 3; it must be a path"),  # type: ignore[arg-type]
+        (lambda: ipgo.Run.open(3), r"run is 3; it must be a path"),  # type: ignore[arg-type]
+        (lambda: ipgo.load_adapter(3), r"folder is 3; it must be a path"),  # type: ignore[arg-type]
+        (
+            lambda: ipgo.InsertionAdapter("a cat", 32, ipgo.Insertion()),
+            r"prompts is 'a cat'; it must be a list",
+        ),
+        (lambda: ipgo.IPGO(ascent={"steps": 3}), r"ascent is \{'steps': 3\}; it must be Ascent"),  # type: ignore[arg-type]
         (lambda: ipgo.fit(None), r"prompts is None; it must be a sequence"),  # type: ignore[arg-type]
         (lambda: ipgo.fit("a", held_out=[3]), r"a reward must be a function of \(images, prompts\), not int"),  # type: ignore[list-item]
         (

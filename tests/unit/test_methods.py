@@ -302,6 +302,12 @@ def test_weights_refuse_what_they_cannot_do(backend, pipe):
         generate(backend, ["sun"], [0], WeightAdapter(None, {"mid.to_q": (3, 3)}, LORA), SAMPLING)
     with pytest.raises(InputError, match="carries a LoRA already"), own.attached(backend, ["sun"]):
         generate(backend, ["sun"], [0], own, SAMPLING)
+    with pytest.raises(InputError, match="carries a LoRA already"), own.attached(backend, ["sun"]):
+        WeightAdapter.start(backend, PROMPTS, LORA, seed=0, shared=True)
+    with pytest.raises(InputError, match="prompts is 'sun'; it must be a list"), own.attached(pipe, "sun"):
+        pass
+    with pytest.raises(InputError, match="'embedding' is not in the weights; give the pipeline its"):
+        EmbeddingAdapter.start(backend, PROMPTS, shared=False).attached(pipe, PROMPTS)
     for options, message in (({"rank": 0}, "rank is 0"), ({"alpha": 0.0}, "alpha is 0")):
         with pytest.raises(InputError, match=message):
             LoRA(**options)

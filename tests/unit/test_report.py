@@ -91,7 +91,9 @@ def test_what_belongs_to_its_noise_is_judged_on_it(pipeline_folder: str, tmp_pat
     assert "unseen noise" not in text
 
 
-@pytest.mark.parametrize("rewards", [[], [1.0], [None, None, 2.0], [2.0, 2.0, 2.0], [1e-9, 2e-9], [1e6, 3e6], [1e20, 1e20]])
+@pytest.mark.parametrize(
+    "rewards", [[], [1.0], [None, None, 2.0], [2.0, 2.0, 2.0], [1e-9, 2e-9], [1e6, 3e6], [1e20, 1e20]]
+)
 def test_curves_of_any_range(rewards: list[Any]) -> None:
     chart = charts.curve(rewards, rewards, None)
     assert "nan" not in chart

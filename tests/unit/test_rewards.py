@@ -308,6 +308,38 @@ def test_an_identity_is_the_same_in_every_process():
     assert json.loads(found.stdout) == {name: weights_of(each) for name, each in different_rewards().items()}
 
 
+def test_what_is_typed_into_a_session_is_told_apart_by_what_it_compiles_to():
+    """No file has it, and perhaps nothing keeps its lines."""
+    typed = """
+import json, torch
+from ipgo.rewards.base import as_reward, identity_of
+class Base:
+    unit = UNIT
+class Net(torch.nn.Module, Base):
+    def forward(self, images, prompts):
+        return WEIGHT * images.mean((1, 2, 3))
+class Plain(Base):
+    def __call__(self, images, prompts):
+        return WEIGHT * images.mean((1, 2, 3)) if "x" not in {"a", "b", "c"} else None
+def function(images, prompts):
+    return WEIGHT * images.mean((1, 2, 3))
+print(json.dumps([identity_of(as_reward(each)) for each in (Net(), Plain(), function)]))
+"""
+
+    def known(weight: str, unit: str, seed: str) -> list[str]:
+        text = typed.replace("WEIGHT", weight).replace("UNIT", unit)
+        words = [sys.executable, "-c", text]
+        return json.loads(subprocess.check_output(words, env={**os.environ, "PYTHONHASHSEED": seed}))
+
+    first = known("2.0", "1", "0")
+    assert known("2.0", "1", "1") == first
+    assert all(a != b for a, b in zip(known("-2.0", "1", "0"), first, strict=True))
+    net, plain, function = known("2.0", "2", "0")
+    assert net != first[0]
+    assert plain != first[1]
+    assert function == first[2]
+
+
 def test_a_module_from_a_file_is_known_by_its_weights(tmp_path):
     file = tmp_path / "mine.py"
     text = """from __future__ import annotations

@@ -45,11 +45,15 @@ class Adapter(nn.Module):
 
     def __init__(self, prompts: Sequence[str] | None = None) -> None:
         super().__init__()
+        if isinstance(prompts, str):
+            raise InputError(f"prompts is {prompts!r}; it must be a list of prompts, or None for any")
         self.prompts = None if prompts is None else tuple(prompts)
         self.options = {}
 
     def rows(self, prompts: Sequence[str]) -> Tensor:
         """(B,) row numbers; `InputError` for a prompt that was never fitted."""
+        if isinstance(prompts, str) or not prompts:
+            raise InputError(f"prompts is {prompts!r}; it must be a list of at least one prompt")
         if self.prompts is None:
             return torch.zeros(len(prompts), dtype=torch.long)
         numbers = {prompt: row for row, prompt in enumerate(self.prompts)}
@@ -83,7 +87,16 @@ class Adapter(nn.Module):
         return backend.noise(seeds, steps)
 
     def attached(self, backend: Backend | object, prompts: Sequence[str]) -> AbstractContextManager[None]:
-        """While open, the backend's weights, or a pipeline object's, are those that `prompts` are drawn with."""
+        """While open, the backend's weights, or a pipeline object's, are those that `prompts` are drawn with.
+
+        Raises:
+            InputError: a pipeline object, of an adapter that is not in the weights: its call would draw as ever.
+        """
+        if not isinstance(backend, Backend):
+            raise InputError(
+                f"an adapter of kind {self.kind!r} is not in the weights; give the pipeline its `prompt_kwargs`, "
+                "or draw with ipgo.generate"
+            )
         return nullcontext()
 
     def penalty(self, original: PromptEmbeds, conditioned: PromptEmbeds, noise: Tensor) -> Tensor:
@@ -121,7 +134,7 @@ class Adapter(nn.Module):
         if not isinstance(prompt, str):
             raise InputError(f"prompt is {prompt!r}; it must be one text: call this for each prompt")
         backend = open_to_draw(pipe, padding=self.padding, long_prompts=self.long_prompts)
-        with torch.no_grad():
+        with own_numbers(), torch.no_grad():
             cond = self.condition(backend, [prompt], backend.encode([prompt]))
             # Any scale above 1: only the prompts are wanted.
             guided = Sampling(guidance_scale=2, negative_prompt=negative_prompt)
@@ -185,6 +198,7 @@ def generate(
         )
     check_prompts(prompts, distinct=False)
     check_seeds(seeds, distinct=False)
+    backend.check_current()
     with own_numbers(), torch.set_grad_enabled(backprop_steps > 0), adapter.attached(backend, prompts):
         distinct = list(dict.fromkeys(prompts))  # often one prompt with many seeds
         places = torch.tensor([distinct.index(prompt) for prompt in prompts], device=backend.device)

@@ -80,11 +80,13 @@ class WeightAdapter(Adapter):
         """The point where a fit begins: B is 0, so nothing is changed yet.
 
         Raises:
-            InputError: no linear layer of the denoiser has such a name.
+            InputError: no linear layer of the denoiser has such a name, or it carries a LoRA already.
         """
+        denoiser = uncompiled(backend.modules["denoiser"])
+        _check_bare(denoiser)
         layers = {
             name: (layer.in_features, layer.out_features)
-            for name, layer in uncompiled(backend.modules["denoiser"]).named_modules()
+            for name, layer in denoiser.named_modules()
             if isinstance(layer, nn.Linear) and any(f".{name}".endswith(f".{end}") for end in lora.targets)
         }
         if not layers:
@@ -119,8 +121,7 @@ class WeightAdapter(Adapter):
             vars(denoiser).pop("peft_config", None)  # which some versions of peft leave behind
 
     def _check(self, denoiser: nn.Module) -> None:
-        if hasattr(denoiser, "peft_config"):
-            raise InputError("the denoiser carries a LoRA already; fuse or unload it first")
+        _check_bare(denoiser)
         found = dict(denoiser.named_modules())
         for name, widths in self.layers.items():
             layer = found.get(name)
@@ -132,6 +133,14 @@ class WeightAdapter(Adapter):
     ) -> dict[str, Any]:
         """Refused: this adapter is not in the prompt. Call the pipeline while `attached`."""
         raise InputError("an adapter of weights has no prompt_kwargs; call the pipeline inside `attached`")
+
+
+def _check_bare(denoiser: nn.Module) -> None:
+    if hasattr(denoiser, "peft_config"):
+        raise InputError(
+            "the denoiser carries a LoRA already; call pipe.fuse_lora() if it shall stay, then "
+            "pipe.unload_lora_weights()"
+        )
 
 
 class _Factor(nn.Module):

@@ -99,6 +99,17 @@ class Backend(ABC):
         """See above; only here may a decoder be copied, so that what draws no pictures needs none."""
         return {**self._parts, "decoder": self._decoder()}
 
+    def check_current(self) -> None:
+        """Raise `InputError` if the pipeline's networks are no longer those that this was made around."""
+        denoiser = denoiser_of(self.pipe)
+        now = {"denoiser": denoiser, "decoder": self.pipe.vae}
+        same = all(uncompiled(module) is uncompiled(self._parts[part]) for part, module in now.items())
+        if not same or denoiser.dtype != self.dtype:
+            raise InputError(
+                f"the pipeline of backend {self.name!r} has got other networks, or another number format, since it "
+                "was opened; open it again with load_backend"
+            )
+
     # -- what a family says -----------------------------------------------------------------------------
 
     @property
@@ -387,7 +398,9 @@ def upcast(vae: Any) -> Any:
     if vae.dtype != torch.float16 or not vae.config.get("force_upcast"):
         return vae
     own: Any = uncompiled(vae)
-    with torch.inference_mode(False), own.device:  # it is made with the first picture, wherever that is drawn
+    devices = [own.device] if own.device.type == "cuda" else []
+    # It is made with the first picture, wherever that is drawn; its initial weights are drawn for nothing.
+    with torch.inference_mode(False), torch.random.fork_rng(devices), own.device:
         copied = type(own).from_config(own.config)
     copied.load_state_dict(own.state_dict())
     for name, value in vars(own).items():

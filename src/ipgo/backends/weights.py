@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ipgo.errors import InputError
 
+LORA = ("scaling", "active_adapters", "disable_adapters", "merged_adapters")  # attributes of peft's layers
+FREEU = ("s1", "s2", "b1", "b2")  # and of a UNet's blocks
 SAMPLES = 8  # values read of each tensor: training changes nearly all of them
 
 
@@ -29,7 +32,18 @@ def fingerprint(modules: Mapping[str, nn.Module]) -> str | None:
         digest.update(repr((part, shapes)).encode())
         for tensor in tensors:
             digest.update(_some(tensor).numpy().tobytes())
+        for name, switches in _switches(uncompiled(module)):
+            digest.update(repr((name, switches)).encode())
     return digest.hexdigest()[:12]
+
+
+def _switches(module: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What changes pictures without being a weight: how strongly a LoRA of peft counts, and FreeU's factors."""
+    for name, part in module.named_modules():
+        wanted = LORA if hasattr(part, "lora_A") else FREEU
+        found = {key: value for key in wanted if (value := getattr(part, key, None)) is not None}
+        if found and all(isinstance(value, bool | int | float | list | dict) for value in found.values()):
+            yield name, found
 
 
 def uncompiled(module: nn.Module) -> nn.Module:

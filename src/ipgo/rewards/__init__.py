@@ -110,7 +110,7 @@ def check_reward(spec: str, prompts: Sequence[str] = ()) -> None:
             if known.check is not None:
                 pkgutil.resolve_name(known.check)(prompts)
         else:
-            _load(name, torch.device("cpu"))  # a function; or an unknown name
+            _load(name, torch.device("cpu"), look=True)  # a function; or an unknown name
 
 
 def needs_prompts(spec: str) -> bool:
@@ -192,21 +192,24 @@ def _outline(spec: str) -> Reward:
     def stand_in(name: str) -> Reward:
         bare = bare_name(name)
         if bare not in REWARDS:
-            return _load(name, torch.device("cpu"))  # a function, a command, a person: no model
+            return _load(name, torch.device("cpu"), look=True)  # a function, a command, a person: no model
         known = REWARDS[bare]
         return FunctionReward(lambda images, _: images, name, known.differentiable, known.uses_prompts)
 
     return combine(spec, stand_in)
 
 
-def _load(name: str, device: torch.device) -> Reward:
+def _load(name: str, device: torch.device, *, look: bool = False) -> Reward:
+    """What a name stands for; `look`: it is not going to be called."""
     if name[:4] in EXTERNAL:
         return _load_external(name)
     if (bare := bare_name(name)) in REWARDS:
         load, checkpoint = pkgutil.resolve_name(REWARDS[bare].load), _checkpoint(name)
         return as_reward(load(device) if checkpoint is None else load(device, checkpoint), name)
     if ".py:" in name:
-        return as_reward(as_reward(read_function(name)), name)  # it is known by its own name, wherever it is
+        return as_reward(
+            as_reward(read_function(name, look=look)), name
+        )  # it is known by its own name, wherever it is
     raise _unknown(name)
 
 

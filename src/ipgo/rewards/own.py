@@ -30,8 +30,15 @@ DEVICE = re.compile(r"(cpu|cuda|mps)(:\d+)?")
 RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
 
-def read_function(spec: str) -> Function:
+# Files that were run for a look at them, each until it is wanted: what a file does as it is read, it does once.
+_LOOKED_AT: dict[tuple[str, str], Any] = {}
+
+
+def read_function(spec: str, *, look: bool = False) -> Function:
     """The function that `path/mine.py:warmth` names.
+
+    Args:
+        look: it is not going to be called, so that the next caller gets the same one.
 
     Raises:
         InputError: no such file, one that does not run, or one without that function.
@@ -41,6 +48,21 @@ def read_function(spec: str) -> Function:
     if not path.is_file():
         raise InputError(f"reward file {place!r} does not exist")
     own_name = f"ipgo_user_reward_{path.stem}_{_digest(str(path.resolve()).encode())[:8]}"
+    key = own_name, _digest(path.read_bytes())
+    module = _LOOKED_AT.pop(key, None) or _run(path, place, own_name)
+    if look:
+        _LOOKED_AT[key] = module
+    if not hasattr(module, name):
+        public = [
+            each for each, value in vars(module).items() if callable(value) and not each.startswith("_")
+        ]
+        raise unknown(f"reward in {place!r}:", name, public)
+    found: Function = getattr(module, name)
+    return found
+
+
+def _run(path: Path, place: str, own_name: str) -> Any:
+    """A file as a module; `InputError` in the name of `place` if it does not run."""
     source = importlib.util.spec_from_file_location(own_name, path)
     assert source is not None
     assert source.loader is not None
@@ -54,11 +76,7 @@ def read_function(spec: str) -> Function:
     except (Exception, SystemExit) as error:
         del sys.modules[own_name]
         raise InputError(f"reward file {place!r} does not run: {said(error)}") from error
-    if not hasattr(module, name):
-        public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise unknown(f"reward in {place!r}:", name, public)
-    found: Function = getattr(module, name)
-    return found
+    return module
 
 
 def said(error: BaseException) -> str:
@@ -125,15 +143,54 @@ def _modules(value: object, seen: set[int]) -> Iterator[nn.Module]:
 
 
 def _text(written: object) -> str | None:
-    """The digest of the file that something is written in; of what was typed into a notebook, of its own lines."""
+    """The digest of the file that something is written in; of what was typed into a notebook, of its own lines.
+
+    Of a class in a notebook these are the lines of its functions, and those of its bases there, and its numbers.
+    """
     if isinstance(written, functools.partial):
         return _text(written.func)
-    code = inspect.unwrap(written) if inspect.isroutine(written) else type(written)
+    if inspect.isroutine(written):
+        return _text_of(inspect.unwrap(written))
+    kind = type(written)
+    if (text := _file_of(kind)) is not None:
+        return text
+    typed = [each for each in kind.__mro__ if each.__module__ == "__main__" and _file_of(each) is None]
+    lines = []
+    for each in typed:
+        for name, value in sorted(vars(each).items()):
+            inner = getattr(value, "__func__", getattr(value, "fget", value))
+            if inspect.isfunction(inner):
+                lines.append(f"{each.__qualname__}.{name} {_text_of(inner)}")
+            elif not name.startswith("__"):
+                lines += (name, *_lines(value, set()))
+    return _digest("\n".join(lines).encode()) if typed else None
+
+
+def _text_of(function: Any) -> str | None:
+    """The digest of a function's file, or of its lines, or, where nothing has kept these, of what they compile to."""
+    if (text := _file_of(function)) is not None:
+        return text
+    with contextlib.suppress(TypeError, OSError):
+        return _digest(inspect.getsource(function).encode())
+    code = getattr(function, "__code__", None)
+    return None if code is None else _digest(_compiled(code).encode())
+
+
+def _file_of(code: Any) -> str | None:
     with contextlib.suppress(TypeError, OSError):
         return _digest(Path(inspect.getfile(code)).read_bytes())
-    with contextlib.suppress(TypeError, OSError):
-        return _digest(inspect.getsource(code).encode())
     return None
+
+
+def _compiled(code: Any) -> str:
+    """Instructions, names and constants, those of inner functions among them."""
+    constants = [
+        _compiled(each)
+        if inspect.iscode(each)
+        else repr(sorted(map(repr, each)) if isinstance(each, frozenset) else each)
+        for each in code.co_consts
+    ]
+    return repr((code.co_code, code.co_names, code.co_varnames, code.co_freevars, constants))
 
 
 def _lines(value: object, seen: set[int]) -> Iterator[str]:

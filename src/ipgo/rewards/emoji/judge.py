@@ -148,7 +148,8 @@ def _compare(claimed: Claims, seen: Claims) -> dict[str, float]:
 def load_judge(device: str | torch.device = "cpu") -> Judge:
     """The share of what the prompt says that is in the picture, by a network that judges alone; no gradient."""
     labels = load_labels()
-    network = Network(labels["sizes"])
+    with torch.random.fork_rng(devices=[]):  # initial weights are drawn, for nothing
+        network = Network(labels["sizes"])
     network.load_state_dict(
         {key: value.float() for key, value in load_file(FOLDER / "judge.safetensors").items()}
     )
