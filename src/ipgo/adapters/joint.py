@@ -82,4 +82,4 @@ class JointAdapter(Adapter):
     ) -> dict[str, Any]:
         """As `Adapter.prompt_kwargs`, with the initial noise."""
         kwargs = super().prompt_kwargs(pipe, prompt, negative_prompt, guidance_scale)
-        return {**kwargs, "latents": self.initial.pipeline_latents(pipe, prompt)}
+        return {**kwargs, **self.initial.pipeline_noise(pipe, prompt)}

@@ -108,13 +108,22 @@ class NoiseAdapter(Adapter):
         if self.latents.shape[1] > 1:
             raise InputError("a pipeline takes the initial noise only; this adapter holds that of every step")
         kwargs = super().prompt_kwargs(pipe, prompt, negative_prompt, guidance_scale)
-        return {**kwargs, "latents": self.pipeline_latents(pipe, prompt)}
+        return {**kwargs, **self.pipeline_noise(pipe, prompt)}
 
-    def pipeline_latents(self, pipe: Any, prompt: str) -> Tensor:
-        """The initial noise of `prompt`, in the layout and format of the pipeline's `latents`."""
+    def pipeline_noise(self, pipe: Any, prompt: str) -> dict[str, Any]:
+        """`latents`, the initial noise of `prompt` in the layout and format of the pipeline.
+
+        Where its scheduler adds noise at every step, also the seed's `generator`, past the draw that this replaces.
+        """
         backend = open_to_draw(pipe)
         latents = self.latents[self.rows([prompt])][:, 0].detach()
-        return backend.pipeline_latents(latents).to(backend.device, backend.dtype)
+        found: dict[str, Any] = {
+            "latents": backend.pipeline_latents(latents).to(backend.device, backend.dtype)
+        }
+        if backend.stochastic:
+            found["generator"] = source = generator(self.seed)
+            torch.randn(latents.shape, generator=source)
+        return found
 
 
 def check_one_seed(seeds: Sequence[int], shared: bool) -> None:

@@ -19,6 +19,7 @@ from ipgo.backends.flux_2 import Flux2Klein
 from ipgo.backends.pixart import PixArtAlpha, PixArtSigma
 from ipgo.backends.qwen_image import QwenImage
 from ipgo.backends.sana import Sana, SanaSprint
+from ipgo.backends.schedulers import to_the_last
 from ipgo.backends.stable_diffusion import StableDiffusion
 from ipgo.backends.stable_diffusion_3 import StableDiffusion3
 from ipgo.backends.stable_diffusion_xl import StableDiffusionXL
@@ -141,6 +142,8 @@ def _from_place(
     opening.check(family.facts, kind)
     with torch.inference_mode(False):  # else nothing could be learned through its weights
         pipe = _open(place, kind, device, dtype, opening.text_device)
+        if by_name(str(place)) is not None:
+            pipe.scheduler = to_the_last(pipe.scheduler)
         backend = family(pipe, str(source), opening)
     if source not in BACKENDS and Path(source).exists():
         backend.origin = str(Path(source).resolve())  # wherever the process goes from here
@@ -205,10 +208,10 @@ def _check_parts(pipe: Any) -> None:
                 f"the pipeline's {part} keeps its weights in another format than it computes in (layerwise casting), "
                 "through which nothing can be learned; load the pipeline without it"
             )
-        if getattr(module, "is_cache_enabled", False):
+        if getattr(module, "is_cache_enabled", False) or _caches(module):
             raise InputError(
                 f"the pipeline's {part} keeps features from one step for the next (a cache), which gradients do not "
-                f"follow; switch it off (`pipe.{part}.disable_cache()`)"
+                f"follow; switch it off (`pipe.{part}.disable_cache()`), or load the pipeline without it"
             )
         if getattr(getattr(module, "config", None), "encoder_hid_dim_type", None) == "ip_image_proj":
             raise InputError(
@@ -227,11 +230,20 @@ def _moves(module: object) -> bool:
     return hasattr(module, "_hf_hook") or _hooked(module, "group_offloading")
 
 
+def _caches(module: object) -> bool:
+    """Does it have another hook of diffusers than those that move or cast it? All of these keep features."""
+    return bool(_hooks(module) - {"group_offloading", "layerwise_casting"})
+
+
 def _hooked(module: object, name: str) -> bool:
     """Does it have a hook of diffusers of this name, as `enable_layerwise_casting` makes them?"""
+    return name in _hooks(module)
+
+
+def _hooks(module: object) -> set[str]:
     parts = module.modules() if isinstance(module, nn.Module) else ()
-    hooks = (getattr(getattr(part, "_diffusers_hook", None), "hooks", {}) for part in parts)
-    return any(name in each for each in hooks)
+    found = (getattr(getattr(part, "_diffusers_hook", None), "hooks", {}) for part in parts)
+    return set().union(*found)
 
 
 def _around(pipe: Any, kind: str, opening: Opening) -> Backend:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -78,6 +79,17 @@ class Backend(ABC):
         for part in (part for part in needed if parts[part] is None and part not in self.optional):
             raise InputError(f"backend {name!r} has no {part}, without which it cannot draw")
         denoiser = denoiser_of(pipe)
+        channels = denoiser.config.in_channels
+        if "unet" in parts and channels != denoiser.config.out_channels:
+            raise InputError(
+                f"the denoiser of backend {name!r} takes {channels} channels, more than the latents of a picture have: "
+                "models for inpainting and other edits are not opened"
+            )
+        if not hasattr(pipe.vae, "decoder"):
+            raise InputError(
+                f"the decoder of backend {name!r} is a {type(pipe.vae).__name__}, which draws noise itself; give it "
+                "one whose images depend on the latents alone"
+            )
         self.device, self.dtype = denoiser.device, denoiser.dtype
         self.embed_dim: int = denoiser.config[self.facts.width]
         self.text_device: torch.device = next(iter(encoders.values())).device
@@ -279,11 +291,12 @@ class Backend(ABC):
         rows = []
         for seed in seeds:
             source = generator(seed)
-            first, others = (
-                torch.randn((count, *self.latent_shape), generator=source, dtype=torch.float32, device="cpu")
-                for count in (1, steps)
-            )
-            rows.append(torch.cat([first, others]))
+            # One by one, as pipelines draw them: torch draws many at once otherwise, unless they are 16 or a multiple.
+            draws = [
+                torch.randn((1, *self.latent_shape), generator=source, dtype=torch.float32, device="cpu")
+                for _ in range(1 + steps)
+            ]
+            rows.append(torch.cat(draws))
         return torch.stack(rows).to(self.device)
 
     @property
@@ -295,7 +308,8 @@ class Backend(ABC):
         """A fresh diffusers scheduler with timesteps set: schedulers carry the state of a trajectory."""
         scheduler = new_scheduler(self.pipe.scheduler, self.opening.scheduler)
         try:
-            scheduler.set_timesteps(**self._timesteps(steps, latents), device=latents.device)
+            with np.errstate(invalid="ignore"):  # said below
+                scheduler.set_timesteps(**self._timesteps(steps, latents), device=latents.device)
         except ValueError as error:  # more steps than it was trained with
             raise InputError(
                 f"sampling.steps is {steps}; the model's scheduler refuses it: {error}"
@@ -305,6 +319,11 @@ class Backend(ABC):
                 f"the pipeline's scheduler is {type(scheduler).__name__}, which does not take what a pipeline of this "
                 f"family gives its scheduler ({error}); give it one that does"
             ) from None
+        levels = (scheduler.timesteps, getattr(scheduler, "sigmas", None))
+        if not all(torch.as_tensor(each).isfinite().all() for each in levels if each is not None):
+            raise InputError(
+                f"sampling.steps is {steps}; {type(scheduler).__name__} has no schedule of so few here"
+            )
         return scheduler
 
     def guided(
@@ -373,11 +392,16 @@ def in_two_calls(
     return u, c
 
 
-def latent_side(pipe: Any, own: int, image_size: int | None, patch: int = 1) -> int:
+def latent_side(pipe: Any, own: int | Sequence[int], image_size: int | None, patch: int = 1) -> int:
     """Side of the latents of images of `image_size`; `own` is the model's. Patches must not be cut."""
     factor = pipe.vae_scale_factor * patch
     if image_size is None:
-        return own
+        height, width = (own, own) if isinstance(own, int) else own
+        if height != width:
+            raise InputError(
+                f"image_size is None, and the model's own latents are {height} x {width}; images are square, so give it"
+            )
+        return height
     if image_size < factor or image_size % factor:
         raise InputError(f"image_size {image_size} must be a positive multiple of {factor}")
     side: int = image_size // pipe.vae_scale_factor

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ipgo.backends.base import Backend, upcast
 from ipgo.backends.facts import Facts
-from ipgo.backends.text import tokenize
+from ipgo.backends.text import plain, tokenize
 from ipgo.embeds import PromptEmbeds, concatenate
 
 
@@ -32,8 +32,11 @@ class PixArtAlpha(Backend):
         process="diffusion",
     )
 
+    def _lengths(self, prompts: Sequence[str]) -> list[int]:
+        return super()._lengths(list(map(plain, prompts)))
+
     def _encode(self, prompts: Sequence[str], padding: str) -> PromptEmbeds:
-        small = [prompt.lower().strip() for prompt in prompts]
+        small = list(map(plain, prompts))
         ids, mask = tokenize(self.pipe.tokenizer, small, self.max_tokens, "max_length")
         mask = mask.to(self.text_device)
         return PromptEmbeds(self.pipe.text_encoder(ids.to(self.text_device), attention_mask=mask)[0], mask)

@@ -13,7 +13,7 @@ from ipgo.backends.base import Backend
 from ipgo.backends.facts import Facts, Opening
 from ipgo.backends.pixart import masked_kwargs
 from ipgo.backends.schedulers import TrigFlow
-from ipgo.backends.text import tokenize
+from ipgo.backends.text import plain, tokenize
 from ipgo.embeds import PromptEmbeds
 
 POSITIONS = 300  # that the denoiser sees
@@ -42,6 +42,9 @@ class Sana(Backend):
         super().__init__(pipe, name, opening)
         self.max_tokens = self.facts.tokens
         self.instruction = "\n".join(self._own_default("complex_human_instruction"))
+
+    def _lengths(self, prompts: Sequence[str]) -> list[int]:
+        return super()._lengths(list(map(plain, prompts)))
 
     def _encode(self, prompts: Sequence[str], padding: str) -> PromptEmbeds:
         # All but one: its last token and its mark take a place each that is the prompt's.
@@ -138,8 +141,3 @@ class SanaSprint(Sana):
 
     def _to_vae(self, latents: Tensor) -> Tensor:
         return super()._to_vae(latents / self.sigma)
-
-
-def plain(prompt: str) -> str:
-    """As the pipeline writes it."""
-    return prompt.lower().strip()

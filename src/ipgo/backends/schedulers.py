@@ -50,15 +50,21 @@ def new_scheduler(own: Any, name: str | None) -> Any:
             raise InputError(
                 f"scheduler is None; the model's own, {kind}, draws noise itself: choose another"
             )
-        return type(own).from_config(own.config)
+        made = type(own).from_config(own.config)
+        if getattr(own, "shift", None) != getattr(made, "shift", None):  # set since, beside the configuration
+            made.set_shift(own.shift)
+        return made
     import diffusers  # here, because it takes seconds
 
-    if "beta_schedule" not in own.config or "sigma_data" in own.config:
+    flow = own.config.get("use_flow_sigmas") or own.config.get("prediction_type") == "flow_prediction"
+    if "beta_schedule" not in own.config or "sigma_data" in own.config or flow:
         raise InputError(
             f"scheduler is {name!r}; the model's own, {type(own).__name__}, has noise levels that no other can have: "
             "leave scheduler out"
         )
     kind, options = SCHEDULERS[name]
+    if name == "pndm" and own.config.get("prediction_type") == "sample":
+        raise InputError("scheduler is 'pndm', which knows no model that predicts the picture; take another")
     wanted = getattr(diffusers, kind)
     known = inspect.signature(wanted).parameters
     levels = {key: own.config[key] for key in NOISE_LEVELS if key in own.config}
@@ -93,6 +99,17 @@ def shifted_or_own(steps: int, tokens: int, config: Any) -> dict[str, Any]:
         del arguments["sigmas"]
         arguments["num_inference_steps"] = steps
     return arguments
+
+
+def to_the_last(scheduler: Any) -> Any:
+    """The scheduler, beginning at the very last timestep: where a model of few steps was trained to begin.
+
+    The base model's, which a fine-tuned file comes with, spaces its steps so that the only one is at the end.
+    """
+    spacing = scheduler.config.get("timestep_spacing")
+    if spacing in (None, "trailing") or type(scheduler).__name__ == "LCMScheduler":
+        return scheduler
+    return type(scheduler).from_config(scheduler.config, timestep_spacing="trailing")
 
 
 class Denoised(NamedTuple):
@@ -133,6 +150,8 @@ class TrigFlow:
 def described(scheduler: Any) -> str:
     """Its class, and a digest of its settings: "DDIMScheduler-1a2b3c4d"."""
     settings = {key: value for key, value in sorted(scheduler.config.items()) if key[0] != "_"}
+    if settings.get("shift") != (shift := getattr(scheduler, "shift", None)) and shift is not None:
+        settings["shift"] = shift
     text = json.dumps(
         settings, default=lambda value: value.tolist() if hasattr(value, "tolist") else str(value)
     )

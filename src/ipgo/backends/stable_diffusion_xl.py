@@ -14,6 +14,7 @@ from ipgo.backends.facts import Facts, Opening
 from ipgo.backends.stable_diffusion import attended, embedded_scale, hidden
 from ipgo.backends.text import clip_tokens, read
 from ipgo.embeds import PromptEmbeds
+from ipgo.errors import InputError
 
 
 class StableDiffusionXL(Backend):
@@ -49,9 +50,14 @@ class StableDiffusionXL(Backend):
         return [(pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2)]
 
     def _encode(self, prompts: Sequence[str], padding: str) -> PromptEmbeds:
-        states = []
+        states, masks = [], []
         for tokenizer, encoder in self._encoders():
             windows = read(tokenizer, prompts, self.max_tokens, padding, self.long_prompts)
+            masks.append(windows.mask)
+            if not torch.equal(masks[0], windows.mask):
+                raise InputError(
+                    "the two tokenizers read a prompt in unequal lengths; load textual inversions into both"
+                )
             answer = encoder(windows.ids.to(self.text_device), output_hidden_states=True)
             states.append(answer.hidden_states[-2])
         return windows.embeds(torch.cat(states, dim=-1), answer.text_embeds)

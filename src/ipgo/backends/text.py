@@ -29,6 +29,11 @@ def unpadded(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
     return ids
 
 
+def plain(prompt: str) -> str:
+    """As the pipelines of PixArt and Sana write it."""
+    return prompt.lower().strip()
+
+
 def check_lengths(
     prompts: Sequence[str], lengths: Sequence[int], most: int, chunked: bool, what: str = "prompt"
 ) -> None:
