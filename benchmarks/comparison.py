@@ -49,7 +49,7 @@ ABOUT = (
     "Gains over raw prompts and the share of images that win, means over the sets, on noise that was not fitted; "
     "held out: the\nmean change of the rewards that were not optimised; objects: points more of the images have "
     "what the judge looks for;\nlikeness, where it was measured: how much more they look like the artwork (1 is that). "
-    "Numbers are those learned for a prompt.\nSeconds and MiB (the peak of memory) compare on one machine alone."
+    "Numbers are those stored for a prompt.\nSeconds and MiB (the peak of memory) compare on one machine alone."
 )
 
 MARKS = {"object": (100, 1), "likeness": (1, 3)}  # of the judge: what they are shown in units of, and digits
@@ -311,7 +311,7 @@ def bar(found: Mapping[Cell, Sequence[Row]]) -> str:
         [
             f"On unseen noise {OURS} has the largest gain among methods that change the prompt (its own variants and "
             f"`joint` do not count) in {best} of {len(found)} cells; "
-            f"the bar of {math.ceil(ENOUGH * len(found) - 1e-9)} {verdict} reached."
+            f"the goal of {math.ceil(ENOUGH * len(found) - 1e-9)} {verdict} reached."
             if rivalled
             else f"{OURS} has no rival yet among methods that change the prompt.",
             *([""] if lines else []),

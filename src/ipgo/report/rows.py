@@ -43,7 +43,7 @@ class Row:
             as many steps as compare; the same where a fit keeps its last step.
         curve: (weighted calls for each prompt, the reward so far), mean over prompts.
         calls, weighted: for each prompt, by kind, and their weighted sum.
-        seconds, memory, parameters: for each prompt; the peak in MiB; numbers learned.
+        seconds, memory, parameters: for each prompt; the peak in MiB; numbers stored of what was learned or chosen.
     """
 
     label: str

@@ -106,7 +106,7 @@ def held_out_table(entries: Sequence[Row], reward: str) -> Table:
 def cost_table(folder: Comparison, entries: Sequence[Row]) -> Table:
     """What a prompt took, and what came of all of them."""
     price = folder.plan.price
-    head = ["entry", *COST.values(), "weighted", "seconds", "peak MiB", "numbers learned", "serves also"]
+    head = ["entry", *COST.values(), "weighted", "seconds", "peak MiB", "numbers stored", "serves also"]
     lines = []
     for row in entries:
         calls = [Cell(f"{row.calls.get(name, 0):,.0f}") for name in COST]
