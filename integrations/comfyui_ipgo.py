@@ -7,8 +7,8 @@ the CLIP that it is given, as they do, and puts the learned embeddings around th
 
 Limits: models with one text encoder, whose denoiser does not care about the order of tokens (Stable Diffusion 1.x and
 2.x); prompts of one window of 77 tokens; adapters learned with padding="max_length" and without insertion.pooled. One
-that was fitted to prompts takes these, word for word, their brackets as brackets; a shared one takes any. Adapters of other kinds or widths are
-refused; that the checkpoint is the one that the adapter was learned on, the node cannot see.
+that was fitted to prompts takes these, word for word, their brackets as brackets; a shared one takes any. Adapters of
+other kinds or widths are refused; that the checkpoint is the one that the adapter was learned on, the node cannot see.
 """
 
 import re
