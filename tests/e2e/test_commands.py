@@ -267,7 +267,7 @@ def test_a_function_is_a_reward(pipeline_folder: str, tmp_path: Path) -> None:
     for reward in (spec, f"{spec}+0.5*contrast"):
         out = tmp_path / reward[-4:]
         assert fit(pipeline_folder, out, ["a fox"], "--reward", reward) == 0
-        assert {each.reward for each in Run.open(out).scores()} == {reward, "contrast"}
+        assert {each.reward for each in Run.open(out).scores()} == {reward, spec, "contrast"}
 
 
 @pytest.mark.parametrize(
@@ -321,12 +321,13 @@ def test_a_reward_that_only_judges_fails_before_the_search_or_can_be_repaired(
     start = "def mine(images, prompts):\n"
     mine.write_text(f"{start}    raise ValueError('never')\n")
     assert fit(pipeline_folder, out, PROMPTS, *judged) == 2
-    assert "reward 'mine' fails: ValueError: never (mine.py, line 2)" in capsys.readouterr().err
+    assert "mine.py:mine' fails: ValueError: never (mine.py, line 2)" in capsys.readouterr().err
     assert not out.exists()
     whole = f"{start}    return images.mean((1, 2, 3))\n"
-    mine.write_text(whole.replace("    return", "    assert len(images) == 1, 'many'\n    return"))
+    alike = "    assert images[0].equal(images[-1]), 'many'\n"  # as the two copies of what it is tried on
+    mine.write_text(whole.replace("    return", f"{alike}    return"))
     assert fit(pipeline_folder, out, PROMPTS, *judged) == 2
-    assert "reward 'mine' fails: AssertionError: many (mine.py, line 2)" in capsys.readouterr().err
+    assert "mine.py:mine' fails: AssertionError: many (mine.py, line 2)" in capsys.readouterr().err
     prompt = Run.open(out).prompts[0]
     assert (Run.open(out).folder(prompt) / "adapter.safetensors").is_file()
     mine.write_text(whole)
