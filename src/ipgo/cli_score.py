@@ -140,12 +140,7 @@ def match_prompts(pictures: Sequence[Path], spec: str | None, single: str | None
     reader = readers.get(Path(spec).suffix.lower())
     table = reader(Path(spec)) if reader is not None and Path(spec).is_file() else None
     if table is not None:
-        lines, namesakes = defaultdict(list), defaultdict(list)
-        for file, prompt in table:
-            lines[file.name].append((file, prompt))
-        for picture in pictures:
-            namesakes[picture.name].append(picture)
-        return [_prompt_of(each, namesakes[each.name], lines[each.name], spec) for each in pictures]
+        return _matched(pictures, table, spec)
     prompts = read_prompts(spec)
     if len(prompts) != len(pictures):
         raise InputError(f"prompts has {len(prompts)} lines for {len(pictures)} pictures; give one for each")
@@ -176,33 +171,40 @@ def _objects(path: Path) -> list[tuple[Path, str]] | None:
     return [(Path(str(line["file"])), str(line["prompt"])) for line in lines] if whole else None
 
 
-def _shared(picture: Path, file: Path) -> int:
-    """How many parts of their paths are the same, seen from the end."""
-    pairs = zip(picture.resolve().parts[::-1], file.parts[::-1])  # noqa: B905 - to the end of the shorter one
-    return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
-
-
-def _prompt_of(picture: Path, namesakes: Sequence[Path], lines: Sequence[tuple[Path, str]], spec: str) -> str:
-    """That of the line whose file shares most with the picture's path.
+def _matched(pictures: Sequence[Path], lines: Sequence[tuple[Path, str]], spec: str) -> list[str]:
+    """For each picture the prompt of the line whose file shares most with its path, seen from the end.
 
     A line of which another picture's path shares more is that picture's.
-
-    Args:
-        namesakes, lines: the pictures and the lines of a table with the picture's name.
     """
-    if not lines:
-        raise InputError(f"prompt file {spec!r} has no line for picture {picture.name!r}")
-    most = max(_shared(picture, file) for file, _ in lines)
-    nearest = [(file, prompt) for file, prompt in lines if _shared(picture, file) == most]
-    if all(any(_shared(other, file) > most for other in namesakes) for file, _ in nearest):
-        raise InputError(f"prompt file {spec!r} has no line for picture {str(picture)!r}")
-    best = {prompt for _, prompt in nearest}
-    if len(best) > 1:
-        raise InputError(
-            f"prompt file {spec!r} has several prompts for picture {str(picture)!r}; "
-            "name its files with enough of their folders"
-        )
-    return best.pop()
+    paths = [picture.resolve() for picture in pictures]
+    ends_of_paths = {end for path in paths for end in _ends(path)}
+    by_end: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    for number, (file, _) in enumerate(lines):
+        for end in _ends(file):
+            by_end[end].append(number)
+    # How much of each line's file some picture shares.
+    most = [max((len(end) for end in _ends(file) if end in ends_of_paths), default=0) for file, _ in lines]
+    found = []
+    for picture, path in zip(pictures, paths, strict=True):
+        longest = max((end for end in _ends(path) if end in by_end), key=len, default=())
+        if not longest:
+            raise InputError(f"prompt file {spec!r} has no line for picture {picture.name!r}")
+        if all(most[number] > len(longest) for number in by_end[longest]):
+            raise InputError(f"prompt file {spec!r} has no line for picture {str(picture)!r}")
+        best = {lines[number][1] for number in by_end[longest]}
+        if len(best) > 1:
+            raise InputError(
+                f"prompt file {spec!r} has several prompts for picture {str(picture)!r}; "
+                "name its files with enough of their folders"
+            )
+        found.append(best.pop())
+    return found
+
+
+def _ends(path: Path) -> Iterator[tuple[str, ...]]:
+    """The last part of a path, the last two, and so on."""
+    parts = path.parts[::-1]
+    return (parts[: count + 1] for count in range(len(parts)))
 
 
 def scored(

@@ -210,7 +210,7 @@ def result_of(folder: Run, path: Path | None = None) -> Result:
     fitted = []
     for prompt, stored in zip(folder.judged, folder.results(), strict=True):
         before, after = (_pictures(folder, prompt, when) for when in ("before", "after"))
-        own = [each for each in scores if each.prompt == prompt.text]
+        own = folder.scores_of(stored)
         adapter, history = folder.load_adapter(prompt), folder.history(prompt)
         fitted.append(Fitted(prompt.text, adapter, before, after, history, own, stored["status"] == "failed"))
     return Result(

@@ -68,7 +68,9 @@ def from_pil(picture: Image.Image) -> Tensor:
         # Pillow's own conversion cuts off at 255.
         grey = torch.from_numpy(np.array(picture).astype(np.float32)) / 65535
         return grey.expand(3, -1, -1)
-    upright = ImageOps.exif_transpose(picture)  # as a camera says that it was held
+    upright = picture
+    with contextlib.suppress(Exception):  # a damaged note is no damage to the picture
+        upright = ImageOps.exif_transpose(picture)  # as a camera says that it was held
     pixels = torch.from_numpy(np.array(upright.convert("RGB")))
     return pixels.permute(2, 0, 1).float() / 255
 

@@ -111,6 +111,8 @@ class _Training:
         for parameter in self.parameters.values():
             self.optimizer.state[parameter] = adam_state(parameter)
 
+        self.patience = min(PATIENCE, ppo.epochs)
+
     def run(self) -> Iterator[Progress]:
         for epoch in range(int(self.memory["epoch"]), self.ppo.epochs):
             with self.adapter.attached(self.backend, self.task.prompts):
@@ -124,7 +126,7 @@ class _Training:
             self.memory["epoch"] += 1
             self.ready.load_state_dict(self.adapter.state_dict())
             yield self._progress(sum(norms) / len(norms), batches[0].images[:1])
-            if self.memory["misses"] >= PATIENCE:
+            if self.memory["misses"] >= self.patience:
                 return
 
     def _policy(self, prediction: Tensor, timestep: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
@@ -244,7 +246,7 @@ class _Training:
             best=memory["best"].clone(),
             penalty=torch.zeros(count),
             grad_norm=torch.full((count,), norm),
-            failed=(memory["misses"] >= PATIENCE).expand(count),
+            failed=(memory["misses"] >= self.patience).expand(count),
             images=None if self.task.shared else images,
             adapter=self.ready,
             state=self.state,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import re
 from importlib.metadata import version
 from pathlib import Path
 
@@ -37,7 +37,9 @@ def save_pretrained(run: Run | str | Path, folder: str | Path) -> Path:
     ):
         raise InputError(f"folder {str(folder)!r} holds something else; give a new or empty one")
     save_adapter(whole, folder, settings, run.drawn_by)
-    shutil.rmtree(folder / "images", ignore_errors=True)
+    for picture in (folder / "images").glob("*.png"):  # those of an earlier publication, and no others
+        if re.fullmatch(r"\d{4}-.*-(before|after)\.png", picture.name):
+            picture.unlink()
     for prompt in run.finished[:MOST]:
         for when in ("before", "after"):
             source = run.image(prompt, when, shown_seed(run))

@@ -21,6 +21,7 @@ from ipgo.adapters import Adapter
 from ipgo.backends import Backend
 from ipgo.chunks import Chunk, Cost
 from ipgo.config import RunConfig
+from ipgo.continuing import differing_in
 from ipgo.errors import InputError, InUseError
 from ipgo.evaluation import Score, draw, score
 from ipgo.images import to_pil
@@ -204,6 +205,9 @@ def taken_over(folder: Run, models: Models, prompt: Prompt, twins: Sequence[Run]
     for twin in twins:
         result = twin.result(prompt)
         if result is None or result["rewards"] != models.identities:
+            continue
+        missing = not all(twin.image(prompt, "before", seed).is_file() for seed in config.judged_seeds)
+        if missing or differing_in(twin.drawn_by, models.backend.identity) is not None:
             continue
         for seed in config.judged_seeds:
             folder.copy_image(twin, prompt, "before", seed)

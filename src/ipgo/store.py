@@ -61,6 +61,7 @@ class Run:
         self.judged = tuple(self.prompts[place * len(self.prompts) // count] for place in range(count))
         self._lock = FileLock(path / LOCK)
         self._begun = False
+        self._read: tuple[tuple[int, int], dict[str, Any]] = (0, 0), {}
 
     @classmethod
     def open(cls, path: str | Path, config: RunConfig | None = None) -> Run:
@@ -88,12 +89,7 @@ class Run:
         there = RunConfig.from_json(stored["config"])
         if config is None:
             return cls(path, there)
-        differing = differences(there.identity(), config.identity())
-        if differing:
-            raise ResumeError(
-                f"{str(path)!r} was made with other settings ({differing}); "
-                "give the same ones to continue it, or another folder"
-            )
+        _check_settings(path, there, config)
         return cls(path, config)
 
     def start(self, facts: Mapping[str, Any]) -> None:
@@ -136,6 +132,8 @@ class Run:
     def _continue(self, facts: Mapping[str, Any]) -> None:
         """Refuse other models; but a reward that only judges may be repaired as long as it has scored nothing."""
         there = self.facts
+        # Again: another process may have begun it since it was opened.
+        _check_settings(self.path, RunConfig.from_json(there["config"]), self.config)
         if not any(map(self.done, self.prompts)):
             there = with_judges_of(there, facts, self.config.reward)
         check_models(self.path, there, facts)
@@ -145,9 +143,15 @@ class Run:
     @property
     def identities(self) -> dict[str, Any]:
         """What decides the scores, by reward: as they were when the run began; {} before."""
-        begun = (self.path / "run.json").is_file()
-        found: dict[str, Any] = self.facts.get("rewards", {}) if begun else {}
-        return found
+        file = self.path / "run.json"
+        if not file.is_file():
+            return {}
+        about = file.stat()
+        if (about.st_mtime_ns, about.st_size) != self._read[
+            0
+        ]:  # it holds all prompts, and is asked for once for each
+            self._read = (about.st_mtime_ns, about.st_size), self.facts.get("rewards", {})
+        return self._read[1]
 
     def strange(self, identities: Mapping[str, Any]) -> list[str]:
         """The rewards among these that differ from those that scored the run under their names."""
@@ -256,7 +260,11 @@ class Run:
             self._take()
         file = self._checkpoint_file(chunk)
         found = read_checkpoint(file, chunk, self.config.digest()) if file.is_file() else None
-        for history in self._histories(chunk).values():
+        histories = self._histories(chunk).values()
+        # One that another cutting of the prompts has begun anew lags behind: this checkpoint is older than that.
+        if found is not None and any(_steps(history) < found.step for history in histories):
+            found = None
+        for history in histories:
             _cut(history, found.step if found is not None else 0)
         return found
 
@@ -374,6 +382,10 @@ class Run:
         """
         file = self.path / EVALUATION
         with FileLock(self.path / ".evaluation.lock"):  # two evaluations may end together
+            if (
+                not file.is_file() and _set_aside(file, drawn_by).is_file()
+            ):  # a kill between the two lines below
+                _set_aside(file, drawn_by).replace(file)
             before = load_drawn_by(file) or drawn_by
             if differing_in(before, drawn_by) is not None:
                 file.replace(_set_aside(file, before))
@@ -407,6 +419,16 @@ class Run:
         return self.path / name
 
 
+def _check_settings(path: Path, there: RunConfig, now: RunConfig) -> None:
+    """Raise `ResumeError` for a run with other settings."""
+    differing = differences(there.identity(), now.identity())
+    if differing:
+        raise ResumeError(
+            f"{str(path)!r} was made with other settings ({differing}); "
+            "give the same ones to continue it, or another folder"
+        )
+
+
 def _set_aside(file: Path, drawn_by: Mapping[str, Any]) -> Path:
     """Where an evaluation stays while another backend draws."""
     parts = (str(drawn_by[key]) for key in ("weights", "dtype", "schedule") if drawn_by.get(key))
@@ -416,6 +438,12 @@ def _set_aside(file: Path, drawn_by: Mapping[str, Any]) -> Path:
 def left_over(file: Path) -> bool:
     """Does a start that was cut short leave such a file behind?"""
     return file.suffix == ".draft" or file.name == LOCK
+
+
+def _steps(history: Path) -> int:
+    """How many steps it holds without a gap."""
+    lines = files.read_lines(history) if history.is_file() else []
+    return next((place for place, line in enumerate(lines) if line["step"] != place + 1), len(lines))
 
 
 def _cut(history: Path, step: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import math
 import re
@@ -235,5 +236,20 @@ def open_stored(path: Path) -> Stored:
     if run is not None and places[0] == path:
         return Stored(*run.whole_adapter(), run.drawn_by, run)
     facts = adapter_facts(path)
+    _check_known(path, facts["settings"])
     known = facts.get("drawn_by") or (run.drawn_by if run is not None else {})
     return Stored(load_adapter(path), dict(facts["settings"]), known, run)
+
+
+def _check_known(path: Path, settings: dict[str, Any]) -> None:
+    """Raise `InputError` for settings that this version does not know, as a newer one may write them."""
+    from ipgo.config import RunConfig
+    from ipgo.sampling import Sampling
+
+    whole = {each.name for each in dataclasses.fields(RunConfig)}
+    sampling = {each.name for each in dataclasses.fields(Sampling)}
+    unknown = [*(settings.keys() - whole), *(settings.get("sampling", {}).keys() - sampling)]
+    if unknown:
+        raise InputError(
+            f"adapter {str(path)!r} was made with a setting {unknown[0]!r}, which this version of ipgo does not know"
+        )

@@ -320,6 +320,10 @@ class _Climb:
 
     def _progress(self, norms: Tensor, images: Tensor | None, total: int) -> Progress:
         memory, count = self.memory, len(self.task.prompts)
+        failed = self._failed()
+        if memory["step"] >= total:  # also where nothing was ever kept: what is returned is the start
+            none = memory["best"].isnan()
+            failed = failed | (none.all() if self.task.shared else none)
         return Progress(
             step=int(memory["step"]),
             total=total,
@@ -327,7 +331,7 @@ class _Climb:
             best=memory["best"].clone(),
             penalty=memory["penalty"].clone(),
             grad_norm=norms.expand(count),
-            failed=self._failed().expand(count),
+            failed=failed.expand(count),
             images=images,
             adapter=self.result,
             state=self.state,

@@ -464,7 +464,7 @@ def test_a_reward_that_was_edited_is_said_to_be_another(
 def test_without_unseen_seeds_nothing_is_called_unseen(pipeline_folder: str, tmp_path: Path) -> None:
     assert fit(pipeline_folder, tmp_path / "run", PROMPTS, "--unseen-seeds", "0") == 0
     page = (tmp_path / "run/report.html").read_text()
-    assert page.count("unseen noise") == 2  # the heads of columns that are empty
+    assert "unseen noise" not in page
     assert "one image from fitted noise" in page
 
 

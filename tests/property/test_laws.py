@@ -46,13 +46,13 @@ def test_rotation_keeps_norms_and_can_be_undone(seed, count, half, angles):
 @few
 @given(seeds, st.integers(1, 5))
 def test_the_penalty_is_zero_where_the_means_agree(seed, count):
-    adapter = InsertionAdapter(None, 6, Insertion(2, 2, rank=4))
+    adapter = InsertionAdapter(None, 6, Insertion(1, 1, rank=4))
     mask = torch.arange(5) < count
     original = PromptEmbeds(random(1, 5, 6, seed=seed), mask[None])
     mean = original.mean()[:, None]
     assert adapter.penalty(original, original.insert(mean, mean), mean).item() == pytest.approx(0, abs=1e-12)
     moved = original.insert(mean + 1, mean)
-    expected = 1 / (count + 2)
+    expected = 1 / (count + 2) * math.sqrt(6) / original.norm().item()
     assert adapter.penalty(original, moved, mean).item() == pytest.approx(expected)
 
 

@@ -9,13 +9,15 @@ import torch
 
 import ipgo
 from ipgo import cli
-from ipgo.adapters import Adapter, NoiseAdapter
+from ipgo.adapters import Adapter, InsertionAdapter, NoiseAdapter
+from ipgo.artefacts import save_adapter
 from ipgo.backends import BACKENDS, FAMILIES
 from ipgo.config import settings_for
 from ipgo.continuing import differences
 from ipgo.errors import InputError
 from ipgo.evaluation import Gain, Interval
-from ipgo.terminal import Stored, backend_of, peek, read_texts, spelt
+from ipgo.insertion import Insertion
+from ipgo.terminal import Stored, backend_of, open_stored, peek, read_texts, spelt
 from tests.conftest import one_sentence
 
 NAN = float("nan")
@@ -278,6 +280,14 @@ def test_an_adapter_of_a_folder_that_is_elsewhere_is_not_looked_up_on_the_hub() 
     with pytest.raises(InputError, match=r"fitted on './models/mine', which is not here"):
         backend_of({"backend": "./models/mine"}, None)
     assert backend_of({"backend": "owner/name"}, None) == "owner/name"
+
+
+def test_an_adapter_of_a_newer_version_says_so(tmp_path: Path) -> None:
+    adapter = InsertionAdapter(("a",), 8, Insertion(1, 1, rank=2))
+    for settings, name in (({"newer": 1}, "newer"), ({"sampling": {"steps": 2, "odd": 1}}, "odd")):
+        save_adapter(adapter, tmp_path, settings)
+        with pytest.raises(InputError, match=f"setting '{name}', which this version of ipgo does not know"):
+            open_stored(tmp_path)
 
 
 def test_long_settings_are_cut_where_they_differ() -> None:

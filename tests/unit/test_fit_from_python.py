@@ -200,6 +200,21 @@ def test_a_fit_without_one_finite_step_has_failed(pipeline_folder: str) -> None:
         assert found.failed
 
 
+def test_a_fit_that_kept_nothing_has_failed(pipeline_folder: str) -> None:
+    """One bad step of four, on one of four seeds: there is no mean over all of them, so the start is returned."""
+    calls: list[bool] = []
+
+    def steep(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        calls.append(images.requires_grad)
+        more = (images - images.detach()).square().mean((1, 2, 3)).sqrt() if sum(calls) == 4 else 0
+        return images.mean((1, 2, 3)) + more
+
+    method = ipgo.IPGO(ascent=Ascent(steps=4, backprop_steps=1))
+    settings = {**SHORT_RAW, "seeds": (0, 1, 2, 3)}
+    (found,) = ipgo.fit("a fox", backend=pipeline_folder, reward=steep, method=method, **settings)
+    assert found.failed
+
+
 def test_an_adapter_is_the_same_in_any_default_format(pipeline_folder: str, tmp_path: Path) -> None:
     backend = ipgo.load_backend(pipeline_folder, device="cpu")
     adapter = ipgo.InsertionAdapter.start(backend, ["a fox"], ipgo.Insertion(2, 1), seed=0, shared=False)

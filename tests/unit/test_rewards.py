@@ -28,6 +28,7 @@ from ipgo.rewards import (
     score,
     terms,
 )
+from ipgo.rewards.own import read_function
 
 IMAGES = torch.rand((3, 3, 8, 8), generator=torch.Generator().manual_seed(0))
 PROMPTS = ["a", "b", "c"]
@@ -338,6 +339,40 @@ print(json.dumps([identity_of(as_reward(each)) for each in (Net(), Plain(), func
     assert net != first[0]
     assert plain != first[1]
     assert function == first[2]
+
+
+def test_where_a_file_is_does_not_count(tmp_path):
+    text = "import os\nHERE = os.path.dirname(os.path.abspath(__file__))\nNAMES = HERE + '/names'\n"
+    text += "def mine(images, prompts):\n    return images.mean((1, 2, 3)) + len([HERE, NAMES])\n"
+    known = []
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "mine.py").write_text(text)
+        known.append(identity_of(load_reward(f"{tmp_path}/{place}/mine.py:mine")))
+    assert known[0] == known[1]
+
+
+def test_a_reward_that_goes_to_another_folder_does_not_take_us_with_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").mkdir()
+    text = "import os\nos.chdir('other')\ndef mine(images, prompts):\n    os.chdir('/')\n"
+    text += "    return images.mean((1, 2, 3))\n"
+    (tmp_path / "mine.py").write_text(text)
+    score(load_reward("mine.py:mine"), torch.rand(1, 3, 4, 4), ["a"])
+    assert Path.cwd() == tmp_path
+
+
+def test_two_functions_of_a_file_share_what_it_made(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "made = []\ndef one(images, prompts):\n    return images\ndef two(images, prompts):\n    return images\n"
+    )
+    spec = f"{tmp_path}/mine.py:"
+    check_reward(f"{spec}one+{spec}two")
+    first, second = (read_function(spec + name) for name in ("one", "two"))
+    assert first.__globals__["made"] is second.__globals__["made"]
+    assert (
+        read_function(f"{spec}one").__globals__["made"] is not first.__globals__["made"]
+    )  # for the next fit
 
 
 def test_a_module_from_a_file_is_known_by_its_weights(tmp_path):

@@ -160,6 +160,28 @@ def test_a_checkpoint_of_other_prompts_or_settings_is_not_taken(run: Run) -> Non
     assert run.checkpoint(renamed) is None
 
 
+def test_a_checkpoint_that_another_cutting_has_overtaken_is_not_taken(run: Run) -> None:
+    """Else the histories would go on from its step, with nothing before."""
+    chunk = run.chunks()[0]
+    for step in (1, 2, 3):
+        run.record(chunk, progress(step), Cost())
+    run.save_checkpoint(chunk, progress(3), Cost())
+    alone = Chunk(chunk.prompts[:1])
+    assert run.checkpoint(alone) is None  # with --chunk 1, killed again after a step
+    run.record(alone, progress(1, (1.0,)), Cost())
+    assert run.checkpoint(chunk) is None
+    assert [run.history(prompt) for prompt in chunk.prompts] == [[], []]
+
+
+def test_a_run_that_another_process_has_begun_since_is_compared_again(tmp_path: Path) -> None:
+    late = Run.open(tmp_path / "run", replace(CONFIG, seed=7))
+    first = Run.open(tmp_path / "run", CONFIG)
+    first.start({"device": "test"})
+    first.release()
+    with pytest.raises(ResumeError, match="was made with other settings"):
+        late.start({"device": "test"})
+
+
 def test_opening_checks_the_settings(run: Run, tmp_path: Path) -> None:
     assert Run.open(run.path).config == CONFIG
     assert Run.open(run.path, replace(CONFIG, chunk=1, device="cpu")).prompts == run.prompts
@@ -238,6 +260,16 @@ def test_evaluations_by_other_schedulers_are_kept_apart(run: Run) -> None:
     run.judge_again([replace(score, seed=3)], {}, {**drawn, "schedule": "A"})  # its scores come back with it
     assert {each.seed for each in load_scores(run.path / "evaluation.jsonl")} == {1, 3}
     assert {each.seed for each in load_scores(run.path / "evaluation-aa-float32-C.jsonl")} == {1, 2}
+
+
+def test_an_evaluation_that_was_killed_between_two_names_comes_back(run: Run) -> None:
+    score, drawn = Score("ipgo", "a fox", 1, "r", 0.5, False), {"weights": "aa", "dtype": "float32"}
+    run.judge_again([score], {}, {**drawn, "schedule": "B"})
+    run.judge_again([score], {}, {**drawn, "schedule": "A"})
+    (run.path / "evaluation.jsonl").replace(run.path / "evaluation-aa-float32-A.jsonl")  # killed here
+    run.judge_again([replace(score, seed=2)], {}, {**drawn, "schedule": "B"})
+    assert {each.seed for each in load_scores(run.path / "evaluation.jsonl")} == {1, 2}
+    assert (run.path / "evaluation-aa-float32-A.jsonl").is_file()
 
 
 def test_evaluations_by_another_reward_of_the_same_name_are_kept_apart(run: Run) -> None:

@@ -29,6 +29,7 @@ from ipgo.store import EVALUATION, Run
 
 logger = logging.getLogger("ipgo")
 VISIBLE = 0.0005  # the page shows three digits
+MOST = 100  # prompts whose pictures are shown: the page is one file
 LARGEST = 512  # pixels; larger images are shown smaller, so that the page stays light
 
 
@@ -85,7 +86,11 @@ def render(run: Run) -> str:
         curve_name=name,
         before=before is not None,
         scatters=_scatters(scores, config.reward, seeds),
-        cards=[_card(run, prompt, result) for prompt, result in zip(run.finished, results, strict=True)],
+        cards=[
+            _card(run, prompt, result)
+            for prompt, result in zip(run.finished[:MOST], results[:MOST], strict=True)
+        ],
+        done=len(results),
         cost=run_cost(run),
         settings=_settings(run),
         facts=run.facts,

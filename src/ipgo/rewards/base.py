@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ipgo.errors import InputError, IpgoError, RewardError
-from ipgo.rewards.own import parts_of, said, unsettled
+from ipgo.rewards.own import parts_of, said, same_folder, unsettled
 
 RewardFunction = Callable[[Tensor, Sequence[str]], Tensor]
 
@@ -248,7 +248,10 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
     if len(prompts) != len(images):
         raise InputError(f"{len(images)} images have {len(prompts)} prompts; each needs one")
     try:
-        values = reward(images.clone(), list(prompts))  # one that works in place shall not change the picture
+        with same_folder():
+            values = reward(
+                images.clone(), list(prompts)
+            )  # one that works in place shall not change the picture
     except (IpgoError, torch.OutOfMemoryError, MemoryError):
         raise
     except (Exception, SystemExit) as error:

@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import inspect
 import json
+import os
 import re
 import sys
 import sysconfig
@@ -30,15 +31,16 @@ DEVICE = re.compile(r"(cpu|cuda|mps)(:\d+)?")
 RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
 
-# Files that were run for a look at them, each until it is wanted: what a file does as it is read, it does once.
-_LOOKED_AT: dict[tuple[str, str], Any] = {}
+# Files that were run, by name and content, and their functions that are in use: what a file does as it is read, it does
+# once for a fit, and anew for the next one.
+_RUN: dict[tuple[str, str], tuple[Any, set[str]]] = {}
 
 
 def read_function(spec: str, *, look: bool = False) -> Function:
     """The function that `path/mine.py:warmth` names.
 
     Args:
-        look: it is not going to be called, so that the next caller gets the same one.
+        look: it is not going to be called, so that who wants to call it gets the same one.
 
     Raises:
         InputError: no such file, one that does not run, or one without that function.
@@ -49,9 +51,11 @@ def read_function(spec: str, *, look: bool = False) -> Function:
         raise InputError(f"reward file {place!r} does not exist")
     own_name = f"ipgo_user_reward_{path.stem}_{_digest(str(path.resolve()).encode())[:8]}"
     key = own_name, _digest(path.read_bytes())
-    module = _LOOKED_AT.pop(key, None) or _run(path, place, own_name)
-    if look:
-        _LOOKED_AT[key] = module
+    if key not in _RUN or (name in _RUN[key][1] and not look):
+        _RUN[key] = _run(path, place, own_name), set()
+    module, in_use = _RUN[key]
+    if not look:
+        in_use.add(name)
     if not hasattr(module, name):
         public = [
             each for each, value in vars(module).items() if callable(value) and not each.startswith("_")
@@ -72,11 +76,23 @@ def _run(path: Path, place: str, own_name: str) -> Any:
         sys.path.append(folder)  # for modules beside it, as for a script
     sys.modules[own_name] = module  # where dataclasses, and `inspect`, look for what a class is written in
     try:
-        source.loader.exec_module(module)
+        with same_folder():
+            source.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[own_name]
         raise InputError(f"reward file {place!r} does not run: {said(error)}") from error
     return module
+
+
+@contextlib.contextmanager
+def same_folder() -> Iterator[None]:
+    """The user's code may change the folder that this process works in; paths of ours are relative to it."""
+    before = Path.cwd()
+    try:
+        yield
+    finally:
+        if Path.cwd() != before:
+            os.chdir(before)
 
 
 def said(error: BaseException) -> str:
@@ -249,7 +265,7 @@ def _reached(function: Any) -> Iterator[tuple[str, object]]:
         others = [each.__code__ for each in there.values() if _of_module(each, there)]
         written = set().union(*(_names(each, "STORE_GLOBAL") for each in (code, *others)))
         for name in sorted(_names(code, "LOAD_GLOBAL", "LOAD_NAME") - written):
-            if name in there and not _says_where(name, there[name]):
+            if name in there and not _says_where(name, there[name], Path(code.co_filename)):
                 yield name, there[name]
 
 
@@ -269,9 +285,14 @@ def _names(code: Any, *kinds: str) -> set[str]:
     return own.union(*(_names(each, *kinds) for each in code.co_consts if inspect.iscode(each)))
 
 
-def _says_where(name: str, value: object) -> bool:
-    """Does a global say where a function is or runs (__file__, the name of a device), not what it computes?"""
-    return name.startswith("__") or (isinstance(value, str) and DEVICE.fullmatch(value) is not None)
+def _says_where(name: str, value: object, file: Path) -> bool:
+    """Does a global say where a function is or runs (__file__, its folder, a device), not what it computes?"""
+    if name.startswith("__"):
+        return True
+    folder = str(file.resolve().parent)
+    return isinstance(value, str) and (
+        DEVICE.fullmatch(value) is not None or value == folder or value.startswith(folder + os.sep)
+    )
 
 
 def _lines_of_module(module: nn.Module) -> Iterator[str]:
