@@ -75,9 +75,9 @@ def run(folder: Run, models: Models) -> None:
 
 def _run(folder: Run, models: Models) -> None:
     pending = folder.pending()
-    if not pending:
-        folder.start(facts(models))  # refuses other models than those that its results are of
-    else:
+    if not pending or folder.begun:
+        folder.start(facts(models))  # refuses other models than those that it was begun with, before it cuts anything
+    if pending:
         try_rewards(folder.config, models)
     for chunk in pending:
         progress, cost = fit_chunk(folder, models, chunk)

@@ -107,7 +107,7 @@ class Run:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._take()
-            if (self.path / "run.json").exists():
+            if self.begun:
                 self._continue(facts)
             else:
                 about = {"schema": SCHEMA, "digest": self.config.digest(), **facts}
@@ -141,6 +141,11 @@ class Run:
             files.write_json(self.path / "run.json", there)
 
     @property
+    def begun(self) -> bool:
+        """Has a step been recorded here, by this process or another?"""
+        return (self.path / "run.json").is_file()
+
+    @property
     def identities(self) -> dict[str, Any]:
         """What decides the scores, by reward: as they were when the run began; {} before."""
         file = self.path / "run.json"
@@ -171,7 +176,7 @@ class Run:
     @property
     def dtype(self) -> str | None:
         """The format that it was begun in; None before that."""
-        return self.facts.get("dtype") if (self.path / "run.json").is_file() else None
+        return self.facts.get("dtype") if self.begun else None
 
     # -- where things are -------------------------------------------------------------------------------
 
@@ -284,7 +289,7 @@ class Run:
     @property
     def drawn_by(self) -> dict[str, Any]:
         """What was behind the backend's name: its identity and its own guidance scale; {} before the first step."""
-        facts = self.facts if (self.path / "run.json").is_file() else {}
+        facts = self.facts if self.begun else {}
         return {key: value for key, value in facts.items() if key in DRAWN_BY}
 
     @property
