@@ -76,7 +76,7 @@ def run(folder: Run, models: Models) -> None:
 def _run(folder: Run, models: Models) -> None:
     pending = folder.pending()
     if not pending or folder.begun:
-        folder.start(facts(models))  # refuses other models than those that it was begun with, before it cuts anything
+        folder.start(facts(models))  # refuses other models than it was begun with, before it cuts histories
     if pending:
         try_rewards(folder.config, models)
     for chunk in pending:

@@ -152,10 +152,9 @@ class Run:
         if not file.is_file():
             return {}
         about = file.stat()
-        if (about.st_mtime_ns, about.st_size) != self._read[
-            0
-        ]:  # it holds all prompts, and is asked for once for each
-            self._read = (about.st_mtime_ns, about.st_size), self.facts.get("rewards", {})
+        version = about.st_mtime_ns, about.st_size
+        if version != self._read[0]:  # the file holds all prompts, and is asked for once for each
+            self._read = version, self.facts.get("rewards", {})
         return self._read[1]
 
     def strange(self, identities: Mapping[str, Any]) -> list[str]:
