@@ -120,9 +120,8 @@ class RunConfig:
                 f"judged_prompts is {self.judged_prompts}; it must be at least 1, and needs shared: "
                 "prompt-wise results are judged on every prompt"
             )
-        if (
-            is_hub_id(self.backend) and Path(self.backend).is_dir()
-        ):  # else another folder reads it as the hub's
+        # A folder, which is looked up on the hub wherever there is none of that name.
+        if is_hub_id(self.backend) and Path(self.backend).is_dir():
             object.__setattr__(self, "backend", f"./{self.backend}")
         check_seeds(self.seeds)
         clash = sorted(set(self.seeds) & set(self.new_seeds))
