@@ -414,7 +414,7 @@ def _explain(error: ArgumentError, parser: ArgumentParser) -> InputError:
     if found := re.search(r'Parser key "(.+?)".*?: .* [Vv]alue:\s*(.*)', text):
         types = re.findall(r"Expected an? (?:<class '(\w+)'>|typing\.Literal\[(.*?)\])", text)
         allowed = " or ".join(IN_WORDS.get(kind, kind) or choices for kind, choices in types)
-        said = {"None": "null", "True": "true", "False": "false"}.get(found[2]) or found[2]
+        said = {"None": "null", "True": "true", "False": "false"}.get(found[2], found[2])
         number = re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?|-?inf|nan", said)
         shown = said if number or said != found[2] else repr(said)
         return InputError(f"{found[1]} is {shown}; it must be {allowed or 'of another type'}")

@@ -163,9 +163,7 @@ def _hub_columns(
         raise MissingExtraError(f'{spec} needs the datasets package: pip install "ipgo[data]"') from None
     try:
         found = load_dataset(repository, split=split)
-    except (
-        Exception
-    ) as error:  # its libraries say in many ways that there is no network, or not for long enough
+    except Exception as error:  # its libraries say in many ways that the network fails
         raise _offline(repository, local, error) from error
     missing = [name for name in columns if name not in found.column_names]
     if missing:

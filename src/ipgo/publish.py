@@ -86,9 +86,7 @@ def fetch(source: str | Path) -> Path:
 
     try:
         return Path(snapshot_download(str(source), allow_patterns=list(FILES)))
-    except (
-        Exception
-    ) as error:  # whatever its HTTP library raises where there is no network, or not for long enough
+    except Exception as error:  # as above
         raise InputError(
             f"adapter {str(source)!r} is not a folder, and cannot be read from the hub: {first_line(error)}"
         ) from error

@@ -386,15 +386,13 @@ class Run:
         """
         file = self.path / EVALUATION
         with FileLock(self.path / ".evaluation.lock"):  # two evaluations may end together
-            if (
-                not file.is_file() and _set_aside(file, drawn_by).is_file()
-            ):  # a kill between the two lines below
-                _set_aside(file, drawn_by).replace(file)
             before = load_drawn_by(file) or drawn_by
             if differing_in(before, drawn_by) is not None:
                 file.replace(_set_aside(file, before))
-                if _set_aside(file, drawn_by).is_file():
-                    _set_aside(file, drawn_by).replace(file)
+            if (
+                not file.is_file() and _set_aside(file, drawn_by).is_file()
+            ):  # also after a kill between the two
+                _set_aside(file, drawn_by).replace(file)
             known = load_identities(file)
             found = {(s.method, s.prompt, s.seed, s.reward): s for s in scores}
             earlier = load_scores(file)

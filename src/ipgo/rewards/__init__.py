@@ -170,20 +170,9 @@ def terms_of(reward: Reward) -> dict[str, Reward]:
     named = optimised(reward.name) - {reward.name}
     return {
         each.name: each
-        for each in _added(reward)
+        for each in parts(reward, named=True)
         if each.name in named and not each.name.startswith(tuple(EXTERNAL))
     }
-
-
-def _added(reward: Reward) -> Iterator[Reward]:
-    """`parts`, under the names that they have here."""
-    if isinstance(reward, WeightedSum):
-        for each in reward.rewards:
-            yield from _added(each)
-    elif isinstance(reward, Ceiling):
-        yield from _added(reward.reward)
-    else:
-        yield reward
 
 
 def _outline(spec: str) -> Reward:
@@ -207,9 +196,8 @@ def _load(name: str, device: torch.device, *, look: bool = False) -> Reward:
         load, checkpoint = pkgutil.resolve_name(REWARDS[bare].load), _checkpoint(name)
         return as_reward(load(device) if checkpoint is None else load(device, checkpoint), name)
     if ".py:" in name:
-        return as_reward(
-            as_reward(read_function(name, look=look)), name
-        )  # it is known by its own name, wherever it is
+        own = as_reward(read_function(name, look=look))  # it is known by its own name, wherever it is
+        return as_reward(own, name)
     raise _unknown(name)
 
 

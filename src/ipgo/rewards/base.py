@@ -143,11 +143,17 @@ class Renamed(_Around):
         return self.reward(images, prompts)
 
 
-def parts(reward: Reward) -> tuple[Reward, ...]:
-    """The rewards that a sum or a ceiling is made of; of any other, itself."""
+def parts(reward: Reward, *, named: bool = False) -> tuple[Reward, ...]:
+    """The rewards that a sum or a ceiling is made of; of any other, itself.
+
+    Args:
+        named: under the names that they have there; else what is behind another name.
+    """
     if isinstance(reward, WeightedSum):
-        return tuple(part for each in reward.rewards for part in parts(each))
-    return parts(reward.reward) if isinstance(reward, Ceiling | Renamed) else (reward,)
+        return tuple(part for each in reward.rewards for part in parts(each, named=named))
+    if isinstance(reward, Ceiling) or (isinstance(reward, Renamed) and not named):
+        return parts(reward.reward, named=named)
+    return (reward,)
 
 
 def as_reward(
@@ -248,10 +254,9 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
     if len(prompts) != len(images):
         raise InputError(f"{len(images)} images have {len(prompts)} prompts; each needs one")
     try:
+        own = images.clone()  # one that works in place shall not change the picture
         with same_folder():
-            values = reward(
-                images.clone(), list(prompts)
-            )  # one that works in place shall not change the picture
+            values = reward(own, list(prompts))
     except (IpgoError, torch.OutOfMemoryError, MemoryError):
         raise
     except (Exception, SystemExit) as error:

@@ -31,9 +31,9 @@ DEVICE = re.compile(r"(cpu|cuda|mps)(:\d+)?")
 RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
 
-# Files that were run, by name and content, and their functions that are in use: what a file does as it is read, it does
-# once for a fit, and anew for the next one.
-_RUN: dict[tuple[str, str], tuple[Any, set[str]]] = {}
+# Files that were run, by name: the digest of their content, and their functions that are in use. What a file does as it
+# is read, it does once for a fit, and anew for the next one or when it has changed.
+_RUN: dict[str, tuple[str, Any, set[str]]] = {}
 
 
 def read_function(spec: str, *, look: bool = False) -> Function:
@@ -50,10 +50,10 @@ def read_function(spec: str, *, look: bool = False) -> Function:
     if not path.is_file():
         raise InputError(f"reward file {place!r} does not exist")
     own_name = f"ipgo_user_reward_{path.stem}_{_digest(str(path.resolve()).encode())[:8]}"
-    key = own_name, _digest(path.read_bytes())
-    if key not in _RUN or (name in _RUN[key][1] and not look):
-        _RUN[key] = _run(path, place, own_name), set()
-    module, in_use = _RUN[key]
+    content = _digest(path.read_bytes())
+    known, module, in_use = _RUN.get(own_name, ("", None, set()))
+    if known != content or (name in in_use and not look):
+        _, module, in_use = _RUN[own_name] = content, _run(path, place, own_name), set()
     if not look:
         in_use.add(name)
     if not hasattr(module, name):
