@@ -13,6 +13,7 @@ from torch import Tensor
 from ipgo.adapters import Adapter, generate
 from ipgo.ascent import Ascent
 from ipgo.backends import Backend
+from ipgo.devices import own_numbers
 from ipgo.embeds import PromptEmbeds, concatenate
 from ipgo.errors import InputError
 from ipgo.insertion import Insertion
@@ -199,4 +200,20 @@ class Method:
             InputError: a task that the method cannot do. RewardError: a reward that breaks its contract.
             ResumeError: a state of another fit.
         """
+        with torch.inference_mode(False), own_numbers():
+            search = self._search(task, resume)
+        return _undisturbed(search)
+
+    def _search(self, task: Task, resume: Mapping[str, Tensor] | None) -> Iterator[Progress]:
+        """What each method does in its `fit`."""
         raise NotImplementedError
+
+
+def _undisturbed(steps: Iterator[Progress]) -> Iterator[Progress]:
+    """The same, whatever the caller has set; between steps, that holds again."""
+    while True:
+        with torch.inference_mode(False), own_numbers():
+            progress = next(steps, None)
+        if progress is None:
+            return
+        yield progress

@@ -59,7 +59,7 @@ REWARD = load_reward("colorfulness", device="cpu")
 class Picky(Method):
     """Raw, but for foxes."""
 
-    def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
+    def _search(self, task: Task, resume: Mapping[str, Tensor] | None) -> Iterator[Progress]:
         if any("fox" in prompt for prompt in task.prompts):
             raise RuntimeError("no <i>foxes</i>")
         yield from Raw().fit(task)
@@ -69,7 +69,7 @@ class Picky(Method):
 class Spender(Method):
     """Draws one image in its first step, two in its second, and so on."""
 
-    def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
+    def _search(self, task: Task, resume: Mapping[str, Tensor] | None) -> Iterator[Progress]:
         start = int(resume["step"]) if resume is not None else 0
         for step in range(start, 50):
             for _ in range(step + 1):

@@ -57,6 +57,22 @@ def test_what_a_step_reports(backend):
     assert torch.is_grad_enabled()
 
 
+def test_what_the_caller_has_set_changes_no_step(backend):
+    apart = [step.rewards for step in fit(task(backend))]
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+            within = []
+            for step in fit(task(backend)):
+                within.append(step.rewards)
+                assert torch.is_inference_mode_enabled()
+                assert torch.is_autocast_enabled("cpu")
+                assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(torch.stack(apart), torch.stack(within))
+
+
 def test_with_several_seeds_a_candidate_needs_a_reward_on_each(backend):
     steps = list(fit(task(backend, seeds=(3, 4, 5))))
     rewards = torch.stack([step.rewards for step in steps])  # (6, P)

@@ -35,7 +35,7 @@ class BestOfN(Method):
         if self.n < 1:
             raise InputError(f"n is {self.n}; it must be at least 1")
 
-    def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
+    def _search(self, task: Task, resume: Mapping[str, Tensor] | None) -> Iterator[Progress]:
         steps = task.sampling.noise_steps(task.backend)
         adapter = NoiseAdapter.start(task.backend, task.prompts, task.seeds, shared=task.shared, steps=steps)
         return search(task, adapter, _Noises(task), self.n, resume)

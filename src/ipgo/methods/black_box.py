@@ -77,7 +77,7 @@ class BlackBoxIPGO(Method):
         """Before a model is loaded: `MissingExtraError` without the optimiser's package."""
         need("cma" if self.optimizer == "cma" else "botorch")
 
-    def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
+    def _search(self, task: Task, resume: Mapping[str, Tensor] | None) -> Iterator[Progress]:
         adapter = InsertionAdapter.start(
             task.backend,
             task.prompts,

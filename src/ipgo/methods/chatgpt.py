@@ -81,7 +81,7 @@ class ChatGPT(Method):
         for prompt in request.prompts:
             self.chat.check(self.instruction(request.reward), prompt)
 
-    def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
+    def _search(self, task: Task, resume: Mapping[str, Tensor] | None) -> Iterator[Progress]:
         adapter = TextAdapter.start(task.backend, task.prompts, shared=task.shared)
         instruction = self.instruction(task.reward.name)
 

@@ -30,7 +30,7 @@ class DDPO(Method):
     lora: LoRA = LoRA(rank=4)
     ppo: PPO = PPO()
 
-    def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
+    def _search(self, task: Task, resume: Mapping[str, Tensor] | None) -> Iterator[Progress]:
         adapter = WeightAdapter.start(
             task.backend, task.prompts, self.lora, seed=task.seed, shared=task.shared
         )

@@ -41,7 +41,7 @@ class DNO(Method):
         if request.sampling.eta == 0 and known:
             raise _no_noise()
 
-    def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
+    def _search(self, task: Task, resume: Mapping[str, Tensor] | None) -> Iterator[Progress]:
         steps = task.sampling.noise_steps(task.backend)
         if steps == 0:
             raise _no_noise()

@@ -114,7 +114,7 @@ class DPODiffusion(Method):
             raise self._unguided(scale)
         check_word_list(self.word_list, request.prompts, self.chat, **self.looked_up(request.shared))
 
-    def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
+    def _search(self, task: Task, resume: Mapping[str, Tensor] | None) -> Iterator[Progress]:
         if self.climbing and not task.reward.differentiable:
             raise RewardError(
                 f"reward {task.reward.name!r} has no gradient, which solver={self.solver!r} needs; "

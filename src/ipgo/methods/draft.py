@@ -33,7 +33,7 @@ class DRaFT(Method):
     lora: LoRA = LoRA()
     ascent: Ascent = Ascent(steps=50, lr=4e-4, lr_decay=1.0, backprop_steps=1, penalty_weight=0.0)
 
-    def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
+    def _search(self, task: Task, resume: Mapping[str, Tensor] | None) -> Iterator[Progress]:
         adapter = WeightAdapter.start(
             task.backend, task.prompts, self.lora, seed=task.seed, shared=task.shared
         )

@@ -34,6 +34,6 @@ class Embedding(Method):
         """Before a model is loaded: `InputError` for prompts without padding."""
         check_padding(request.padding)
 
-    def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
+    def _search(self, task: Task, resume: Mapping[str, Tensor] | None) -> Iterator[Progress]:
         adapter = EmbeddingAdapter.start(task.backend, task.prompts, shared=task.shared)
         return maximize(task, adapter, self.ascent, resume)

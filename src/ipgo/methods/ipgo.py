@@ -29,7 +29,7 @@ class IPGO(Method):
     insertion: Insertion = Insertion()
     ascent: Ascent = Ascent()
 
-    def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
+    def _search(self, task: Task, resume: Mapping[str, Tensor] | None) -> Iterator[Progress]:
         adapter = InsertionAdapter.start(
             task.backend,
             task.prompts,

@@ -48,7 +48,7 @@ class Joint(Method):
         if not self.noise_weight >= 0:
             raise InputError(f"noise_weight is {self.noise_weight}; it must be at least 0")
 
-    def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
+    def _search(self, task: Task, resume: Mapping[str, Tensor] | None) -> Iterator[Progress]:
         backend, prompts, shared = task.backend, task.prompts, task.shared
         inserted = InsertionAdapter.start(
             backend, prompts, self.insertion, seed=task.seed, shared=shared, sampling=task.sampling

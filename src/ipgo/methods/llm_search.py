@@ -67,7 +67,7 @@ class LLMSearch(Method):
         for prompt in request.prompts:
             self.chat.check(self._instruction(), _question(prompt, [], ""))
 
-    def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
+    def _search(self, task: Task, resume: Mapping[str, Tensor] | None) -> Iterator[Progress]:
         adapter = TextAdapter.start(task.backend, task.prompts, shared=task.shared)
         total = 1 + self.rounds * self.n
 

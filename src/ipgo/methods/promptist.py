@@ -56,7 +56,7 @@ class Promptist(Method):
             if getattr(self, field) < 1:
                 raise InputError(f"{field} is {getattr(self, field)}; it must be at least 1")
 
-    def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
+    def _search(self, task: Task, resume: Mapping[str, Tensor] | None) -> Iterator[Progress]:
         adapter = TextAdapter.start(task.backend, task.prompts, shared=task.shared)
         places = self._places(task.backend.name)
 

@@ -16,7 +16,7 @@ from ipgo.task import Method, Progress, Task
 class Raw(Method):
     """Change nothing: draw each prompt once for each seed, and score it."""
 
-    def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
+    def _search(self, task: Task, resume: Mapping[str, Tensor] | None) -> Iterator[Progress]:
         adapter, rewards = Adapter(), []
         for turn in range(max(1, len(task.seeds))):
             scores, images = task.scored(adapter, task.noise_seeds(task.prompts, turn))

@@ -38,7 +38,7 @@ class ReNO(Method):
 
     ascent: Ascent = PUBLISHED
 
-    def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
+    def _search(self, task: Task, resume: Mapping[str, Tensor] | None) -> Iterator[Progress]:
         adapter = NoiseAdapter.start(
             task.backend, task.prompts, task.seeds, shared=task.shared, penalty="norm"
         )

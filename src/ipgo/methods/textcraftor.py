@@ -51,6 +51,6 @@ class TextCraftor(Method):
         if not 0 < self.late_share <= 1:
             raise InputError(f"late_share is {self.late_share}; it must be above 0 and at most 1")
 
-    def fit(self, task: Task, resume: Mapping[str, Tensor] | None = None) -> Iterator[Progress]:
+    def _search(self, task: Task, resume: Mapping[str, Tensor] | None) -> Iterator[Progress]:
         adapter = TextEncoderAdapter.start(task.backend, task.prompts, self.late_share, shared=task.shared)
         return maximize(task, adapter, self.ascent, resume)
