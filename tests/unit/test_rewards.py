@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -425,6 +426,73 @@ def test_what_changes_from_call_to_call_is_no_part_of_an_identity():
         before = identity_of(mine)
         score(mine, IMAGES, PROMPTS)
         assert identity_of(mine) == before
+
+
+def test_what_an_object_keeps_counts_and_what_it_counts_does_not():
+    class Seen:
+        def __init__(self, factor, value):
+            self.factor, self.network, self.calls, self.started = factor, filled(value), 0, time.time()
+
+        def __call__(self, images, prompts):
+            self.calls += 1
+            return self.network(images.mean((2, 3)))[:, 0] * self.factor
+
+    mine = Seen(1.0, 0.1)
+    before = weights_of(mine)
+    mine(torch.rand(1, 3, 4, 4), [""])
+    assert weights_of(mine) == before == weights_of(Seen(1.0, 0.1))
+    assert weights_of(Seen(2.0, 0.1)) != before
+    assert weights_of(Seen(1.0, 0.2)) != before
+    assert weights_of(lambda images, prompts: mine(images, prompts)) != weights_of(mine)
+    assert not is_unsettled(as_reward(mine, "mine"))
+    mine.network = torch.nn.Sequential(torch.nn.Linear(3, 1), torch.nn.Dropout(0.5))
+    assert is_unsettled(as_reward(mine, "mine"))
+
+
+USES = {
+    "function": "from helper import compute\ndef mine(i, p):\n    return compute(i)\n",
+    "module": "import helper\ndef mine(i, p):\n    return helper.compute(i)\n",
+    "class": "from helper import Net\ndef mine(i, p):\n    return Net()(i)\n",
+    "object": "from helper import Net\nNET = Net()\ndef mine(i, p):\n    return NET(i)\n",
+    "network": "from helper import Part\nPART = Part().eval()\ndef mine(i, p):\n    return PART(i)\n",
+}
+HELPER = """import torch
+SIGN = {sign}
+def compute(images):
+    return SIGN * images.mean((1, 2, 3))
+class Net:
+    def __call__(self, images):
+        return compute(images)
+class Part(torch.nn.Module):
+    def forward(self, images):
+        return compute(images)
+"""
+
+
+@pytest.mark.parametrize("uses", USES)
+def test_helpers_beside_a_reward_file_are_its_own_and_part_of_what_it_is(uses, tmp_path):
+    found = {}
+    for place, sign in (("a", 1), ("b", -1)):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "helper.py").write_text(HELPER.format(sign=sign))
+        (tmp_path / place / "mine.py").write_text(USES[uses])
+        found[place] = load_reward(f"{tmp_path / place}/mine.py:mine")
+    images = torch.rand(1, 3, 4, 4)
+    assert torch.equal(score(found["a"], images, ["x"]), -score(found["b"], images, ["x"]))
+    own = {place: identity_of(each)["weights"] for place, each in found.items()}
+    assert own["a"] != own["b"]
+    (tmp_path / "b" / "helper.py").write_text(HELPER.format(sign=1))
+    assert identity_of(load_reward(f"{tmp_path}/b/mine.py:mine"))["weights"] == own["a"]
+
+
+def test_when_a_file_was_read_is_not_what_it_computes(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import time\nSTART, TICK = time.time(), time.time_ns()\n"
+        "def mine(images, prompts):\n    print(time.time() - START, TICK)\n    return images.mean((1, 2, 3))\n"
+    )
+    one, other = (load_reward(f"{tmp_path}/mine.py:mine") for _ in range(2))
+    assert one.reward.function.__globals__["START"] < other.reward.function.__globals__["START"]
+    assert identity_of(one) == identity_of(other)
 
 
 def test_a_failure_is_said_with_the_users_own_line(tmp_path):

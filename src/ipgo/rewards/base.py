@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ipgo.errors import InputError, IpgoError, RewardError
-from ipgo.rewards.own import parts_of, said, same_folder, unsettled
+from ipgo.rewards.own import said, same_folder
+from ipgo.rewards.written import parts_of, unsettled
 
 RewardFunction = Callable[[Tensor, Sequence[str]], Tensor]
 
@@ -194,7 +195,7 @@ def identity_of(reward: Reward) -> dict[str, Any]:
     """What decides a reward's scores besides picture and prompt: scores of two that differ in it are not comparable.
 
     A reward of one's own that states no `identity` has that of what it is written in and computes by
-    (`own.parts_of`); "weights" is None if nothing of that shows.
+    (`written.parts_of`); "weights" is None if nothing of that shows.
     """
     stated = getattr(reward, "identity", None)
     if stated is not None:
