@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,16 @@ from transformers import CLIPTokenizer
 
 import ipgo.rewards
 from ipgo.errors import InputError
-from ipgo.rewards import REWARDS, check_reward, checkpoints, identity_of, load_reward, score
+from ipgo.rewards import (
+    REWARDS,
+    as_reward,
+    check_reward,
+    checkpoints,
+    identity_of,
+    load_reward,
+    optimised,
+    score,
+)
 from tests.conftest import byte_tokenizer, put_into_cache
 from tests.reward_models import (
     PROMPTS,
@@ -100,6 +110,10 @@ def test_what_the_hub_has_given_before_is_found_again(folder: Path, tmp_path: Pa
             "aesthetic:/a/head.pth",
             "there is no file '/a/head.pth'; it needs aesthetic-model.pth of trl-lib/ddpo",
         ),
+        (
+            "hpsv2:/m/HPS_v2.1_compressed.pt",
+            r"is published as 'hpsv2\.1'; write hpsv2\.1:/m/HPS_v2\.1_compressed",
+        ),
     ],
 )
 def test_wrong_specs_are_refused_before_a_model_is_loaded(spec: str, message: str) -> None:
@@ -147,7 +161,8 @@ def test_a_repository_without_safetensors_is_said_to_have_none(
     (tmp_path / "pytorch_model.bin").touch()
     monkeypatch.setattr(checkpoints, "snapshot_download", lambda repo, allow_patterns: str(tmp_path))
     with pytest.raises(
-        InputError, match=r"cannot be fetched \(there is no model\*.safetensors\); give a copy"
+        InputError,
+        match=r"cannot be fetched \(there is no model\*.safetensors\); give a copy as clip:/path/folder \(save_pre",
     ):
         load_reward("clip:owner/name", device="cpu")
 
@@ -326,9 +341,46 @@ def test_an_identity_says_what_decides_a_score(folder: Path) -> None:
         "version": 1,
         "weights": [sha256(folder / "model.safetensors")],
         "preprocessing": "shorter side bicubic to 32, centre crop",
+        "tokenizer": found["tokenizer"],
+        "architecture": found["architecture"],
     }
+    assert len(found["tokenizer"]) == len(found["architecture"]) == 12
     other = identity_of(load_reward(f"clip@notebook:{folder}", device="cpu"))
     assert other == {**found, "preprocessing": "shorter side bilinear to 32, centre crop"}
+
+
+def test_how_prompts_are_read_and_what_no_tensor_shows_are_part_of_an_identity(
+    folder: Path, tmp_path: Path
+) -> None:
+    found = identity_of(load_reward(f"clip:{folder}", device="cpu"))
+    shutil.copytree(folder, tmp_path / "other")
+    settings = tmp_path / "other/config.json"
+    changed = json.loads(settings.read_text())
+    changed["vision_config"]["hidden_act"] = "gelu"
+    settings.write_text(json.dumps(changed))
+    other = identity_of(load_reward(f"clip:{tmp_path / 'other'}", device="cpu"))
+    assert {key for key in found if found[key] != other[key]} == {"architecture"}
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    assert found["tokenizer"] == checkpoints.reading(tokenizer, 77)
+    tokenizer.save_pretrained(tmp_path / "saved")  # other files, the same tokens
+    assert found["tokenizer"] == checkpoints.reading(CLIPTokenizer.from_pretrained(tmp_path / "saved"), 77)
+    tokenizer.add_tokens(["fox"])
+    assert found["tokenizer"] != checkpoints.reading(tokenizer, 77)
+
+
+def test_weights_seen_in_another_way_are_not_held_out(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def warmth(images, prompts):\n    return images.mean((1, 2, 3))\n")
+    warmth = load_reward(f"{tmp_path}/mine.py:warmth")
+    rewards = {
+        "clip": load_reward(f"clip:{folder}", device="cpu"),
+        "clip@notebook": load_reward(f"clip@notebook:{folder}", device="cpu"),
+        "warmth": warmth,
+        "again": as_reward(warmth.reward.function, "again"),
+        "emoji-clip": load_reward("emoji-clip", device="cpu"),
+    }
+    identities = {name: identity_of(each) for name, each in rewards.items()}
+    assert optimised("clip", identities) == {"clip", "clip@notebook"}
+    assert optimised("warmth", identities) == {"warmth", "again"}
 
 
 def test_a_sum_and_a_function_have_an_identity(tmp_path: Path) -> None:

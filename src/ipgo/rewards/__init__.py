@@ -5,6 +5,7 @@ from __future__ import annotations
 import pkgutil
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from ipgo.devices import choose_device
 from ipgo.errors import InputError, unknown
 from ipgo.rewards.base import (
+    OWN,
     Ceiling,
     FunctionReward,
     Reward,
@@ -142,13 +144,21 @@ def optimised(spec: str, identities: Mapping[str, Any] | None = None) -> set[str
     """
     known = identities or {}
     made_of = list(_within(known.get(spec)))
-    alike = {name for name, identity in known.items() if identity in made_of}
+    alike = {name for name, each in known.items() if any(_same_weights(each, part) for part in made_of)}
     try:
         names = {each.name for each in read_terms(spec)}
     except InputError:
         return {spec, *alike}
     bare = {re.sub("@[^:]*", "", name) for name in names if bare_name(name) in REWARDS}
     return {spec, *alike, *names, *bare}
+
+
+def _same_weights(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Is it the same reward, or the same weights that see the picture in another way, under whatever names?"""
+    if one == other:
+        return True
+    kinds = [each.get("preprocessing") == OWN or each.get("id") in REWARDS for each in (one, other)]
+    return all(kinds) and bool(one.get("weights")) and one["weights"] == other.get("weights")
 
 
 def _within(identity: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
@@ -220,6 +230,11 @@ def _checkpoint(name: str) -> Checkpoint | None:
         raise InputError(f"reward {name!r}: there is no variant {variant!r}; the only one is {VARIANT}")
     if colon and not place:
         raise InputError(f"reward {name!r} has no path after its colon")
+    for other, known in REWARDS.items():
+        if known.source not in (None, source) and known.source.file == PurePath(place).name:
+            raise InputError(
+                f"reward {name!r}: {PurePath(place).name} is published as {other!r}; write {other}:{place}"
+            )
     return Checkpoint(name, bool(at), place, source)
 
 

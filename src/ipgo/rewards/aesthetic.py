@@ -9,7 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from ipgo.errors import InputError
-from ipgo.rewards.checkpoints import CLIP_L, FOLDER, MODEL, Checkpoint, identity, read_state, weight_files
+from ipgo.rewards.checkpoints import (
+    CLIP_L,
+    FOLDER,
+    MODEL,
+    Checkpoint,
+    architecture,
+    identity,
+    read_state,
+    weight_files,
+)
 from ipgo.rewards.clip import embed, read_clip
 from ipgo.rewards.linear import collapse
 from ipgo.rewards.preprocessing import Preprocessing, read_preprocessing
@@ -58,5 +67,7 @@ def load_aesthetic(device: torch.device, checkpoint: Checkpoint) -> Aesthetic:
     del model.text_model, model.text_projection  # it does not look at the prompt
     size = model.config.vision_config.image_size
     preprocessing = read_preprocessing(folder, size, checkpoint.notebook)
-    about = identity(checkpoint.name, [*weight_files(folder), file], preprocessing)
+    about = identity(
+        checkpoint.name, [*weight_files(folder), file], preprocessing, architecture=architecture(model.config)
+    )
     return Aesthetic(checkpoint.spec, model, preprocessing, head, about).to(device)

@@ -17,6 +17,8 @@ from ipgo.rewards.written import parts_of, unsettled
 
 RewardFunction = Callable[[Tensor, Sequence[str]], Tensor]
 
+OWN = "its own"  # the preprocessing of a reward that states no identity
+
 
 @runtime_checkable
 class Reward(Protocol):
@@ -201,7 +203,7 @@ def identity_of(reward: Reward) -> dict[str, Any]:
     if stated is not None:
         return dict(stated)
     written = reward.function if isinstance(reward, FunctionReward) else reward
-    return {"id": reward.name, "version": 1, "weights": parts_of(written), "preprocessing": "its own"}
+    return {"id": reward.name, "version": 1, "weights": parts_of(written), "preprocessing": OWN}
 
 
 def is_unsettled(reward: Reward) -> bool:

@@ -30,6 +30,22 @@ TOKENIZER = (
 INDEX = "model.safetensors.index.json"  # of weights in several files
 FOLDER = ("config.json", "preprocessor_config.json", *TOKENIZER, MODEL, INDEX)
 
+# Of a CLIP's config.json: what the shapes of its tensors do not show.
+UNSEEN = ("hidden_act", "layer_norm_eps", "num_attention_heads", "eos_token_id")
+
+# Texts that tokenizers read differently.
+AWKWARD = (
+    "",
+    "A Red FOX, 35mm f/1.8 -- 4k UHD!!",
+    "it's  two   spaces,\ttab\nnew line",
+    "caf\u00e9 cafe\u0301 na\u00efve \u00c5ngstr\u00f6m \u00df",
+    "\u201cquotes\u201d \u2018single\u2019 \u2013 \u2014 \u2026",
+    "&lt;b&gt; &amp;amp; <|endoftext|> [SEP]",
+    "\u732b\u304c\u5ea7\u308b \u0440\u044b\u0436\u0438\u0439 \u043a\u043e\u0442 \U0001f98a\U0001f34b",
+    "1234567 3.14 10:30 #1 @x a_b a-b",
+    "a very long prompt " * 60,
+)
+
 
 @dataclass(frozen=True)
 class Source:
@@ -101,9 +117,10 @@ class Checkpoint:
             return _snapshot(repo, FOLDER, MODEL)
         except Exception as error:  # no network, or no such file, which libraries say in many ways
             what = self.source.file or "config.json, tokenizer and model.safetensors"
+            made = " (save_pretrained of a CLIPModel and of its tokenizer make one)"
             raise InputError(
                 f"reward {self.spec!r} needs {what} of huggingface.co/{repo}, which is not here and cannot be "
-                f"fetched ({_reason(error)}); give a copy as {self._copy()}"
+                f"fetched ({_reason(error)}); give a copy as {self._copy()}{made * isinstance(error, _LackingError)}"
             ) from error
 
     def beside(self, repo: str, found: Path, patterns: Sequence[str], needed: str) -> Path:
@@ -243,21 +260,49 @@ def weight_files(folder: Path) -> list[Path]:
         raise InputError(f"weights are damaged: {str(folder / INDEX)!r} is not an index of files") from None
 
 
-def identity(reward: str, files: Sequence[Path], preprocessing: object, version: int = 1) -> dict[str, Any]:
+def identity(
+    reward: str, files: Sequence[Path], preprocessing: object, version: int = 1, **further: str
+) -> dict[str, Any]:
     """What decides a score besides the picture and its prompt: scores of two identities are not comparable.
 
     Args:
         reward: the reward's name, without paths.
         files: all weights, in a fixed order; their SHA-256 is what counts, not their names.
         version: counted up when the same weights come to give other numbers.
+        further: what else does, if it comes with the weights: `tokenizer` (see `reading`), `architecture`.
     """
     digests = [sha256(file) for file in files]
-    return {"id": reward, "version": version, "weights": digests, "preprocessing": str(preprocessing)}
+    return {
+        "id": reward,
+        "version": version,
+        "weights": digests,
+        "preprocessing": str(preprocessing),
+        **further,
+    }
+
+
+def reading(tokenizer: Any, longest: int) -> str:
+    """Twelve hexadecimal digits for how prompts become tokens, whatever files a tokenizer was read from.
+
+    Its vocabulary, and what it makes of texts in which tokenizers differ: case, digits, accents, spaces, and length.
+    """
+    tokens = [tokenizer(text, truncation=True, max_length=longest).input_ids for text in AWKWARD]
+    return _short([sorted(tokenizer.get_vocab().items()), tokens])
+
+
+def architecture(config: Any) -> str:
+    """Twelve hexadecimal digits for what a CLIP's config.json decides and no tensor's shape shows."""
+    towers = (config.text_config.to_dict(), config.vision_config.to_dict())
+    return _short([{key: tower.get(key) for key in UNSEEN} for tower in towers])
+
+
+def _short(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def fingerprint(identity: Mapping[str, Any]) -> str:
     """Twelve hexadecimal digits for a reward's identity, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+    return _short(identity)
 
 
 def sha256(file: Path) -> str:

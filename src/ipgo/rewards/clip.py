@@ -12,7 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTokenizer
 
-from ipgo.rewards.checkpoints import CLIP_L, Checkpoint, identity, open_model, open_tokenizer, weight_files
+from ipgo.rewards.checkpoints import (
+    CLIP_L,
+    Checkpoint,
+    architecture,
+    identity,
+    open_model,
+    open_tokenizer,
+    reading,
+    weight_files,
+)
 from ipgo.rewards.preprocessing import Preprocessing, read_preprocessing
 
 
@@ -32,7 +41,7 @@ class TextTower:
                 part.cpu()
         self.tokenizer = tokenizer
         self.longest = model.config.text_config.max_position_embeddings
-        self._embed = lru_cache(maxsize=512)(self._embed_one)
+        self._embed = lru_cache(maxsize=16_384)(self._embed_one)
 
     def _embed_one(self, prompt: str) -> Tensor:
         """(D,) normalised; a prompt longer than the tower is cut, since a reward must not refuse to judge."""
@@ -99,8 +108,14 @@ def _load(device: torch.device, checkpoint: Checkpoint, scaled: bool) -> ClipRew
     tokenizer = clip_tokenizer(checkpoint, folder, model.config.text_config.vocab_size)
     size = model.config.vision_config.image_size
     preprocessing = read_preprocessing(folder, size, checkpoint.notebook)
-    about = identity(checkpoint.name, weight_files(folder), preprocessing)
     text = TextTower(model, tokenizer)
+    about = identity(
+        checkpoint.name,
+        weight_files(folder),
+        preprocessing,
+        tokenizer=reading(tokenizer, text.longest),
+        architecture=architecture(model.config),
+    )
     return ClipReward(checkpoint.spec, model, text, preprocessing, about, scaled).to(device)
 
 

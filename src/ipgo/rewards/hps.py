@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
 from ipgo.errors import InputError
-from ipgo.rewards.checkpoints import Checkpoint, identity, open_model, read_state
+from ipgo.rewards.checkpoints import Checkpoint, identity, open_model, read_state, reading
 from ipgo.rewards.clip import ClipReward, TextTower, attention, clip_tokenizer
 from ipgo.rewards.preprocessing import Preprocessing
 
@@ -63,8 +63,8 @@ def load_hps(device: torch.device, checkpoint: Checkpoint) -> ClipReward:
     )
     size = config.vision_config.image_size
     preprocessing = Preprocessing(size, "notebook" if checkpoint.notebook else "pad")
-    about = identity(checkpoint.name, [file], preprocessing)
     text = TextTower(model, tokenizer)
+    about = identity(checkpoint.name, [file], preprocessing, tokenizer=reading(tokenizer, text.longest))
     return ClipReward(checkpoint.spec, model, text, preprocessing, about).to(device)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
 from ipgo.errors import InputError
-from ipgo.rewards.checkpoints import Checkpoint, identity, open_model, open_tokenizer, read_state
+from ipgo.rewards.checkpoints import Checkpoint, identity, open_model, open_tokenizer, read_state, reading
 from ipgo.rewards.linear import collapse
 from ipgo.rewards.preprocessing import Preprocessing
 
@@ -101,7 +101,7 @@ def load_imagereward(device: torch.device, checkpoint: Checkpoint) -> ImageRewar
     )
     resize = "notebook" if checkpoint.notebook else "crop"
     preprocessing = Preprocessing(vision_config.image_size, resize)
-    about = identity(checkpoint.name, [file], preprocessing)
+    about = identity(checkpoint.name, [file], preprocessing, tokenizer=reading(tokenizer, LONGEST))
     return ImageReward(spec, (vision, text), tokenizer, head, preprocessing, about).to(device)
 
 
