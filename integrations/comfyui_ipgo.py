@@ -11,6 +11,7 @@ that was fitted to prompts takes these, word for word, their brackets as bracket
 other kinds or widths are refused; that the checkpoint is the one that the adapter was learned on, the node cannot see.
 """
 
+import hashlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -43,6 +44,15 @@ class IPGOTextEncode:
             "optional": {"negative_text": ("STRING", lines)},
         }
 
+    @classmethod
+    def IS_CHANGED(cls, adapter: str = "", **_: Any) -> str:  # noqa: N802 - ComfyUI's name
+        """What tells one adapter in a folder from the next; ComfyUI sees the folder's name alone."""
+        folder = Path(adapter).expanduser()
+        files = [
+            file for name in ("adapter.json", "adapter.safetensors") if (file := folder / name).is_file()
+        ]
+        return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
     def encode(
         self, clip: Any, text: str, adapter: str, negative_text: str = ""
     ) -> tuple[Conditioning, Conditioning]:
@@ -73,6 +83,8 @@ class IPGOTextEncode:
 
 def encoded(clip: Any, text: str, width: int, insert: Callable[[PromptEmbeds], PromptEmbeds]) -> Conditioning:
     """What the stock node makes of `text`, with the states changed by `insert`."""
+    if clip is None:
+        raise ipgo.InputError("clip is missing: the checkpoint has no text encoder")
     tokens = clip.tokenize(text)
     if len(tokens) != 1:
         raise ipgo.InputError(f"this model has {len(tokens)} text encoders; the node takes models with one")

@@ -139,9 +139,10 @@ def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
     def unloadable(*arguments: object, **named: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("ipgo.backends.load_backend", unloadable)
+    # The backends last: what is first imported now would keep the stand-in.
     for name in ("load_backend", "load_reward", "load_models", "load_judge"):
         monkeypatch.setattr(f"ipgo.models.{name}", unloadable)
+    monkeypatch.setattr("ipgo.backends.load_backend", unloadable)
 
 
 class Terminal(io.StringIO):

@@ -85,7 +85,8 @@ class Chat:
             index: numbers answers to the same question, each of which is asked for and stored on its own.
 
         Raises:
-            InputError: no key, a refusal, or no answer after all tries. MissingExtraError: openai is missing.
+            InputError: no key, no place to store answers, a refusal, or no answer after all tries.
+            MissingExtraError: openai is missing.
         """
         stored = self.stored(instruction, text, index)
         if stored is not None:
@@ -112,7 +113,7 @@ class Chat:
         self._file(self._question(instruction, text, index)).unlink(missing_ok=True)
 
     def check(self, instruction: str, text: str) -> None:
-        """Raise at once what `ask` would raise for want of a key or of the openai package."""
+        """Raise at once what `ask` would raise for want of a key, of the openai package or of a place for answers."""
         if self.stored(instruction, text) is None:
             self._check_access()
 
@@ -151,6 +152,7 @@ class Chat:
             )
         if importlib.util.find_spec("openai") is None:
             raise MissingExtraError('chat models need the openai package: pip install "ipgo[openai]"')
+        files.check_out(self.folder, folder=True, name="chat.cache")  # an answer is paid for
 
     def _request(self, messages: list[dict[str, str]]) -> str:
         """Ask the endpoint, again and again if need be."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -94,14 +95,12 @@ def show(found: Explanation) -> str:
     ]
     for each in found.inserted:
         words = ", ".join(f"{word} {cosine:.2f}" for word, cosine in each.words)
-        steps = f"{each.attention[0]:.1%} to {each.attention[-1]:.1%}"
-        mean = f"{sum(each.attention) / len(each.attention):.1%}"
+        steps = f"{each.attention[0]:.1%} to {each.attention[-1]:.1%}" if each.attention else "–"
         name = f"{each.side} {each.position + 1}"
-        rows.append(
-            (name, words, f"{each.norm:.2f}", f"{each.to_prompt:+.2f}", mean, steps, f"{each.without:+.4f}")
-        )
+        numbers = (f"{each.norm:.2f}", f"{each.to_prompt:+.2f}", _mean(each.attention), steps)
+        rows.append((name, words, *numbers, f"{each.without:+.4f}"))
     shares = (("inserted", inserted), ("prompt", found.text_attention), ("padding", found.padding_attention))
-    looks = ", ".join(f"{name} {sum(steps) / len(steps):.1%}" for name, steps in shares)
+    looks = ", ".join(f"{name} {_mean(steps)}" for name, steps in shares)
     return "\n".join(
         [
             f"\n{found.prompt}",
@@ -111,3 +110,7 @@ def show(found: Explanation) -> str:
             *aligned(rows),
         ]
     )
+
+
+def _mean(steps: Sequence[float]) -> str:
+    return f"{sum(steps) / len(steps):.1%}" if steps else "–"

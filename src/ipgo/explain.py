@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from ipgo.adapters import Adapter, InsertionAdapter, JointAdapter
 from ipgo.backends import Backend
@@ -31,7 +32,7 @@ class Inserted:
         norm: its Euclidean norm.
         to_prompt: its cosine with the mean of the prompt's own states.
         attention: its share of the denoiser's cross-attention in each step, mean over layers, heads, places and
-            images.
+            images; () where text and image attend to each other in one (SD3, FLUX), which is not looked into.
         without: what the reward changes by if it is left out, mean over images: below 0 if it helped.
     """
 
@@ -53,7 +54,7 @@ class Explanation:
         prompt_norm: median norm of the prompt's own states.
         drift: |mean of all text states - mean of the prompt's own| / |mean of the prompt's own|.
         text_attention, padding_attention: shares in each step of the prompt's own states and of the padding's;
-            with those of the inserted ones they add up to 1.
+            with those of the inserted ones they add up to 1. Or () as there.
         inserted: prefix first; what is learned of the negative prompt takes part in `value`, but is not told.
     """
 
@@ -78,7 +79,7 @@ class Vocabulary:
     def __init__(self, backend: Backend, words: Sequence[str]) -> None:
         self.words = tuple(words)
         states = []
-        for start in range(0, len(words), WORDS):
+        for start in tqdm(range(0, len(words), WORDS), "words", disable=None, leave=False):
             with torch.no_grad():
                 encoded = backend.encode(words[start : start + WORDS])
             rows = zip(encoded.embeds.float(), encoded.ends(), strict=True)
@@ -138,7 +139,7 @@ def explain(
     places = [*range(prefix), *range(prefix + length, look.cond.length)]
     vectors = look.cond.embeds[0, places].float()
     center = look.original.mean()[0]
-    shares = look.attention()  # (T, n + L + m)
+    shares = look.attention()  # (T, n + L + m), or (0, n + L + m)
     own, text = shares[:, prefix : prefix + length], look.original.mask[0]
     value = look.value(reward, look.cond)
     nearest = words.nearest(vectors, top)
@@ -215,13 +216,11 @@ class _Look:
         return float(score(reward, images, self.prompts).mean())
 
     def attention(self) -> Tensor:
-        """(T, L): where the denoiser looks in each step, as shares of the states of `cond`."""
+        """(T, L): where the denoiser looks in each step, as shares of the states of `cond`; (0, L) if none shows it."""
         captured: list[Tensor] = []
         layers = [module for module in self.backend.modules["denoiser"].modules() if _attends(module)]
         if not layers:
-            raise InputError(
-                f"backend {self.backend.name!r} has no cross-attention layers that can be looked into"
-            )
+            return torch.zeros(0, self.cond.length)
 
         def capture(layer: Any, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
             weights = attention_weights(layer, positional[0], **named)  # (2 B or B, heads, places, L)

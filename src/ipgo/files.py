@@ -27,23 +27,23 @@ def place(field: str, value: object) -> Path:
     return Path(value).expanduser()
 
 
-def check_out(out: Path, *, folder: bool) -> None:
-    """Raise `InputError` for a place that a file, or a folder, cannot be put at. Makes nothing."""
+def check_out(out: Path, *, folder: bool, name: str = "out") -> None:
+    """Raise `InputError` for a place, of this name, that a file, or a folder, cannot be put at. Makes nothing."""
     if folder and out.is_file():
-        raise InputError(f"out is {str(out)!r}, which is a file; give a folder")
+        raise InputError(f"{name} is {str(out)!r}, which is a file; give a folder")
     if not folder and out.is_dir():
-        raise InputError(f"out is {str(out)!r}, which is a folder; give a file")
+        raise InputError(f"{name} is {str(out)!r}, which is a folder; give a file")
     # A file is replaced, so that its folder must be one that can be written.
     places = (out, *out.absolute().parents) if folder else out.absolute().parents
     there = next(each for each in places if each.exists())
     code = errno.EACCES if there.is_dir() else errno.ENOTDIR
     if code == errno.ENOTDIR or not os.access(there, os.W_OK):
-        raise unwritable(out, os.strerror(code))
+        raise unwritable(out, os.strerror(code), name)
 
 
-def unwritable(out: Path, reason: str | None) -> InputError:
+def unwritable(out: Path, reason: str | None, name: str = "out") -> InputError:
     """For a place that the system does not let us write to."""
-    return InputError(f"out is {str(out)!r}, which cannot be written: {reason}")
+    return InputError(f"{name} is {str(out)!r}, which cannot be written: {reason}")
 
 
 def check_new(out: Path, left_over: Callable[[Path], bool]) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePath
 from textwrap import indent
 from typing import Any
 
@@ -163,8 +163,11 @@ def _in_diffusers(run: Run, adapter: Adapter, base: str, prompt: str) -> str:
             "from ipgo.backends.schedulers import new_scheduler",
             f"pipe.scheduler = new_scheduler(pipe.scheduler, {config.scheduler!r})",
         ]
-    if sampling.guidance_scale is not None:
-        prepared.append(f"scale = ipgo.load_backend(pipe).pipeline_guidance({sampling.guidance_scale})")
+    scale = sampling.guidance_scale
+    if scale is None:
+        scale = run.drawn_by.get("guidance_scale")  # the pipeline's own default may be another
+    if scale is not None:
+        prepared.append(f"scale = ipgo.load_backend(pipe).pipeline_guidance({scale})")
         asked.append("**scale")
     if sampling.eta:
         asked.append(f"eta={sampling.eta}")
@@ -178,9 +181,9 @@ def _in_diffusers(run: Run, adapter: Adapter, base: str, prompt: str) -> str:
             f"    image = pipe({words}).images[0]",
         ]
     else:
-        scale = _given(sampling, ("guidance_scale",))  # where there is none, negative prompts are left out
+        given = _given(sampling, ("guidance_scale",))  # where there is none, negative prompts are left out
         called = [
-            f"kwargs = adapter.prompt_kwargs(pipe, {', '.join([prompt, *negative, *scale])})",
+            f"kwargs = adapter.prompt_kwargs(pipe, {', '.join([prompt, *negative, *given])})",
             f"image = pipe(**kwargs, {', '.join(asked)}).images[0]",
         ]
     opened, imports = [repr(base)], ["import diffusers"]
@@ -224,6 +227,33 @@ def _identities(run: Run) -> str:
     known = {name: {"fingerprint": fingerprint(each), **each} for name, each in run.identities.items()}
     words = "Scores compare with those of a reward of the same fingerprint: its version, weights and preprocessing."
     return f"{words}\n\n" + indent(yaml.safe_dump(known, sort_keys=False, allow_unicode=True), "    ")
+
+
+def without_places(text: str, run: Run) -> str:
+    """A text with the paths in the run's settings cut to the names of what is there."""
+    told = [*_texts(run.config.to_json()), *run.identities]
+    # Also those within a reward's spec.
+    found = {
+        part
+        for each in told
+        for part in (each, *re.split(r"[+*:]|<=", each))
+        if len(PurePath(part).parts) > 2
+    }
+    for place in sorted((each for each in found if each[0] in "/~" or PurePath(each).is_absolute()), key=len)[
+        ::-1
+    ]:
+        for form in (place, escape(place)):
+            text = text.replace(form, PurePath(place).name)
+    return text
+
+
+def _texts(settings: Any) -> Iterator[str]:
+    """Those anywhere in something that is read from JSON."""
+    if isinstance(settings, str):
+        yield settings
+    elif isinstance(settings, dict | list):
+        for each in settings.values() if isinstance(settings, dict) else settings:
+            yield from _texts(each)
 
 
 def _settings(run: Run) -> dict[str, Any]:

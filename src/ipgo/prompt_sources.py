@@ -219,7 +219,7 @@ def _holds(kind: Any) -> str | None:
     own = kind.value_type if types.is_dictionary(kind) else kind
     if types.is_null(own):
         return None
-    if types.is_string(own) or types.is_large_string(own):
+    if types.is_string(own) or types.is_large_string(own) or types.is_string_view(own):
         return "texts"
     return "numbers" if types.is_floating(own) or types.is_integer(own) else str(own)
 

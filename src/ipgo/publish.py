@@ -5,23 +5,25 @@ from __future__ import annotations
 import re
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from ipgo import files
 from ipgo.adapters import Adapter
 from ipgo.artefacts import load_adapter, save_adapter
 from ipgo.errors import InputError, first_line
-from ipgo.model_card import MOST, model_card, picture_name, shown_seed
+from ipgo.model_card import MOST, model_card, picture_name, shown_seed, without_places
 from ipgo.store import Run
 
 FILES = ("adapter.json", "adapter.safetensors")
 PUBLISHED = (FILES[0], "README.md")  # a run's own folders have no model card
 
 
-def save_pretrained(run: Run | str | Path, folder: str | Path) -> Path:
+def save_pretrained(run: Run | str | Path, folder: str | Path, *, places: bool = True) -> Path:
     """Write a run's adapter (one row per finished prompt, or the shared one) and its model card, README.md.
 
     Args:
         run: the run, or its folder.
+        places: name files and folders of this machine (a backend, a reward) with their paths; else by their names.
 
     Raises:
         InputError: no prompt of the run is finished, its method learns nothing, or `folder` holds something else.
@@ -36,6 +38,9 @@ def save_pretrained(run: Run | str | Path, folder: str | Path) -> Path:
         and (not any(folder.iterdir()) or all((folder / name).is_file() for name in PUBLISHED))
     ):
         raise InputError(f"folder {str(folder)!r} holds something else; give a new or empty one")
+    card = model_card(run, whole)
+    if not places:
+        card, settings["backend"] = (without_places(each, run) for each in (card, settings["backend"]))
     save_adapter(whole, folder, settings, run.drawn_by)
     for picture in (folder / "images").glob("*.png"):  # those of an earlier publication, and no others
         if re.fullmatch(r"\d{4}-.*-(before|after)\.png", picture.name):
@@ -45,28 +50,49 @@ def save_pretrained(run: Run | str | Path, folder: str | Path) -> Path:
             source = run.image(prompt, when, shown_seed(run))
             if source.is_file():
                 files.write(folder / picture_name(prompt, when), source.read_bytes())
-    files.write(folder / "README.md", model_card(run, whole).encode())
+    files.write(folder / "README.md", card.encode())
     return folder
 
 
 def push_to_hub(run: Run, folder: str | Path, repository: str, *, private: bool = False) -> str:
-    """`save_pretrained`, and upload the folder as the hub's model `owner/name`; returns its address.
+    """`save_pretrained` without the paths of this machine, and upload the folder as the hub's model `owner/name`.
+
+    Returns its address. What an earlier upload has there is replaced.
 
     Raises:
-        InputError: as `save_pretrained`; `repository` is not owner/name; or the hub cannot be reached, or refuses.
+        InputError: as `save_pretrained`; `repository` is not owner/name, holds something else, or is public though
+            `private` is asked for; or the hub cannot be reached, or refuses.
     """
     from huggingface_hub import HfApi
 
     if not files.is_hub_id(repository):
         raise InputError(f"{repository!r} is not a model name of the hub; write owner/name")
-    save_pretrained(run, folder)
+    save_pretrained(run, folder, places=False)
     hub = HfApi(library_name="ipgo", library_version=version("ipgo"))
     try:
+        if hub.repo_exists(repository):
+            _check_repository(hub.model_info(repository), repository, private)
         address = hub.create_repo(repository, private=private, exist_ok=True)
-        hub.upload_folder(repo_id=repository, folder_path=folder, commit_message="Adapter learned by ipgo")
+        hub.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            commit_message="Adapter learned by ipgo",
+            delete_patterns=["images/*.png"],
+        )
+    except InputError:
+        raise
     except Exception as error:  # also whatever its HTTP library raises where there is no network
         raise InputError(f"cannot write {repository!r} on the hub: {first_line(error)}") from error
     return str(address)
+
+
+def _check_repository(there: Any, repository: str, private: bool) -> None:
+    """Raise `InputError` for a repository of the hub that is not to be written."""
+    if private and not there.private:  # which the hub would leave as it is
+        raise InputError(f"repository {repository!r} is public; make it private on the hub, or give another")
+    names = {each.rfilename for each in there.siblings} - {".gitattributes"}
+    if names and not names.issuperset(PUBLISHED):
+        raise InputError(f"repository {repository!r} holds something else; give a new one")
 
 
 def from_pretrained(source: str | Path) -> Adapter:

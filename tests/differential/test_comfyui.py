@@ -139,6 +139,7 @@ def test_what_the_node_cannot_take_is_named(
         (Clip(pipe, windows=2), "a fox", own, "the prompt has more than 77 tokens"),
         (clip, "a fox", str(tmp_path / "none"), "none"),
         (Clip(pipe, end=1), "a fox", own, "is not a CLIP"),
+        (None, "a fox", own, "clip is missing: the checkpoint has no text encoder"),
     ):
         with pytest.raises(ipgo.InputError, match=message):
             node.encode(given, text, place)
@@ -148,3 +149,12 @@ def test_what_the_node_cannot_take_is_named(
     with pytest.raises(ipgo.InputError, match=f"those of this CLIP are {backend.embed_dim} wide"):
         node.encode(clip, "a fox", str(tmp_path / "wide"))
     assert set(node.INPUT_TYPES()["required"]) == {"clip", "text", "adapter"}
+
+
+def test_another_adapter_in_the_same_folder_is_noticed(node: Any, backend: Backend, tmp_path: Path) -> None:
+    known = [node.IS_CHANGED(adapter=str(tmp_path))]
+    for count in (1, 2):
+        saved(backend, tmp_path, rank=count)
+        known.append(node.IS_CHANGED(clip=None, text="a fox", adapter=str(tmp_path)))
+    assert len(set(known)) == 3
+    assert node.IS_CHANGED(clip=None, text="a dog", adapter=str(tmp_path)) == known[-1]

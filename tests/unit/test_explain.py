@@ -23,6 +23,7 @@ from ipgo import (
 )
 from ipgo.adapters import NoiseAdapter
 from ipgo.backends import Backend
+from ipgo.cli_explain import show
 from ipgo.explain import Vocabulary, attention_weights, explain
 from ipgo.rewards import identity_of
 from ipgo.sampling import Sampling
@@ -108,6 +109,16 @@ def test_without_padding_nothing_is_given_to_it(make_pipe: Callable[..., Any]) -
     backend = load_backend(make_pipe(), device="cpu", padding="none")
     found = explain(backend, adapter(backend), PROMPT, (0,), SAMPLING, REWARD, Vocabulary(backend, ["a"]))
     assert found.padding_attention == (0.0, 0.0, 0.0)
+
+
+def test_where_text_and_image_attend_in_one_all_but_attention_is_told() -> None:
+    backend = load_backend(tiny.sd3(), device="cpu")
+    found = explain(
+        backend, adapter(backend), PROMPT, (0,), SAMPLING, REWARD, Vocabulary(backend, ["a", "b"])
+    )
+    assert found.text_attention == found.padding_attention == ()
+    assert all(each.attention == () and each.words and each.norm > 0 for each in found.inserted)
+    assert "attention: inserted –, prompt –, padding –" in show(found)
 
 
 def test_leaving_one_out_is_an_adapter_without_it(own: Backend) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -213,9 +214,22 @@ def test_the_code_for_a_plain_pipeline_opens_it_in_the_format_of_the_run(
     monkeypatch.setattr("ipgo.model_card._base", lambda backend: backend)
     other = ipgo.Run(run.path, replace(run.config, dtype="bfloat16"))
     plain = model_card(other, run.load_adapter(run.prompts[0])).split("```")[3].removeprefix("python\n")
-    names: dict[str, Any] = {}
+    names: dict[str, Any] = {"ipgo": ipgo}
     exec(plain[: plain.index("kwargs =")], names)
     assert names["pipe"].unet.dtype == torch.bfloat16
+
+
+def test_the_code_for_a_plain_pipeline_has_the_guidance_of_the_model_that_drew(
+    run: ipgo.Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few-step model of an untold name is drawn without guidance, which a pipeline does not know."""
+    monkeypatch.setattr("ipgo.model_card._base", lambda backend: backend)
+    monkeypatch.setitem(run.facts, "guidance_scale", 1.0)
+    other = ipgo.Run(run.path, replace(run.config, sampling=ipgo.Sampling(steps=3)))
+    monkeypatch.setattr(type(other), "drawn_by", {"guidance_scale": 1.0})
+    plain = model_card(other, run.load_adapter(run.prompts[0])).split("```")[3]
+    assert "pipeline_guidance(1.0)" in plain
+    assert "num_inference_steps=3, **scale" in plain
 
 
 @pytest.mark.parametrize(
@@ -262,10 +276,43 @@ def _config(pipeline_folder: str) -> Any:
     return RunConfig(("a",), **settings(pipeline_folder))
 
 
-def test_pushing_uploads_the_folder(run: ipgo.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("names", "public", "message"),
+    [
+        (None, False, ""),
+        ([".gitattributes"], False, ""),
+        ([".gitattributes", "README.md", "adapter.json", "adapter.safetensors"], False, ""),
+        (
+            [".gitattributes"],
+            True,
+            "repository 'me/fox' is public; make it private on the hub, or give another",
+        ),
+        (
+            ["README.md", "model.safetensors"],
+            False,
+            "repository 'me/fox' holds something else; give a new one",
+        ),
+    ],
+)
+def test_pushing_uploads_the_folder_and_overwrites_nothing_else(
+    run: ipgo.Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    names: list[str] | None,
+    public: bool,
+    message: str,
+) -> None:
     done: list[tuple[str, Any]] = []
 
     class Hub:
+        def repo_exists(self, name: str) -> bool:
+            return names is not None
+
+        def model_info(self, name: str) -> Any:
+            return SimpleNamespace(
+                private=not public, siblings=[SimpleNamespace(rfilename=each) for each in names or ()]
+            )
+
         def __init__(self, **about: Any) -> None:
             pass
 
@@ -273,11 +320,22 @@ def test_pushing_uploads_the_folder(run: ipgo.Run, tmp_path: Path, monkeypatch: 
             done.append(("create", (name, options)))
             return f"https://hub/{name}"
 
-        def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> None:
+        def upload_folder(
+            self, *, repo_id: str, folder_path: Path, commit_message: str, delete_patterns: list[str]
+        ) -> None:
+            assert delete_patterns == ["images/*.png"]
             done.append(("upload", (repo_id, sorted(file.name for file in Path(folder_path).iterdir()))))
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    if message:
+        with pytest.raises(ipgo.InputError, match=message):
+            ipgo.push_to_hub(run, tmp_path / "card", "me/fox", private=True)
+        assert not done
+        return
     assert ipgo.push_to_hub(run, tmp_path / "card", "me/fox", private=True) == "https://hub/me/fox"
+    card = (tmp_path / "card/README.md").read_text()
+    assert run.config.backend not in card + (tmp_path / "card/adapter.json").read_text()
+    assert f"load_backend({Path(run.config.backend).name!r})" in card
     assert done == [
         ("create", ("me/fox", {"private": True, "exist_ok": True})),
         ("upload", ("me/fox", ["README.md", "adapter.json", "adapter.safetensors", "images"])),

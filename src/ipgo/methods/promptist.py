@@ -21,7 +21,7 @@ from ipgo.typed import check_types
 
 BUNDLED = {"emoji": Path(__file__).parents[1] / "rewriters/emoji"}  # backend: the folder of its own rewriter
 PUBLISHED = "microsoft/Promptist"
-PUBLISHED_TOKENIZER = "gpt2"  # that model's folder has none
+PUBLISHED_TOKENIZER = "gpt2"  # that of the published examples
 ASK = " Rephrase:"  # what follows a prompt, and comes before its rewritten form
 logger = logging.getLogger("ipgo")
 
@@ -106,10 +106,12 @@ def _load(model: str, tokenizer: str, device: torch.device) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer  # here, because they take a second
     from transformers.utils import logging as transformers_logging
 
+    # The published one is a torch checkpoint, of which transformers reads nothing but tensors.
+    safe = None if model == PUBLISHED else True
     try:
         tokens = AutoTokenizer.from_pretrained(tokenizer)
         with only_of_downloads(model, transformers_logging):
-            network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, use_safetensors=True)
+            network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, use_safetensors=safe)
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"method.model {model!r} cannot be opened: {first_line(error)}") from error
     return network.to(device).eval().requires_grad_(False), tokens
