@@ -320,6 +320,15 @@ def test_history_leaves_out_what_was_not_finite():
     assert table.history(0, 1) == [("sun", 0.5)]
 
 
+def test_nothing_is_asked_where_an_answer_could_not_be_stored(endpoint, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        InputError, match=r"chat\.cache is '.*file/chat', which cannot be written: Not a directory"
+    ):
+        Chat(cache=str(tmp_path / "file/chat")).ask("rewrite", "a fox")
+    assert not endpoint.requests
+
+
 @pytest.mark.parametrize("name", ["chatgpt", "llm-search"])
 def test_from_the_command_line_without_and_with_a_key(
     name, endpoint, pipeline_folder, tmp_path, monkeypatch, capsys
