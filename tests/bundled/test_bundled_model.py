@@ -91,17 +91,20 @@ def test_alignment_prefers_the_right_prompt(drawn: tuple[list[str], torch.Tensor
     assert (right > wrong).float().mean() >= 0.7
 
 
-def test_a_short_fit_raises_the_reward_on_every_prompt(tmp_path: Path) -> None:
+def test_a_short_fit_raises_the_reward_on_every_prompt_and_on_noise_it_has_not_seen(tmp_path: Path) -> None:
     prompts = read_prompts("one:train")[:2]
     method = ipgo.IPGO(ascent=replace(ipgo.IPGO().ascent, steps=20))
     sampling = ipgo.Sampling(steps=20, fit_steps=8)
-    settings = {"method": method, "sampling": sampling, "unseen_seeds": 1, "out": tmp_path / "run"}
-    result = ipgo.fit(prompts, reward="emoji-preference", **settings)
+    settings = {"method": method, "sampling": sampling, "unseen_seeds": 2, "out": tmp_path / "run"}
+    result = ipgo.fit(prompts, **settings)
     stored = json.loads(next(tmp_path.glob("run/prompts/*/result.json")).read_text())
     assert stored["cost"]["calls"]["denoiser"] == 20 * 8
-    (gain,) = [gain for gain in result.on_fitted_seeds if not gain.held_out]
+    gain, *_ = [gain for gain in result.on_fitted_seeds if not gain.held_out]
     assert gain.wins.value == 1
     assert gain.gain.low > 0.01  # of two prompts, the lesser
+    followed = {gain.reward: gain.gain for gain in result.on_unseen_seeds if not gain.held_out}
+    assert set(followed) == {"emoji-likeness+emoji-preference", "emoji-likeness", "emoji-preference"}
+    assert followed["emoji-likeness+emoji-preference"].low > 0
     for fitted in result:
         assert len(fitted.history) > 1
         assert fitted.before[0].size == fitted.after[0].size == (64, 64)

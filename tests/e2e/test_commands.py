@@ -18,6 +18,7 @@ import ipgo
 from ipgo import cli, files, models, runner
 from ipgo.artefacts import load_identities, load_scores
 from ipgo.fitting import result_of
+from ipgo.model_card import model_card
 from ipgo.prompts import read_prompts
 from ipgo.rewards.checkpoints import fingerprint
 from ipgo.store import Run
@@ -113,6 +114,38 @@ def test_images_and_scores_are_those_of_the_stored_adapter(fitted: Path, pipelin
             if (each.method, each.prompt, each.seed) == (method, prompt.text, 1000)
         ]
         assert found[0] == pytest.approx(value, abs=1e-6)
+
+
+def test_what_is_called_unseen_is_unseen(
+    fitted: Path, pipeline_folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the command line, on the page, on the card and in Python: the means by hand, of the seeds it should be."""
+    run = Run.open(fitted)
+
+    def mean(method: str, unseen: bool) -> float:
+        of = [each for each in run.scores() if (each.method, each.reward) == (method, "colorfulness")]
+        return sum(each.value for each in of if (each.seed >= 1000) == unseen) / sum(
+            (each.seed >= 1000) == unseen for each in of
+        )
+
+    seen, new = ((mean("raw", unseen), mean("ipgo", unseen)) for unseen in (False, True))
+    assert abs((new[1] - new[0]) - (seen[1] - seen[0])) > 1e-3  # else this would tell nothing
+    result = result_of(run)
+    for gains, expected in ((result.on_fitted_seeds, seen), (result.on_unseen_seeds, new)):
+        own = next(gain for gain in gains if gain.reward == "colorfulness")
+        assert (own.before, own.after) == pytest.approx(expected)
+    assert cli.show_run(run) == 0
+    said = capsys.readouterr().out.split("unseen seeds")
+    for part, (before, after) in zip(said, (seen, new), strict=True):
+        line = next(line for line in part.splitlines() if line.startswith("colorfulness *"))
+        assert line.split()[2:5] == [f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}"]
+    card = model_card(run, run.whole_adapter()[0]).split("On unseen noise")
+    for part, (before, after) in zip(card, (seen, new), strict=True):
+        line = next(line for line in part.splitlines() if "colorfulness (optimised)" in line)
+        assert f"| {before:.3f} | {after:.3f} | {after - before:+.3f} " in line
+    page = (fitted / "report.html").read_text()
+    row = page[page.index("unseen noise<br>") :].split("<tr>")[1]
+    assert row.index("{:.3f} → {:.3f}".format(*seen)) < row.index("{:.3f} → {:.3f}".format(*new))
 
 
 def test_the_same_command_again_does_nothing(

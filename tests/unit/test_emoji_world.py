@@ -10,10 +10,11 @@ from PIL import Image
 
 from ipgo import InputError, cli, load_reward
 from ipgo.images import from_pil
+from ipgo.prompts import read_prompts
 from ipgo.rewards import emoji
 from ipgo.rewards.emoji.artwork import SPRITE
 from ipgo.rewards.emoji.judge import Judge, Network, _compare, load_judge
-from tools.emoji import follow, world
+from tools.emoji import follow, prompt_sets, world
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +195,24 @@ def test_held_out_combinations_are_a_fifth_and_never_in_training() -> None:
         for style in world.STYLES
     ]
     assert 0.15 < np.mean(triples) < 0.25
+
+
+def test_the_shipped_prompts_are_those_of_the_tool_and_test_halves_show_nothing_that_was_trained(
+    judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped = Path(world.__file__).parents[2] / "src/ipgo/prompt_sets"
+    monkeypatch.setattr(prompt_sets, "FOLDER", tmp_path)
+    prompt_sets.build()
+    for file in tmp_path.iterdir():
+        assert file.read_text() == (shipped / file.name).read_text()
+    for half in ("train", "test"):
+        said = [
+            judge.read(text) for kind in ("one", "two", "styled") for text in read_prompts(f"{kind}:{half}")
+        ]
+        whole = [each for each in said if len(each.objects) == 2 or each.style is not None]
+        scenes = [world.Scene(each.objects, str(each.colour), str(each.style)) for each in whole]
+        assert len(whole) > 60
+        assert [world.held_out(scene) for scene in scenes] == [half == "test"] * len(scenes)
 
 
 def test_the_shipped_vocabulary_is_that_of_the_world() -> None:

@@ -1,16 +1,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import ClassVar
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from ipgo import InputError, Score, as_reward, summarise, win_rate
+from ipgo.adapters import Adapter
 from ipgo.cli import table
-from ipgo.evaluation import Drawing, score
+from ipgo.evaluation import Drawing, draw, score
 from ipgo.rewards import optimised
+from ipgo.rewards.spec import read_terms
+from ipgo.sampling import Sampling
 
 
 def scores(values: dict[str, list[tuple[float, float]]], reward: str = "r") -> list[Score]:
@@ -72,6 +78,53 @@ def test_summarise_by_reward_and_seed() -> None:
     everything = summarise(table)[0]
     assert everything.gain.value == pytest.approx(((1 - 4) / 2 + (2 + 0) / 2) / 2)
     assert summarise([each for each in table if each.method == "raw"]) == []
+
+
+class Sharp:
+    """A judge of two marks, of which the reward "sharpness" is made of one."""
+
+    made: ClassVar = {"sharpness": ("edges",)}
+
+    def marks(self, images: torch.Tensor, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        return {"edges": images.mean((1, 2, 3)), "object": torch.ones(len(images))}
+
+
+def test_a_mark_that_was_followed_judges_nothing() -> None:
+    drawings = [Drawing("ipgo", "a fox", 0, torch.rand(3, 8, 8))]
+    for spec, expected in (
+        ("contrast", {"judge-edges", "judge-object"}),
+        ("contrast+0.5*sharpness", {"judge-object"}),
+        ("sharpness<=0.9", {"judge-object"}),
+    ):
+        own = {each.name for each in read_terms(spec)}
+        assert {each.reward for each in score(drawings, {}, own, Sharp())} == expected
+
+
+class Small(nn.Module):
+    """Stands in for `generate` on a card that has memory for two images."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most, self.asked = most, list[int]()
+
+    def forward(self, _: object, prompts: Sequence[str], seeds: Sequence[int], *__: object) -> torch.Tensor:
+        self.asked.append(len(seeds))
+        if len(seeds) > self.most:
+            raise torch.OutOfMemoryError("no more")
+        return torch.tensor([float(seed) for seed in seeds]).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+
+
+def test_where_memory_is_short_smaller_batches_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    small, both = Small(2), {"raw": Adapter(), "ipgo": Adapter()}
+    monkeypatch.setattr("ipgo.evaluation.generate", small)
+    found = list(draw(None, both, "a fox", range(7), Sampling()))  # type: ignore[arg-type]
+    assert [(each.method, each.seed) for each in found] == [(m, s) for m in both for s in range(7)]
+    assert all((each.image == each.seed).all() for each in found)
+    assert small.asked[:3] == [7, 3, 1]  # then what was found to fit
+    assert max(small.asked[3:]) <= 2
+    monkeypatch.setattr("ipgo.evaluation.generate", Small(0))
+    with pytest.raises(torch.OutOfMemoryError):
+        list(draw(None, both, "a fox", range(7), Sampling()))  # type: ignore[arg-type]
 
 
 def test_nothing_in_common_is_an_error() -> None:

@@ -1,6 +1,7 @@
 """The loop: what it keeps, what it refuses, and how it survives a bad row."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -71,6 +72,24 @@ def test_what_the_caller_has_set_changes_no_step(backend):
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(torch.stack(apart), torch.stack(within))
+
+
+def test_the_rate_falls_as_it_is_told_to(backend):
+    """A gradient that is always the same makes Adam's steps as long as the rate."""
+    steady = Ascent(steps=6, lr=0.01, lr_decay=0.5, decay_every=2, keep_best=False, penalty_weight=0.0)
+    adapter = InsertionAdapter.start(backend, PROMPTS, replace(INSERTION, basis="free"), seed=0, shared=False)
+    for parameter in adapter.parameters():
+        parameter.register_hook(torch.ones_like)
+    before = {name: value.clone() for name, value in adapter.named_parameters()}
+    lengths = []
+    for progress in maximize(task(backend), adapter, steady):
+        after = {name: value.clone() for name, value in progress.adapter.named_parameters()}
+        name = next(
+            name for name, value in after.items() if value.numel() and not torch.equal(value, before[name])
+        )
+        lengths.append((after[name] - before[name]).abs().median().item())
+        before = after
+    assert lengths == pytest.approx([0.01, 0.01, 0.005, 0.005, 0.0025, 0.0025], rel=1e-3)
 
 
 def test_with_several_seeds_a_candidate_needs_a_reward_on_each(backend):
