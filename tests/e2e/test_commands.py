@@ -144,7 +144,7 @@ def test_what_is_called_unseen_is_unseen(
         line = next(line for line in part.splitlines() if "colorfulness (optimised)" in line)
         assert f"| {before:.3f} | {after:.3f} | {after - before:+.3f} " in line
     page = (fitted / "report.html").read_text()
-    row = page[page.index("unseen noise<br>") :].split("<tr>")[1]
+    row = page[page.index("unseen noise<br>") :].split("<tr")[1]
     assert row.index("{:.3f} → {:.3f}".format(*seen)) < row.index("{:.3f} → {:.3f}".format(*new))
 
 
