@@ -86,6 +86,14 @@ class Ascent:
                 f"ascent.backprop_steps is {self.backprop_steps}; sampling.{field} allows at most {steps}"
             )
 
+    def check_noise(self) -> None:
+        """Raise `InputError` for what has no effect where nothing but noise is learned."""
+        if self.renoised:
+            raise InputError(
+                f"ascent.renoised is {self.renoised}; where noise is learned it must be 0: "
+                "no gradient of the last step alone reaches it"
+            )
+
     def check_task(self, steps: int, seeds: int, shared: bool, whole: bool) -> None:
         """Raise `InputError` for settings that do not go with the fit.
 

@@ -114,21 +114,20 @@ def step_cost(config: RunConfig, image: int, price: Price, guided: bool = True) 
 
     Args:
         image: denoiser calls of one image.
-        guided: whether guidance has a negative prompt, which insertion.negative looks at where it is left open.
+        guided: whether guidance has a negative prompt.
     """
     ascent = config.method.ascent
     if ascent is None:
         return float(image * max(1, len(config.seeds)))
     every = ascent.backprop_steps is None or ascent.backprop_steps >= config.sampling.fitting.steps
     depth = float(image if every else ascent.backprop_steps or 0)
+    depth = min(depth, config.method.differentiable_calls(image))
     if ascent.random_backprop:
         depth = (1 + depth) / 2
     # After the first differentiated call the latents carry gradient too, into both halves of the next.
-    insertion = config.method.insertion
-    negative = insertion is not None and insertion.decided(guided).negative
-    first = price.both if negative or config.method.both_halves else price.gradient
+    first = price.both if config.method.both_halves(guided) else price.gradient
     differentiated = first - 1 + (price.both - 1) * (depth - 1)
-    again = depth if ascent.recompute else 0
+    again = depth + ascent.renoised if ascent.recompute else 0
     cost = image + differentiated + again + first * ascent.renoised
     return cost * ascent.batch_size * ascent.accumulate / len(config.prompts) if config.shared else cost
 

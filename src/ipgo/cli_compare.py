@@ -177,6 +177,7 @@ def entries_of(
     Raises:
         InputError: nothing to compare, or a name that is neither.
     """
+    from ipgo.backends import few_steps
     from ipgo.config import merge, method_settings, read_settings
     from ipgo.methods import METHODS
 
@@ -217,7 +218,10 @@ def entries_of(
         few = _few_step_settings(name, backend, str(own.get("backend", backend)))
         common = merge(few.pop("method", {}), dict(method) if method.get("name") == name else {})
         settings = {**merge(few, own), "method": merge(common, {**given, "name": name})}
-        found[label] = merge(dict(needed.get(name) or {}), settings)
+        wanted = dict(needed.get(name) or {})
+        if few_steps(str(own.get("backend", backend))) is not None:
+            wanted.pop("sampling", None)  # eta, which is for schedulers that draw no noise by themselves
+        found[label] = merge(wanted, settings)
     return found
 
 

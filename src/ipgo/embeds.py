@@ -45,8 +45,8 @@ class PromptEmbeds:
 
     def at(self, step: int, steps: int) -> PromptEmbeds:
         """What the denoiser gets at a step, counted from 0, of `steps`."""
-        late = max(1, round(self.late_share * steps))
-        return self if self.early is None or step >= steps - late else self.early
+        late = step >= steps - late_steps(steps, self.late_share)
+        return self if self.early is None or late else self.early
 
     def insert(self, prefix: Tensor, suffix: Tensor) -> PromptEmbeds:
         """Put (B, n, D) embeddings before and after the states, in their dtype; they count as text."""
@@ -142,3 +142,8 @@ def padded(values: Tensor, length: int) -> Tensor:
     """(B, L, ...) with zeros up to `length` in the second dimension."""
     missing = values.new_zeros(len(values), length - values.shape[1], *values.shape[2:])
     return torch.cat([values, missing], dim=1)
+
+
+def late_steps(steps: int, share: float) -> int:
+    """How many of `steps`, the last ones, are a share of them in (0, 1]; at least one."""
+    return max(1, round(share * steps))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from ipgo.adapters import Adapter, generate
 from ipgo.backends import Backend
+from ipgo.devices import own_numbers
 from ipgo.errors import InputError
 from ipgo.rewards import Reward, RewardFunction, as_reward, identity_of, optimised
 from ipgo.rewards import score as checked
@@ -23,7 +25,8 @@ from ipgo.seeding import plain
 
 BATCH = 8  # images made at once
 RESAMPLES = 2000  # of the bootstrap
-ROUNDING = 1e-6  # of rewards, relative above 1
+ROUNDING = 1e-6  # of a reward's values, relative to the largest
+logger = logging.getLogger("ipgo")
 
 
 @dataclass(frozen=True)
@@ -211,7 +214,8 @@ def evaluate(
     scores = []
     for prompt in tqdm(prompts, desc="evaluating", unit="prompt", disable=None, leave=False):
         drawings = list(draw(backend, adapters, prompt, seeds, sampling))
-        scores += score(drawings, judges, own, judge)
+        with own_numbers():
+            scores += score(drawings, judges, own, judge)
     return scores
 
 
@@ -225,12 +229,13 @@ def win_rate(scores: Iterable[Score], method: str, baseline: str, reward: str) -
         InputError: the two methods share no prompt and seed.
     """
     pairs = _pairs(scores, method, baseline, reward)
-    return _bootstrap([[_win(a, b) for a, b in values] for values in pairs.values()])
+    largest = max(abs(value) for values in pairs.values() for pair in values for value in pair)
+    return _bootstrap([[_win(a, b, ROUNDING * largest) for a, b in values] for values in pairs.values()])
 
 
-def _win(ours: float, theirs: float) -> float:
+def _win(ours: float, theirs: float, rounding: float) -> float:
     """1, or 0; or 1/2 where they differ by no more than rounding, as the same picture drawn in another batch may."""
-    if math.isclose(ours, theirs, rel_tol=ROUNDING, abs_tol=ROUNDING):
+    if abs(ours - theirs) <= rounding:
         return 0.5
     return float(ours > theirs)
 
@@ -272,14 +277,22 @@ def summarise(
         baseline: the method that the others are compared with.
         seeds: the noise seeds whose scores count; None: all.
 
+    A reward that has no value of both on any image (a raw one may not be finite) is left out, with a warning.
+
     Raises:
-        InputError: for one of the rewards a method has no prompt and seed in common with the baseline.
+        InputError: the baseline is another than raw, and has no scores.
     """
+    if baseline != "raw" and all(each.method != baseline for each in scores):
+        raise InputError(f"there are no scores of the baseline {baseline!r}")
     chosen = [each for each in scores if seeds is None or each.seed in seeds]
     held_out = {(each.method, each.reward): each.held_out for each in chosen if each.method != baseline}
     gains = []
     for (method, reward), unseen in held_out.items():
-        pairs = _pairs(chosen, method, baseline, reward)
+        try:
+            pairs = _pairs(chosen, method, baseline, reward)
+        except InputError as error:
+            logger.warning("%s: it is left out", error)
+            continue
         means = [np.mean(values, axis=0) for values in pairs.values()]
         after, before = (float(column) for column in np.mean(means, axis=0))
         difference = _bootstrap([[a - b for a, b in values] for values in pairs.values()])

@@ -130,7 +130,7 @@ class TuRBO:
             return self._sobol(len(self.points) + 1, own)[-1] * 2 - 1
         with torch.random.fork_rng(devices=[]), torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of numerical trouble, which botorch answers by fitting again
-            torch.manual_seed(derive(self.seed, "point", self.told))
+            torch.default_generator.manual_seed(derive(self.seed, "point", self.told))  # the CPU's alone
             return self._sample() * 2 - 1
 
     def _sample(self) -> Tensor:

@@ -104,6 +104,7 @@ class _Training:
             "best": nan.clone(),
             "recent": nan[:, None].repeat(1, ppo.history),
             "misses": torch.zeros((), dtype=torch.long),
+            "updates": torch.zeros((), dtype=torch.long),
             "loss_scale": torch.tensor(FLOAT16_SCALE if self.backend.dtype == torch.float16 else 1.0),
         }
         self.parameters = dict(self.adapter.named_parameters())
@@ -210,6 +211,7 @@ class _Training:
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), longest)
         if norm.isfinite():
             self.optimizer.step()
+            self.memory["updates"] += 1
         return norm.item()
 
     def _log_probability(self, batch: Batch, step: Transition) -> Tensor:
@@ -239,14 +241,17 @@ class _Training:
 
     def _progress(self, norm: float, images: Tensor) -> Progress:
         memory, count = self.memory, len(self.task.prompts)
+        learned = memory["updates"] > 0  # in float16 every gradient may have been too large
+        given_up = memory["misses"] >= self.patience
+        over = memory["epoch"] == self.ppo.epochs
         return Progress(
             step=int(memory["epoch"]),
             total=self.ppo.epochs,
             rewards=memory["rewards"].clone(),
-            best=memory["best"].clone(),
+            best=torch.where(learned, memory["best"], math.nan),
             penalty=torch.zeros(count),
             grad_norm=torch.full((count,), norm),
-            failed=(memory["misses"] >= self.patience).expand(count),
+            failed=(given_up | (over & ~learned)).expand(count),
             images=None if self.task.shared else images,
             adapter=self.ready,
             state=self.state,

@@ -50,7 +50,7 @@ class PPO:
     def __post_init__(self) -> None:
         check_types(self, "ppo.")
         least = {"epochs": 1, "samples": 2, "batch_size": 1, "accumulate": 1, "inner_epochs": 1}
-        for field, count in (least | {"weight_decay": 0, "history": 1, "min_history": 1}).items():
+        for field, count in (least | {"weight_decay": 0, "history": 2, "min_history": 2}).items():
             if not getattr(self, field) >= count:
                 raise InputError(f"ppo.{field} is {getattr(self, field)}; it must be at least {count}")
         for field in ("eta", "lr", "max_grad_norm", "clip_range", "max_advantage"):

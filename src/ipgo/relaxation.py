@@ -94,15 +94,19 @@ class Relaxation:
         with _reading(self.backend, mix):
             yield
 
+    def mixes(self, template: Template, choice: Choice) -> bool:
+        """Are the tokens of a text those of its pieces, so that they can be mixed?"""
+        pieces = self.tokens(template.pieces(choice))
+        return sum(map(len, pieces)) == len(self.tokens([template.text(choice)])[0])
+
     def _places(self, mixture: Mixture) -> list[tuple[int, Tensor]]:
         """Where each slot that is not empty starts, and the mixture (n, W) that it holds."""
-        pieces = mixture.template.pieces(mixture.choice)
-        counts = [len(states) for states in self.tokens(pieces)]
-        if sum(counts) != len(self.tokens([mixture.text])[0]):
+        if not self.mixes(mixture.template, mixture.choice):
             raise InputError(
                 f"the tokens of {mixture.text!r} are cut off, or not those of its words one by one; "
                 "use solver='evolutionary'"
             )
+        counts = [len(states) for states in self.tokens(mixture.template.pieces(mixture.choice))]
         starts = itertools.accumulate(counts, initial=1)  # after the mark of the start
         found = []
         for number, (start, count) in enumerate(zip(starts, counts, strict=False)):

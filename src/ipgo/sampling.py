@@ -227,10 +227,15 @@ def redo_last_step(
     latents: Tensor,
     noise: Tensor,
     sampling: Sampling,
+    *,
+    recompute: bool = False,
 ) -> Tensor:
     """Noise clean latents up to the last timestep again, and take that step: (B, C, h, w) (DRaFT-LV).
 
     Gradient reaches `cond` and the denoiser's weights, not `latents`.
+
+    Args:
+        recompute: as in `denoise`.
 
     Raises:
         InputError: the scheduler is not DDIM; others need the steps before the last one.
@@ -239,7 +244,8 @@ def redo_last_step(
     need_ddim(scheduler, "ascent.renoised")
     timestep = scheduler.timesteps[-1]
     noisy = scheduler.add_noise(latents.detach(), noise.to(latents), timestep)
-    prediction = backend.predict(noisy, timestep, cond, uncond, sampling.scale(backend))
+    predict = _predict_twice if recompute else type(backend).predict
+    prediction = predict(backend, noisy, timestep, cond, uncond, sampling.scale(backend))
     clean: Tensor = scheduler.step(prediction, timestep, noisy).prev_sample
     return clean
 

@@ -160,14 +160,12 @@ class Method:
         one_seed: does it learn the noise of exactly one seed?
         prefers_one_seed: does it do better on one seed, though several are allowed?
         prompt_wise: does it fit each prompt by itself, so that it cannot be shared?
-        both_halves: does its gradient go through both halves of guidance from the first differentiated call on?
     """
 
     stackable: ClassVar[bool] = True
     one_seed: ClassVar[bool] = False
     prefers_one_seed: ClassVar[bool] = False
     prompt_wise: ClassVar[bool] = False
-    both_halves: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -186,6 +184,18 @@ class Method:
     def climbing(self) -> bool:
         """Does it follow the reward's gradient?"""
         return self.ascent is not None
+
+    def both_halves(self, guided: bool) -> bool:
+        """Does its gradient go through both halves of guidance from the first differentiated call on?
+
+        Args:
+            guided: whether there are two; what is learned of the images or the denoiser counts as both in any case.
+        """
+        return self.insertion is not None and bool(self.insertion.decided(guided).negative)
+
+    def differentiable_calls(self, image: int) -> int:
+        """Of the denoiser calls of an image: how many what it learns takes part in, the last ones."""
+        return image
 
     def check(self, request: Request) -> None:
         """Raise `InputError`, before a model is loaded, for what it cannot do."""

@@ -194,11 +194,13 @@ class Stored(NamedTuple):
         return chosen
 
     def seeds(self, asked: Sequence[int] | None) -> list[int]:
-        """Those that are asked for; else 0, or the one that the adapter is tied to. Warns where it does nothing."""
-        from ipgo.adapters import NoiseAdapter
+        """Those that are asked for; else 0, or the one whose noise it has learned. Warns where it does nothing."""
+        from ipgo.adapters import JointAdapter, NoiseAdapter
 
-        tied = self.adapter.seed if isinstance(self.adapter, NoiseAdapter) else None
-        if tied is not None and (others := [seed for seed in asked or () if seed != tied]):
+        joint = isinstance(self.adapter, JointAdapter)
+        noise = self.adapter.initial if isinstance(self.adapter, JointAdapter) else self.adapter
+        tied = noise.seed if isinstance(noise, NoiseAdapter) else None
+        if tied is not None and not joint and (others := [seed for seed in asked or () if seed != tied]):
             text = "this adapter is tied to the noise of seed %d; on others (%s) it draws the raw prompt"
             logging.getLogger("ipgo").warning(text, tied, ", ".join(map(str, others)))
         return list(asked) if asked else [0 if tied is None else tied]

@@ -206,7 +206,10 @@ class _Climb:
                 repeated(derive(task.seed, "renoised", prompt, step, number), count)
                 for prompt, count in zip(prompts, before, strict=True)
             ]
-            redone = redo_last_step(backend, cond, uncond, latents, backend.noise(seeds)[:, 0], task.sampling)
+            fresh = backend.noise(seeds)[:, 0]
+            redone = redo_last_step(
+                backend, cond, uncond, latents, fresh, task.sampling, recompute=ascent.recompute
+            )
             redrawn = decode(backend, redone, recompute=ascent.recompute)
             objective = objective + score_with_gradient(task.reward, redrawn, prompts)
         return objective, rewards, penalty, images

@@ -60,6 +60,19 @@ class MixedWords:
         images = decode(task.backend, shortcut(task.backend, cond, uncond, own, task.sampling, index))
         return score_with_gradient(task.reward, images, prompts)
 
+    def template(self, row: int, prompt: str) -> Template:
+        """The positive text of a row, whose words may all be fixed."""
+        space = self.spaces[row]
+        return space.positive if space.positive.slots else Template((prompt,))
+
+    def mixes(self, row: int, choice: Choice) -> bool:
+        """Can the words of a row be mixed around this choice? The texts in full are one window of tokens."""
+        prompts = self.task.prompts if self.task.shared else [self.task.prompts[row]]
+        chosen = self.spaces[row].split(choice)
+        texts = [(self.template(row, prompt), chosen[0]) for prompt in prompts]
+        negative = [(self.spaces[row].negative, chosen[1])] if self.negative else []
+        return all(self.relaxation.mixes(*each) for each in (*texts, *negative))
+
     def _conditions(
         self, prompts: Sequence[str], rows: Sequence[int], choices: Sequence[Choice], weights: Tensor
     ) -> tuple[PromptEmbeds, PromptEmbeds | None]:
@@ -69,9 +82,8 @@ class MixedWords:
         for row, prompt in zip(rows, prompts, strict=True):
             space = self.spaces[row]
             count = len(space.positive.slots)
-            template = space.positive if count else Template((prompt,))
             chosen = space.split(choices[row])
-            positive.append(Mixture(template, chosen[0], weights[row, :count]))
+            positive.append(Mixture(self.template(row, prompt), chosen[0], weights[row, :count]))
             negative.append(Mixture(space.negative, chosen[1], weights[row, count:]))
         with self.relaxation.mixed(positive):
             cond = backend.encode([mixture.text for mixture in positive])

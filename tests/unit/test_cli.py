@@ -9,7 +9,7 @@ import torch
 
 import ipgo
 from ipgo import cli
-from ipgo.adapters import Adapter, InsertionAdapter, NoiseAdapter
+from ipgo.adapters import Adapter, InsertionAdapter, JointAdapter, NoiseAdapter
 from ipgo.artefacts import save_adapter
 from ipgo.backends import BACKENDS, FAMILIES
 from ipgo.config import settings_for
@@ -252,6 +252,12 @@ def test_what_is_tied_to_its_noise_is_drawn_from_it(caplog: pytest.LogCaptureFix
     assert tied.seeds([5, 6]) == [5, 6]
     assert "tied to the noise of seed 5; on others (6) it draws the raw prompt" in caplog.text
     assert Stored(Adapter(), {}, {}, None).seeds(None) == [0]
+    caplog.clear()
+    inserted = InsertionAdapter(("a",), 8, Insertion(1, 1, rank=4))
+    joint = Stored(JointAdapter.join(inserted, tied.adapter, 0.1), {}, {}, None)
+    assert joint.seeds(None) == [5]
+    assert joint.seeds([6]) == [6]
+    assert not caplog.text  # its embeddings go with any noise
 
 
 def test_options_are_known_with_either_joint() -> None:

@@ -40,7 +40,7 @@ from ipgo.cli_compare import _other_half, comparisons, entries_of, read_comparis
 from ipgo.comparison import Comparison, Plan, common_settings
 from ipgo.config import RunConfig
 from ipgo.insertion import Insertion
-from ipgo.methods import METHODS, BestOfN, BlackBoxIPGO, Raw
+from ipgo.methods import METHODS, BestOfN, BlackBoxIPGO, Raw, TextCraftor
 from ipgo.report import comparison as page
 from ipgo.report.identity import fingerprint, fingerprints, strangers
 from ipgo.report.rows import matrices, own_scores, rows
@@ -194,6 +194,13 @@ def test_the_length_that_a_budget_pays_for() -> None:
         paid(RunConfig(("a",), IPGO(), seeds=(0, 1, 2)), 29, 10.0)
     # The weights' gradient goes through both halves of guidance from the first call on.
     assert step_cost(RunConfig(("a",), DRaFT(ascent=Ascent(backprop_steps=1))), 20, PRICE) == 20 + 2
+    late = RunConfig(
+        ("a",), TextCraftor(0.5, Ascent(backprop_steps=None))
+    )  # the early calls get no tuned states
+    assert step_cost(late, 8, PRICE) == 8 + 4 * 2
+    assert step_cost(late, 8, PRICE, guided=False) == 8 + 1 + 3 * 2
+    lv = RunConfig(("a",), DRaFT(ascent=Ascent(backprop_steps=1, renoised=2, recompute=True)))
+    assert step_cost(lv, 20, PRICE) == 20 + 2 + 1 + 2 * 3 + 2
 
 
 def test_a_measured_price_leaves_the_ledger(pipeline_folder: str) -> None:

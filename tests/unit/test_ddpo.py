@@ -44,6 +44,15 @@ def calls(monkeypatch):
     return seen
 
 
+def test_a_fit_without_one_update_has_failed(make_pipe, monkeypatch):
+    """In float16 every gradient may overflow; each lowers the scale, and none counts as a miss yet."""
+    half = Task(load_backend(make_pipe(), device="cpu", dtype="float16"), BRIGHT, PROMPTS[:1], SAMPLING)
+    monkeypatch.setattr(ipgo.policy, "surrogate", lambda now, *_: now * math.inf)
+    *_, last = quick(epochs=2).fit(half)
+    assert last.failed.tolist() == [True]
+    assert last.best.isnan().all()
+
+
 # -- arithmetic --------------------------------------------------------------------------------------------
 
 

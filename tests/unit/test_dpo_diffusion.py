@@ -174,6 +174,14 @@ def test_a_text_that_is_cut_off_has_no_mixture(pipe):
         pass
 
 
+def test_a_prompt_whose_words_cannot_be_mixed_is_refused_before_anything_is_drawn(pipe, words):
+    backend = load_backend(pipe, device="cpu", long_prompts="truncate")
+    task = Task(backend, REWARD, ("a red cat", "a red cat " + "x" * 80), SAMPLING)
+    with pytest.raises(InputError, match=r"the tokens of prompt 'a red cat xxx.*' are cut off"):
+        next(DPODiffusion("positive", solver="hybrid", word_list=words, candidates=2).fit(task))
+    assert not backend.calls["denoiser"]
+
+
 @pytest.mark.parametrize("target", ["positive", "negative", "both"])
 def test_the_gradient_of_the_words_is_that_of_finite_differences(backend64, words, target):
     """At the first step, before which there is nothing that the gradient leaves out."""

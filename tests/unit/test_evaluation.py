@@ -127,6 +127,21 @@ def test_where_memory_is_short_smaller_batches_are_drawn(monkeypatch: pytest.Mon
         list(draw(None, both, "a fox", range(7), Sampling()))  # type: ignore[arg-type]
 
 
+def test_a_tie_is_one_of_any_scale() -> None:
+    for scale in (1e-9, 1.0, 1e6):
+        wins = [(scale * 1.001, scale), (scale, scale * (1 + 1e-8))]
+        assert win_rate(scores({"a": wins}), "ipgo", "raw", "r").value == pytest.approx((1 + 0.5) / 2)
+
+
+def test_a_reward_without_a_pair_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    """The raw image of the only prompt may not be finite."""
+    table = [*scores({"a": [(2, 1)]}), Score("ipgo", "a", 0, "lost", 1.0, True)]
+    assert [gain.reward for gain in summarise(table)] == ["r"]
+    assert "no prompt and seed in common for reward 'lost': it is left out" in caplog.text
+    with pytest.raises(InputError, match="there are no scores of the baseline 'draft'"):
+        summarise(table, baseline="draft")
+
+
 def test_nothing_in_common_is_an_error() -> None:
     with pytest.raises(InputError, match="have no prompt and seed in common"):
         win_rate(scores({"a": [(1, 0)]}), "draft", "raw", "r")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -379,6 +380,20 @@ def test_draft_lv_needs_ddim(pipe):
 
 
 # -- whole prompts -----------------------------------------------------------------------------------------
+
+
+def test_an_adapter_that_is_still_on_the_cpu_draws_elsewhere(backend):
+    """Which "meta" stands in for: what would be mixed from two devices is refused there, too."""
+    adapter = EmbeddingAdapter.start(backend, PROMPTS, shared=False)
+    original = backend.encode(PROMPTS)
+    away = replace(original, embeds=original.embeds.to("meta"), mask=original.mask.to("meta"))
+    assert adapter.condition(backend, PROMPTS, away).embeds.device.type == "meta"
+
+
+@pytest.mark.parametrize("method", [ReNO, DNO])
+def test_no_further_gradient_of_the_last_step_reaches_noise(method):
+    with pytest.raises(InputError, match=r"ascent\.renoised is 2; where noise is learned it must be 0"):
+        method(ascent=Ascent(backprop_steps=None, renoised=2))
 
 
 def test_an_embedding_starts_as_the_prompt(backend, pipe):

@@ -214,3 +214,7 @@ def test_a_search_ends_where_nothing_is_left_to_gain(backend):
     assert len(steps) <= 3
     assert steps[-1].best.tolist() == pytest.approx([enough] * 2)
     assert steps[-1].failed.tolist() == [False, False]
+    easy = Task(
+        backend, Ceiling(COLOUR, 0.0, "easy"), PROMPTS, SAMPLING, seeds=()
+    )  # on fresh noise nobody knows
+    assert len(list(search(easy, text_adapter(), Script(["sun"] * 3), 3))) == 3

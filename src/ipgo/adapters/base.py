@@ -181,7 +181,8 @@ def generate(
         backprop_steps: the last denoising steps that carry gradient back to the adapter.
 
     Raises:
-        InputError: not a seed for each prompt, or a prompt that the adapter was not fitted to.
+        InputError: not a seed for each prompt, a prompt that the adapter was not fitted to, or more `backprop_steps`
+            than steps.
     """
     if isinstance(prompts, str) or not isinstance(seeds, Iterable):
         raise InputError(f"generate needs a list of prompts and one of seeds, not {prompts!r} and {seeds!r}")
@@ -196,10 +197,18 @@ def generate(
         raise InputError(
             f"generate needs one seed for each prompt, not {len(prompts)} prompts, {len(seeds)} seeds"
         )
+    if not 0 <= backprop_steps <= sampling.steps:
+        raise InputError(f"backprop_steps is {backprop_steps}; it must be between 0 and {sampling.steps}")
     check_prompts(prompts, distinct=False)
     check_seeds(seeds, distinct=False)
     backend.check_current()
-    with own_numbers(), torch.set_grad_enabled(backprop_steps > 0), adapter.attached(backend, prompts):
+    learning = torch.inference_mode(False) if backprop_steps else nullcontext()
+    with (
+        own_numbers(),
+        learning,
+        torch.set_grad_enabled(backprop_steps > 0),
+        adapter.attached(backend, prompts),
+    ):
         distinct = list(dict.fromkeys(prompts))  # often one prompt with many seeds
         places = torch.tensor([distinct.index(prompt) for prompt in prompts], device=backend.device)
         cond = adapter.condition(backend, prompts, backend.encode(distinct).select(places))

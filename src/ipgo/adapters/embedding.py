@@ -60,7 +60,7 @@ class EmbeddingAdapter(Adapter):
                 f"{(length, taken)}"
             )
         unit = original.norm() / math.sqrt(width)
-        change = self.change[self.rows(prompts), :length] * unit[:, None, None]
+        change = self.change[self.rows(prompts), :length].to(unit.device) * unit[:, None, None]
         learned = original.embeds + change  # in float32 or wider: bfloat16 would lose small changes
         return replace(original, embeds=learned.to(original.embeds))
 

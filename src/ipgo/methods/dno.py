@@ -29,17 +29,23 @@ class DNO(Method):
     """
 
     one_seed: ClassVar[bool] = True
-    both_halves: ClassVar[bool] = True
 
     ascent: Ascent = Ascent(
         steps=100, lr=0.01, lr_decay=1.0, backprop_steps=None, penalty_weight=1.0, recompute=True
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.ascent.check_noise()
 
     def check(self, request: Request) -> None:
         """Before a model is loaded: `InputError` where steps have no noise. Few-step models may add some."""
         known = request.backend in BACKENDS and few_steps(request.backend) is None
         if request.sampling.eta == 0 and known:
             raise _no_noise()
+
+    def both_halves(self, guided: bool) -> bool:
+        return True
 
     def _search(self, task: Task, resume: Mapping[str, Tensor] | None) -> Iterator[Progress]:
         steps = task.sampling.noise_steps(task.backend)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -32,6 +33,7 @@ ATTEMPTS = 100  # draws of a candidate that was not seen before, and that the en
 # As published: RMSprop with these settings on logits that are kept within a range, gradients clipped.
 DECAY, MOMENTUM, TINY = 0.99, 0.5, 1e-8
 MAX_GRADIENT, MAX_LOGIT = 0.025, 3.0
+logger = logging.getLogger("ipgo")
 
 
 @dataclass(frozen=True)
@@ -191,7 +193,13 @@ class _Words:
             self.mixed = MixedWords(
                 task, spaces, negative, method.temperature, method.window, climbs, relaxation
             )
-        self.step = 0
+            for row, space in enumerate(spaces):
+                if not self.mixed.mixes(row, [0] * len(space.slots)):
+                    raise InputError(
+                        f"the tokens of prompt {task.prompts[row]!r} are cut off, or not those of its words one by "
+                        "one; use solver='evolutionary'"
+                    )
+        self.step, self.used_up = 0, set[int]()
         slots = max(len(space.slots) for space in spaces)
         options = max(len(slot) for space in spaces for slot in space.slots)
         self.allowed = torch.zeros(len(spaces), slots, options, dtype=torch.bool)
@@ -236,8 +244,16 @@ class _Words:
         for attempt in range(ATTEMPTS):
             choice: list[int] = self._draw(row, step, attempt)[:count].tolist()
             # A gradient step takes the draw that its mixture belongs to, seen before or not.
-            if (step < self.method.climbs or choice not in seen) and self._fits(row, choice):
+            if step < self.method.climbs:
+                new = self.mixed is not None and self.mixed.mixes(row, choice)
+            else:
+                new = choice not in seen
+            if new and self._fits(row, choice):
                 return choice
+        if row not in self.used_up:
+            self.used_up.add(row)
+            whose = repr(self._of(row)) if self._of(row) else "the negative prompt"
+            logger.warning("%s: all texts were tried; further candidates are the one as it is", whose)
         return [0] * count
 
     def _draw(self, row: int, step: int, attempt: int) -> Tensor:
@@ -269,8 +285,11 @@ class _Words:
         return noise
 
     def _source(self, name: str, row: int, *keys: int) -> torch.Generator:
-        whose = "" if self.task.shared else self.task.prompts[row]
-        return generator(derive(self.task.seed, name, whose, *keys))
+        return generator(derive(self.task.seed, name, self._of(row), *keys))
+
+    def _of(self, row: int) -> str:
+        """The prompt that a row belongs to; "" for a shared one."""
+        return "" if self.task.shared else self.task.prompts[row]
 
     def _fits(self, row: int, choice: Choice) -> bool:
         return all(fits(self.task.backend, text) for text in self._texts(row, choice))

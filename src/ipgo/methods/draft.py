@@ -28,10 +28,12 @@ class DRaFT(Method):
     """
 
     stackable: ClassVar[bool] = False
-    both_halves: ClassVar[bool] = True
 
     lora: LoRA = LoRA()
     ascent: Ascent = Ascent(steps=50, lr=4e-4, lr_decay=1.0, backprop_steps=1, penalty_weight=0.0)
+
+    def both_halves(self, guided: bool) -> bool:
+        return True
 
     def _search(self, task: Task, resume: Mapping[str, Tensor] | None) -> Iterator[Progress]:
         adapter = WeightAdapter.start(

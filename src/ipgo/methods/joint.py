@@ -37,7 +37,6 @@ class Joint(Method):
     """
 
     one_seed: ClassVar[bool] = True
-    both_halves: ClassVar[bool] = True
 
     insertion: Insertion = INSERTED
     noise_weight: float = 0.1  # times Ascent.penalty_weight of 0.1 it is ReNO's 1e-2
@@ -47,6 +46,9 @@ class Joint(Method):
         check_types(self)
         if not self.noise_weight >= 0:
             raise InputError(f"noise_weight is {self.noise_weight}; it must be at least 0")
+
+    def both_halves(self, guided: bool) -> bool:
+        return True
 
     def _search(self, task: Task, resume: Mapping[str, Tensor] | None) -> Iterator[Progress]:
         backend, prompts, shared = task.backend, task.prompts, task.shared

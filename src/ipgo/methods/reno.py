@@ -34,9 +34,15 @@ class ReNO(Method):
     """
 
     one_seed: ClassVar[bool] = True
-    both_halves: ClassVar[bool] = True
 
     ascent: Ascent = PUBLISHED
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.ascent.check_noise()
+
+    def both_halves(self, guided: bool) -> bool:
+        return True
 
     def _search(self, task: Task, resume: Mapping[str, Tensor] | None) -> Iterator[Progress]:
         adapter = NoiseAdapter.start(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ipgo.adapters import TextEncoderAdapter
 from ipgo.ascent import Ascent
+from ipgo.embeds import late_steps
 from ipgo.errors import InputError
 from ipgo.task import Method, Progress, Task
 from ipgo.training import maximize
@@ -41,7 +42,6 @@ class TextCraftor(Method):
     """
 
     stackable: ClassVar[bool] = False
-    both_halves: ClassVar[bool] = True
 
     late_share: float = 0.6  # 15 of 25 steps
     ascent: Ascent = DEFAULT
@@ -50,6 +50,12 @@ class TextCraftor(Method):
         check_types(self)
         if not 0 < self.late_share <= 1:
             raise InputError(f"late_share is {self.late_share}; it must be above 0 and at most 1")
+
+    def both_halves(self, guided: bool) -> bool:
+        return guided
+
+    def differentiable_calls(self, image: int) -> int:
+        return late_steps(image, self.late_share)
 
     def _search(self, task: Task, resume: Mapping[str, Tensor] | None) -> Iterator[Progress]:
         adapter = TextEncoderAdapter.start(task.backend, task.prompts, self.late_share, shared=task.shared)
