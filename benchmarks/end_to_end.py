@@ -11,11 +11,12 @@ Prompts are the first of the test halves. Runs are kept in build/benchmarks, so 
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from ipgo.config import RunConfig, build, parse, read_settings, run_parser
 from ipgo.evaluation import Gain, Score, evaluate, summarise
 from ipgo.models import BUNDLED_REWARDS
 from ipgo.prompts import read_prompts
+from ipgo.rewards import identity_of, optimised
 from ipgo.rewards.emoji import load_judge
 from ipgo.runner import peak_memory
 from ipgo.task import Task
@@ -53,18 +55,27 @@ def prompt_wise(
     """One line of the table for fits of one row a prompt."""
     result = ipgo.fit(prompts, backend=backend, reward=reward, seeds=seeds, out=FOLDER / name)
     results = [json.loads(path.read_text()) for path in sorted((FOLDER / name).glob("prompts/*/result.json"))]
-    return line(reward, result.on_fitted_seeds, result.on_unseen_seeds, results[0]["cost"])
+    costs = [each["cost"] for each in results]
+    mean = {
+        part: {key: sum(cost[part][key] for cost in costs) / len(costs) for key in costs[0][part]}
+        for part in ("calls", "measured")
+    }
+    return line(reward, result.on_fitted_seeds, result.on_unseen_seeds, mean)
 
 
 def prompt_batch(
     backend: Backend, name: str, kind: str, test: Sequence[str], reward: str, method: ipgo.IPGO
 ) -> str:
     """One line for a single row fitted to the set `mixed` and judged on `test`; cost is that of the whole fit."""
+    train, sampling, judge = (
+        tuple(read_prompts("mixed:train")),
+        ipgo.Sampling().fitting,
+        ipgo.load_reward(reward),
+    )
+    name = f"{name}-{known_by(asdict(method), asdict(sampling), train, identity_of(judge), backend.identity)}"
     folder = FOLDER / name
     if not (folder / "cost.json").is_file():
-        train = tuple(read_prompts("mixed:train"))
-        sampling = ipgo.Sampling().fitting
-        task = Task(backend, ipgo.load_reward(reward), train, sampling, seeds=(), shared=True)
+        task = Task(backend, judge, train, sampling, seeds=(), shared=True)
         started = time.monotonic()
         *_, last = tqdm(method.fit(task), name, method.ascent.steps, disable=None)
         measured = {"seconds": time.monotonic() - started, "peak_memory_mib": peak_memory(backend.device)}
@@ -80,13 +91,18 @@ def judged(
 ) -> list[Score]:
     """Every reward and the judge on unseen seeds; kept, so that raw is drawn once."""
     added = [] if reward in (*REWARDS, TRUTH) else [reward]
-    file = FOLDER / f"{'-'.join([name, *added])}-{len(prompts)}.jsonl"
+    rewards = {each: ipgo.load_reward(each) for each in (*REWARDS, *added)}
+    sampling, identities = ipgo.Sampling(), {each: identity_of(own) for each, own in rewards.items()}
+    file = FOLDER / f"{name}-{known_by(list(prompts), asdict(sampling), identities, backend.identity)}.jsonl"
     if not file.is_file():
-        rewards = {each: ipgo.load_reward(each) for each in (*REWARDS, *added)}
-        sampling = ipgo.Sampling()
         scores = evaluate(backend, {label: adapter}, rewards, prompts, UNSEEN, sampling, "", load_judge())
-        save_scores(file, scores)
+        save_scores(file, scores, identities)
     return load_scores(file)
+
+
+def known_by(*parts: Any) -> str:
+    """Eight digits of what figures depend on: where that changes, they are made anew."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def line(reward: str, fitted: list[Gain] | None, unseen: list[Gain], cost: Mapping[str, Any]) -> str:
@@ -95,7 +111,9 @@ def line(reward: str, fitted: list[Gain] | None, unseen: list[Gain], cost: Mappi
     own = by_name[reward] if reward in by_name else by_name["judge-likeness"]
     on_fitted = next((gain for gain in fitted or [] if gain.reward == reward), None)
     others = "; ".join(
-        f"{name.removeprefix('emoji-')} {by_name[name].gain.value:+.3f}" for name in REWARDS if name != reward
+        f"{name.removeprefix('emoji-')} {by_name[name].gain.value:+.3f}"
+        for name in REWARDS
+        if name not in optimised(reward)
     )
     judge, like = by_name["judge-object"], by_name.get("judge-likeness")
     calls, measured = cost["calls"], cost["measured"]

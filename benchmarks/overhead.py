@@ -81,9 +81,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     options = parser.parse_args()
     backend, reward = ipgo.load_backend(options.backend), ipgo.load_reward(options.reward)
+    steps, last = ipgo.Sampling().fitting.steps, ipgo.IPGO().ascent.backprop_steps
+    print(f"Images of {steps} steps, the last {last} with gradient.\n")
     print("| rows | a step of the fit | its network passes alone | ratio |\n|---|---|---|---|")
     for rows in options.rows:
-        task = ipgo.Task(backend, reward, tuple(read_prompts("one:train")[:rows]))
+        task = ipgo.Task(backend, reward, tuple(read_prompts("one:train")[:rows]), ipgo.Sampling().fitting)
         ours, bare = measure(task, options.repeats)
         print(f"| {rows} | {ours:.3f} s | {bare:.3f} s | {ours / bare:.3f} |", flush=True)
 

@@ -64,7 +64,8 @@ def judged(
         drawings += [
             Drawing(label, prompt, seed, image.float()) for prompt, image in zip(prompts, images, strict=True)
         ]
-    return score(drawings, models.rewards, config.reward, models.judge)
+    own = optimised(config.reward, models.identities)
+    return score(drawings, models.rewards, own, models.judge)
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,12 @@ def outcomes(
     budget = None if options.shared else options.budget
     plan = Plan(fit, common, entries_of(",".join(chosen), entries, method), budget, PRICE)
     plan.check()
+    openings = {label: plan.config(label).opening for label in chosen}
+    for label, opening in openings.items():
+        if opening != openings[chosen[0]]:
+            raise SystemExit(
+                f"{label} wants another backend than {chosen[0]}; compare them with `ipgo compare`"
+            )
     models = load_models(plan.config(chosen[0]))
     raw = judged(RAW, Adapter(), judged_on, plan.config(chosen[0]), models)
     others = [name.removeprefix("emoji-") for name in held_out(reward)]

@@ -56,7 +56,7 @@ def test_the_bar_is_about_methods_that_change_the_prompt() -> None:
     assert "- r on one: ipgo has no result." in comparison.bar({("r", "one"): CELL[:1]})
     alone = comparison.bar({("r", "one"): CELL[:2]})
     assert "ipgo has no rival yet" in alone
-    assert "the bar" not in alone
+    assert "the goal of" not in alone
     assert "- r on one: no other method that changes the prompt has a result yet." in alone
 
 

@@ -10,10 +10,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from tools.emoji import data, evaluate, follow, loop, redraw, sprites, tokenizer, train
+import ipgo.backends
+from tools.emoji import (
+    clip,
+    data,
+    evaluate,
+    follow,
+    loop,
+    networks,
+    redraw,
+    scorers,
+    sprites,
+    tokenizer,
+    train,
+    world,
+)
 from tools.emoji.loop import Figures, Schedule
+
+EMOJI = Path(ipgo.backends.__file__).parent / "emoji"
 
 
 @pytest.fixture(autouse=True)
@@ -198,3 +216,94 @@ def test_what_the_artwork_needs_is_said_before_it_is_downloaded(
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
     with pytest.raises(SystemExit, match=r"npm pack .* failed: no network"):
         sprites.build()
+
+
+# -- what is learned ---------------------------------------------------------------------------------------
+
+
+def test_what_is_kept_of_a_part_is_the_running_mean_of_its_weights() -> None:
+    module = part(0.5)
+    seen = [state(module)]
+    hook = register_optimizer_step_post_hook(lambda *_: seen.append(state(module)))
+    try:
+        loop.train(
+            "part", module, lambda rng, _: (module(torch.ones(1, 2)).sum(), {}), Schedule(6, 8, 1e-1, ema=0.3)
+        )
+    finally:
+        hook.remove()
+    mean = np.array(seen[0])
+    for step, weights in enumerate(seen[1:]):
+        mean += (1 - min(0.3, (step + 1) / (step + 10))) * (np.array(weights) - mean)
+    assert len(seen) == 7
+    assert state(module) == pytest.approx(mean.tolist(), abs=1e-5)
+    assert state(module) != pytest.approx(seen[-1], abs=1e-3)
+
+
+def flat(values: range) -> np.ndarray:
+    """Pictures (N, 64, 64, 3), each of one grey."""
+    return np.array(values, np.uint8)[:, None, None, None] * np.ones((1, 64, 64, 3), np.uint8)
+
+
+def test_a_spoilt_twin_is_that_of_its_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    scenes = [world.sample_scene(rng, count=1 + number % 2) for number in range(40)]
+    clean = data.clean_rows(scenes)
+    twins = [world.spoilt(rng, scenes[row]) for row in clean]
+    sets = {"train": (flat(range(40)), scenes), "twins": (flat(range(100, 100 + len(twins))), twins)}
+    monkeypatch.setattr(data, "load", sets.get)
+    monkeypatch.setattr(data, "pictures", lambda rng, images, decoded, rows: images[rows])
+    monkeypatch.setattr(data, "DECODED", Path("decoded.npy"))
+    np.save(data.DECODED, flat(range(1)))
+    batch = clip.batches()(rng, 32)
+    greys = ((batch.pictures[:, 0, 32, 32] + 1) * 127.5).round().long().tolist()
+    pairs = len(greys) - len(batch.texts)
+    assert pairs == 8
+    for number in range(pairs):
+        row, twin = greys[number], greys[len(batch.texts) + number]
+        assert clean[twin - 100] == row
+        own, spoilt = batch.facts[number].tolist(), batch.facts[len(batch.texts) + number].tolist()
+        assert own == list(world.facts(scenes[row]))
+        assert spoilt[:5] == own[:5]
+        assert (own[5], spoilt[5] > 0) == (0, True)
+        assert batch.quality[number] == 1 > batch.quality[len(batch.texts) + number]
+    assert (
+        not world.contradicts(batch.claims.cpu().numpy(), batch.facts.cpu().numpy())[:, : len(batch.texts)]
+        .diagonal()
+        .any()
+    )
+
+
+def test_of_a_redrawn_pair_the_artwork_is_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(1)
+    scenes = [world.sample_scene(rng, count=1 + number % 2, clean=True) for number in range(4)]
+    images = np.random.default_rng(2).integers(0, 256, (4, 64, 64, 3)).astype(np.uint8)
+    pipe = StableDiffusionPipeline.from_pretrained(EMOJI)
+    monkeypatch.setattr(data, "load", lambda split: (images, scenes))
+    monkeypatch.setattr(redraw, "pipeline", lambda: pipe)
+    monkeypatch.setattr(redraw, "redrawn", lambda pipe, latents, *_: torch.zeros_like(latents))
+    redraw.PAIRS.parent.mkdir(parents=True)
+    redraw.build(4)
+    pairs, texts = redraw.load()
+    with torch.no_grad():
+        latents = pipe.vae.encode(networks.pixels(images)).latent_dist.mode()
+        artwork = networks.as_bytes(pipe.vae.decode(latents).sample)
+        nothing = networks.as_bytes(pipe.vae.decode(torch.zeros_like(latents)).sample)
+    for pair in pairs:  # some processors compute in bfloat16
+        assert min(abs(pair[0].astype(int) - each).max() for each in artwork.astype(int)) <= 12
+        assert abs(pair[1].astype(int) - nothing[0].astype(int)).max() <= 12
+    assert len(texts) == 4
+
+
+def test_of_a_followed_pair_the_one_that_looks_more_like_the_artwork_is_the_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    likeness = np.array([[0.1, 0.9, 0.5], [0.8, 0.2, 0.79]], np.float32)
+    pictures = (likeness[..., None, None, None] * 100).astype(np.uint8)
+    monkeypatch.setattr(follow, "load", lambda: follow.Round(["a", "b"], pictures, likeness))
+    drawn, texts, weights = scorers._followed()(np.random.default_rng(3), 64)
+    better, worse = drawn[:, 0, 0, 0, 0] / 100, drawn[:, 1, 0, 0, 0] / 100
+    assert (better > worse).all()
+    assert weights == pytest.approx(np.minimum(1, (better - worse) / scorers.CLEARLY), abs=0.05)
+    assert {(text, round(value.item(), 2)) for text, value in zip(texts, better, strict=True)} <= {
+        ("a", 0.9), ("a", 0.5), ("b", 0.8), ("b", 0.79)
+    }  # fmt: skip

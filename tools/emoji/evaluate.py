@@ -297,6 +297,7 @@ def speed_figures(pipe: StableDiffusionPipeline) -> dict[str, float]:
 
     Loading is that of all weights, by a process that has imported what it needs.
     """
+    threads = torch.get_num_threads()
     torch.set_num_threads(2)
     start = time.perf_counter()
     StableDiffusionPipeline.from_pretrained(BACKEND, dtype=torch.float32)
@@ -308,6 +309,7 @@ def speed_figures(pipe: StableDiffusionPipeline) -> dict[str, float]:
         start = time.perf_counter()
         generate(pipe, ["a fox"] * batch)
         seconds[f"seconds for {batch}"] = time.perf_counter() - start
+    torch.set_num_threads(threads)
     size = sum(path.stat().st_size for path in Path(PACKAGE).rglob("*.safetensors"))
     half = StableDiffusionPipeline.from_pretrained(BACKEND, dtype=torch.float16)
     half.set_progress_bar_config(disable=True)
