@@ -7,13 +7,15 @@ For T denoising steps and gradient through the last K of them:
   learns, at the start of a fit, as the mean over prompts;
 - the reward that it reaches for the same number of denoiser calls, drawn at `--evaluate-steps` on the fitted seeds
   and on unseen ones, as the gain over the raw prompt.
+With few steps of the optimiser a fit may be too slow, so --rates tries multiples of the default learning rates.
 Prompts are of the train halves, so the defaults that are chosen here can be judged on the test halves.
 """
 
 import argparse
+import itertools
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,8 +29,6 @@ from ipgo.models import BUNDLED_REWARDS
 from ipgo.prompts import read_prompts
 from ipgo.training import first_gradient
 
-STEPS = (8, 20, 50)
-BACKPROP = (1, 2, 4, 8, None)  # None: all
 SEEDS = (0, 1, 2, 3)
 UNSEEN = (1000, 1001, 1002, 1003)
 
@@ -43,14 +43,14 @@ def gradient(task: ipgo.Task, method: ipgo.IPGO, backprop_steps: int) -> Tensor:
     return torch.cat(found, dim=1)
 
 
-def cosines(task: ipgo.Task, method: ipgo.IPGO) -> dict[int | None, float]:
-    """The mean cosine with the full gradient, for each K."""
+def cosines(task: ipgo.Task, method: ipgo.IPGO, depths: Sequence[int]) -> dict[int, float]:
+    """The mean cosine with the full gradient, for each K; 0 is all steps, as is what reaches as far."""
     full = gradient(task, method, task.sampling.steps)
     return {
-        k: torch.cosine_similarity(gradient(task, method, k), full).mean().item()
-        for k in BACKPROP
-        if k is not None and k < task.sampling.steps
-    } | {None: 1.0}
+        k: torch.cosine_similarity(gradient(task, method, k), full).mean().item() if k else 1.0
+        for k in depths
+        if k < task.sampling.steps
+    }
 
 
 def judged(task: ipgo.Task, adapters: Mapping[str, Adapter], sampling: ipgo.Sampling) -> list[Score]:
@@ -68,18 +68,26 @@ def table(options: argparse.Namespace) -> str:
     drawn = ipgo.Sampling(steps=options.evaluate_steps, guidance_scale=options.guidance)
     method = ipgo.IPGO()
     lines = [
-        "| reward | T | K | cosine with the full gradient | gain, fitted seeds | gain, unseen seeds | fit seconds |",
-        "|---|---|---|---|---|---|---|",
+        "| reward | T | K | rate | cosine with the full gradient "
+        "| gain, fitted seeds | gain, unseen seeds | fit seconds |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name in options.rewards:
         reward = ipgo.load_reward(name)
         raw = judged(ipgo.Task(backend, reward, prompts, drawn, SEEDS), {"raw": Adapter()}, drawn)
-        for steps in STEPS:
+        for steps in options.steps:
             sampling = ipgo.Sampling(steps=steps, fit_steps=None, guidance_scale=options.guidance)
             task = ipgo.Task(backend, reward, prompts, sampling, SEEDS)
-            for k, cosine in cosines(task, method).items():
-                count = max(len(SEEDS), options.budget // steps)
-                ascent = replace(method.ascent, steps=count, backprop_steps=k or steps)
+            for (k, cosine), rate in itertools.product(
+                cosines(task, method, options.backprop).items(), options.rates
+            ):
+                ascent = replace(
+                    method.ascent,
+                    steps=max(len(SEEDS), options.budget // steps),
+                    backprop_steps=k or steps,
+                    lr=rate * method.ascent.lr,
+                    lr_basis=rate * method.ascent.lr_basis,
+                )
                 start = time.perf_counter()
                 *_, last = replace(method, ascent=ascent).fit(task)
                 seconds = time.perf_counter() - start
@@ -89,6 +97,7 @@ def table(options: argparse.Namespace) -> str:
                     name,
                     steps,
                     k or "all",
+                    f"{rate:g}",
                     f"{cosine:.2f}",
                     f"{fitted:+.3f}",
                     f"{unseen:+.3f}",
@@ -109,6 +118,11 @@ def main() -> None:
         nargs="+",
         default=["one:train?n=2", "two:train?n=2", "styled:train?n=2"],
         help="sets or files",
+    )
+    parser.add_argument("--steps", type=int, nargs="+", default=[8, 20, 50], help="T")
+    parser.add_argument("--backprop", type=int, nargs="+", default=[1, 2, 4, 8, 0], help="K; 0 is all")
+    parser.add_argument(
+        "--rates", type=float, nargs="+", default=[1.0], help="multiples of the learning rates"
     )
     parser.add_argument("--budget", type=int, default=320, help="denoiser calls of a fit, per prompt")
     parser.add_argument("--guidance", type=float, help="guidance scale; default: the backend's own")
