@@ -5,6 +5,7 @@ Whatever needs torch is imported inside the commands, so that `ipgo --help` answ
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -24,7 +25,7 @@ from ipgo.cli_list import list_
 from ipgo.cli_plan import plan
 from ipgo.cli_publish import publish
 from ipgo.cli_score import score
-from ipgo.errors import InputError, IpgoError, first_line, unknown
+from ipgo.errors import InputError, IpgoError, RewardError, first_line, unknown
 from ipgo.prompts import slug
 from ipgo.terminal import (
     add_adapter_flags,
@@ -86,17 +87,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     )  # such as of missing weights, which ipgo refuses itself
     _log_to_stderr()
     kept = "; finished prompts are kept" if name in RESUMABLE else ""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal, or a pipe, may not have all letters
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = _run(name, rest)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return code
     except BrokenPipeError:  # whoever read the output has had enough, as in `ipgo list objects | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except RewardError as error:
+        return _fail(f"{error}{kept}", 2)
     except IpgoError as error:
         return _fail(str(error), 2)
     except KeyboardInterrupt:
         again = "; the same command continues it" if name in RESUMABLE else ""
+        again = "; what was evaluated is kept" if name == "evaluate" else again
         return _fail(f"stopped{again}", 130)
     except OSError as error:
         place = f" {str(error.filename)!r}" if error.filename else ""
@@ -151,12 +159,14 @@ def fit(argv: list[str]) -> int:
     from ipgo.defaults import for_backend
     from ipgo.models import judging_rewards, load_models
     from ipgo.rewards import check_reward
-    from ipgo.runner import check_gradient, check_method, run
+    from ipgo.runner import check_gradient, check_method, check_world, run
     from ipgo.store import Run
     from ipgo.vocabulary import warn_of_unseen_words
 
     chosen, rest = peek(argv, ("--preset", "--config", "--method", "--backend"))
     settings = read_settings(chosen.preset, chosen.config)
+    if "entries" in settings:
+        raise InputError("entries are those of a comparison: `ipgo compare --config`")
     if chosen.method is not None:
         settings["method"] = settings_for(chosen.method, settings.get("method", {}))
     if chosen.backend is not None:
@@ -176,13 +186,14 @@ def fit(argv: list[str]) -> int:
             f"prompts is empty; held_out has taken {parsed.held_out[-1]!r} as a reward: give prompts before options"
         )
     config = build(parsed, tuple(texts))
+    check_world(config)
     for name in (config.reward, *judging_rewards(config)):
         check_reward(name, config.prompts)
     check_gradient(config)
-    negative = config.sampling.negative_prompt
-    config.check_width(check_backend(config.backend, config.opening, config.prompts, negative))
     place = Path(parsed.out or Path("runs") / (slug(parsed.prompts or texts[0]) or "run")).expanduser()
     folder = Run.open(place, config)
+    negative = config.sampling.negative_prompt
+    config.check_width(check_backend(config.backend, config.opening, config.prompts, negative))
     check_method(folder)
     warn_of_unseen_words(config.backend, config.prompts)
     loading(config.backend)
@@ -227,6 +238,8 @@ def show_run(folder: Run) -> int:
         gains = summarise(scores, seeds=seeds)
         if gains:
             print(f"\n{title}\n{table(gains)}")
+        elif config.method_name == "raw" and seeds:
+            print(f"\n{title}\n{_levels([each for each in scores if each.seed in seeds])}\n")
     if tied:
         print("\nunseen seeds: as raw, since what was learned belongs to the noise of its seed\n")
     alone = len(folder.prompts) == 1
@@ -281,6 +294,13 @@ def table(gains: Sequence[Gain]) -> str:
     return "\n".join([*aligned(rows), note, ""])
 
 
+def _levels(scores: Sequence[Score]) -> str:
+    """A line per reward, of raw images."""
+    from ipgo.evaluation import levels
+
+    return "\n".join(aligned([(name, f"{value:.3f}") for name, value in levels(scores).items()]))
+
+
 def _span(seeds: Sequence[int]) -> str:
     return ", ".join(map(str, seeds)) if len(seeds) <= 8 else f"{seeds[0]} ... {seeds[-1]}"
 
@@ -299,7 +319,9 @@ def generate(argv: list[str]) -> int:
         help="noise seeds (default: 0, or the seed of what is tied to its noise)",
     )
     parser.add_argument(
-        "--out", type=Path, help="folder for the images (default: images/NAME, that of the adapter's folder)"
+        "--out",
+        type=Path,
+        help="folder for the images (default: images/NAME, of the run and the adapter's folder)",
     )
     parser.add_argument("--steps", type=int, help="denoising steps (default: those of the run)")
     parser.add_argument(
@@ -317,10 +339,15 @@ def generate(argv: list[str]) -> int:
     from ipgo.vocabulary import warn_of_unseen_words
 
     check_seeds(tuple(args.seeds or ()))
-    # Two adapters draw the same prompt from the same seed: their images have the same names.
-    out = given(args.out, Path("images") / (args.adapter.resolve().name or "adapter")).expanduser()
-    files.check_out(out, folder=True)
+    if args.out is not None:
+        files.check_out(args.out.expanduser(), folder=True)
     stored = open_stored(args.adapter)
+    # Two adapters draw the same prompt from the same seed: their images have the same names.
+    name = args.adapter.resolve().name or "adapter"
+    if stored.run is not None and stored.run.path.resolve() != args.adapter.resolve():
+        name = f"{stored.run.path.resolve().name}-{name}"
+    out = given(args.out, Path("images") / name).expanduser()
+    files.check_out(out, folder=True)
     seeds = stored.seeds(args.seeds)
     texts, settings = stored.prompts(args.text, args.prompts), stored.settings
     own = {"steps": args.steps, "guidance_scale": args.guidance_scale}
@@ -391,23 +418,26 @@ def evaluate(argv: list[str]) -> int:
     models.backend.check_prompts(prompts)
     stored.check_backend(models.backend)
     adapters = {"raw": Adapter(), config.method_name: stored.adapter.to(models.backend.device)}
-    scores = evaluate(
-        models.backend,
-        adapters,
-        models.rewards,
-        prompts,
-        args.seeds,
-        config.sampling,
-        folder.config.reward,
-        models.judge,
-    )
     for name in folder.strange(models.identities):
         logging.getLogger("ipgo").warning(
             "%r is not the reward that scored the run under this name (its weights, text or version differ): the new "
             "scores cannot be compared with the old ones",
             name,
         )
-    folder.judge_again(scores, models.identities, models.backend.identity)
+    scores: list[Score] = []
+    for prompt in tqdm(prompts, "evaluating", unit="prompt", disable=None, leave=False):
+        found = evaluate(
+            models.backend,
+            adapters,
+            models.rewards,
+            [prompt],
+            args.seeds,
+            config.sampling,
+            folder.config.reward,
+            models.judge,
+        )
+        folder.judge_again(found, models.identities, models.backend.identity)  # also if the next one fails
+        scores += found
     _show_evaluation(folder, prompts, args.seeds, scores)
     return 0
 
@@ -416,7 +446,7 @@ def _show_evaluation(
     folder: Run, prompts: Sequence[str], seeds: Sequence[int], scores: Sequence[Score]
 ) -> None:
     """Write the report, and print what came out and where it is."""
-    from ipgo.evaluation import levels, summarise
+    from ipgo.evaluation import summarise
     from ipgo.report import write_report
     from ipgo.store import EVALUATION
 
@@ -427,8 +457,7 @@ def _show_evaluation(
     fitted = f" (fitted to: {_span(known)})" if known else ""
     gains = summarise(scores)
     # Prompts as they are have learned nothing that could be compared.
-    means = "\n".join(f"{name:<18}{value:.3f}" for name, value in levels(scores).items())
-    print(f"{count}{unseen}, seeds {_span(seeds)}{fitted}\n{table(gains) if gains else means}")
+    print(f"{count}{unseen}, seeds {_span(seeds)}{fitted}\n{table(gains) if gains else _levels(scores)}")
     print(f"scores: {folder.path / EVALUATION}\nreport: {write_report(folder)[0]}")
 
 

@@ -53,6 +53,10 @@ def compare(argv: list[str]) -> int:
         chosen.out or parsed.out or Path("runs") / f"compare-{slug(parsed.prompts or plan.prompts[0])}"
     ).expanduser()
     folder = Comparison.open(place, plan)
+    if parsed.unseen_prompts and not any(plan.config(label).shared for label in plan.entries):
+        raise InputError(
+            "unseen_prompts is given, and no entry is shared: the others serve their own prompts alone"
+        )
 
     from ipgo.compare import check
     from ipgo.compare import compare as run_all
@@ -243,12 +247,17 @@ def show_comparison(place: Path) -> int:
     from ipgo.comparison import Comparison
     from ipgo.report.comparison import incomparable, write_comparison
     from ipgo.report.rows import rows
-    from ipgo.report.tables import cost_table, optimised_table
+    from ipgo.report.tables import cost_table, held_out_table, optimised_table
 
     folder = Comparison.open(place)
     entries = rows(folder)
     written = write_comparison(folder, entries)
-    for table in (optimised_table(entries, folder.plan.reward), cost_table(folder, entries)):
+    reward = folder.plan.reward
+    for table in (
+        optimised_table(entries, reward),
+        held_out_table(entries, reward),
+        cost_table(folder, entries),
+    ):
         print(f"\n{table.title}\n{plain(table)}")
     print()
     for name, file in written.items():

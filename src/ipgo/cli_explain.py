@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from ipgo.terminal import (
     add_device_flags,
     aligned,
     backend_of,
+    check_replaced,
     command_parser,
     loading,
     open_stored,
@@ -51,6 +53,9 @@ def explain(argv: list[str]) -> int:
         raise InputError(f"top is {args.top}; it must be at least 1")
     if args.out is not None:
         files.check_out(args.out, folder=False)
+        if args.out.suffix != ".json":
+            raise InputError(f"out is {str(args.out)!r}; it must end in .json")
+        check_replaced(args.out, "adapter")
     stored = open_stored(args.adapter)
     adapter, settings = stored.adapter, stored.settings
     check_adapter(adapter)
@@ -72,9 +77,10 @@ def explain(argv: list[str]) -> int:
     words = Vocabulary.of(backend)
     adapter.to(backend.device)
     bar = tqdm(texts, "prompts", disable=None, leave=False)
-    found = [explained(backend, adapter, text, seeds, sampling, reward, words, args.top) for text in bar]
-    for each in found:
-        print(show(each))
+    found = []
+    for text in bar:
+        found.append(explained(backend, adapter, text, seeds, sampling, reward, words, args.top))
+        bar.write(show(found[-1]), file=sys.stdout)
     if args.out is not None:
         content = {
             "schema": 1,

@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from ipgo.errors import InputError, unknown
-from ipgo.terminal import check_image, command_parser, drawn_in
+from ipgo.terminal import check_image, command_parser, drawn_in, followed
 
 if TYPE_CHECKING:
     from ipgo.plan import Choice, Footprint, Workload
@@ -66,6 +66,7 @@ def plan(argv: list[str]) -> int:
 
 def _settled(args: Any) -> Any:
     """With values for the flags that were left out: those of a fit, which differ for a model of few steps."""
+    args.reward = followed(args.reward, args.backend)
     few = drawn_in(args, 8)
     if args.backprop_steps is None:
         args.backprop_steps = sorted({min(depth, max(args.steps, 1)) for depth in (1, 2, 4, few or 1)})
@@ -97,9 +98,7 @@ def _parser() -> Any:
         default="emoji",
         help="a backend's name, or a diffusers folder (its weights may be missing)",
     )
-    parser.add_argument(
-        "--reward", default="emoji-preference", help="as in fit (default here: emoji-preference)"
-    )
+    parser.add_argument("--reward", help="as in fit (default: emoji-preference, for the bundled model)")
     parser.add_argument(
         "--gpu", nargs="+", required=True, metavar="SIZE", help="memory of one or more GPUs, such as 16GB"
     )

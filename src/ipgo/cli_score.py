@@ -7,8 +7,9 @@ import io
 import itertools
 import json
 import os
+import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from ipgo import files
 from ipgo.errors import InputError
 from ipgo.prompts import check_prompts
-from ipgo.terminal import command_parser, loading
+from ipgo.terminal import check_replaced, command_parser, loading
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +61,7 @@ def score(argv: list[str]) -> int:
     check_prompts(prompts or ["-"], distinct=False)
     blind = [spec for spec in args.reward if prompts is None and needs_prompts(spec)]
     if blind:
-        raise InputError(f"reward {blind[0]!r} looks at prompts; give --prompts or --prompt")
+        raise InputError(f"reward {blind[0]!r} may look at prompts; give --prompts or --prompt")
     for spec in args.reward:
         check_reward(spec, prompts or ())
     device = choose_device(args.device)
@@ -68,19 +69,30 @@ def score(argv: list[str]) -> int:
         _check_picture(file)
     loading(", ".join(args.reward))
     rewards = {spec: load_reward(spec, device=args.device) for spec in args.reward}
-    _put_out(args.out, list(scored(pictures, prompts or [""] * len(pictures), rewards, device)), rewards)
+    rows = scored(pictures, prompts or [""] * len(pictures), rewards, device)
+    if args.out is None:
+        _print(rows, rewards)
+    else:
+        _put_out(args.out, list(rows), rewards)
     return 0
 
 
-def _put_out(out: Path | None, rows: Sequence[dict[str, Any]], rewards: dict[str, Reward]) -> None:
-    """Write the scores, or print them."""
+def _print(rows: Iterable[dict[str, Any]], rewards: dict[str, Reward]) -> None:
+    """The table row by row: a reward that fails, or Ctrl-C, takes nothing away."""
+    from ipgo.rewards import identity_of
+
+    identities = {spec: identity_of(reward) for spec, reward in rewards.items()}
+    for number, row in enumerate(rows):
+        head, line = as_csv(with_fingerprints([row], identities)).split("\n", 1)
+        tqdm.write(line.rstrip("\n") if number else f"{head}\n{line}".rstrip("\n"), file=sys.stdout)
+
+
+def _put_out(out: Path, rows: Sequence[dict[str, Any]], rewards: dict[str, Reward]) -> None:
+    """Write the scores, and print their means."""
     from ipgo.rewards import identity_of
 
     identities = {spec: identity_of(reward) for spec, reward in rewards.items()}
     table = as_csv(with_fingerprints(rows, identities))
-    if out is None:
-        print(table, end="")
-        return
     means = {spec: sum(row[spec] for row in rows) / len(rows) for spec in rewards}
     if out.suffix == ".csv":
         files.write(out, table.encode())
@@ -97,6 +109,7 @@ def _check_out(out: Path | None) -> None:
     if out.suffix not in (".csv", ".json"):
         raise InputError(f"out is {str(out)!r}; it must end in .csv or .json")
     files.check_out(out, folder=False)
+    check_replaced(out, "images" if out.suffix == ".json" else "file,prompt")
 
 
 def _check_picture(file: Path) -> None:
@@ -114,6 +127,10 @@ def find_pictures(places: Sequence[Path]) -> list[Path]:
     """The files, and the pictures in the folders in the order of their names."""
     found: list[Path] = []
     for place in places:
+        if (place / "run.json").is_file() or (place / "plan.json").is_file():
+            raise InputError(
+                f"{str(place)!r} is a run's folder; give the folders of its pictures, or use `ipgo evaluate`"
+            )
         if place.is_dir():
             inside = sorted(file for file in place.iterdir() if file.suffix.lower() in PICTURES)
             if not inside:

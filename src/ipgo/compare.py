@@ -35,6 +35,7 @@ from ipgo.runner import (
     check_gradient,
     check_method,
     check_settings,
+    check_world,
     finish_chunk,
     fit_chunk,
     forget_peak_memory,
@@ -74,6 +75,11 @@ def check(folder: Comparison, labels: Iterable[str]) -> None:
                 check_settings(config, config.prompts)
         except (InputError, MissingExtraError) as error:
             raise InputError(f"entry {label!r}: {error}") from None
+    for backend, config in {config.backend: config for config in map(folder.plan.config, labels)}.items():
+        try:
+            check_world(config)
+        except InputError as error:
+            raise InputError(f"entries of {backend!r}: {error}") from None
 
 
 def compare(folder: Comparison) -> None:

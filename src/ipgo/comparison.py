@@ -115,14 +115,18 @@ class Plan:
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> Plan:
-        return cls(
-            tuple(stored["prompts"]),
-            stored["common"],
-            stored["entries"],
-            stored["budget"],
-            Price(**stored["price"]) if stored["price"] is not None else None,
-            tuple(stored["unseen_prompts"]),
-        )
+        """`InputError` if something is missing, or of another kind."""
+        try:
+            return cls(
+                tuple(stored["prompts"]),
+                dict(stored["common"]),
+                {label: dict(own) for label, own in stored["entries"].items()},
+                stored["budget"],
+                Price(**stored["price"]) if stored["price"] is not None else None,
+                tuple(stored["unseen_prompts"]),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"the plan of the comparison is damaged: {error!r}") from None
 
     def identity(self) -> dict[str, Any]:
         """What decides the results, flat."""

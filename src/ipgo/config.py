@@ -47,6 +47,7 @@ IN_WORDS = {
     "str": "a text",
     "NoneType": "null",
 }
+DEFAULT_REWARD = "emoji-likeness+emoji-preference"  # of the bundled model
 FIRST_UNSEEN = 1000
 # Seeds of a fit where none are asked for: with one, what is learned suits its noise and few others.
 SEVERAL = 4
@@ -85,7 +86,7 @@ class RunConfig:
     prompts: tuple[str, ...]
     method: Method = IPGO()
     backend: str = "emoji"
-    reward: str = "emoji-likeness+emoji-preference"
+    reward: str = DEFAULT_REWARD
     held_out: tuple[str, ...] | None = None
     sampling: Sampling = Sampling()
     seeds: tuple[int, ...] = None  # type: ignore[assignment]  # then it is `default_seeds(method)`, never None
@@ -153,6 +154,11 @@ class RunConfig:
                 steps, whole = self.sampling.fitting.steps, self.method.one_seed
                 ascent.check_task(steps, len(self.seeds), self.shared, whole)
         insertion, scale = self.method.insertion, self.sampling.guidance_scale
+        if scale is not None and scale <= 1 and self.sampling.negative_prompt:
+            raise InputError(
+                f"sampling.negative_prompt is {self.sampling.negative_prompt!r}; without guidance "
+                f"(sampling.guidance_scale {scale:g}) it has no effect"
+            )
         if insertion is not None and scale is not None:
             insertion.check_guidance(scale)
         ddim = {
@@ -439,7 +445,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         settings["entries"] = {
             label: _nested(entry) if isinstance(entry, dict) else entry for label, entry in entries.items()
         }
-    for name in ("config", "text", "redraw"):
+    for name in ("config", "text", "redraw", "help"):
         if name in settings:
             raise InputError(f"config file {str(path)!r} has {name!r}, which only the command line takes")
     if method := method_settings(settings.pop("method", None)):
@@ -511,3 +517,5 @@ def _check_shape(settings: dict[Any, Any], groups: set[str], prefix: str = "") -
             raise InputError(f"{name} is {value!r}; it must be a mapping of settings")
         if name in groups:
             _check_shape(value, groups, f"{name}.")
+        elif value == {}:  # of which the parser would see nothing
+            raise unknown_option(name, groups)

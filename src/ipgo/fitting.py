@@ -14,7 +14,7 @@ from PIL import Image
 from ipgo import files
 from ipgo.adapters import Adapter
 from ipgo.backends import BACKENDS, Backend, check_backend, few_steps, load_backend
-from ipgo.config import RunConfig
+from ipgo.config import DEFAULT_REWARD, RunConfig
 from ipgo.defaults import method_and_sampling
 from ipgo.devices import own_numbers
 from ipgo.errors import InputError
@@ -23,7 +23,7 @@ from ipgo.files import is_hub_id
 from ipgo.models import judging_rewards, load_models
 from ipgo.prompts import Prompt
 from ipgo.rewards import REWARDS, FunctionReward, Reward, RewardFunction, as_reward, check_reward
-from ipgo.runner import check_gradient, check_method, run
+from ipgo.runner import check_gradient, check_method, check_world, run
 from ipgo.sampling import Sampling
 from ipgo.seeding import plain
 from ipgo.store import Run
@@ -80,7 +80,7 @@ class Result(Sequence[Fitted]):
 def fit(
     prompts: str | Sequence[str],
     *,
-    reward: str | Reward = "emoji-likeness+emoji-preference",
+    reward: str | Reward = DEFAULT_REWARD,
     backend: str | Path | Backend | object = "emoji",
     method: str | Method = "ipgo",
     held_out: Sequence[str | RewardFunction] | None = None,
@@ -144,6 +144,8 @@ def fit(
         **({} if given_backend is None else asdict(given_backend.opening)),
     )
     _check_names(given, (reward, *(judging_rewards(config) if judges is None else judges)))
+    if config.reward not in given:
+        check_world(config)
     for spec in {config.reward, *judging_rewards(config)} - given.keys():
         check_reward(spec, config.prompts)
     if config.reward not in given:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ipgo.adapters import Adapter
 from ipgo.backends import Backend
 from ipgo.chunks import Chunk, Cost
-from ipgo.config import RunConfig
+from ipgo.config import DEFAULT_REWARD, RunConfig
 from ipgo.continuing import differing_in
 from ipgo.errors import InputError, InUseError
 from ipgo.evaluation import Score, draw, score
@@ -28,10 +28,11 @@ from ipgo.images import to_pil
 from ipgo.methods import WITHOUT_GRADIENT
 from ipgo.models import Models, facts
 from ipgo.prompts import Prompt
-from ipgo.rewards import has_gradient, optimised
+from ipgo.rewards import has_gradient, optimised, terms
 from ipgo.rewards.external import asks
 from ipgo.store import Run
 from ipgo.task import Progress, Task
+from ipgo.vocabulary import vocabulary
 
 CHECKPOINT_SECONDS = 10.0
 Limit = Callable[[Iterator[Progress], Counter[str]], Iterator[Progress]]
@@ -57,6 +58,17 @@ def check_gradient(config: RunConfig) -> None:
             f"reward {config.reward!r} has no gradient, which method {config.method_name!r} needs; "
             f"use one that needs none: {WITHOUT_GRADIENT}"
         )
+
+
+def check_world(config: RunConfig) -> None:
+    """Refuse the default reward, and warn of others that were made for the bundled model, where another model draws."""
+    own = [name for _, name in terms(config.reward) if name.startswith("emoji-")]
+    if not own or vocabulary(config.backend) is not None:
+        return
+    about = f"{own[0]!r} knows the objects of the bundled model alone, not what {config.backend!r} draws"
+    if config.reward == DEFAULT_REWARD:
+        raise InputError(f"reward is the default, and {about}; name another, such as hpsv2.1")
+    logger.warning("%s", about)
 
 
 def run(folder: Run, models: Models) -> None:

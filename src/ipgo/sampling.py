@@ -95,7 +95,7 @@ def unconditional(backend: Backend, cond: PromptEmbeds, sampling: Sampling) -> P
     """What guidance moves away from, without gradient; None if guidance is off, or has no such half.
 
     Raises:
-        InputError: a negative prompt for a model whose guidance has no such half.
+        InputError: a negative prompt without guidance, or for a model whose guidance has no such half.
     """
     if backend.guidance != "classifier-free" and sampling.negative_prompt:
         raise InputError(
@@ -103,6 +103,11 @@ def unconditional(backend: Backend, cond: PromptEmbeds, sampling: Sampling) -> P
             f"and that of backend {backend.name!r} is {backend.guidance!r}"
         )
     if not sampling.guided(backend):
+        if sampling.negative_prompt:
+            raise InputError(
+                f"sampling.negative_prompt is {sampling.negative_prompt!r}; without guidance "
+                f"(sampling.guidance_scale {sampling.scale(backend):g}) it has no effect"
+            )
         return None
     with torch.no_grad():
         return backend.unconditional(sampling.negative_prompt, cond)

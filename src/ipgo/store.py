@@ -75,7 +75,7 @@ class Run:
         found = path / "run.json"
         if not found.is_file():
             if config is None:
-                raise InputError(f"{str(path)!r} is not a run folder: it has no run.json")
+                raise InputError(f"{str(path)!r} is not a run folder: it has no run.json{_instead(path)}")
             files.check_new(path, left_over)
             return cls(path, config)
         stored = files.read_json(found, "config")
@@ -85,8 +85,10 @@ class Run:
             raise ResumeError(
                 f"{str(found)!r} has schema {stored.get('schema')}; this version reads {SCHEMA}"
             )
-        # Settings that it did not have yet are at their defaults.
-        there = RunConfig.from_json(stored["config"])
+        try:  # settings that it did not have yet are at their defaults
+            there = RunConfig.from_json(stored["config"])
+        except InputError as error:
+            raise InputError(f"{str(found)!r} has settings that this version cannot take: {error}") from None
         if config is None:
             return cls(path, there)
         _check_settings(path, there, config)
@@ -373,7 +375,8 @@ class Run:
 
     def told(self, scores: Iterable[Score]) -> list[Score]:
         """Scores of this run's images, with what is held out as it is said now: it may have been written otherwise."""
-        own = optimised(self.config.reward, self.identities)
+        known = {**load_identities(self.path / EVALUATION), **self.identities}
+        own = optimised(self.config.reward, known)
         return [replace(each, held_out=each.reward not in own) for each in scores]
 
     def judge_again(
@@ -419,6 +422,14 @@ class Run:
         """Put another file, such as report.html, into the folder."""
         files.write(self.path / name, content.encode() if isinstance(content, str) else content, alone=False)
         return self.path / name
+
+
+def _instead(path: Path) -> str:
+    """Where the run is, in a folder that is known."""
+    if (path / "plan.json").is_file():
+        return f"; it is a comparison's, whose runs are in {path / 'entries'}"
+    run = next((each for each in path.absolute().parents[:2] if (each / "run.json").is_file()), None)
+    return "" if run is None else f"; it is part of the run {run}"
 
 
 def _check_settings(path: Path, there: RunConfig, now: RunConfig) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import json
 import logging
 import math
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,6 +71,17 @@ def given(value: Any, otherwise: Any) -> Any:
     return otherwise if value is None else value
 
 
+def followed(reward: str | None, backend: str) -> str:
+    """The reward that is asked for; else one of the bundled model's, if that is what draws."""
+    from ipgo.backends import BACKENDS
+    from ipgo.vocabulary import vocabulary
+
+    known = backend in BACKENDS or (Path(backend) / "model_index.json").is_file()  # else that is said of it
+    if reward is None and known and vocabulary(backend) is None:
+        raise InputError(f"reward is missing: name one for {backend!r} with --reward, such as hpsv2.1")
+    return reward or "emoji-preference"
+
+
 def drawn_in(args: Any, steps: int) -> int:
     """Fill in `steps` where they were left out: a few-step model's own, or these.
 
@@ -93,7 +107,7 @@ def read_texts(texts: Sequence[str], spec: str | None) -> list[str]:
     """The prompts in the command, then those of a file or set."""
     for text in texts:
         if Path(text).suffix.lower() in READERS and Path(text).is_file():
-            raise InputError(f"{text!r} is a file; read its prompts with --prompts {text}")
+            raise InputError(f"{text!r} is a file; read its prompts with --prompts {shlex.quote(text)}")
     for text in {"true", "false"} & set(texts):
         raise InputError(
             f"prompt {text!r} looks like the value of an option; --shared takes none; its opposite is --no-shared"
@@ -237,6 +251,8 @@ def open_stored(path: Path) -> Stored:
     run = Run.open(places[0]) if places else None
     if run is not None and places[0] == path:
         return Stored(*run.whole_adapter(), run.drawn_by, run)
+    if (path / "plan.json").is_file():
+        raise InputError(f"{str(path)!r} is a comparison's folder; its runs are in {path / 'entries'}")
     facts = adapter_facts(path)
     _check_known(path, facts["settings"])
     known = facts.get("drawn_by") or (run.drawn_by if run is not None else {})
@@ -255,3 +271,21 @@ def _check_known(path: Path, settings: dict[str, Any]) -> None:
         raise InputError(
             f"adapter {str(path)!r} was made with a setting {unknown[0]!r}, which this version of ipgo does not know"
         )
+
+
+def check_replaced(out: Path, sign: str) -> None:
+    """Raise `InputError` for a file that is there and is not one that the same command wrote.
+
+    Args:
+        sign: a key of its JSON, or what its text begins with.
+    """
+    if not out.is_file():
+        return
+    text = out.read_text(encoding="utf-8", errors="replace")
+    own = text.startswith(sign)
+    if out.suffix == ".json":
+        with contextlib.suppress(ValueError):
+            found = json.loads(text)
+            own = isinstance(found, dict) and sign in found and "rewards" in found
+    if not own:
+        raise InputError(f"out is {str(out)!r}, which holds something else; give another file")

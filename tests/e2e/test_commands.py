@@ -246,7 +246,7 @@ def test_generate_and_evaluate_of_what_has_no_prompts_of_its_own_or_learned_noth
     assert cli.main(["evaluate", str(tmp_path / "raw"), "--seeds", "5", "6"]) == 0
     scores = load_scores(tmp_path / "raw/evaluation.jsonl")
     mean = sum(each.value for each in scores if each.reward == "contrast") / len(scores) * 2
-    assert f"contrast          {mean:.3f}" in capsys.readouterr().out
+    assert f"contrast      {mean:.3f}" in capsys.readouterr().out
 
 
 def test_a_shared_fit_is_judged_on_as_many_prompts_as_are_asked_for(
@@ -730,3 +730,175 @@ def test_a_prompt_that_is_too_long_is_refused_before_weights_are_read(
     assert "tokens and the encoder takes 77; shorten it" in capsys.readouterr().err
     assert cli.main([*words, "--long-prompts", "truncate"]) == 2
     assert "damaged or half-written" in capsys.readouterr().err
+
+
+# -- what is said, and what is kept ------------------------------------------------------------------------
+
+
+def test_what_is_made_of_the_optimised_reward_is_not_held_out(pipeline_folder: str, tmp_path: Path) -> None:
+    flags = (
+        "--held-out",
+        "2*colorfulness+contrast",
+        "colorfulness<=0.9",
+        "contrast",
+        "--method.ascent.steps",
+        "1",
+    )
+    assert fit(pipeline_folder, tmp_path / "run", ["a fox"], *flags, "--seeds", "0") == 0
+    judged = {each.reward: each.held_out for each in Run.open(tmp_path / "run").scores()}
+    assert {name for name, held_out in judged.items() if held_out} == {"contrast"}
+    again = ["evaluate", str(tmp_path / "run"), "--seeds", "7", "--rewards", "3*colorfulness", "contrast"]
+    assert cli.main(again) == 0
+    run = Run.open(tmp_path / "run")
+    later = {each.reward: each.held_out for each in run.told(load_scores(run.path / "evaluation.jsonl"))}
+    assert later == {"colorfulness": False, "3*colorfulness": False, "contrast": True}
+
+
+def test_the_default_reward_is_refused_where_another_model_draws(
+    pipeline_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], no_models: None
+) -> None:
+    said = "knows the objects of the bundled model alone"
+    out = ["--out", str(tmp_path / "run")]
+    assert cli.main(["fit", "a lemon on a blue background", "--backend", pipeline_folder, *out]) == 2
+    assert said in one_sentence(capsys)
+    words = ["--backend", pipeline_folder, "--methods", "raw"]
+    assert cli.main(["compare", "a lemon on a blue background", *words, *out]) == 2
+    assert said in one_sentence(capsys)
+    with pytest.raises(ipgo.InputError, match=said):
+        ipgo.fit("a lemon on a blue background", backend=pipeline_folder)
+    for command in (["plan", "--gpu", "8GB"], ["doctor"]):
+        assert cli.main([*command, "--backend", pipeline_folder]) == 2
+        assert "reward is missing: name one for" in one_sentence(capsys)
+
+
+def test_where_all_images_tie_none_is_said_to_win(pipeline_folder: str, tmp_path: Path) -> None:
+    flags = ("--reward", "colorfulness<=0.001", "--method.ascent.steps", "4")
+    assert fit(pipeline_folder, tmp_path / "run", ["a fox"], *flags) == 0
+    page = (tmp_path / "run/report.html").read_text()
+    assert "no image is better or worse than the raw prompt" in page
+    assert "It beats" not in page
+
+
+def test_a_runs_folder_is_not_scored_as_pictures(fitted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["score", str(fitted), "--reward", "contrast"]) == 2
+    assert "is a run's folder; give the folders of its pictures" in one_sentence(capsys)
+    assert (
+        cli.main(["score", str(Run.open(fitted).folder(Run.open(fitted).prompts[0])), "--reward", "contrast"])
+        == 0
+    )
+    table = capsys.readouterr().out.splitlines()
+    assert table[0] == "file,prompt,contrast,contrast fingerprint"
+    assert len(table) == 1 + 2 * len(SEEDS)
+
+
+def test_nothing_but_an_earlier_answer_is_replaced(
+    fitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = str(next(fitted.rglob("before-0.png")))
+    stored = (fitted / "run.json").read_bytes()
+    for command in (["explain", str(fitted)], ["score", picture, "--reward", "contrast"]):
+        assert cli.main([*command, "--out", str(fitted / "run.json")]) == 2
+        assert "which holds something else; give another file" in one_sentence(capsys)
+    assert (fitted / "run.json").read_bytes() == stored
+    for name in ("scores.csv", "scores.json"):
+        for _ in range(2):
+            out = ["--out", str(tmp_path / name)]
+            assert cli.main(["score", picture, "--reward", "contrast", *out]) == 0
+    (tmp_path / "mine.csv").write_text("a,b\n")
+    assert cli.main(["score", picture, "--reward", "contrast", "--out", str(tmp_path / "mine.csv")]) == 2
+
+
+def test_raw_prompts_have_scores_to_show(
+    pipeline_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [
+        "fit",
+        "a fox",
+        "--backend",
+        pipeline_folder,
+        "--reward",
+        "contrast+0.1*colorfulness",
+        "--method",
+        "raw",
+    ]
+    assert cli.main([*command, "--sampling.steps", "1", "--out", str(tmp_path / "raw")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    stored = [
+        each.value
+        for each in Run.open(tmp_path / "raw").scores()
+        if each.reward == "contrast" and each.seed < 9
+    ]
+    assert f"contrast                   {sum(stored) / len(stored):.3f}" in lines
+
+
+def test_an_evaluation_that_is_stopped_keeps_what_it_has(
+    fitted: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ipgo import evaluation
+
+    whole, asked = evaluation.evaluate, []
+
+    def stopping(backend: Any, adapters: Any, rewards: Any, prompts: Sequence[str], *rest: Any) -> Any:
+        asked.extend(prompts)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return whole(backend, adapters, rewards, prompts, *rest)
+
+    monkeypatch.setattr(evaluation, "evaluate", stopping)
+    assert cli.main(["evaluate", str(fitted), "--seeds", "55"]) == 130
+    assert "stopped; what was evaluated is kept" in one_sentence(capsys)
+    kept = [each for each in load_scores(fitted / "evaluation.jsonl") if each.seed == 55]
+    assert {each.prompt for each in kept} == {PROMPTS[0]}
+
+
+def test_images_of_two_runs_have_folders_of_their_own(
+    fitted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = Run.open(fitted)
+    assert cli.main(["generate", str(run.folder(run.prompts[0])), "--seeds", "3"]) == 0
+    (folder,) = (tmp_path / "images").iterdir()
+    assert folder.name == f"two-{run.prompts[0].id}"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("methodd: {}", "unknown option 'methodd'; did you mean 'method'?"),
+        ("method: {nothing: {}}", "unknown option 'method.nothing'"),
+        ("entries: {ipgo: {}}", "entries are those of a comparison: `ipgo compare --config`"),
+        ("help: true", "which only the command line takes"),
+        (
+            "sampling: {guidance_scale: 1, negative_prompt: low}",
+            "without guidance (sampling.guidance_scale 1) it has no",
+        ),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(
+    content: str,
+    message: str,
+    pipeline_folder: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    no_models: None,
+) -> None:
+    (tmp_path / "own.yaml").write_text(content)
+    flags = ("--config", str(tmp_path / "own.yaml"))
+    assert fit(pipeline_folder, tmp_path / "run", ["a fox"], *flags) == 2
+    assert message in one_sentence(capsys)
+
+
+def test_a_run_of_another_version_is_named(
+    fitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(fitted, tmp_path / "newer")
+    stored = files.read_json(tmp_path / "newer/run.json")
+    stored["config"]["foo"] = 1
+    files.write_json(tmp_path / "newer/run.json", stored)
+    assert cli.main(["report", str(tmp_path / "newer")]) == 2
+    assert "newer/run.json' has settings that this version cannot take: unknown option 'foo'" in one_sentence(
+        capsys
+    )
+    own = Run.open(fitted)
+    assert cli.main(["evaluate", str(own.folder(own.prompts[0]))]) == 2
+    assert f"; it is part of the run {fitted}" in one_sentence(capsys)

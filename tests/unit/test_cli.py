@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -141,6 +142,31 @@ def test_one_of_a_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert "backprop_steps: 1" in capsys.readouterr().out
     assert cli.main(["list", "comparisons", "systems"]) == 0
     assert "alignprop:" in capsys.readouterr().out
+
+
+def test_letters_that_a_terminal_does_not_have_are_spelt() -> None:
+    words = [sys.executable, "-m", "ipgo", "fit", "caf\u00e9 \u2013", "--reward", "\u2013"]
+    done = subprocess.run(
+        words, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert r"unknown reward '\u2013'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["--method", "best-of-n", "--method.ascent.steps", "2"], "the method has none of that name"),
+        (["--method", "best-of-n", "--method.nn", "2"], "did you mean '--method.n'?"),
+        (["--sedes", "2"], "did you mean '--seeds'?"),
+        (["--xyzzy", "2"], "see --help"),
+    ],
+)
+def test_only_what_is_near_is_proposed(
+    words: list[str], hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["fit", "a lemon", *words]) == 2
+    assert hint in one_sentence(capsys)
 
 
 def test_a_reader_that_has_had_enough_is_no_error() -> None:

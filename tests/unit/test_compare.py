@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import itertools
+import json
 import shlex
 import shutil
 import weakref
@@ -603,6 +604,27 @@ def test_matrices_are_win_rates_and_leave_out_what_does_not_transfer(compared: P
     assert fitted.wins["raw", "spender"].value == 0.5  # the same images
     assert fitted.wins["best-of-n", "raw"].value >= 0.5
     assert fitted.wins["picky", "raw"].n == 1
+
+
+@pytest.mark.usefixtures("fakes", "no_models")
+def test_a_damaged_plan_and_a_comparison_in_place_of_a_run_are_one_sentence(
+    compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in ("evaluate", "generate"):
+        assert cli.main([command, str(compared)]) == 2
+        assert (
+            f"whose runs are in {compared}" in (said := one_sentence(capsys))
+            or f"its runs are in {compared}" in said
+        )
+    plan = json.loads((compared / "plan.json").read_text())
+    for damage in (
+        {"plan": {}},
+        {"plan": {**plan["plan"], "entries": []}},
+        {"plan": {**plan["plan"], "price": [1]}},
+    ):
+        (tmp_path / "plan.json").write_text(json.dumps({**plan, **damage}))
+        assert cli.main(["report", str(tmp_path)]) == 2
+        assert "the plan of the comparison is damaged" in one_sentence(capsys)
 
 
 @pytest.mark.usefixtures("fakes", "no_models")

@@ -138,14 +138,14 @@ def test_who_looks_at_prompts_is_known_without_loading(spec: str) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["{folder}", "--reward", "emoji-clip"], "looks at prompts; give --prompts or --prompt"),
+        (["{folder}", "--reward", "emoji-clip"], "may look at prompts; give --prompts or --prompt"),
         (["{folder}", "--reward", "contras"], "unknown reward 'contras'; did you mean 'contrast'"),
         (["{folder}/notes.txt", "--reward", "contrast"], "is neither a folder nor an image file"),
         (["{tmp}", "--reward", "contrast"], "has no image file"),
         (["{folder}", "--reward", "contrast", "--out", "x.txt"], "must end in .csv or .json"),
         (["{folder}", "--reward", "contrast", "--prompts", "one:test"], "has 30 lines for 19 pictures"),
         (["{folder}", "--reward", "contrast", "--prompts", "one", "--prompt", "a"], "both given"),
-        (["{folder}", "--reward", "clip"], "reward 'clip' looks at prompts"),
+        (["{folder}", "--reward", "clip"], "reward 'clip' may look at prompts"),
         (["{tmp}/broken.png", "--reward", "contrast"], "cannot be read"),
         (["{tmp}/half.png", "--reward", "contrast"], "half.png' cannot be read"),
         (

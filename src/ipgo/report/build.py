@@ -171,7 +171,11 @@ def summary(run: Run, fitted: Sequence[Gain], unseen: Sequence[Gain]) -> str:
         where = f"from {gain.before:.3f} to {gain.after:.3f}" if moved else f"at {gain.before:.3f}"
         text += f"{start} {where} on {title}"
         last = verb
-    text += f". It beats the raw prompt in {found[-1][1].wins.value:.0%} of the images on {found[-1][0]}."
+    title, last_gain = found[-1]
+    if last_gain.wins.value == 0.5 and not last_gain.wins.low < 0.5:
+        text += f". On {title} no image is better or worse than the raw prompt's."
+    else:
+        text += f". It beats the raw prompt in {last_gain.wins.value:.0%} of the images on {title}."
     judged = _of(unseen or fitted, "judge-object")
     if judged is not None:
         text += f" An independent judge finds the object in {judged.before:.0%} of the images before and in"

@@ -136,7 +136,7 @@ def terms(spec: str) -> list[tuple[float, str]]:
 def optimised(spec: str, identities: Mapping[str, Any] | None = None) -> set[str]:
     """What a method that follows a spec optimises: the spec, and the rewards it is made of. These are not held out.
 
-    Nor is another variant (`@notebook`) of the same weights.
+    Nor is another variant (`@notebook`) of the same weights, or what is made of one of them.
 
     Args:
         spec: or the name of a reward object, which may say nothing.
@@ -144,7 +144,11 @@ def optimised(spec: str, identities: Mapping[str, Any] | None = None) -> set[str
     """
     known = identities or {}
     made_of = list(_within(known.get(spec)))
-    alike = {name for name, each in known.items() if any(_same_weights(each, part) for part in made_of)}
+    alike = {
+        name
+        for name, each in known.items()
+        if any(_same_weights(inner, part) for inner in _within(each) for part in made_of)
+    }
     try:
         names = {each.name for each in read_terms(spec)}
     except InputError:
