@@ -258,6 +258,12 @@ def show_run(folder: Run) -> int:
     print(
         f"{'cost:':<12}{cost['seconds']:.0f} s of fitting, {cost['calls'].get('denoiser', 0):,} denoiser calls"
     )
+    own = next((gain for gain in summarise(scores, seeds=config.seeds) if gain.reward == config.reward), None)
+    if own is not None and own.gain.value == 0 and own.wins.value == 0.5:
+        logging.getLogger("ipgo").warning(
+            "no image of the fitted seeds scores better or worse than the raw one: the reward is flat there, or its "
+            "ceiling is met already; see `ipgo doctor`"
+        )
     failed = [result["prompt"] for result in folder.results() if result["status"] == "failed"]
     if failed:
         return _fail(

@@ -17,7 +17,7 @@ from ipgo.insertion import Insertion
 from ipgo.memory import LiveMemory
 from ipgo.methods import WITHOUT_GRADIENT
 from ipgo.plan import Workload
-from ipgo.rewards import Reward, WeightedSum, is_unsettled, parts, score
+from ipgo.rewards import Ceiling, Reward, WeightedSum, is_unsettled, parts, score
 from ipgo.sampling import Sampling, sample
 from ipgo.training import FLOAT16_SCALE
 
@@ -86,6 +86,10 @@ def _follow(
         if gradient is None:
             return
         wanted += weight * gradient
+    if isinstance(reward, Ceiling) and (value := score(reward, images, [prompt]).item()) >= reward.most:
+        yield Finding(
+            f"the ceiling {value:g} is met by this picture: for its prompt there is nothing to gain"
+        )
     scale = FLOAT16_SCALE if backend.dtype == torch.float16 else 1.0  # as in a fit
     (found,) = torch.autograd.grad(images, embeds, wanted * scale)
     yield _arrival(found.float()[:, inserted] / scale, backend, backprop_steps)

@@ -771,12 +771,15 @@ def test_the_default_reward_is_refused_where_another_model_draws(
         assert "reward is missing: name one for" in one_sentence(capsys)
 
 
-def test_where_all_images_tie_none_is_said_to_win(pipeline_folder: str, tmp_path: Path) -> None:
+def test_where_all_images_tie_none_is_said_to_win(
+    pipeline_folder: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     flags = ("--reward", "colorfulness<=0.001", "--method.ascent.steps", "4")
     assert fit(pipeline_folder, tmp_path / "run", ["a fox"], *flags) == 0
     page = (tmp_path / "run/report.html").read_text()
     assert "no image is better or worse than the raw prompt" in page
     assert "It beats" not in page
+    assert "no image of the fitted seeds scores better or worse than the raw one" in caplog.text
 
 
 def test_a_runs_folder_is_not_scored_as_pictures(fitted: Path, capsys: pytest.CaptureFixture[str]) -> None:

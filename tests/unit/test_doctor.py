@@ -19,7 +19,8 @@ from ipgo.adapters import InsertionAdapter
 from ipgo.backends import Backend, load_backend
 from ipgo.doctor import Finding, examine
 from ipgo.insertion import Insertion
-from ipgo.sampling import sample
+from ipgo.rewards import load_reward
+from ipgo.sampling import Sampling, sample
 from tests import tiny_families as tiny
 from tests.conftest import brightness, one_sentence
 
@@ -193,6 +194,18 @@ def test_broken_backends(make_pipe: Any, part: str, change: Any, text: str) -> N
     found = findings(spoilt, brightness)
     assert [each.good for each in found].count(False) == 1
     assert text in next(each.text for each in found if not each.good)
+
+
+def test_a_ceiling_that_is_met_is_told(make_pipe: Any) -> None:
+    backend, sampling = (
+        load_backend(make_pipe(), device="cpu"),
+        Sampling(steps=1, guidance_scale=2.0, fit_steps=None),
+    )
+    for most, met in ((0.0, True), (1e6, False)):
+        reward = load_reward(f"colorfulness<={most:g}", device="cpu")
+        found = list(examine(backend, reward, "a fox", sampling, 1))
+        assert all(each.good for each in found)
+        assert any("is met by this picture" in each.text for each in found) == met
 
 
 def test_embeddings_that_are_not_looked_at(make_pipe: Any) -> None:
