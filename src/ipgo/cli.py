@@ -220,7 +220,7 @@ def _fit_parser(method: str) -> ArgumentParser:
         help="prompts from a .txt, .csv or .jsonl file, or a set: one, one:train?n=8, ...",
     )
     parser.add_argument(
-        "--out", type=str, help="the run's folder (default: runs/ and the first prompt's words)"
+        "--out", type=str, help="the run's folder (default: runs/ and --prompts, or the first prompt's words)"
     )
     return parser
 

@@ -424,7 +424,8 @@ def _explain(error: ArgumentError, parser: ArgumentParser) -> InputError:
         number = re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?|-?inf|nan", said)
         shown = said if number or said != found[2] else repr(said)
         return InputError(f"{found[1]} is {shown}; it must be {allowed or 'of another type'}")
-    return InputError(text)
+    dash = "; a value that begins with a dash is given as --option=VALUE"
+    return InputError(text + dash * ("expected one argument" in text))
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -56,14 +56,24 @@ class _Parser(argparse.ArgumentParser):
     """argparse, with one sentence instead of its usage lines, and prompts after options as well as before."""
 
     def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
-        return self.parse_intermixed_args(spelt(args, "-"), namespace)
+        self.words = spelt(args, "-")
+        return self.parse_intermixed_args(self.words, namespace)
 
     def error(self, message: str) -> None:  # type: ignore[override]
         if found := re.search(r"unrecognized arguments: (-[^\s=]+)", message):
             raise unknown_option(
                 found[1], [each for action in self._actions for each in action.option_strings]
             )
-        raise InputError(f"{message}; see `{self.prog} --help`")
+        raise InputError(f"{message}{self._hint(message)}; see `{self.prog} --help`")
+
+    def _hint(self, message: str) -> str:
+        """What argparse leaves out: an option of several values takes all words that follow it."""
+        swallowed = any(word.startswith("-") for word in self.words) and "arguments are required" in message
+        if swallowed or "invalid int value" in message:
+            return "; prompts, runs and images come before the options"
+        if re.search("expected (at least )?one argument", message):
+            return "; a value that begins with a dash is given as --option=VALUE"
+        return ""
 
 
 def given(value: Any, otherwise: Any) -> Any:

@@ -156,6 +156,25 @@ def test_letters_that_a_terminal_does_not_have_are_spelt() -> None:
 @pytest.mark.parametrize(
     ("words", "hint"),
     [
+        (["generate", "x", "--seeds", "5", "a lemon"], "prompts, runs and images come before the options"),
+        (["score", "--reward", "contrast", "a.png"], "prompts, runs and images come before the options"),
+        (
+            ["fit", "a", "--reward", "-1*contrast"],
+            "a value that begins with a dash is given as --option=VALUE",
+        ),
+        (["score", "a.png", "--reward", "-1*contrast"], "is given as --option=VALUE"),
+    ],
+)
+def test_what_an_option_has_swallowed_is_told(
+    words: list[str], hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(words) == 2
+    assert hint in one_sentence(capsys)
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
         (["--method", "best-of-n", "--method.ascent.steps", "2"], "the method has none of that name"),
         (["--method", "best-of-n", "--method.nn", "2"], "did you mean '--method.n'?"),
         (["--sedes", "2"], "did you mean '--seeds'?"),
