@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -100,13 +102,19 @@ def load_scores(file: Path) -> list[Score]:
 
 def load_drawn_by(file: Path) -> dict[str, Any] | None:
     """The identity of the backend that drew what `save_scores` wrote; None if there is no file or it does not say."""
-    found: dict[str, Any] | None = next(iter(files.read_lines(file)), {}).get("drawn_by")
+    found: dict[str, Any] | None = _head(file).get("drawn_by")
     return found
 
 
 def load_identities(file: Path) -> dict[str, Any]:
     """The identities of rewards that `save_scores` wrote, by name; none if there is no file or it has none."""
-    found: dict[str, Any] = {}
-    for line in files.read_lines(file)[:1]:
-        found = line.get("rewards", found)
+    found: dict[str, Any] = _head(file).get("rewards", {})
     return found
+
+
+def _head(file: Path) -> dict[str, Any]:
+    """What stands in the first line alone: the others may be many."""
+    with contextlib.suppress(FileNotFoundError, ValueError), file.open(encoding="utf-8") as lines:
+        first = json.loads(lines.readline())
+        return first if isinstance(first, dict) else {}
+    return {}

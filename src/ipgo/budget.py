@@ -121,9 +121,10 @@ def step_cost(config: RunConfig, image: int, price: Price, guided: bool = True) 
         return float(image * max(1, len(config.seeds)))
     every = ascent.backprop_steps is None or ascent.backprop_steps >= config.sampling.fitting.steps
     depth = float(image if every else ascent.backprop_steps or 0)
-    depth = min(depth, config.method.differentiable_calls(image))
-    if ascent.random_backprop:
-        depth = (1 + depth) / 2
+    late = config.method.differentiable_calls(image)
+    if ascent.random_backprop:  # the mean over all depths up to this one
+        depth = sum(min(each, late) for each in range(1, int(depth) + 1)) / int(depth)
+    depth = min(depth, late)
     # After the first differentiated call the latents carry gradient too, into both halves of the next.
     first = price.both if config.method.both_halves(guided) else price.gradient
     differentiated = first - 1 + (price.both - 1) * (depth - 1)

@@ -186,7 +186,8 @@ def fit(argv: list[str]) -> int:
             f"prompts is empty; held_out has taken {parsed.held_out[-1]!r} as a reward: give prompts before options"
         )
     config = build(parsed, tuple(texts))
-    check_world(config)
+    asked = "reward" in settings or any(word.split("=")[0] == "--reward" for word in rest)
+    check_world(config, asked=asked)
     for name in (config.reward, *judging_rewards(config)):
         check_reward(name, config.prompts)
     check_gradient(config)
@@ -259,7 +260,7 @@ def show_run(folder: Run) -> int:
         f"{'cost:':<12}{cost['seconds']:.0f} s of fitting, {cost['calls'].get('denoiser', 0):,} denoiser calls"
     )
     own = next((gain for gain in summarise(scores, seeds=config.seeds) if gain.reward == config.reward), None)
-    if own is not None and own.gain.value == 0 and own.wins.value == 0.5:
+    if own is not None and config.method.climbing and own.gain.value == 0 and own.wins.low == 0.5:
         logging.getLogger("ipgo").warning(
             "no image of the fitted seeds scores better or worse than the raw one: the reward is flat there, or its "
             "ceiling is met already; see `ipgo doctor`"
@@ -361,6 +362,11 @@ def generate(argv: list[str]) -> int:
         Sampling(**settings.pop("sampling", {})),
         **{key: value for key, value in own.items() if value is not None},
     )
+    if args.guidance_scale is not None and args.guidance_scale <= 1 and sampling.negative_prompt:
+        logging.getLogger("ipgo").warning(
+            "without guidance the run's negative prompt has no effect; it is left out"
+        )
+        sampling = replace(sampling, negative_prompt="")
     source = backend_of(settings, args.backend)
     warn_of_unseen_words(source, texts)
     loading(source)

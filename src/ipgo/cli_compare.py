@@ -53,7 +53,8 @@ def compare(argv: list[str]) -> int:
         chosen.out or parsed.out or Path("runs") / f"compare-{slug(parsed.prompts or plan.prompts[0])}"
     ).expanduser()
     folder = Comparison.open(place, plan)
-    if parsed.unseen_prompts and not any(plan.config(label).shared for label in plan.entries):
+    whole = folder.plan  # with the entries of earlier commands
+    if parsed.unseen_prompts and not any(whole.config(label).shared for label in whole.entries):
         raise InputError(
             "unseen_prompts is given, and no entry is shared: the others serve their own prompts alone"
         )

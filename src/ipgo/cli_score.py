@@ -109,7 +109,7 @@ def _check_out(out: Path | None) -> None:
     if out.suffix not in (".csv", ".json"):
         raise InputError(f"out is {str(out)!r}; it must end in .csv or .json")
     files.check_out(out, folder=False)
-    check_replaced(out, "images" if out.suffix == ".json" else "file,prompt")
+    check_replaced(out, "images" if out.suffix == ".json" else " fingerprint")
 
 
 def _check_picture(file: Path) -> None:

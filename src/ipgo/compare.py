@@ -75,11 +75,8 @@ def check(folder: Comparison, labels: Iterable[str]) -> None:
                 check_settings(config, config.prompts)
         except (InputError, MissingExtraError) as error:
             raise InputError(f"entry {label!r}: {error}") from None
-    for backend, config in {config.backend: config for config in map(folder.plan.config, labels)}.items():
-        try:
-            check_world(config)
-        except InputError as error:
-            raise InputError(f"entries of {backend!r}: {error}") from None
+    for config in {config.backend: config for config in map(folder.plan.config, labels)}.values():
+        check_world(config)
 
 
 def compare(folder: Comparison) -> None:

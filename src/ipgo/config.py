@@ -519,4 +519,4 @@ def _check_shape(settings: dict[Any, Any], groups: set[str], prefix: str = "") -
         if name in groups:
             _check_shape(value, groups, f"{name}.")
         elif value == {}:  # of which the parser would see nothing
-            raise unknown_option(name, groups)
+            raise InputError(f"{name} is {{}}, which is no setting; leave it out, or see --help")

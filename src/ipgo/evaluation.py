@@ -25,7 +25,7 @@ from ipgo.seeding import plain
 
 BATCH = 8  # images made at once
 RESAMPLES = 2000  # of the bootstrap
-ROUNDING = 1e-6  # of a reward's values, relative to the largest
+ROUNDING = 1e-6  # of a reward's values, relative to their median size
 logger = logging.getLogger("ipgo")
 
 
@@ -229,8 +229,8 @@ def win_rate(scores: Iterable[Score], method: str, baseline: str, reward: str) -
         InputError: the two methods share no prompt and seed.
     """
     pairs = _pairs(scores, method, baseline, reward)
-    largest = max(abs(value) for values in pairs.values() for pair in values for value in pair)
-    return _bootstrap([[_win(a, b, ROUNDING * largest) for a, b in values] for values in pairs.values()])
+    size = float(np.median([abs(value) for values in pairs.values() for pair in values for value in pair]))
+    return _bootstrap([[_win(a, b, ROUNDING * size) for a, b in values] for values in pairs.values()])
 
 
 def _win(ours: float, theirs: float, rounding: float) -> float:

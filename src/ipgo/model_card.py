@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
@@ -13,10 +14,12 @@ from typing import Any
 import yaml
 
 from ipgo.adapters import Adapter, NoiseAdapter, TextEncoderAdapter, WeightAdapter
+from ipgo.errors import InputError
 from ipgo.evaluation import Gain, summarise, unlike
 from ipgo.files import is_hub_id
 from ipgo.prompts import Prompt
 from ipgo.rewards.checkpoints import fingerprint
+from ipgo.rewards.spec import read_terms
 from ipgo.store import Run
 
 MOST = 8  # prompts with pictures on a card
@@ -181,7 +184,9 @@ def _in_diffusers(run: Run, adapter: Adapter, base: str, prompt: str) -> str:
             f"    image = pipe({words}).images[0]",
         ]
     else:
-        given = _given(sampling, ("guidance_scale",))  # where there is none, negative prompts are left out
+        given = (
+            [] if scale is None else [f"guidance_scale={scale}"]
+        )  # without guidance, negative prompts are left out
         called = [
             f"kwargs = adapter.prompt_kwargs(pipe, {', '.join([prompt, *negative, *given])})",
             f"image = pipe(**kwargs, {', '.join(asked)}).images[0]",
@@ -231,19 +236,20 @@ def _identities(run: Run) -> str:
 
 def without_places(text: str, run: Run) -> str:
     """A text with the paths in the run's settings cut to the names of what is there."""
-    told = [*_texts(run.config.to_json()), *run.identities]
-    # Also those within a reward's spec.
-    found = {
-        part
-        for each in told
-        for part in (each, *re.split(r"[+*:]|<=", each))
-        if len(PurePath(part).parts) > 2
-    }
-    for place in sorted((each for each in found if each[0] in "/~" or PurePath(each).is_absolute()), key=len)[
-        ::-1
-    ]:
+    from ipgo.backends import BACKENDS
+
+    settings = run.config.to_json()
+    told = [*_texts({key: value for key, value in settings.items() if key not in ("prompts", "sampling")})]
+    for spec in (*told, *run.identities):
+        with contextlib.suppress(InputError):  # also within a reward's spec
+            for name in (term.name for term in read_terms(spec)):
+                told += name.split() if name.startswith("cmd:") else name.split(":")
+    far = (each for each in told if len(PurePath(each).parts) > 2)
+    found = {each for each in far if PurePath(each).is_absolute() or each[0] == "~"}
+    for place in sorted(found, key=len, reverse=True):
+        name = PurePath(place).name
         for form in (place, escape(place)):
-            text = text.replace(form, PurePath(place).name)
+            text = text.replace(form, f"./{name}" if name in BACKENDS else name)
     return text
 
 

@@ -90,8 +90,8 @@ def _check_repository(there: Any, repository: str, private: bool) -> None:
     """Raise `InputError` for a repository of the hub that is not to be written."""
     if private and not there.private:  # which the hub would leave as it is
         raise InputError(f"repository {repository!r} is public; make it private on the hub, or give another")
-    names = {each.rfilename for each in there.siblings} - {".gitattributes"}
-    if names and not names.issuperset(PUBLISHED):
+    names = {each.rfilename for each in there.siblings} - {".gitattributes", "README.md", "LICENSE"}
+    if names and not names.issuperset(FILES):
         raise InputError(f"repository {repository!r} holds something else; give a new one")
 
 

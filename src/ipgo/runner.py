@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ipgo.adapters import Adapter
 from ipgo.backends import Backend
 from ipgo.chunks import Chunk, Cost
-from ipgo.config import DEFAULT_REWARD, RunConfig
+from ipgo.config import RunConfig
 from ipgo.continuing import differing_in
 from ipgo.errors import InputError, InUseError
 from ipgo.evaluation import Score, draw, score
@@ -60,13 +60,13 @@ def check_gradient(config: RunConfig) -> None:
         )
 
 
-def check_world(config: RunConfig) -> None:
-    """Refuse the default reward, and warn of others that were made for the bundled model, where another model draws."""
+def check_world(config: RunConfig, *, asked: bool = True) -> None:
+    """Warn of a reward of the bundled model's where another one draws; refuse one that nobody asked for."""
     own = [name for _, name in terms(config.reward) if name.startswith("emoji-")]
     if not own or vocabulary(config.backend) is not None:
         return
     about = f"{own[0]!r} knows the objects of the bundled model alone, not what {config.backend!r} draws"
-    if config.reward == DEFAULT_REWARD:
+    if not asked:
         raise InputError(f"reward is the default, and {about}; name another, such as hpsv2.1")
     logger.warning("%s", about)
 

@@ -397,12 +397,12 @@ class Run:
             ):  # also after a kill between the two
                 _set_aside(file, drawn_by).replace(file)
             known = load_identities(file)
-            found = {(s.method, s.prompt, s.seed, s.reward): s for s in scores}
             earlier = load_scores(file)
             other = {name for name in known.keys() & rewards.keys() if known[name] != rewards[name]}
-            for each in earlier:
-                if each.reward not in other:
-                    found.setdefault((each.method, each.prompt, each.seed, each.reward), each)
+            kept = [each for each in earlier if each.reward not in other]
+            found = {
+                (s.method, s.prompt, s.seed, s.reward): s for s in (*kept, *scores)
+            }  # in the order they came in
             for name in other:
                 aside = file.with_stem(f"{file.stem}-{slug(name)}-{fingerprint(known[name])}")
                 old = [*load_scores(aside), *(each for each in earlier if each.reward == name)]

@@ -86,7 +86,7 @@ def followed(reward: str | None, backend: str) -> str:
     from ipgo.backends import BACKENDS
     from ipgo.vocabulary import vocabulary
 
-    known = backend in BACKENDS or (Path(backend) / "model_index.json").is_file()  # else that is said of it
+    known = backend in BACKENDS or is_hub_id(backend) or Path(backend).exists()  # else that is said of it
     if reward is None and known and vocabulary(backend) is None:
         raise InputError(f"reward is missing: name one for {backend!r} with --reward, such as hpsv2.1")
     return reward or "emoji-preference"
@@ -287,13 +287,14 @@ def check_replaced(out: Path, sign: str) -> None:
     """Raise `InputError` for a file that is there and is not one that the same command wrote.
 
     Args:
-        sign: a key of its JSON, or what its text begins with.
+        sign: a key of its JSON, or what is in the first line of its table.
     """
     if not out.is_file():
         return
     text = out.read_text(encoding="utf-8", errors="replace")
-    own = text.startswith(sign)
-    if out.suffix == ".json":
+    own = not text or sign in text.partition("\n")[0]
+    if text and out.suffix == ".json":
+        own = False
         with contextlib.suppress(ValueError):
             found = json.loads(text)
             own = isinstance(found, dict) and sign in found and "rewards" in found

@@ -761,11 +761,6 @@ def test_the_default_reward_is_refused_where_another_model_draws(
     out = ["--out", str(tmp_path / "run")]
     assert cli.main(["fit", "a lemon on a blue background", "--backend", pipeline_folder, *out]) == 2
     assert said in one_sentence(capsys)
-    words = ["--backend", pipeline_folder, "--methods", "raw"]
-    assert cli.main(["compare", "a lemon on a blue background", *words, *out]) == 2
-    assert said in one_sentence(capsys)
-    with pytest.raises(ipgo.InputError, match=said):
-        ipgo.fit("a lemon on a blue background", backend=pipeline_folder)
     for command in (["plan", "--gpu", "8GB"], ["doctor"]):
         assert cli.main([*command, "--backend", pipeline_folder]) == 2
         assert "reward is missing: name one for" in one_sentence(capsys)
@@ -867,8 +862,8 @@ def test_images_of_two_runs_have_folders_of_their_own(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("methodd: {}", "unknown option 'methodd'; did you mean 'method'?"),
-        ("method: {nothing: {}}", "unknown option 'method.nothing'"),
+        ("methodd: {}", "methodd is {}, which is no setting; leave it out"),
+        ("method: {nothing: {}}", "method.nothing is {}, which is no setting"),
         ("entries: {ipgo: {}}", "entries are those of a comparison: `ipgo compare --config`"),
         ("help: true", "which only the command line takes"),
         (

@@ -199,6 +199,8 @@ def test_the_length_that_a_budget_pays_for() -> None:
         ("a",), TextCraftor(0.5, Ascent(backprop_steps=None))
     )  # the early calls get no tuned states
     assert step_cost(late, 8, PRICE) == 8 + 4 * 2
+    drawn = RunConfig(("a",), TextCraftor(0.5, Ascent(backprop_steps=None, random_backprop=True)))
+    assert step_cost(drawn, 8, PRICE) == 8 + 2 * (1 + 2 + 3 + 4 * 5) / 8
     assert step_cost(late, 8, PRICE, guided=False) == 8 + 1 + 3 * 2
     lv = RunConfig(("a",), DRaFT(ascent=Ascent(backprop_steps=1, renoised=2, recompute=True)))
     assert step_cost(lv, 20, PRICE) == 20 + 2 + 1 + 2 * 3 + 2

@@ -129,8 +129,12 @@ def test_where_memory_is_short_smaller_batches_are_drawn(monkeypatch: pytest.Mon
 
 def test_a_tie_is_one_of_any_scale() -> None:
     for scale in (1e-9, 1.0, 1e6):
-        wins = [(scale * 1.001, scale), (scale, scale * (1 + 1e-8))]
-        assert win_rate(scores({"a": wins}), "ipgo", "raw", "r").value == pytest.approx((1 + 0.5) / 2)
+        wins = [
+            (scale * 1.001, scale),
+            (scale, scale * (1 + 1e-8)),
+            (scale, -1e9 * scale),
+        ]  # one is a penalty
+        assert win_rate(scores({"a": wins}), "ipgo", "raw", "r").value == pytest.approx((1 + 0.5 + 1) / 3)
 
 
 def test_a_reward_without_a_pair_is_left_out(caplog: pytest.LogCaptureFixture) -> None:

@@ -281,6 +281,7 @@ def _config(pipeline_folder: str) -> Any:
     [
         (None, False, ""),
         ([".gitattributes"], False, ""),
+        (["README.md", "LICENSE"], False, ""),  # as the hub's form begins one
         ([".gitattributes", "README.md", "adapter.json", "adapter.safetensors"], False, ""),
         (
             [".gitattributes"],

@@ -375,7 +375,7 @@ def test_weights_seen_in_another_way_are_not_held_out(folder: Path, tmp_path: Pa
         "clip": load_reward(f"clip:{folder}", device="cpu"),
         "clip@notebook": load_reward(f"clip@notebook:{folder}", device="cpu"),
         "warmth": warmth,
-        "again": as_reward(warmth.reward.function, "again"),
+        "again": as_reward(warmth, "again"),
         "emoji-clip": load_reward("emoji-clip", device="cpu"),
     }
     identities = {name: identity_of(each) for name, each in rewards.items()}

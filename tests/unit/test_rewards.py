@@ -1,5 +1,6 @@
 """Rewards: their contract, their names, their sums."""
 
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -437,11 +438,20 @@ def test_what_an_object_keeps_counts_and_what_it_counts_does_not():
             self.calls += 1
             return self.network(images.mean((2, 3)))[:, 0] * self.factor
 
+    @dataclasses.dataclass(frozen=True, slots=True)
+    class Times:
+        factor: float
+
+        @torch.no_grad()
+        def __call__(self, images, prompts):
+            return images.mean((1, 2, 3)) * self.factor
+
     mine = Seen(1.0, 0.1)
     before = weights_of(mine)
     mine(torch.rand(1, 3, 4, 4), [""])
-    assert weights_of(mine) == before == weights_of(Seen(1.0, 0.1))
-    assert weights_of(Seen(2.0, 0.1)) != before
+    assert weights_of(mine) == before == weights_of(Seen(2.0, 0.1))
+    assert weights_of(Times(1.0)) == weights_of(Times(1.0)) != weights_of(Times(2.0))
+    assert weights_of(Times(1.0))[0] == hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     assert weights_of(Seen(1.0, 0.2)) != before
     assert weights_of(lambda images, prompts: mine(images, prompts)) != weights_of(mine)
     assert not is_unsettled(as_reward(mine, "mine"))
@@ -454,6 +464,7 @@ USES = {
     "module": "import helper\ndef mine(i, p):\n    return helper.compute(i)\n",
     "class": "from helper import Net\ndef mine(i, p):\n    return Net()(i)\n",
     "object": "from helper import Net\nNET = Net()\ndef mine(i, p):\n    return NET(i)\n",
+    "model": "import helper\ndef mine(i, p):\n    return helper.MODEL(i)\n",
     "network": "from helper import Part\nPART = Part().eval()\ndef mine(i, p):\n    return PART(i)\n",
 }
 HELPER = """import torch
@@ -466,6 +477,7 @@ class Net:
 class Part(torch.nn.Module):
     def forward(self, images):
         return compute(images)
+MODEL = Part().eval()
 """
 
 
@@ -482,7 +494,31 @@ def test_helpers_beside_a_reward_file_are_its_own_and_part_of_what_it_is(uses, t
     own = {place: identity_of(each)["weights"] for place, each in found.items()}
     assert own["a"] != own["b"]
     (tmp_path / "b" / "helper.py").write_text(HELPER.format(sign=1))
-    assert identity_of(load_reward(f"{tmp_path}/b/mine.py:mine"))["weights"] == own["a"]
+    again = load_reward(f"{tmp_path}/b/mine.py:mine")
+    assert identity_of(again)["weights"] == own["a"]
+    assert torch.equal(score(found["a"], images, ["x"]), score(again, images, ["x"]))
+
+
+def test_odd_globals_have_an_identity(monkeypatch):
+    class Box(dict):
+        __getattr__ = dict.__getitem__
+
+    class Counts:
+        calls = 0
+
+    here, counts = sys.modules[__name__], Counts()
+    monkeypatch.setattr(here, "BOX", Box(a=1), raising=False)
+    monkeypatch.setattr(here, "HUGE", 10**5000, raising=False)
+
+    def mine(images, prompts):
+        counts.calls += 1
+        return images.mean((1, 2, 3)) * BOX.a / HUGE  # noqa: F821
+
+    before = weights_of(mine)
+    counts.calls += 1
+    assert weights_of(mine) == before
+    monkeypatch.setattr(here, "HUGE", 10**5000 + 1)
+    assert weights_of(mine) != before
 
 
 def test_when_a_file_was_read_is_not_what_it_computes(tmp_path):

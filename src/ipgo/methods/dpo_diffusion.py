@@ -195,9 +195,10 @@ class _Words:
             )
             for row, space in enumerate(spaces):
                 if not self.mixed.mixes(row, [0] * len(space.slots)):
+                    whose = "a prompt" if task.shared else f"prompt {task.prompts[row]!r}"
                     raise InputError(
-                        f"the tokens of prompt {task.prompts[row]!r} are cut off, or not those of its words one by "
-                        "one; use solver='evolutionary'"
+                        f"the tokens of {whose} are cut off, or not those of its words one by one; "
+                        "use solver='evolutionary'"
                     )
         self.step, self.used_up = 0, set[int]()
         slots = max(len(space.slots) for space in spaces)
@@ -250,7 +251,7 @@ class _Words:
                 new = choice not in seen
             if new and self._fits(row, choice):
                 return choice
-        if row not in self.used_up:
+        if step >= self.method.climbs and row not in self.used_up:
             self.used_up.add(row)
             whose = repr(self._of(row)) if self._of(row) else "the negative prompt"
             logger.warning("%s: all texts were tried; further candidates are the one as it is", whose)

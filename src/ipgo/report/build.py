@@ -172,7 +172,7 @@ def summary(run: Run, fitted: Sequence[Gain], unseen: Sequence[Gain]) -> str:
         text += f"{start} {where} on {title}"
         last = verb
     title, last_gain = found[-1]
-    if last_gain.wins.value == 0.5 and not last_gain.wins.low < 0.5:
+    if last_gain.gain.value == 0 and last_gain.wins.value == 0.5 and not last_gain.wins.low < 0.5:
         text += f". On {title} no image is better or worse than the raw prompt's."
     else:
         text += f". It beats the raw prompt in {last_gain.wins.value:.0%} of the images on {title}."

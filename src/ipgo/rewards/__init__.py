@@ -13,7 +13,6 @@ import torch
 from ipgo.devices import choose_device
 from ipgo.errors import InputError, unknown
 from ipgo.rewards.base import (
-    OWN,
     Ceiling,
     FunctionReward,
     Reward,
@@ -158,11 +157,11 @@ def optimised(spec: str, identities: Mapping[str, Any] | None = None) -> set[str
 
 
 def _same_weights(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Is it the same reward, or the same weights that see the picture in another way, under whatever names?"""
+    """Is it the same reward, or are they the same published weights that see the picture in another way?"""
     if one == other:
         return True
-    kinds = [each.get("preprocessing") == OWN or each.get("id") in REWARDS for each in (one, other)]
-    return all(kinds) and bool(one.get("weights")) and one["weights"] == other.get("weights")
+    known = all(each.get("id") in REWARDS for each in (one, other))
+    return known and bool(one.get("weights")) and one["weights"] == other.get("weights")
 
 
 def _within(identity: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:

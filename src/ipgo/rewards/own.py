@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ipgo.errors import InputError, unknown
-from ipgo.rewards.written import digest
+from ipgo.rewards.written import digest, is_own
 
 Function = Callable[..., Any]
 
@@ -41,7 +41,7 @@ def read_function(spec: str, *, look: bool = False) -> Function:
     own_name = f"ipgo_user_reward_{path.stem}_{digest(str(path.resolve()).encode())[:8]}"
     content = _content(path)
     known, module, in_use = _RUN.get(own_name, ("", None, set()))
-    if known != content or (name in in_use and not look):
+    if known != content or _changed() or (name in in_use and not look):
         _, module, in_use = _RUN[own_name] = content, _run(path, place, own_name), set()
     if not look:
         in_use.add(name)
@@ -70,10 +70,15 @@ def _run(path: Path, place: str, own_name: str) -> Any:
     return module
 
 
+def _changed() -> bool:
+    """Is a module beside a file another one by now?"""
+    return any(known != _content(file) for _, file, known in _BESIDE.values())
+
+
 @contextlib.contextmanager
 def _helpers(folder: Path) -> Iterator[None]:
     """Imports find the modules beside a file first, as for a script: not those of another folder, nor of before."""
-    if any(place != folder or known != _content(file) for place, file, known in _BESIDE.values()):
+    if _changed() or any(place != folder for place, _, _ in _BESIDE.values()):
         for name in _BESIDE:
             sys.modules.pop(name, None)
         _BESIDE.clear()
@@ -83,12 +88,13 @@ def _helpers(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        sys.path.remove(str(folder))
+        with contextlib.suppress(ValueError):  # it may have been taken out by the file itself
+            sys.path.remove(str(folder))
         if str(folder) not in sys.path:
             sys.path.append(str(folder))  # for what a function imports when it is called
         for name in set(sys.modules) - before:
             file = Path(getattr(sys.modules[name], "__file__", None) or "")
-            if file.is_relative_to(folder) and "site-packages" not in file.parts:
+            if file.is_relative_to(folder) and is_own(str(file)):
                 _BESIDE[name] = folder, file, _content(file)
 
 

@@ -12,9 +12,9 @@ import os
 import re
 import sysconfig
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from types import FunctionType
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,8 @@ FIRST = ("__init__", "__post_init__", "__new__", "__setstate__")
 PART = vars(nn.Module()).keys()
 
 DAY = 86_400  # seconds
+START = time.time()
+WEIGHTS = (nn.Module, Tensor, np.ndarray)
 LIBRARIES = (sysconfig.get_paths()["stdlib"] + os.sep, str(Path(__file__).parents[1]) + os.sep)
 
 Leaf = str | int | float | Tensor | np.ndarray | np.generic | None
@@ -40,9 +42,9 @@ def parts_of(written: object) -> list[str] | None:
     """Digests of what a function or an object computes by, as far as it shows; None if nothing does.
 
     The text that it is written in, where in it a function stands, what a function has closed over or takes from its
-    module (numbers, texts, tensors and arrays, functions, classes and modules that are no library's), the attributes of
-    an object (but texts, which mostly say where something is), and weights. What a call may change is left out: lists,
-    dictionaries, variables and attributes that functions write. So is a time of today: it says when this was read.
+    module (numbers, texts, tensors and arrays, functions, classes and modules that are no library's), and weights, also
+    those that an object keeps. What a call may change is left out: lists, dictionaries, variables that functions
+    write, numbers of an object unless it is a frozen dataclass. So is a time: it says when this was read.
     """
     text = _text(written)
     state = list(_lines(written)) if text is not None or isinstance(written, nn.Module) else []
@@ -76,7 +78,7 @@ def _lines(written: object) -> Iterator[str]:
             with contextlib.suppress(TypeError, ValueError):
                 yield _digest_of(torch.as_tensor(np.ascontiguousarray(leaf)))
         else:
-            yield json.dumps(leaf)
+            yield hex(leaf) if isinstance(leaf, int) else json.dumps(leaf)
 
 
 def _leaves(written: object) -> Iterator[Leaf | nn.Module]:
@@ -111,8 +113,8 @@ def _inside(value: object) -> Iterator[object]:
         # What a decorator has wrapped may be a module.
         yield from _inside_function(inner) if inspect.isroutine(inner) else (inner,)
     elif inspect.ismodule(value):
-        if _is_own(getattr(value, "__file__", None)):
-            yield from (_file_of(value), *_written_in(vars(value), value.__name__))
+        if is_own(getattr(value, "__file__", None)):
+            yield _file_of(value)
     elif isinstance(value, type):
         yield from _inside_class(value)
     elif isinstance(value, nn.Module):
@@ -135,37 +137,62 @@ def _inside_function(function: Any) -> Iterator[object]:
 
 
 def _inside_class(kind: type) -> Iterator[object]:
-    """The functions and numbers of a class and of its bases, but for a library's and for what a function writes."""
-    written = _written_by(kind)
+    """The functions and weights of a class and of its bases, but for a library's.
+
+    Its numbers are in its file; those of a class that has none are told here.
+    """
     for each in _own_classes(kind):
         file = _file_of_class(each)
-        yield each.__qualname__
+        yield from (each.__qualname__, _file_of(each))
         for name, value in sorted(vars(each).items()):
             inner = _bare(value)
             if inspect.isfunction(inner):  # without a file it is generated, as a dataclass's are
                 wanted = file is None or not inner.__code__.co_filename.startswith("<")
             else:
-                wanted = not name.startswith("__") and name not in written
+                wanted = not name.startswith("__") and (file is None or isinstance(inner, WEIGHTS))
             if wanted:
                 yield from (name, inner)
 
 
 def _inside_object(value: object) -> Iterator[object]:
-    """The class of an object that is no library's, and what it keeps and none of its functions writes again."""
+    """The class of an object that is no library's, and what it keeps and none of its functions writes again.
+
+    That is weights and other objects; numbers only where they cannot change, in a frozen dataclass.
+    """
     kind = type(value)
     if not _own_classes(kind):
         return
     yield kind
+    parameters = getattr(kind, "__dataclass_params__", None)
+    frozen = parameters is not None and parameters.frozen
     written = _written_by(kind)
-    for name, each in sorted(getattr(value, "__dict__", {}).items()):
-        later = isinstance(getattr(kind, name, None), functools.cached_property)
-        if not (later or name in written or name in PART or each is None or isinstance(each, str)):
+    for name, each in sorted(_attributes(value).items()):
+        kept = not isinstance(each, Leaf | type) or isinstance(each, WEIGHTS) or frozen
+        if kept and name not in written and name not in PART:
             yield from (name, each)
+
+
+def _attributes(value: object) -> dict[str, object]:
+    """Also those in slots; none that is computed."""
+    slots = [
+        name
+        for kind in type(value).__mro__
+        for name in getattr(kind, "__slots__", ())
+        if isinstance(name, str)
+    ]
+    found = dict(getattr(value, "__dict__", {}))
+    for name in slots:
+        with contextlib.suppress(AttributeError):
+            found[name] = object.__getattribute__(value, name)
+    later = {
+        name for name in found if isinstance(getattr(type(value), name, None), functools.cached_property)
+    }
+    return {name: each for name, each in found.items() if name not in later}
 
 
 def _own_classes(kind: type) -> list[type]:
     """A class and its bases, but for a library's."""
-    return [each for each in kind.__mro__ if _is_own(_file_of_class(each)) or _is_typed(each)]
+    return [each for each in kind.__mro__ if is_own(_file_of_class(each)) or _is_typed(each)]
 
 
 def _written_by(kind: type) -> set[str]:
@@ -174,26 +201,23 @@ def _written_by(kind: type) -> set[str]:
     codes = [
         _bare(each).__code__ for name, each in named if inspect.isfunction(_bare(each)) and name not in FIRST
     ]
-    return set().union(*(_names(each, "STORE_ATTR", "DELETE_ATTR") for each in codes))
+    return set[str]().union(*(_names(each, "STORE_ATTR", "DELETE_ATTR") for each in codes))
 
 
 def _bare(value: Any) -> Any:
     """The function in a class or static method, or in a property."""
-    return getattr(value, "__func__", getattr(value, "fget", value))
-
-
-def _written_in(names: Mapping[str, object], module: str) -> Iterator[object]:
-    """The functions and classes of a module, but for those that it imports: what takes these follows them."""
-    for _, value in sorted(names.items()):
-        if isinstance(value, type | FunctionType) and value.__module__ == module:
-            yield value
+    if isinstance(value, classmethod | staticmethod):
+        return value.__func__
+    return value.fget if isinstance(value, property) else value
 
 
 def _is_time(value: object) -> bool:
-    """Is it a time of today, in seconds or nanoseconds?"""
+    """Is it a time that a clock had while this process runs, or a little before, in seconds or nanoseconds?"""
     if not isinstance(value, int | float):
         return False
-    return any(abs(value - now) < day for now, day in ((time.time(), DAY), (time.time_ns(), DAY * 10**9)))
+    with contextlib.suppress(OverflowError):
+        return any(START - DAY < value / unit < time.time() + DAY for unit in (1, 1e9))
+    return False
 
 
 def _text(written: object) -> str | None:
@@ -233,15 +257,16 @@ def _file_of(code: Any) -> str | None:
 
 def _file_of_class(kind: type) -> str | None:
     """That of its functions: a module's name may stand for another one by now."""
-    files = [each.__code__.co_filename for each in vars(kind).values() if inspect.isfunction(each)]
-    if found := [each for each in files if Path(each).is_file()]:
-        return found[0]
+    for each in map(inspect.unwrap, filter(inspect.isfunction, vars(kind).values())):
+        file: str = each.__code__.co_filename
+        if each.__module__ == kind.__module__ and Path(file).is_file():
+            return file
     with contextlib.suppress(TypeError, OSError):
         return inspect.getfile(kind)
     return None
 
 
-def _is_own(file: str | None) -> bool:
+def is_own(file: str | None) -> bool:
     """Is what is written in a file no library's?"""
     if not file or file.startswith("<") or {"site-packages", "dist-packages"} & set(Path(file).parts):
         return False
@@ -271,22 +296,37 @@ def _reached(function: Any) -> Iterator[tuple[str, object]]:
         with contextlib.suppress(ValueError):  # what the cell is for is not defined yet
             if name not in counted:
                 yield name, cell.cell_contents
-    if _is_own(code.co_filename) or code.co_filename.startswith("<"):
+    if is_own(code.co_filename) or code.co_filename.startswith("<"):
         there = function.__globals__
         others = [each.__code__ for each in there.values() if _of_module(each, there)]
-        written = set().union(*(_names(each, "STORE_GLOBAL") for each in (code, *others)))
+        written = set[str]().union(*(_names(each, "STORE_GLOBAL") for each in (code, *others)))
         for name in sorted(_names(code, "LOAD_GLOBAL", "LOAD_NAME") - written):
-            if name in there and not _says_where(name, there[name], Path(code.co_filename)):
-                yield name, there[name]
+            if name not in there or _says_where(name, there[name], Path(code.co_filename)):
+                continue
+            yield name, there[name]
+            if inspect.ismodule(there[name]):
+                yield from _used_of(there[name], _names(code, "LOAD_ATTR", "LOAD_METHOD"))
+
+
+def _used_of(module: ModuleType, names: frozenset[str]) -> Iterator[tuple[str, object]]:
+    """What a function takes from a module that is no library's, `helper.compute` and `package.part.compute`."""
+    if not is_own(getattr(module, "__file__", None)):
+        return
+    for name in sorted(names & vars(module).keys()):
+        value = vars(module)[name]
+        yield name, value
+        if inspect.ismodule(value) and value.__name__.startswith(f"{module.__name__}."):
+            yield from _used_of(value, names)
 
 
 def _of_module(value: object, there: dict[str, Any]) -> bool:
     return inspect.isfunction(value) and value.__globals__ is there
 
 
-def _names(code: Any, *kinds: str) -> set[str]:
+@functools.lru_cache(maxsize=4096)
+def _names(code: Any, *kinds: str) -> frozenset[str]:
     """What instructions of these kinds name, in a function and in those inside it."""
-    own = {each.argval for each in dis.get_instructions(code) if each.opname in kinds}
+    own = frozenset(each.argval for each in dis.get_instructions(code) if each.opname in kinds)
     return own.union(*(_names(each, *kinds) for each in code.co_consts if inspect.iscode(each)))
 
 
