@@ -297,7 +297,10 @@ def test_nothing_fits(
         (["--gpu", "big"], "gpu is 'big'; it must be a size such as 16GB"),
         (["--gpu", "500MB"], "gpu is '500MB'; 0.93 GiB of each GPU are reserved"),
         (["--gpu", "8GB", "--backend", "sd1.5"], "unknown backend 'sd1.5'; did you mean 'sd15'"),
-        (["--gpu", "8GB", "--reward", "clip", "--backend", __file__], "is not a local folder of diffusers, and its sizes"),
+        (
+            ["--gpu", "8GB", "--reward", "clip", "--backend", __file__],
+            "is not a local folder of diffusers, and its sizes",
+        ),
         (["--gpu", "8GB", "--reward", "clip", "--backend", "some/model"], "its sizes are unknown"),
         (["--gpu", "8GB", "--reward", "hpsv3"], "unknown reward 'hpsv3'"),
         (["--gpu", "8GB", "--reward", "cmd:true {image}"], "has no gradient"),
