@@ -212,7 +212,8 @@ def evaluate(
     judges = {name: as_reward(reward, name) for name, reward in rewards.items()}
     own = optimised(trained_on, {name: identity_of(reward) for name, reward in judges.items()})
     scores = []
-    for prompt in tqdm(prompts, desc="evaluating", unit="prompt", disable=None, leave=False):
+    silent = True if len(prompts) == 1 else None  # whoever asks prompt by prompt has a bar of its own
+    for prompt in tqdm(prompts, desc="evaluating", unit="prompt", disable=silent, leave=False):
         drawings = list(draw(backend, adapters, prompt, seeds, sampling))
         with own_numbers():
             scores += score(drawings, judges, own, judge)

@@ -184,9 +184,8 @@ def _in_diffusers(run: Run, adapter: Adapter, base: str, prompt: str) -> str:
             f"    image = pipe({words}).images[0]",
         ]
     else:
-        given = (
-            [] if scale is None else [f"guidance_scale={scale}"]
-        )  # without guidance, negative prompts are left out
+        # Without guidance, negative prompts are left out.
+        given = [] if scale is None else [f"guidance_scale={scale}"]
         called = [
             f"kwargs = adapter.prompt_kwargs(pipe, {', '.join([prompt, *negative, *given])})",
             f"image = pipe(**kwargs, {', '.join(asked)}).images[0]",

@@ -367,7 +367,7 @@ class Run:
 
     def scores(self) -> list[Score]:
         """The scores of all results."""
-        return [each for result in self.results() for each in self.scores_of(result)]
+        return self.told(Score.read(each) for result in self.results() for each in result["scores"])
 
     def scores_of(self, result: Mapping[str, Any]) -> list[Score]:
         """The scores of a result.json."""
@@ -400,9 +400,8 @@ class Run:
             earlier = load_scores(file)
             other = {name for name in known.keys() & rewards.keys() if known[name] != rewards[name]}
             kept = [each for each in earlier if each.reward not in other]
-            found = {
-                (s.method, s.prompt, s.seed, s.reward): s for s in (*kept, *scores)
-            }  # in the order they came in
+            # In the order they came in, which intervals depend on.
+            found = {(s.method, s.prompt, s.seed, s.reward): s for s in (*kept, *scores)}
             for name in other:
                 aside = file.with_stem(f"{file.stem}-{slug(name)}-{fingerprint(known[name])}")
                 old = [*load_scores(aside), *(each for each in earlier if each.reward == name)]
