@@ -80,7 +80,10 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--repeats", type=int, default=15)
     options = parser.parse_args()
-    backend, reward = ipgo.load_backend(options.backend), ipgo.load_reward(options.reward)
+    backend, reward = (
+        ipgo.load_backend(options.backend, device="cpu"),
+        ipgo.load_reward(options.reward, device="cpu"),
+    )
     steps, last = ipgo.Sampling().fitting.steps, ipgo.IPGO().ascent.backprop_steps
     print(f"Images of {steps} steps, the last {last} with gradient.\n")
     print("| rows | a step of the fit | its network passes alone | ratio |\n|---|---|---|---|")

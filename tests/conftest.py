@@ -140,7 +140,7 @@ def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("a model was loaded")
 
     # The backends last: what is first imported now would keep the stand-in.
-    for name in ("load_backend", "load_reward", "load_models", "load_judge"):
+    for name in ("load_backend", "load_reward", "load_models", "_load_judge"):
         monkeypatch.setattr(f"ipgo.models.{name}", unloadable)
     monkeypatch.setattr("ipgo.backends.load_backend", unloadable)
 

@@ -53,6 +53,10 @@ def load_adapter(folder: Path | str) -> Adapter:
     """
     folder = files.place("folder", folder)
     about = adapter_facts(folder)
+    if about.get("schema") != SCHEMA:
+        raise InputError(
+            f"adapter {str(folder)!r} has format {about.get('schema')!r}, and this ipgo reads {SCHEMA}"
+        )
     if about.get("kind") not in ADAPTERS:
         raise unknown("adapter kind", about.get("kind"), ADAPTERS)
     file = folder / "adapter.safetensors"

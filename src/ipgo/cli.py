@@ -36,6 +36,7 @@ from ipgo.terminal import (
     given,
     loading,
     open_stored,
+    path_of,
     peek,
     read_texts,
 )
@@ -327,7 +328,7 @@ def generate(argv: list[str]) -> int:
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=path_of,
         help="folder for the images (default: images/NAME, of the run and the adapter's folder)",
     )
     parser.add_argument("--steps", type=int, help="denoising steps (default: those of the run)")
@@ -347,13 +348,13 @@ def generate(argv: list[str]) -> int:
 
     check_seeds(tuple(args.seeds or ()))
     if args.out is not None:
-        files.check_out(args.out.expanduser(), folder=True)
+        files.check_out(args.out, folder=True)
     stored = open_stored(args.adapter)
     # Two adapters draw the same prompt from the same seed: their images have the same names.
     name = args.adapter.resolve().name or "adapter"
     if stored.run is not None and stored.run.path.resolve() != args.adapter.resolve():
         name = f"{stored.run.path.resolve().name}-{name}"
-    out = given(args.out, Path("images") / name).expanduser()
+    out = given(args.out, Path("images") / name)
     files.check_out(out, folder=True)
     seeds = stored.seeds(args.seeds)
     texts, settings = stored.prompts(args.text, args.prompts), stored.settings
@@ -390,7 +391,7 @@ def evaluate(argv: list[str]) -> int:
     parser = command_parser(
         "evaluate", "Evaluate a finished run on more seeds, with other rewards, or on prompts it never saw."
     )
-    parser.add_argument("run", type=Path, help="a run's folder")
+    parser.add_argument("run", type=path_of, help="a run's folder")
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=EVALUATION_SEEDS, help="default: 2000 to 2007"
     )
@@ -500,7 +501,7 @@ def _judges(folder: Run, asked: Sequence[str] | None, prompts: Sequence[str]) ->
 def report(argv: list[str]) -> int:
     """`ipgo report`: write the HTML report again."""
     parser = command_parser("report", "Write the HTML report of a run or a comparison, finished or not.")
-    parser.add_argument("run", type=Path, help="a run's folder, or a comparison's")
+    parser.add_argument("run", type=path_of, help="a run's folder, or a comparison's")
     args = parser.parse_args(argv)
 
     from ipgo.comparison import PLAN

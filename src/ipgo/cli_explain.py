@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
@@ -20,6 +19,7 @@ from ipgo.terminal import (
     command_parser,
     loading,
     open_stored,
+    path_of,
 )
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def explain(argv: list[str]) -> int:
     )
     parser.add_argument("--reward", help="reward that measures each one's effect (default: the run's)")
     parser.add_argument("--top", type=int, default=3, help="number of nearest words (default: 3)")
-    parser.add_argument("--out", type=Path, help="a JSON file for all numbers, including each step's")
+    parser.add_argument("--out", type=path_of, help="a JSON file for all numbers, including each step's")
     add_device_flags(parser)
     args = parser.parse_args(argv)
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from ipgo.errors import InputError
-from ipgo.terminal import command_parser
+from ipgo.terminal import command_parser, path_of
 
 
 def publish(argv: list[str]) -> int:
@@ -14,8 +12,10 @@ def publish(argv: list[str]) -> int:
         "publish",
         "Write a run's adapter with a model card and pictures to a folder, and upload it if asked to.",
     )
-    parser.add_argument("run", type=Path, help="a run's folder")
-    parser.add_argument("--out", type=Path, help="the new folder (default: published/ in the run's folder)")
+    parser.add_argument("run", type=path_of, help="a run's folder")
+    parser.add_argument(
+        "--out", type=path_of, help="the new folder (default: published/ in the run's folder)"
+    )
     parser.add_argument(
         "--push", metavar="OWNER/NAME", help="upload it as this model of the Hugging Face hub"
     )

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ipgo import files
 from ipgo.errors import InputError
 from ipgo.prompts import check_prompts
-from ipgo.terminal import check_replaced, command_parser, loading
+from ipgo.terminal import check_replaced, command_parser, loading, path_of
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +33,7 @@ PIXELS = 4_000_000  # ... and most pixels of several: rewards take some hundred 
 def score(argv: list[str]) -> int:
     """`ipgo score`: a line per image, and the means."""
     parser = command_parser("score", "Score existing image files by one or more rewards.")
-    parser.add_argument("images", nargs="+", type=Path, help="image files, and folders of them")
+    parser.add_argument("images", nargs="+", type=path_of, help="image files, and folders of them")
     parser.add_argument("--reward", nargs="+", required=True, help="rewards, as in fit")
     parser.add_argument(
         "--prompts",
@@ -41,7 +41,7 @@ def score(argv: list[str]) -> int:
         "columns file and prompt",
     )
     parser.add_argument("--prompt", help="one prompt for all images")
-    parser.add_argument("--out", type=Path, help="a .csv or .json file (default: the terminal)")
+    parser.add_argument("--out", type=path_of, help="a .csv or .json file (default: the terminal)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     args = parser.parse_args(argv)
 

@@ -140,7 +140,7 @@ def explain(
     vectors = look.cond.embeds[0, places].float()
     center = look.original.mean()[0]
     shares = look.attention()  # (T, n + L + m), or (0, n + L + m)
-    own, text = shares[:, prefix : prefix + length], look.original.mask[0]
+    own, text = shares[:, prefix : prefix + length], look.original.mask[0].cpu()
     value = look.value(reward, look.cond)
     nearest = words.nearest(vectors, top)
     inserted = tuple(

@@ -150,6 +150,7 @@ class Tokens:
         truncation: bool = False,
         max_length: int | None = None,
         return_tensors: str | None = None,
+        verbose: bool = True,
     ) -> Any:
         """Ids of nothing: of the longest length if they are padded to it, or of `WORDS` tokens.
 

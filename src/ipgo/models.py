@@ -58,8 +58,7 @@ def load_models(
         begun_in: the format of a run that is continued: its own, where the settings leave it to the device.
     """
     taken = [name for name in (config.reward, *judging_rewards(config)) if re.fullmatch("judge-[a-z]+", name)]
-    judge = load_judge(config)
-    if taken and judge is not None:
+    if taken and config.backend == "emoji":
         raise InputError(f"reward {taken[0]!r} has a name reserved for the judge's verdicts; give it another")
     dtype = begun_in if config.dtype == "auto" and begun_in else config.dtype
     backend = backend or load_backend(
@@ -84,7 +83,9 @@ def load_models(
             *(backend.name, config.sampling.steps, few.steps, few.guidance_scale),
         )
     # Where a backend was given that stays where it is, its pictures are there.
-    rewards = _load_rewards(config, backend.device if config.device == "auto" else config.device, given or {})
+    device = backend.device if config.device == "auto" else choose_device(config.device)
+    rewards = _load_rewards(config, device, given or {})
+    judge = _load_judge(device) if config.backend == "emoji" else None
     models = Models(backend, rewards[config.reward], rewards, judge)
     _ = models.identities  # before a call can change anything
     return models
@@ -113,13 +114,11 @@ def judging_rewards(config: RunConfig) -> tuple[str, ...]:
     return BUNDLED_REWARDS.get(config.backend, ()) if config.held_out is None else config.held_out
 
 
-def load_judge(config: RunConfig) -> Judge | None:
+def _load_judge(device: torch.device) -> Judge:
     """The judge that comes with the bundled model; other backends have none."""
-    if config.backend != "emoji":
-        return None
     from ipgo.rewards import emoji
 
-    judge: Judge = emoji.load_judge(choose_device(config.device))
+    judge: Judge = emoji.load_judge(device)
     return judge
 
 

@@ -18,7 +18,7 @@ from ipgo.errors import InputError
 from ipgo.ppo import PPO, advantages, log_probability, surrogate
 from ipgo.resume import all_tensors, copied, fill
 from ipgo.rewards import score
-from ipgo.sampling import ddim_step, decode, denoise, need_ddim
+from ipgo.sampling import ddim_step, decode, denoise, need_ddim, unconditional
 from ipgo.seeding import derive, generator, shuffled
 from ipgo.task import FRESH, Progress, Task
 from ipgo.training import FLOAT16_SCALE, PATIENCE
@@ -96,6 +96,7 @@ class _Training:
         self.ready = copy.deepcopy(self.kept)
         with torch.no_grad():
             self.original = task.encoded()
+            self.uncond = unconditional(self.backend, self.original, self.sampling)
         nan = torch.full((len(task.prompts),), math.nan)
         # Everything that lives from epoch to epoch besides the parameters and the optimiser's moments.
         self.memory = {
@@ -148,9 +149,9 @@ class _Training:
         prompts = [self.task.prompts[number] for number in numbers]
         drawn = zip(prompts, places.tolist(), strict=True)
         seeds = [derive(self.task.seed, "trajectory", prompt, place) for prompt, place in drawn]
-        original = self.original.select(numbers.to(self.backend.device))
-        cond = self.adapter.condition(self.backend, prompts, original)
-        uncond = self.adapter.unconditional(self.backend, prompts, cond, self.sampling)
+        rows = numbers.to(self.backend.device)
+        cond = self.original.select(rows)  # a LoRA of the denoiser leaves prompts as they are
+        uncond = None if self.uncond is None else self.uncond.select(rows)
         noise = self.backend.noise(seeds, self.sampling.noise_steps(self.backend))
         transitions = []
         for step in denoise(self.backend, cond, uncond, noise, self.sampling):

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from ipgo.backends import Backend
+from ipgo.backends.text import unpadded
 from ipgo.embeds import PromptEmbeds
 from ipgo.errors import InputError
 from ipgo.sampling import Sampling, denoise
 from ipgo.substitution import Choice, Template
-
-BATCH = 64  # texts that are looked up at once
 
 
 @dataclass(frozen=True)
@@ -65,14 +64,14 @@ class Relaxation:
 
     def tokens(self, texts: Sequence[str]) -> list[Tensor]:
         """(n, W) for each text: its token embeddings, without the marks of start and end."""
+        backend = self.backend
         new = [text for text in dict.fromkeys(texts) if text not in self._known]
-        for first in range(0, len(new), BATCH):
-            batch = new[first : first + BATCH]
-            looked_up: list[Tensor] = []
-            with torch.no_grad(), _reading(self.backend, looked_up.append):
-                counts = self.backend.encode(batch).mask.sum(1).tolist()
-            rows = zip(batch, looked_up[0], counts, strict=True)
-            self._known |= {text: row[1 : count - 1].clone() for text, row, count in rows}
+        if new:
+            table: Any = backend.modules["text_encoder"].get_input_embeddings()  # type: ignore[operator]
+            for text, ids in zip(new, unpadded(backend.tokenizer, new), strict=True):
+                end = min(len(ids), backend.max_tokens) - 1  # a text may be cut
+                own = torch.tensor(ids[1:end], dtype=torch.long, device=backend.text_device)
+                self._known[text] = table(own).detach()
         return [self._known[text] for text in texts]
 
     @contextmanager
@@ -120,8 +119,8 @@ class Relaxation:
 
 
 @contextmanager
-def _reading(backend: Backend, change: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-    """While open, `change` sees the token embeddings (B, L, W) that are looked up, and may give others."""
+def _reading(backend: Backend, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """While open, the text encoder reads what `change` makes of the token embeddings (B, L, W) that it looks up."""
     encoder: Any = backend.modules["text_encoder"]
     handle = encoder.get_input_embeddings().register_forward_hook(
         lambda module, inputs, output: change(output)

@@ -69,6 +69,8 @@ class _Search:
         self.task, self.proposer, self.total = task, proposer, total
         self.adapter = adapter.to(task.backend.device).requires_grad_(False)
         self.kept = copy.deepcopy(self.adapter)
+        with torch.no_grad():
+            self.original = task.encoded()
         self.memory = {
             "step": torch.zeros((), dtype=torch.long),
             "best": torch.full((len(task.prompts),), torch.nan),
@@ -119,7 +121,7 @@ class _Search:
         task, rewards = self.task, []
         fixed = [[seed] * len(task.prompts) for seed in task.seeds]
         for seeds in fixed or [task.noise_seeds(task.prompts, self.step)]:
-            scores, images = task.scored(self.adapter, seeds)
+            scores, images = task.draw_and_score(self.adapter, seeds, self.original)
             rewards.append(scores)
         return torch.stack(rewards).mean(0), images
 

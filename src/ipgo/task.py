@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ipgo.adapters import Adapter, generate
+from ipgo.adapters import Adapter, draw
 from ipgo.ascent import Ascent
 from ipgo.backends import Backend
 from ipgo.devices import own_numbers
@@ -79,12 +79,20 @@ class Task:
         parts = [self.backend.encode(self.prompts[part]) for part in self._parts()]
         return parts[0] if len(parts) == 1 else concatenate(parts)
 
-    def scored(self, adapter: Adapter, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Draw each prompt from its seed: the rewards (P,), on the CPU, and the images."""
+    @torch.no_grad()
+    def draw_and_score(
+        self, adapter: Adapter, seeds: Sequence[int], original: PromptEmbeds
+    ) -> tuple[Tensor, Tensor]:
+        """Draw each prompt from its seed: the rewards (P,), on the CPU, and the images.
+
+        Args:
+            original: what `encoded` returned.
+        """
         rewards, images = [], []
         for part in self._parts():
             prompts = list(self.prompts[part])
-            drawn = generate(self.backend, prompts, seeds[part], adapter, self.sampling)
+            rows = torch.arange(part.start, part.start + len(prompts), device=self.backend.device)
+            drawn = draw(self.backend, prompts, seeds[part], adapter, self.sampling, original.select(rows))
             rewards.append(score(self.reward, drawn, prompts).detach().cpu().float())
             images.append(drawn)
         return torch.cat(rewards), torch.cat(images)
@@ -210,6 +218,11 @@ class Method:
             InputError: a task that the method cannot do. RewardError: a reward that breaks its contract.
             ResumeError: a state of another fit.
         """
+        if not self.stackable and not task.shared and len(task.prompts) > 1:
+            raise InputError(
+                f"task.prompts are {len(task.prompts)}; {type(self).__name__} fits one at a time, or one set for all: "
+                "shared=True"
+            )
         with torch.inference_mode(False), own_numbers():
             search = self._search(task, resume)
         return _undisturbed(search)

@@ -30,9 +30,14 @@ def command_parser(command: str, description: str) -> argparse.ArgumentParser:
     return _Parser(prog=f"ipgo {command}", description=description, allow_abbrev=False)
 
 
+def path_of(words: str) -> Path:
+    """The value of a flag that names a file or folder: `--out=~/x` reaches us with its ~."""
+    return Path(words).expanduser()
+
+
 def add_adapter_flags(parser: argparse.ArgumentParser) -> None:
     """The adapter to draw with, and what to draw."""
-    parser.add_argument("adapter", type=Path, help="an adapter's folder, or a run's")
+    parser.add_argument("adapter", type=path_of, help="an adapter's folder, or a run's")
     parser.add_argument(
         "text", nargs="*", default=[], help="prompts, each in quotes (default: the fitted ones)"
     )

@@ -321,6 +321,19 @@ def test_each_solver_keeps_to_the_words_and_to_each_row(backend, words, solver):
             assert play(alone, TextAdapter((prompt,)), method.climbs + 12, length) == [seen]
 
 
+@pytest.mark.parametrize("solver", ["gradient", "evolutionary", "hybrid"])
+def test_a_draw_that_the_encoder_does_not_take_is_drawn_again(backend, tmp_path, solver):
+    """With one token for each letter, only one of the four texts is short enough."""
+    file = tmp_path / "words.json"
+    file.write_text(json.dumps({"synonyms": {"cat": ["x" * 40], "dog": ["y" * 70]}}))
+    prompt = "a cat and then also a dog"
+    method = DPODiffusion(
+        "positive", solver, str(file), candidates=4, gradient_steps=2, population=2, parents=1
+    )
+    *_, last = method.fit(Task(backend, REWARD, (prompt,), SAMPLING))
+    assert last.adapter.texts[0] in (prompt, prompt.replace("cat", "x" * 40))
+
+
 def test_hybrid_begins_where_the_gradient_ends(backend, words):
     """Its first population is drawn from what was learned: here, that the second word is the one."""
     method = DPODiffusion("positive", "hybrid", words, candidates=9, gradient_steps=1, population=9)

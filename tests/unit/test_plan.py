@@ -327,6 +327,7 @@ def test_bad_input_is_one_sentence(
         (lambda folder: (folder / "vae/config.json").write_text("{"), "has a damaged vae/config.json"),
         (lambda folder: (folder / "model_index.json").write_text("[]"), "has a damaged model_index.json"),
         (lambda folder: _change(folder, unet=["mine", "Net"]), "its unet is a mine.Net"),
+        (lambda folder: _change(folder, unet=["diffusers"]), "has a damaged model_index.json: unet is"),
         (lambda folder: _change(folder, _class_name="KandinskyPipeline"), "holds a KandinskyPipeline"),
     ],
 )

@@ -58,6 +58,13 @@ def test_every_picture_gets_its_own_score(folder: Path, tmp_path: Path) -> None:
         assert digits == fingerprint(ipgo.rewards.identity_of(reward))
 
 
+def test_a_place_may_begin_at_home(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As --out=~/x reaches us, which no shell expands."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cli.main(["score", str(folder), "--reward", "contrast", "--out=~/scores.csv"]) == 0
+    assert (tmp_path / "scores.csv").is_file()
+
+
 def test_json_says_what_scored(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "scores.json"
     assert cli.main(["score", str(folder), "--reward", "contrast", "--out", str(out)]) == 0

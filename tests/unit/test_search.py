@@ -8,7 +8,7 @@ from ipgo.adapters.text import BYTES
 from ipgo.artefacts import load_adapter, save_adapter
 from ipgo.backends import load_backend
 from ipgo.errors import InputError, ResumeError
-from ipgo.methods import BestOfN
+from ipgo.methods import BestOfN, Raw
 from ipgo.rewards import Ceiling, load_reward
 from ipgo.sampling import Sampling
 from ipgo.search import search
@@ -203,6 +203,16 @@ def test_a_search_resumes_with_its_proposer(backend):
     for broken in ({"step": torch.tensor(1)}, {**straight[1], "best": torch.zeros(3)}):
         with pytest.raises(ResumeError, match="other settings"):
             search(task, text_adapter(), Script(texts), 3, resume=broken)
+
+
+@pytest.mark.parametrize("method", [BestOfN(n=3), Raw()])
+def test_prompts_are_encoded_once_for_a_fit(backend, monkeypatch, method):
+    """A large text encoder, on the CPU, would take longer than the images."""
+    texts = []
+    encode = backend.encode
+    monkeypatch.setattr(backend, "encode", lambda prompts: texts.extend(prompts) or encode(prompts))
+    list(method.fit(Task(backend, COLOUR, PROMPTS, SAMPLING)))
+    assert sorted(filter(None, texts)) == sorted(PROMPTS)
 
 
 def test_a_search_ends_where_nothing_is_left_to_gain(backend):

@@ -341,6 +341,9 @@ def test_bad_adapters_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not finite"):
         load_adapter(tmp_path)
     about = json.loads((tmp_path / "adapter.json").read_text())
+    (tmp_path / "adapter.json").write_text(json.dumps({**about, "schema": 99}))
+    with pytest.raises(InputError, match="has format 99, and this ipgo reads 1"):
+        load_adapter(tmp_path)
     (tmp_path / "adapter.json").write_text(json.dumps({**about, "kind": "insertoin"}))
     with pytest.raises(InputError, match="unknown adapter kind 'insertoin'; did you mean 'insertion'"):
         load_adapter(tmp_path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ipgo.adapters.base import Adapter, generate, stack
+from ipgo.adapters.base import Adapter, draw, generate, stack
 from ipgo.adapters.embedding import EmbeddingAdapter
 from ipgo.adapters.insertion import InsertionAdapter
 from ipgo.adapters.joint import JointAdapter
@@ -22,6 +22,7 @@ __all__ = [
     "TextAdapter",
     "TextEncoderAdapter",
     "WeightAdapter",
+    "draw",
     "generate",
     "shorten",
     "stack",

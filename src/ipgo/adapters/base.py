@@ -203,15 +203,26 @@ def generate(
     check_seeds(seeds, distinct=False)
     backend.check_current()
     learning = torch.inference_mode(False) if backprop_steps else nullcontext()
-    with (
-        own_numbers(),
-        learning,
-        torch.set_grad_enabled(backprop_steps > 0),
-        adapter.attached(backend, prompts),
-    ):
+    with own_numbers(), learning, torch.set_grad_enabled(backprop_steps > 0):
         distinct = list(dict.fromkeys(prompts))  # often one prompt with many seeds
         places = torch.tensor([distinct.index(prompt) for prompt in prompts], device=backend.device)
-        cond = adapter.condition(backend, prompts, backend.encode(distinct).select(places))
+        original = backend.encode(distinct).select(places)
+        return draw(backend, prompts, seeds, adapter, sampling, original, backprop_steps=backprop_steps)
+
+
+def draw(
+    backend: Backend,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    adapter: Adapter,
+    sampling: Sampling,
+    original: PromptEmbeds,
+    *,
+    backprop_steps: int = 0,
+) -> Tensor:
+    """`generate`, of prompts whose states as they are, `original`, are known."""
+    with adapter.attached(backend, prompts):
+        cond = adapter.condition(backend, prompts, original)
         noise = adapter.noise(backend, prompts, seeds, sampling.noise_steps(backend))
         uncond = adapter.unconditional(backend, prompts, cond, sampling)
         return sample(backend, cond, uncond, noise, sampling, backprop_steps=backprop_steps)

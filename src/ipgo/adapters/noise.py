@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, Self, get_args
@@ -99,7 +100,7 @@ class NoiseAdapter(Adapter):
         learned = noise[:, : self.latents.shape[1]].flatten(1)
         if self.penalised_by == "norm":
             return norm_penalty(learned)
-        return torch.stack([whiteness_penalty(row) for row in learned])
+        return whiteness_penalty(learned)
 
     def prompt_kwargs(
         self, pipe: Any, prompt: str, negative_prompt: str = "", guidance_scale: float | None = None
@@ -144,29 +145,41 @@ def norm_penalty(noise: Tensor) -> Tensor:
 
 
 def whiteness_penalty(noise: Tensor) -> Tensor:
-    """(M,) to (): how surprising the noise is as M standard normal numbers (DNO, arXiv 2405.18881).
+    """(B, M) to (B,): how surprising noise is as M standard normal numbers (DNO, arXiv 2405.18881).
 
     Minus the log-probability bounds of `tail_bound`, of the noise as it is and on average over permutations
     of it. These are the same at every step, so that the objective does not change while it is climbed.
     """
-    shuffled = torch.zeros((), dtype=noise.dtype, device=noise.device)
-    for number in range(PERMUTATIONS):
-        order = torch.randperm(len(noise), generator=generator(derive(0, "permutation", number)))
-        shuffled = shuffled + tail_bound(noise[order.to(noise.device)])
-    return -(tail_bound(noise) + shuffled / PERMUTATIONS)
+    orders = (order.to(noise.device) for order in _permutations(noise.shape[-1]))
+    found = [_moments(noise), *(_moments(noise[:, order]) for order in orders)]
+    means, covariances = (torch.stack(each) for each in zip(*found, strict=True))
+    bounds = tail_bound(means, covariances, noise.shape[-1] // PATCH)  # (1 + permutations, B)
+    return -(bounds[0] + bounds[1:].mean(0))
 
 
-def tail_bound(noise: Tensor) -> Tensor:
-    """() log of the bounds on how likely the mean and the covariance of (M,) stray as far as they do.
+@functools.lru_cache(maxsize=2)
+def _permutations(length: int) -> list[Tensor]:
+    """The orders of `length` numbers: drawing them takes longer than all that is done with them."""
+    sources = [generator(derive(0, "permutation", number)) for number in range(PERMUTATIONS)]
+    return [torch.randperm(length, generator=source).int() for source in sources]
 
-    The noise is taken as n vectors of k numbers, with mean m, and c = |covariance - 1| (spectral). Bounds
-    are exp(-n |m|^2 / 2k) and exp(-n max(sqrt(1 + c) - 1 - sqrt(k / n), 0)^2 / 2), each at most 1/2.
+
+def _moments(noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Of (B, M) numbers, taken as n vectors of k each: the mean (B, k), and the products' mean (B, k, k)."""
+    n = noise.shape[-1] // PATCH
+    vectors = noise[:, : n * PATCH].reshape(-1, n, PATCH)
+    return vectors.mean(1), vectors.mT @ vectors / n
+
+
+def tail_bound(mean: Tensor, covariance: Tensor, n: int) -> Tensor:
+    """(...) log of the bounds on how likely the mean (..., k) and the covariance (..., k, k) stray as far as they do.
+
+    They are those of n vectors of k standard normal numbers. With m the mean and c = |covariance - 1| (spectral) the
+    bounds are exp(-n |m|^2 / 2k) and exp(-n max(sqrt(1 + c) - 1 - sqrt(k / n), 0)^2 / 2), each at most 1/2.
     """
-    n = len(noise) // PATCH
-    vectors = noise[: n * PATCH].view(n, PATCH)
-    mean = vectors.mean(0).square().sum()
-    unit = torch.eye(PATCH, dtype=noise.dtype, device=noise.device)
-    spread = torch.linalg.matrix_norm(vectors.mT @ vectors / n - unit, ord=2)
-    stray = ((1 + spread).sqrt() - 1 - math.sqrt(PATCH / n)).clamp(min=0)
-    bounds = torch.stack([-n * mean / (2 * PATCH), -n * stray.square() / 2])
-    return bounds.clamp(max=-math.log(2)).sum()
+    k = mean.shape[-1]
+    unit = torch.eye(k, dtype=mean.dtype, device=mean.device)
+    spread = torch.linalg.matrix_norm(covariance - unit, ord=2)
+    stray = ((1 + spread).sqrt() - 1 - math.sqrt(k / n)).clamp(min=0)
+    bounds = torch.stack([-n * mean.square().sum(-1) / (2 * k), -n * stray.square() / 2])
+    return bounds.clamp(max=-math.log(2)).sum(0)

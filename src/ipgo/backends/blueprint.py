@@ -84,9 +84,15 @@ def read_blueprint(folder: Path) -> Blueprint:
     index = _read(folder, "model_index.json")
     parts, longest = {}, {}
     for name, value in index.items():
-        if not isinstance(value, list) or name in UNUSED or value[0] is None:
+        if not isinstance(value, list) or name in UNUSED:
             continue
+        if len(value) != 2:
+            raise InputError(
+                f"backend folder {str(folder)!r} has a damaged model_index.json: {name} is {value}"
+            )
         library, kind = value
+        if library is None:
+            continue
         if name.startswith("tokenizer"):
             tokens = _read(folder, f"{name}/tokenizer_config.json").get("model_max_length", UNBOUNDED)
             longest[name] = int(min(tokens, UNBOUNDED))

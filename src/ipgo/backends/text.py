@@ -25,7 +25,8 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], length: int, padding: str) 
 
 def unpadded(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
     """The ids of each prompt with its marks, however many they are."""
-    ids: list[list[int]] = tokenizer(expanded(tokenizer, prompts), padding=False).input_ids
+    # Quietly: transformers would warn of errors that a long text will make, and it is only counted here.
+    ids: list[list[int]] = tokenizer(expanded(tokenizer, prompts), padding=False, verbose=False).input_ids
     return ids
 
 

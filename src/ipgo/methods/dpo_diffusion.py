@@ -246,15 +246,18 @@ class _Words:
             choice: list[int] = self._draw(row, step, attempt)[:count].tolist()
             # A gradient step takes the draw that its mixture belongs to, seen before or not.
             if step < self.method.climbs:
-                new = self.mixed is not None and self.mixed.mixes(row, choice)
+                new = self.mixed is not None and self._fits(row, choice) and self.mixed.mixes(row, choice)
             else:
-                new = choice not in seen
-            if new and self._fits(row, choice):
+                new = choice not in seen and self._fits(row, choice)
+            if new:
                 return choice
         if step >= self.method.climbs and row not in self.used_up:
             self.used_up.add(row)
             whose = repr(self._of(row)) if self._of(row) else "the negative prompt"
-            logger.warning("%s: all texts were tried; further candidates are the one as it is", whose)
+            logger.warning(
+                "%s: no further text is new and fits the encoder; further candidates are the one as it is",
+                whose,
+            )
         return [0] * count
 
     def _draw(self, row: int, step: int, attempt: int) -> Tensor:

@@ -18,8 +18,11 @@ class Raw(Method):
 
     def _search(self, task: Task, resume: Mapping[str, Tensor] | None) -> Iterator[Progress]:
         adapter, rewards = Adapter(), []
+        with torch.no_grad():
+            original = task.encoded()
         for turn in range(max(1, len(task.seeds))):
-            scores, images = task.scored(adapter, task.noise_seeds(task.prompts, turn))
+            seeds = task.noise_seeds(task.prompts, turn)
+            scores, images = task.draw_and_score(adapter, seeds, original)
             rewards.append(scores)
         mean = torch.stack(rewards).mean(0)
         none = torch.zeros(len(task.prompts))
