@@ -19,6 +19,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.lines import Line2D
 from PIL import Image
 
 import ipgo
@@ -96,25 +97,65 @@ def at_one(reward: str, points: list[Point]) -> str:
 
 
 def plot(found: dict[str, list[Point]], path: Path) -> None:
-    """One panel a reward: held-out rewards, and the judge, against the rise of the followed one."""
+    """One panel a reward: what it and the held-out rewards did at each strength, and below it the judge."""
     figure, panels = plt.subplots(
-        1, len(found), figsize=(4 * len(found), 3.4), sharey=True, layout="constrained"
+        2,
+        len(found),
+        figsize=(3.4 * len(found), 5),
+        sharex=True,
+        sharey="row",
+        squeeze=False,
+        layout="constrained",
     )
-    for panel, (reward, points) in zip(np.atleast_1d(panels), found.items(), strict=True):
-        x = [0.0, *(point.rises[reward] for point in points)]
-        for name in REWARDS:
-            if name not in optimised(reward):
-                panel.plot(x, [0.0, *(point.rises[name] for point in points)], "o-", label=name)
-        judge = panel.twinx()
-        for mark, style in (("objects", "ks--"), ("likeness", "k^:")):
+    colours = dict(zip((*REWARDS, TRUTH), ("C0", "C1", "C2", "C3"), strict=True))
+    for (above, below), (reward, points) in zip(panels.T, found.items(), strict=True):
+        x = range(len(points) + 1)
+        for name in dict.fromkeys((*REWARDS, reward)):
+            followed = name in optimised(reward)
+            look = {"linewidth": 3} if followed else {"linestyle": "--", "marker": "o", "markersize": 4}
+            above.plot(
+                x, [0.0, *(point.rises[name] for point in points)], color=colours.get(name, "k"), **look
+            )
+        above.axhline(1, color="0.8", zorder=0)
+        above.set_yscale("symlog", linthresh=2)
+        above.set_yticks([-10, -5, -2, -1, 0, 1, 2, 3], ["-10", "-5", "-2", "-1", "0", "1", "2", "3"])
+        above.minorticks_off()
+        above.set_title(reward)
+        for mark, style in (("objects", "ks-"), ("likeness", "k^:")):
             marks = [getattr(point, mark) for point in points]
-            judge.plot(x, [marks[0][0], *(after for _, after in marks)], style, label=f"judge: {mark}")
-        judge.set_ylim(0, 1.05)
-        panel.axvline(1, color="0.8")
-        panel.set(title=reward, xlabel="rise of the followed reward, in standard deviations")
-        panel.legend(loc="lower left", fontsize=8)
-    np.atleast_1d(panels)[0].set_ylabel("held-out rewards, likewise")
-    judge.set_ylabel("judge: object (dashed), likeness (dotted)")
+            below.plot(x, [marks[0][0], *(after for _, after in marks)], style, markersize=4)
+        below.set(ylim=(0.5, 1.03), xlabel="steps, x learning rate")
+        below.set_xticks(
+            x, ["raw", *(name.replace(" steps, lr ", "\nx ") for name in STRENGTHS)][: len(x)], fontsize=7
+        )
+    panels[0, 0].set_ylabel("change, in standard deviations\nof the raw images")
+    panels[1, 0].set_ylabel("judge")
+    lines = [
+        Line2D([], [], color=colour, linestyle="--", marker="o", label=name)
+        for name, colour in colours.items()
+    ]
+    lines += [
+        Line2D([], [], color="0.4", linewidth=3, label="the optimised one"),
+        Line2D([], [], color="k", marker="s", label="judge: objects found"),
+        Line2D([], [], color="k", marker="^", linestyle=":", label="judge: likeness"),
+    ]
+    figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), fontsize=8, frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def show(strips: dict[tuple[str, str], Image.Image], path: Path) -> None:
+    """The pictures: rewards across, strengths down."""
+    rewards, strengths = (list(dict.fromkeys(names)) for names in zip(*strips, strict=True))
+    figure, panels = plt.subplots(
+        len(strengths), len(rewards), figsize=(3.2 * len(rewards), 1.1 * len(strengths)), squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for row, strength in zip(panels, strengths, strict=True):
+        for panel, reward in zip(row, rewards, strict=True):
+            panel.imshow(strips[reward, strength])
+            panel.set(xticks=[], yticks=[])
+            panel.set_title(reward if strength == strengths[0] else "", fontsize=10)
+        row[0].set_ylabel(strength.replace(", ", "\n"), rotation=0, ha="right", va="center", fontsize=9)
     figure.savefig(path, dpi=110)
 
 
@@ -139,12 +180,12 @@ def main() -> None:
     ]
     print("\n".join(lines))
     found: dict[str, list[Point]] = {}
-    sheet = []
+    strips = {}
     for reward in options.rewards:
         for strength in options.strengths:
             point, strip = measure(backend, reward, strength, prompts)
             found.setdefault(reward, []).append(point)
-            sheet.append(np.asarray(strip))
+            strips[reward, strength] = strip
             held = "; ".join(
                 f"{name.removeprefix('emoji-')} {rise:+.1f}"
                 for name, rise in point.rises.items()
@@ -166,7 +207,7 @@ def main() -> None:
     ]
     print("\n".join(lines[-len(found) - 5 :]))
     plot(found, options.out.with_suffix(".png"))
-    Image.fromarray(np.concatenate(sheet)).save(options.out.with_name(options.out.name + "-images.png"))
+    show(strips, options.out.with_name(options.out.name + "-images.png"))
     command = f"python benchmarks/over_optimisation.py --prompts '{options.prompts}'"
     if options.rewards != [*REWARDS, TRUTH]:
         command += f" --rewards {shlex.join(options.rewards)}"

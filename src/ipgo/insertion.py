@@ -40,7 +40,7 @@ class Insertion:
             or takes their place ("replace"), as IPGO+ has it; "none" is the paper's prompt-wise IPGO. Bare ones take
             attention away from the text, as a lower guidance scale would. With "fixed" the answer to what they were
             at the start is added, so that each goes on repeating the same words of the prompt while it learns what
-            to add to them: that gained a little more, and lost more of what was held out (docs/settings.md).
+            to add to them: that gained no more, and lost more of what was held out (docs/settings.md).
         norm: mean norm of an inserted embedding at the start, before it attends; 1 is that of the prompt's own
             embeddings, which differs between text encoders. Small ones begin near the image of the raw prompt. None
             leaves it at start * sqrt(rank / 3), whatever the prompt's: with start = 1 this is the paper's.

@@ -39,7 +39,7 @@ def main() -> None:
             )
             if own is not axis:
                 own.set_ylabel("psnr, dB (gray)")
-        axis.set(title=stage, xlabel="step", yscale="log")
+        axis.set(title=stage, xlabel="step")
         axis.legend(fontsize=8)
     figure.savefig(options.out, dpi=110)
 

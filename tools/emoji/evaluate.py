@@ -5,6 +5,7 @@ Reads the package's own files through stock diffusers and transformers classes, 
 
 import argparse
 import itertools
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -174,18 +175,20 @@ def above(high: Tensor, low: Tensor) -> float:
 
 def judged_sheet(judge: Judge, images: Tensor, prompts: Sequence[str], columns: int = 10) -> Image.Image:
     """The pictures at twice their size, each with its prompt and with what the judge sees in it."""
-    cell, line = 2 * world.SIZE + 12, 12
-    sheet = Image.new("RGB", (columns * cell, -(-len(prompts) // columns) * (cell + 2 * line)), "white")
+    cell, line, lines = 2 * world.SIZE + 16, 12, 3
+    height = 2 * world.SIZE + 2 * lines * line + 12
+    sheet = Image.new("RGB", (columns * cell, -(-len(prompts) // columns) * height), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
     marks = judge.accuracy(images, prompts)["object"]
     rows = zip(to_pil(images), prompts, judge.verdict(images), marks, strict=True)
     for number, (picture, prompt, seen, right) in enumerate(rows):
-        x, y = number % columns * cell + 6, number // columns * (cell + 2 * line) + 4
+        x, y = number % columns * cell + 8, number // columns * height + 4
         sheet.paste(picture.resize((2 * world.SIZE, 2 * world.SIZE), Image.Resampling.NEAREST), (x, y))
-        text = prompt.replace(" on ", ", ").replace(" background", "").replace(" style", "")
-        pen.text((x, y + 2 * world.SIZE + 1), text[:27], "black", font)
         verdict = f"sees {' and '.join(seen.objects)}, {seen.colour}, {seen.style}"
-        pen.text((x, y + 2 * world.SIZE + line), verdict[:27], "green" if right == 1 else "red", font)
+        below = [(text, "black") for text in textwrap.wrap(prompt, 26)[:lines]]
+        below += [(text, "green" if right == 1 else "red") for text in textwrap.wrap(verdict, 26)[:lines]]
+        for place, (text, colour) in enumerate(below):
+            pen.text((x, y + 2 * world.SIZE + 1 + place * line), text, colour, font)
     return sheet
 
 
