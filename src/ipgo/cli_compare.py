@@ -248,7 +248,7 @@ def show_comparison(place: Path) -> int:
     from ipgo.comparison import Comparison
     from ipgo.report.comparison import incomparable, write_comparison
     from ipgo.report.rows import rows
-    from ipgo.report.tables import cost_table, held_out_table, optimised_table
+    from ipgo.report.tables import cost_table, held_out_tables, optimised_table
 
     folder = Comparison.open(place)
     entries = rows(folder)
@@ -256,7 +256,7 @@ def show_comparison(place: Path) -> int:
     reward = folder.plan.reward
     for table in (
         optimised_table(entries, reward),
-        held_out_table(entries, reward),
+        *held_out_tables(entries, reward),
         cost_table(folder, entries),
     ):
         print(f"\n{table.title}\n{plain(table)}")

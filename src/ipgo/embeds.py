@@ -145,5 +145,5 @@ def padded(values: Tensor, length: int) -> Tensor:
 
 
 def late_steps(steps: int, share: float) -> int:
-    """How many of `steps`, the last ones, are a share of them in (0, 1]; at least one."""
+    """The number of last steps that `share` in (0, 1] of `steps` makes; at least 1."""
     return max(1, round(share * steps))

@@ -257,7 +257,7 @@ def average(scores: Iterable[Score], method: str, reward: str) -> Interval:
 
 
 def unlike(gain: Gain, usual: Gain | None) -> str:
-    """What an interval is over, where that is not what the head of its table says of `usual`; empty where it is."""
+    """` over N prompts`, if this interval is over another sample than `usual`, as its table says; else ''."""
     own, said = ((each.gain.n, each.gain.over) for each in (gain, usual or gain))
     return "" if own == said else f" over {own[0]} {own[1]}"
 
@@ -273,12 +273,12 @@ def summarise(
 ) -> list[Gain]:
     """One `Gain` per method and reward, over all prompts.
 
+    A reward that has no value of both on any image (a raw one may not be finite) is left out, with a warning.
+
     Args:
         scores: as from `evaluate`.
         baseline: the method that the others are compared with.
         seeds: the noise seeds whose scores count; None: all.
-
-    A reward that has no value of both on any image (a raw one may not be finite) is left out, with a warning.
 
     Raises:
         InputError: the baseline is another than raw, and has no scores.

@@ -70,6 +70,9 @@ class Explanation:
     inserted: tuple[Inserted, ...]
 
 
+BEGINS = ("▁", "Ġ")  # of a token that begins a word: in T5's and Gemma's vocabulary, and in Qwen's
+
+
 class Vocabulary:
     """Words in the text encoder's output space: each is the state of its last token, alone in a prompt.
 
@@ -84,29 +87,26 @@ class Vocabulary:
                 encoded = backend.encode(words[start : start + WORDS])
             rows = zip(encoded.embeds.float(), encoded.ends(), strict=True)
             states += [own[ends - 1] for own, ends in rows]  # before the end marks
-        self.states = F.normalize(torch.stack(states), dim=-1)  # (V, R, D)
+        self.states = F.normalize(torch.stack(states), dim=-1) if states else None  # (V, R, D)
 
     @classmethod
     def of(cls, backend: Backend) -> Vocabulary:
-        """The words that the backend's folder names, or else all words of its tokenizer.
-
-        Raises:
-            InputError: it has neither.
-        """
+        """The words that the backend's folder names, or else all words of its tokenizer; none if it has neither."""
         known = vocabulary(backend.name)
         if known is not None:
             return cls(backend, known["words"])
         tokenizer: Any = getattr(getattr(backend, "pipe", None), "tokenizer", None)
         tokens = tokenizer.get_vocab() if tokenizer is not None else {}
         words = {token.removesuffix("</w>") for token in tokens if token.endswith("</w>")}
+        words |= {token[1:] for token in tokens if token[:1] in BEGINS}
         # CLIP writes everything in small letters before it looks it up.
         plain = sorted(word for word in words if word.isascii() and word.isalnum() and word == word.lower())
-        if not plain:
-            raise InputError(f"backend {backend.name!r} has no vocabulary of words to compare with")
         return cls(backend, plain)
 
     def nearest(self, vectors: Tensor, count: int) -> list[tuple[tuple[str, float], ...]]:
         """The words with the highest cosines to each of (n, D), and these."""
+        if self.states is None:
+            return [() for _ in vectors]
         # Of a word's states the nearest counts.
         cosines = torch.einsum("nd,vrd->nvr", F.normalize(vectors.float(), dim=-1), self.states).amax(-1)
         values, numbers = cosines.topk(min(count, len(self.words)))

@@ -84,7 +84,7 @@ def _limits(run: Run, adapter: Adapter) -> str:
     if adapter.transfers == "nothing":
         words += " It is tied to its noise: other seeds give the raw prompt's pictures."
     failed = [result for result in run.results() if result["status"] == "failed"]
-    return words + (f" {len(failed)} prompts failed." if failed else "")
+    return words + (f" {len(failed)} {'prompt' if len(failed) == 1 else 'prompts'} failed." if failed else "")
 
 
 def _results(title: str, gains: Sequence[Gain]) -> str:

@@ -73,8 +73,7 @@ def load_models(
         logger.warning(
             "prompt %r is cut to the %d tokens that the encoder takes", text[:60], backend.max_tokens
         )
-    if config.method.insertion is not None:
-        config.method.insertion.check(backend.embed_dim)
+    config.check_width(backend.embed_dim)
     few = backend.few_steps  # of a hub id that did not say so: its defaults were those of other models
     if few is not None and config.sampling.steps > 2 * few.steps:
         logger.warning(

@@ -109,6 +109,11 @@ class Workload:
                 )
                 first_gradient(task, adapter, ascent)
         except RewardError as error:
+            if ".numpy() is not supported" in str(error.__cause__):
+                raise InputError(
+                    f"reward {self.reward.name!r} cannot be planned: it leaves torch for numpy, so it has no gradient "
+                    "either; see ipgo doctor"
+                ) from None
             if not isinstance(error.__cause__, NEEDS_NUMBERS):
                 raise
             raise InputError(

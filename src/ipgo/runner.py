@@ -46,7 +46,7 @@ def check_method(folder: Run) -> None:
 
 
 def check_settings(config: RunConfig, prompts: Sequence[str]) -> None:
-    """Refuse, before a model is loaded, what a fit of these prompts cannot do ."""
+    """Raise `InputError`, before a model is loaded, for settings that cannot fit these prompts."""
     config.check_fit()
     config.method.check(config.request(prompts))
 

@@ -31,7 +31,7 @@ class Task:
     Attributes:
         backend, reward: what draws, and what scores. The reward gets the user's prompts.
         prompts: P distinct prompts.
-        sampling: how images are sampled during the fit; `fit_steps` is ignored: give `Sampling().fitting`.
+        sampling: how images are sampled during the fit; `fit_steps` is ignored: give what `Sampling.for_fit` returns.
         seeds: noise seeds, which gradient steps use in turn; empty: fresh noise at every step.
         seed: where initial values and every other choice derive from.
         shared: False is prompt-wise, one row for each prompt; True is prompt-batch, one row for all.

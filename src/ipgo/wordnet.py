@@ -55,8 +55,8 @@ class WordNet:
             if (folder / "index.noun").is_file():
                 return cls(folder)
         raise InputError(
-            "word_list is 'wordnet', and WordNet is in none of its usual places; install it (Debian: wordnet-base), or "
-            "give its folder as 'wordnet:FOLDER'"
+            "word_list is 'wordnet', and WordNet is in none of its usual places; install it (Debian: wordnet-base), "
+            "give its folder as 'wordnet:FOLDER', or choose 'general', negative words alone"
         )
 
     def synonyms(self, word: str) -> tuple[str, ...]:

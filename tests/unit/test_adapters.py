@@ -1,11 +1,23 @@
 """Adapters: rows, copies, and what they do to a pipeline."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
 import torch
 
-from ipgo.adapters import ADAPTERS, Adapter, EmbeddingAdapter, InsertionAdapter, generate, stack
+from ipgo.adapters import (
+    ADAPTERS,
+    Adapter,
+    EmbeddingAdapter,
+    InsertionAdapter,
+    LoRA,
+    NoiseAdapter,
+    TextEncoderAdapter,
+    WeightAdapter,
+    generate,
+    stack,
+)
 from ipgo.artefacts import load_adapter, save_adapter
 from ipgo.backends import load_backend
 from ipgo.errors import InputError
@@ -37,6 +49,30 @@ def test_rows_of_a_prompt_do_not_depend_on_its_neighbours(adapter):
     alone = InsertionAdapter(PROMPTS[1:2], 32, INSERTION)
     assert same(adapter.row(1), alone)
     assert adapter.rows(["sun", "a red cat", "sun"]).tolist() == [2, 0, 2]
+
+
+def test_another_random_seed_begins_elsewhere(backend):
+    for kind, settings, learned in (
+        (InsertionAdapter, INSERTION, "prefix.coefficients"),
+        (WeightAdapter, LoRA(), "down."),
+    ):
+        first, other = (
+            kind.start(backend, PROMPTS, settings, seed=seed, shared=False).state_dict() for seed in (0, 1)
+        )
+        name = next(name for name in first if name.startswith(learned))
+        assert not torch.allclose(first[name], other[name])
+
+
+def test_each_prompt_is_drawn_with_its_own_lora(backend):
+    adapter = WeightAdapter.start(backend, ("sun", "moon"), LoRA(rank=2), seed=0, shared=False)
+    with torch.no_grad():
+        for value in adapter.up.values():
+            value[1].normal_(generator=torch.Generator().manual_seed(0))
+    raw, drawn, alone = (
+        generate(backend, ["moon"], [0], each, SAMPLING) for each in (Adapter(), adapter, adapter.row(1))
+    )
+    assert not torch.allclose(drawn, raw, atol=1e-3)
+    torch.testing.assert_close(drawn, alone)
 
 
 def test_a_prompt_never_fitted_is_refused(adapter):
@@ -93,6 +129,19 @@ def test_conformity_is_in_units_of_the_prompts_and_blind_to_sinks(backend):
     torch.testing.assert_close(paper.penalty(large, cond, None), (cond.mean() - large.mean()).abs().mean(-1))
 
 
+def test_conformity_leaves_out_the_sinks_wherever_they_stand(backend):
+    original = backend.encode(PROMPTS)
+    sinks = replace(original, embeds=original.embeds.clone())
+    sinks.embeds[:, 0] *= 100
+    for prefix, suffix in ((3, 1), (1, 3), (4, 0)):
+        adapter = InsertionAdapter(PROMPTS, 32, Insertion(prefix, suffix, cross_attention="none"))
+        start, blind = (
+            adapter.penalty(each, adapter.condition(backend, PROMPTS, each), None)
+            for each in (original, sinks)
+        )
+        assert (blind < 1.5 * start).all()
+
+
 def test_a_free_prompt_learns_in_units_of_its_states(backend):
     """The same change of the parameters is the same change of states, for their size, in any of them."""
     adapter = EmbeddingAdapter.start(backend, PROMPTS, shared=False)
@@ -108,6 +157,21 @@ def test_a_free_prompt_learns_in_units_of_its_states(backend):
     torch.testing.assert_close(size, original.norm(), rtol=0.05, atol=0)
 
 
+def test_a_learned_initial_noise_goes_with_the_plain_noise_of_later_steps(backend):
+    adapter = NoiseAdapter.start(backend, PROMPTS, (7,), shared=False)
+    with torch.no_grad():
+        adapter.latents.add_(1)
+    noise, plain = adapter.noise(backend, PROMPTS, [7] * 3, 2), backend.noise([7] * 3, 2)
+    torch.testing.assert_close(noise[:, :1], plain[:, :1] + 1)
+    assert torch.equal(noise[:, 1:], plain[:, 1:])
+
+
+def test_only_learned_noise_is_penalised(backend):
+    adapter = NoiseAdapter.start(backend, PROMPTS[:1], (7,), shared=False, penalty="norm")
+    found = [adapter.penalty(None, None, adapter.noise(backend, PROMPTS[:1], [7], steps)) for steps in (0, 2)]
+    assert torch.equal(*found)
+
+
 def test_zeros_as_a_negative_prompt_get_embeddings_of_the_prompts_norm(backend):
     adapter = InsertionAdapter(PROMPTS, 32, Insertion(60, 0, norm=0.5, negative=True))
     original = backend.encode(PROMPTS)
@@ -116,6 +180,13 @@ def test_zeros_as_a_negative_prompt_get_embeddings_of_the_prompts_norm(backend):
     uncond = adapter.unconditional(backend, PROMPTS, cond, Sampling(guidance_scale=3), zeros)
     inserted = uncond.embeds[:, :60].norm(dim=-1).mean(1)
     torch.testing.assert_close(inserted, 0.5 * original.norm(), rtol=0.05, atol=0)
+
+
+def test_what_is_inserted_around_the_negative_prompt_is_not_what_is_around_the_prompt():
+    adapter = InsertionAdapter(PROMPTS, 32, Insertion(2, 2, rank=8, negative=True))
+    learned = [side.coefficients for side in adapter.sides()]
+    assert len(learned) == 4
+    assert not any(torch.equal(*pair) for pair in itertools.combinations(learned, 2))
 
 
 def test_one_side_may_be_empty(backend):
@@ -182,6 +253,23 @@ def test_a_negative_prompt_is_read_to_its_end_without_padding_too(pipe):
         for text in ("on a red background", "on a red fox")
     )
     assert not torch.allclose(ours, theirs, atol=1e-3)
+
+
+def test_a_negative_prompt_is_read_by_the_tuned_encoder(backend):
+    adapter = TextEncoderAdapter.start(backend, ("sun",), 1.0, shared=False)
+    with torch.no_grad():
+        for value in adapter.changes.values():
+            value.normal_(std=0.05, generator=torch.Generator().manual_seed(0))
+    ours, theirs = (
+        generate(backend, ["sun"], [0], adapter, Sampling(2, 5.0, negative_prompt=text))
+        for text in ("", "a red fox")
+    )
+    assert not torch.allclose(ours, theirs, atol=1e-3)
+
+
+def test_a_negative_prompt_without_guidance_is_refused(backend):
+    with pytest.raises(InputError, match=r"negative_prompt is 'dark'; without guidance .* it has no effect"):
+        generate(backend, ["sun"], [0], sampling=Sampling(2, 1.0, negative_prompt="dark"))
 
 
 @pytest.mark.parametrize("padding", ["max_length", "none"])

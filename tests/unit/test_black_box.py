@@ -72,6 +72,25 @@ def test_cma_finds_the_top_of_a_quadratic_in_the_box():
     torch.testing.assert_close(best, top.clamp(-1, 1), atol=0.01, rtol=0)
 
 
+def test_an_unknown_value_counts_as_the_worst(monkeypatch):
+    pytest.importorskip("cma")
+    told, cma = [], CMA(4, 0, population=4)
+    cma.ask()
+    tell = cma.strategy.tell
+    monkeypatch.setattr(cma.strategy, "tell", lambda points, costs: told.extend(costs) or tell(points, costs))
+    for value in (1.0, math.nan, 3.0, 2.0):
+        cma.tell(cma.ask(), value)
+    assert told == [-1.0, -1.0, -3.0, -2.0]
+
+
+def test_turbo_takes_an_unknown_value_for_the_worst():
+    pytest.importorskip("botorch")
+    turbo = TuRBO(2, 0, initial=9)
+    for value in (1.0, math.nan, 3.0):
+        turbo.tell(turbo.ask(), value)
+    assert turbo._known() == [1.0, 1.0, 3.0]
+
+
 def test_turbo_finds_the_top_of_a_quadratic_in_the_box():
     """Far better than as many points of its Sobol sequence."""
     pytest.importorskip("botorch")
@@ -104,6 +123,14 @@ def test_the_trust_region_by_hand():
     assert len(turbo.points) == 1
 
 
+def test_the_region_grows_no_larger_than_its_limit():
+    pytest.importorskip("botorch")
+    turbo, point = TuRBO(2, 0, initial=1), torch.zeros(2, dtype=torch.float64)
+    for value in range(1, 9):
+        turbo.tell(point, float(value))
+    assert turbo.length == turbo.LARGEST
+
+
 @pytest.mark.parametrize("count", [0, 3, 9, 13])
 @pytest.mark.parametrize(("name", "make"), [("cma", CMA), ("botorch", lambda *at: TuRBO(*at, initial=10))])
 def test_an_optimiser_is_replayed_to_the_same_bits(name, make, count):
@@ -134,6 +161,17 @@ def test_what_is_missing_is_named(monkeypatch, make, extra):
     monkeypatch.setattr(optimizers.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=rf'pip install "ipgo\[{extra}\]"'):
         make(4, 0)
+
+
+def test_the_settings_reach_the_optimiser():
+    pytest.importorskip("cma")
+    small = BlackBoxIPGO(population=5, spread=0.25).make(6, 0)
+    small.ask()
+    assert len(small.generation) == 5
+    assert small.strategy.sigma0 == 0.25
+    pytest.importorskip("botorch")
+    assert BlackBoxIPGO(optimizer="bayes", initial=7).make(6, 0).initial == 7
+    assert BlackBoxIPGO(optimizer="bayes", candidates=8).make(6, 0).initial == 4
 
 
 # -- the method --------------------------------------------------------------------------------------------
@@ -234,6 +272,16 @@ def test_rows_are_searched_on_their_own(backend):
     both, alone = list(method.fit(task)), list(method.fit(replace(task, prompts=PROMPTS[1:])))
     points = [steps[-1].state()["proposer.points"] for steps in (both, alone)]
     assert torch.equal(points[0][1:], points[1])
+
+
+def test_each_prompt_and_each_random_seed_is_searched_elsewhere(backend):
+    pytest.importorskip("cma")
+    first, other = (
+        list(BlackBoxIPGO(SMALL, candidates=2).fit(Task(backend, JPEG, PROMPTS, SAMPLING, seed=seed)))[-1]
+        for seed in (0, 1)
+    )
+    assert not torch.equal(proposed(first, 1), proposed(other, 1))
+    assert not torch.equal(*first.state()["proposer.points"][:, 1])
 
 
 def test_one_set_of_embeddings_for_all(backend):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import errno
 import itertools
 import json
 import shlex
@@ -12,6 +13,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,8 +26,10 @@ from ipgo import (
     Ascent,
     DRaFT,
     InputError,
+    InsertionAdapter,
     Progress,
     Run,
+    Score,
     Task,
     cli,
     files,
@@ -36,15 +40,17 @@ from ipgo import (
 )
 from ipgo import compare as work
 from ipgo.backends import Backend
-from ipgo.budget import BudgetSpent, Ledger, Price, fit_to, length_of, measure, paid, step_cost, watch
+from ipgo.budget import BudgetSpent, Ledger, Price, ended, fit_to, length_of, measure, paid, step_cost, watch
+from ipgo.chunks import Chunk, Cost
 from ipgo.cli_compare import _other_half, comparisons, entries_of, read_comparison
 from ipgo.comparison import Comparison, Plan, common_settings
 from ipgo.config import RunConfig
 from ipgo.insertion import Insertion
 from ipgo.methods import METHODS, BestOfN, BlackBoxIPGO, Raw, TextCraftor
+from ipgo.prompts import Prompt
 from ipgo.report import comparison as page
 from ipgo.report.identity import fingerprint, fingerprints, strangers
-from ipgo.report.rows import matrices, own_scores, rows
+from ipgo.report.rows import _costs, matrices, own_scores, rows
 from ipgo.rewards import identity_of, score
 from ipgo.sampling import Sampling
 from ipgo.task import Method
@@ -163,6 +169,14 @@ def test_a_search_that_goes_on_need_not_begin_again() -> None:
     assert [each.step for each in watch(search(), backend, PRICE, 40, Counter(denoiser=28))] == [7, 8]
 
 
+def test_a_shared_search_that_a_budget_ends_has_not_failed() -> None:
+    step = dataclasses.replace(progress(2), best=torch.tensor([1.0, float("nan")]))
+    assert ended(step).failed.tolist() == [False, False]  # one row for all: the second was not visited yet
+    own = ended(dataclasses.replace(step, adapter=Adapter(("a", "b"))))
+    assert own.failed.tolist() == [False, True]
+    assert own.total == 2
+
+
 @pytest.mark.parametrize(
     ("ascent", "shared", "cost"),
     [
@@ -178,6 +192,33 @@ def test_a_search_that_goes_on_need_not_begin_again() -> None:
 def test_what_a_step_costs_by_hand(ascent: Ascent, shared: bool, cost: float) -> None:
     config = RunConfig(("a", "b"), IPGO(Insertion(negative=False), ascent), shared=shared)
     assert step_cost(config, 20, PRICE) == cost
+
+
+def test_one_prompts_share_of_the_cost_by_hand() -> None:
+    chunk = Chunk((Prompt("0", "a"), Prompt("1", "b")))
+    for prompts in (("a", "b"), None):
+        adapter = InsertionAdapter(prompts, 32, Insertion(1, 1, basis="free", rotations="none"))
+        found = runner.cost_of(Cost(Counter(denoiser=6), 3.0, 50.0, 2), chunk, adapter)
+        assert (found["calls"], found["parameters"]) == ({"denoiser": 3}, 2 * 32)
+        assert found["measured"] == {
+            "seconds": 1.5, "peak_memory_mib": 50, "fitted_together": 2, "sessions": 2
+        }  # fmt: skip
+
+
+def test_costs_are_means_over_prompts() -> None:
+    results = [
+        {
+            "cost": {
+                "calls": {"denoiser": calls},
+                "parameters": 7,
+                "measured": {"seconds": seconds, "peak_memory_mib": memory},
+            }
+        }
+        for calls, seconds, memory in ((4, 1.0, 100), (8, 3.0, 300))
+    ]
+    found = _costs(results, PRICE)
+    assert (found["calls"], found["weighted"]) == ({"denoiser": 6}, 6)
+    assert (found["seconds"], found["memory"]) == (2.0, 300)
 
 
 def test_the_length_that_a_budget_pays_for() -> None:
@@ -458,6 +499,44 @@ def test_a_failure_is_remembered_and_the_rest_goes_on(compared: Path) -> None:
     assert (picky.finished, picky.failed, picky.prompts) == (1, 1, 2)
 
 
+def begun(folder: Path, entries: dict[str, Any]) -> Comparison:
+    """A comparison of two prompts on one seed, of which nothing is drawn yet."""
+    plan = Plan(("a", "b"), common_settings(RunConfig(("a", "b"), seeds=(0,))), entries)
+    found = Comparison(folder, plan)
+    with found.alone():
+        found.start(plan, {})
+    return found
+
+
+def test_one_prompts_failure_is_forgiven_alone(tmp_path: Path) -> None:
+    folder = begun(tmp_path / "table", {"ipgo": {}})
+    folder.fail("ipgo", ["a", "b"], ValueError("x"))
+    folder.forgive("ipgo", ["a"])
+    assert list(folder.failures()["ipgo"]) == ["b"]
+    folder.forgive("ipgo", ["b"])
+    assert folder.failures() == {}
+
+
+def test_a_prompt_that_was_given_up_counts_as_failed(tmp_path: Path) -> None:
+    folder = begun(tmp_path / "table", {"ipgo": {}})
+    run = Run.open(folder.folder("ipgo"), folder.plan.config("ipgo"))
+    run.start({})
+    prompt, adapter = run.prompts[0], InsertionAdapter(("a",), 8, Insertion(1, 1, rank=2))
+    cost = runner.cost_of(Cost(Counter(denoiser=2), 1.0, 1.0), Chunk((prompt,)), adapter)
+    scores = [Score(method, "a", 0, folder.plan.reward, 1.0, False) for method in ("raw", "ipgo")]
+    run.save_adapter(prompt, adapter)
+    run.finish(prompt, scores, cost, failed=True)
+    run.release()
+    (row,) = rows(folder)
+    assert (row.finished, row.failed, row.title) == (1, 1, "ipgo (1 of 2 prompts)")
+
+
+def test_a_full_disk_is_told_from_other_errors_of_files() -> None:
+    assert work._full_disk(OSError(errno.ENOSPC, "full"))
+    assert not work._full_disk(FileNotFoundError(errno.ENOENT, "gone"))
+    assert not work._full_disk(ValueError())
+
+
 @pytest.mark.usefixtures("fakes")
 def test_an_entry_without_a_finite_image_has_no_mean(compared: Path, tmp_path: Path) -> None:
     shutil.copytree(compared, tmp_path / "table")
@@ -573,7 +652,8 @@ def test_candidates_on_several_seeds_compare_with_each_other(pipeline_folder: st
     words = ["compare", "a red cat", "--backend", pipeline_folder, *flags.split(), "--budget", "24"]
     file = tmp_path / "entries.yaml"
     small = "{samples: 2, batch_size: 2, accumulate: 1}"
-    file.write_text(f"entries: {{raw: {{}}, dpo-diffusion: {{}}, ddpo: {{method: {{ppo: {small}}}}}}}")
+    own = f"dpo-diffusion: {{method: {{word_list: emoji}}}}, ddpo: {{method: {{ppo: {small}}}}}"
+    file.write_text(f"entries: {{raw: {{}}, {own}}}")
     words += ["--config", str(file), "--price", "2", "3", "--sampling.steps", "2", "--unseen-seeds", "1"]
     assert cli.main([*words, "--out", str(tmp_path / "table")]) == 0
     folder = Comparison.open(tmp_path / "table")
@@ -860,6 +940,45 @@ def test_an_entry_is_added_and_bare_prompts_are_drawn_once(
         assert pictures[0] == pictures[1]
 
 
+def test_whose_bare_prompts_are_the_same(tmp_path: Path) -> None:
+    entries: dict[str, Any] = {
+        "raw": {"method": {"name": "raw"}},
+        "seeds": {"seeds": [0, 1]},
+        "bare": {"padding": "none"},
+        "fewer": {"sampling": {"fit_steps": 3}},
+    }
+    folder = begun(tmp_path / "table", entries)
+    for label in entries:
+        run = Run.open(folder.folder(label), folder.plan.config(label))
+        run.start({})
+        run.release()
+    assert [run.path.name for run in work._twins(folder, "raw")] == ["fewer"]
+
+
+def test_the_bare_prompt_is_drawn_again_where_another_reward_or_backend_did(tmp_path: Path) -> None:
+    config = RunConfig(PROMPTS, seeds=(0,), unseen_seeds=0)
+    own, now = Run(tmp_path / "own", config), {"r": {"id": "r"}}
+    models: Any = SimpleNamespace(
+        identities=now, backend=SimpleNamespace(identity={"weights": "aa", "dtype": "float32"})
+    )
+    prompt = own.prompts[0]
+    scores = [Score(method, prompt.text, 0, "r", 1.0, False) for method in ("raw", "ipgo")]
+    for number, (rewards, weights, taken) in enumerate(
+        ((now, "aa", ["raw"]), ({"r": {"id": "x"}}, "aa", []), (now, "bb", []))
+    ):
+        twin = Run.open(tmp_path / f"twin{number}", config)
+        twin.start({"rewards": rewards, "weights": weights, "dtype": "float32"})
+        files.write(twin.image(prompt, "before", 0), b"png")
+        twin.finish(prompt, scores, {}, False, rewards)
+        assert [each.method for each in runner.taken_over(own, models, prompt, [twin])] == taken
+
+
+def test_bare_prompts_are_drawn_whatever_the_budget(pipeline_folder: str, tmp_path: Path) -> None:
+    flags = "--methods raw --seeds 0 1 2 --budget 3 --price 2 3 --reward contrast --held-out"
+    words = ["compare", "a fox", "--backend", pipeline_folder, "--sampling.steps", "2", *flags.split()]
+    assert cli.main([*words, "--out", str(tmp_path / "table")]) == 0
+
+
 def test_shared_entries_are_judged_on_prompts_they_never_saw(pipeline_folder: str, tmp_path: Path) -> None:
     for name, text in (("train", "a fox\na lemon"), ("test", "a bus")):
         (tmp_path / f"{name}.txt").write_text(text)
@@ -882,6 +1001,20 @@ def test_shared_entries_are_judged_on_prompts_they_never_saw(pipeline_folder: st
     assert raw.unseen_prompts == {}
 
 
+def test_unseen_prompts_are_judged_on_unseen_noise(pipeline_folder: str, tmp_path: Path) -> None:
+    (tmp_path / "test.txt").write_text("a bus")
+    (tmp_path / "x.yaml").write_text(
+        "method: {name: ipgo, ascent: {steps: 1, backprop_steps: 1, accumulate: 1}}"
+    )
+    flags = "--methods ipgo --shared --reward colorfulness --held-out --sampling.steps 2 --unseen-seeds 2"
+    words = ["compare", "a fox", *flags.split(), "--unseen-prompts", str(tmp_path / "test.txt")]
+    words += ["--config", str(tmp_path / "x.yaml"), "--backend", pipeline_folder, "--price", "2", "3"]
+    assert cli.main([*words, "--out", str(tmp_path / "table")]) == 0
+    scores = Comparison.open(tmp_path / "table").unseen_prompts("ipgo")
+    drawn = {(each.method, each.prompt, each.seed) for each in scores}
+    assert drawn == set(itertools.product(("raw", "ipgo"), ("a bus",), (1000, 1001)))
+
+
 def test_a_recomputed_call_is_a_forward_pass_and_a_differentiated_one(backend: Any) -> None:
     ledgers = []
     for recompute in (False, True):
@@ -896,6 +1029,16 @@ def test_a_recomputed_call_is_a_forward_pass_and_a_differentiated_one(backend: A
     assert again == {**kept, "denoiser": 6 + 4}
 
 
+def test_a_recomputed_further_gradient_is_counted(backend: Any) -> None:
+    ledgers = []
+    for recompute in (False, True):
+        backend.calls.clear()
+        ascent = Ascent(steps=1, backprop_steps=1, renoised=2, recompute=recompute)
+        list(IPGO(ascent=ascent).fit(Task(backend, REWARD, ("a fox",), Sampling(steps=3))))
+        ledgers.append(tuple(backend.calls[name] for name in ("denoiser", "denoiser_grad", "decoder")))
+    assert ledgers == [(3 + 2, 1 + 2, 1 + 2), (3 + 2 + 1 + 2, 1 + 2, 2 * (1 + 2))]
+
+
 # -- every method, and what is refused -------------------------------------------------------------------------
 
 EVERY = """
@@ -903,6 +1046,8 @@ method: {name: ipgo, ascent: {backprop_steps: 2}}
 entries:
   ddpo: {method: {ppo: {samples: 2, batch_size: 2, accumulate: 1}}}
   ddpo-shared: {shared: true, method: {name: ddpo, ppo: {samples: 2, batch_size: 2, accumulate: 1}}}
+  dpo-diffusion: {method: {word_list: emoji}}
+  dpo-hybrid: {method: {name: dpo-diffusion, solver: hybrid, word_list: emoji}}
   ipgo-black-box: {method: {insertion: {rank: 3}}}
   llm-search: {method: {n: 2}}
   promptist: {method: {model: "REWRITER", max_new_tokens: 8}}

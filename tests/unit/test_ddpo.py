@@ -142,6 +142,75 @@ def test_an_update_makes_the_better_trajectories_likelier(backend, calls):
     assert values.square().mean().item() == pytest.approx(1, rel=1e-3)
 
 
+def test_an_update_is_the_mean_gradient_however_it_is_cut(backend, monkeypatch):
+    """The same four trajectories once, in two batches, and twice over."""
+    derive = ipgo.policy.derive
+
+    def four(seed, *keys):
+        return keys[-1] % 4 if keys[0] == "trajectory" else derive(seed, *keys)
+
+    monkeypatch.setattr(ipgo.policy, "derive", four)
+    task = Task(backend, BRIGHT, PROMPTS[:1], SAMPLING)
+    norms = []
+    for samples, batch_size in ((4, 4), (4, 2), (8, 4)):
+        method = quick(samples=samples, batch_size=batch_size, accumulate=2, history=8, min_history=8)
+        norms.append(next(method.fit(task)).grad_norm[0])
+    torch.testing.assert_close(norms[1:], [norms[0]] * 2, rtol=1e-3, atol=0)
+
+
+def test_a_gradient_of_the_policy_is_clipped_to_what_is_asked_for(backend):
+    """Adam divides by its size: the second moments tell it."""
+    task = Task(backend, BRIGHT, PROMPTS[:1], SAMPLING)
+    sizes = []
+    for longest in (None, 1e-3):
+        state = next(quick(batch_size=4, max_grad_norm=longest).fit(task)).state()
+        sizes.append(float(sum(value.sum() for name, value in state.items() if "exp_avg_sq" in name)))
+    assert sizes[1] == pytest.approx(1e-3**2 * (1 - 0.999), rel=1e-2)
+    assert sizes[0] > 2 * sizes[1]
+
+
+def test_the_settings_of_policy_gradients_are_used(backend, monkeypatch):
+    seen = []
+    monkeypatch.setattr(ipgo.policy, "surrogate", lambda *given: seen.append(given) or surrogate(*given))
+    task = Task(backend, BRIGHT, PROMPTS[:1], SAMPLING)
+
+    def first(**options):
+        seen.clear()
+        return next(quick(**options).fit(task)).state()
+
+    first()
+    assert max(advantage.abs().max() for _, _, advantage, _ in seen) > 0.25
+    first(max_advantage=0.25)
+    assert max(advantage.abs().max() for _, _, advantage, _ in seen) == 0.25
+    first(clip_range=0.5)
+    assert {clip_range for *_, clip_range in seen} == {0.5}
+    decayed, whole = (first(weight_decay=decay, lr=0.1) for decay in (0.5, 0.0))
+    down = next(name for name in whole if name.startswith("adapter.down"))
+    assert decayed[down].norm() < 0.95 * whole[down].norm()
+
+
+def test_the_fits_own_eta_is_that_of_its_settings(backend, monkeypatch):
+    seen, step, denoise = [], ipgo.policy.ddim_step, ipgo.policy.denoise
+    monkeypatch.setattr(ipgo.policy, "ddim_step", lambda *given: seen.append(given[-1]) or step(*given))
+    monkeypatch.setattr(
+        ipgo.policy,
+        "denoise",
+        lambda *given, **more: seen.append(given[-1].eta) or denoise(*given, **more),
+    )
+    next(quick(eta=0.5).fit(Task(backend, BRIGHT, PROMPTS[:1], SAMPLING)))
+    assert len(seen) > 2
+    assert set(seen) == {0.5}
+
+
+def test_epochs_and_random_seeds_have_trajectories_of_their_own(backend, monkeypatch):
+    drawn, noise = [], backend.noise
+    monkeypatch.setattr(backend, "noise", lambda given, *more: drawn.extend(given) or noise(given, *more))
+    for seed in (0, 1):
+        list(quick(epochs=2).fit(Task(backend, BRIGHT, PROMPTS[:1], SAMPLING, seed=seed)))
+    seeds = [seed for seed in drawn if seed != 0]  # which is the task's own
+    assert len(set(seeds)) == len(seeds) == 2 * 2 * 4
+
+
 def test_a_reward_without_gradient_rises_and_the_adapter_draws_it(make_pipe, tmp_path):
     """On noise that was not drawn in the fit, with the sampler of the task, and from the disk."""
     backend = load_backend(make_pipe(), device="cpu")
@@ -199,6 +268,16 @@ def test_prompts_of_a_batch_come_in_shuffled_passes(backend):
     assert recent[1].isfinite().sum(1).tolist() == [3, 3]
 
 
+def test_each_prompt_has_the_mean_of_its_own_rewards(backend):
+    own = as_reward(
+        lambda images, prompts: torch.tensor([float(prompt == "sun") for prompt in prompts]),
+        "own",
+        differentiable=False,
+    )
+    step = next(quick().fit(Task(backend, own, PROMPTS, SAMPLING, shared=True)))
+    assert step.rewards.tolist() == [0, 1]
+
+
 def test_a_step_without_noise_is_drawn_but_not_learned_from(make_pipe, calls):
     """A schedule that ends at alpha 1: its last DDIM step has standard deviation 0."""
     pipe = make_pipe()
@@ -237,6 +316,17 @@ def test_images_that_are_not_finite_end_the_fit(backend, monkeypatch):
         assert all(torch.equal(*pair) for pair in pairs)
 
 
+def test_an_epoch_that_goes_back_forgets_its_momentum(backend, monkeypatch):
+    decode = backend.decode
+    steps = quick().fit(Task(backend, BRIGHT, PROMPTS[:1], SAMPLING))
+    first = next(steps).state()
+    monkeypatch.setattr(backend, "decode", lambda latents: decode(latents) * math.nan)
+    second = next(steps).state()
+    names = [name for name in first if name.startswith("optimizer.exp_avg.")]
+    assert any(first[name].any() for name in names)
+    assert not any(second[name].any() for name in names)
+
+
 def test_settings_that_cannot_work(backend, pipe):
     for options, message in (
         ({"samples": 1}, r"ppo\.samples is 1; it must be at least 2"),
@@ -250,5 +340,5 @@ def test_settings_that_cannot_work(backend, pipe):
     euler = load_backend(pipe, device="cpu", scheduler="euler")
     with pytest.raises(InputError, match=r"ppo\.eta above 0 needs the ddim scheduler"):
         DDPO().fit(Task(euler, BRIGHT, PROMPTS[:1], SAMPLING))
-    with pytest.raises(InputError, match="task.prompts are 2; DDPO fits one at a time, or one set for all"):
+    with pytest.raises(InputError, match=r"task\.prompts are 2; DDPO fits one at a time, or one set for all"):
         next(quick().fit(Task(backend, BRIGHT, PROMPTS, SAMPLING)))

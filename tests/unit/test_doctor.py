@@ -40,6 +40,11 @@ def wrong(backend: Backend, function: Any) -> Finding:
     return bad
 
 
+def size_of(found: list[Finding]) -> float:
+    """Of the gradient, which is the last but the memory."""
+    return float(found[-2].text.split("norm ")[1].split(",")[0])
+
+
 def test_a_healthy_pair(backend: Backend) -> None:
     found = findings(backend, brightness)
     assert all(each.good for each in found)
@@ -68,7 +73,7 @@ def test_every_family_can_be_examined(make: Callable[[], Any]) -> None:
 def test_the_size_is_that_of_the_gradient(backend64: Backend) -> None:
     """Against a difference quotient along the gradient itself, with all steps differentiated."""
     found = findings(backend64, brightness, 3)
-    size = float(found[3].text.split("norm ")[1].split(",")[0])
+    size = size_of(found)
     start = {"seed": 0, "shared": False, "sampling": SAMPLING}
     adapter = InsertionAdapter.start(backend64, [PROMPT], Insertion(), **start)
     with torch.no_grad():
@@ -88,6 +93,22 @@ def test_the_size_is_that_of_the_gradient(backend64: Backend) -> None:
     with torch.no_grad():
         rise = (value(cond.embeds + along) - value(cond.embeds - along)).item() / 2e-5
     assert size == pytest.approx(rise, rel=0.01)
+
+
+def test_a_sums_weights_are_in_the_size_of_its_gradient(backend: Backend) -> None:
+    one, four = (
+        size_of(findings(backend, load_reward(spec, device="cpu"), 1)) for spec in ("contrast", "4*contrast")
+    )
+    assert four == pytest.approx(4 * one, rel=0.02)
+
+
+def test_the_scale_of_float16_is_taken_back(make_pipe: Any) -> None:
+    contrast = load_reward("contrast", device="cpu")
+    whole, half = (
+        size_of(findings(load_backend(make_pipe(), device="cpu", dtype=dtype), contrast, 1))
+        for dtype in ("float32", "float16")
+    )
+    assert whole == pytest.approx(half, rel=0.1)
 
 
 def detached(images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -194,6 +215,14 @@ def test_broken_backends(make_pipe: Any, part: str, change: Any, text: str) -> N
     found = findings(spoilt, brightness)
     assert [each.good for each in found].count(False) == 1
     assert text in next(each.text for each in found if not each.good)
+
+
+def test_how_much_of_a_picture_is_black_or_white(make_pipe: Any) -> None:
+    def one_white_column(pixels: Tensor) -> Tensor:
+        return torch.cat([pixels[..., :1] * 0 + 9, pixels[..., 1:] * 0.01], dim=-1)
+
+    spoilt = _spoil(load_backend(make_pipe(), device="cpu"), one_white_column, "decoder")
+    assert "finite; 6% of it is black or white" in findings(spoilt, brightness)[1].text  # of 16 columns
 
 
 def test_a_ceiling_that_is_met_is_told(make_pipe: Any) -> None:

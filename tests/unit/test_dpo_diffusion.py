@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -232,6 +233,16 @@ def test_the_shortcut_foresees_what_the_scheduler_does(make_pipe, scheduler, pre
         torch.testing.assert_close(*slopes, atol=1e-5, rtol=1e-3)
 
 
+def test_the_shortcut_of_a_model_that_predicts_the_image(make_pipe):
+    backend = load_backend(make_pipe(prediction_type="sample"), device="cpu")
+    sampling = replace(SAMPLING, steps=3)
+    cond, noise = backend.encode(["sun"]), backend.noise([0])
+    uncond = unconditional(backend, cond, sampling)
+    for index, step in enumerate(denoise(backend, cond, uncond, noise, sampling)):
+        ours = shortcut(backend, cond, uncond, noise, sampling, index)
+        torch.testing.assert_close(ours, step.prediction, atol=1e-5, rtol=1e-5)
+
+
 def test_the_shortcut_differentiates_one_call_of_pndm(make_pipe):
     """Which makes one more than there are steps."""
     backend = load_backend(make_pipe(), device="cpu", scheduler="pndm")
@@ -279,6 +290,45 @@ def test_the_first_step_of_the_gradient(backend64, words):
     assert adapter.negatives == ("", "")
 
 
+def test_the_temperature_and_the_window_are_those_that_are_asked_for(backend, words, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "ipgo.word_gradient.shortcut", lambda *given: seen.append(given[-1]) or shortcut(*given)
+    )
+    method = DPODiffusion(
+        "positive", "gradient", words, gradient_steps=5, candidates=10, window=(0.2, 0.7), temperature=0.5
+    )
+    search = proposer(method, Task(backend, REWARD, PROMPTS[:1], replace(SAMPLING, steps=10)))
+    logits = search.memory["logits"]
+    with torch.no_grad():
+        for step in range(5):
+            search.mixed_rewards(logits, [[0, 0]], [0], step)
+    assert seen == [2, 3, 4, 5, 6]
+    weights = search.mixed.weights(logits, torch.zeros_like(logits), search.allowed)
+    torch.testing.assert_close(weights, (logits / 0.5).softmax(-1))
+
+
+def test_the_gradient_of_shared_words_is_the_mean_over_prompts(backend64, words):
+    small = as_reward(lambda images, prompts: REWARD(images, prompts) * 1e-4, "small")  # far from the clip
+    method = DPODiffusion("negative", "gradient", words, gradient_steps=1, candidates=2)
+    slopes = []
+    for prompt in PROMPTS:
+        search = proposer(method, Task(backend64, small, (prompt,), SAMPLING, shared=True))
+        leaf = search.memory["logits"].clone().requires_grad_()
+        slopes.append(torch.autograd.grad(search.mixed_rewards(leaf, [[1, 1]], [0], 0).sum(), leaf)[0])
+    search = proposer(method, Task(backend64, small, PROMPTS, SAMPLING, shared=True))
+    with torch.no_grad():
+        search._climb([[1, 1]], 0)
+    expected = (sum(slopes) / 2).abs() * 0.1  # the root of a hundredth of its square
+    torch.testing.assert_close(search.memory["squares"].sqrt(), expected, rtol=1e-4, atol=1e-14)
+
+
+def test_no_more_than_half_of_the_candidates_are_gradient_steps():
+    assert DPODiffusion(solver="gradient", gradient_steps=20, candidates=8).climbs == 4
+    assert DPODiffusion(solver="hybrid", gradient_steps=3, candidates=8).climbs == 3
+    assert DPODiffusion(solver="evolutionary").climbs == 0
+
+
 # -- solvers -----------------------------------------------------------------------------------------------
 
 
@@ -300,6 +350,26 @@ def test_evolution_finds_the_best_of_a_thousand(backend):
         assert len(set(seen)) == 150
         reached.append(max(sum(map(worth.get, text.split())) for text, _ in seen))
     assert reached == [best] * 4
+
+
+def test_the_parents_are_so_many_of_the_best(backend):
+    space = Space(Template(("", ""), (tuple("abcdefghij"),)))
+    method = DPODiffusion("positive", candidates=40, population=10, parents=2, mutation=1e-9)
+    search = _Words(method, Task(backend, REWARD, PROMPTS[:1], SAMPLING), [space])
+    search.memory["choices"][0, :10, 0] = torch.arange(10)
+    search.memory["rewards"][0, :10] = torch.tensor([0, 5, 1, 9, 2, 3, 4, 1, math.nan, 0])
+    assert {int(search._draw(0, 10 + step, 0)) for step in range(10)} == {1, 3}
+
+
+def test_a_mutation_changes_as_many_words_as_is_asked_for(backend):
+    space = Space(Template(("", *[" "] * 39, ""), (tuple("abcdefghij"),) * 40))
+    changed = []
+    for mutation in (0.01, 0.9):
+        method = DPODiffusion("positive", candidates=40, population=2, parents=1, mutation=mutation)
+        search = _Words(method, Task(backend, REWARD, PROMPTS[:1], SAMPLING), [space])
+        search.memory["rewards"][0, :2] = torch.tensor([1.0, 0.0])
+        changed.append((search._draw(0, 2, 0) != 0).sum().item())
+    assert changed[0] < 5 < 25 < changed[1]
 
 
 @pytest.mark.parametrize("solver", ["gradient", "evolutionary", "hybrid"])
@@ -332,6 +402,12 @@ def test_a_draw_that_the_encoder_does_not_take_is_drawn_again(backend, tmp_path,
     )
     *_, last = method.fit(Task(backend, REWARD, (prompt,), SAMPLING))
     assert last.adapter.texts[0] in (prompt, prompt.replace("cat", "x" * 40))
+
+
+def test_the_word_list_is_that_of_the_backend():
+    assert DPODiffusion().words_for("emoji") == "emoji"
+    assert DPODiffusion().words_for("sd15") == "wordnet"
+    assert DPODiffusion(word_list="general").words_for("emoji") == "general"
 
 
 def test_hybrid_begins_where_the_gradient_ends(backend, words):

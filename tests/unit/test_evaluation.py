@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from ipgo import InputError, Score, as_reward, summarise, win_rate
+from ipgo import InputError, Score, as_reward, load_reward, summarise, win_rate
 from ipgo.adapters import Adapter
+from ipgo.backends import Backend
 from ipgo.cli import table
-from ipgo.evaluation import Drawing, draw, score
+from ipgo.evaluation import Drawing, average, draw, evaluate, levels, score
 from ipgo.rewards import optimised
 from ipgo.rewards.spec import read_terms
 from ipgo.sampling import Sampling
@@ -78,6 +79,14 @@ def test_summarise_by_reward_and_seed() -> None:
     everything = summarise(table)[0]
     assert everything.gain.value == pytest.approx(((1 - 4) / 2 + (2 + 0) / 2) / 2)
     assert summarise([each for each in table if each.method == "raw"]) == []
+
+
+def test_an_average_is_a_mean_over_prompts_of_means_over_seeds_of_one_reward() -> None:
+    table = scores({"a": [(100, 1), (100, 2), (100, 3)], "b": [(100, 6)]})
+    table.append(Score("raw", "a", 0, "other", 50.0, True))
+    found = average(table, "raw", "r")
+    assert (found.value, found.n, found.over) == (4.0, 2, "prompts")
+    assert levels(table) == {"r": 4.0, "other": 50.0}
 
 
 class Sharp:
@@ -162,6 +171,30 @@ def test_what_a_reward_is_made_of_is_not_held_out() -> None:
     assert optimised("<lambda>") == {"<lambda>"}
     assert optimised("clip:/mine") == {"clip:/mine"}  # other weights
     assert optimised("clip@notebook<=0.3") == {"clip@notebook<=0.3", "clip@notebook", "clip"}
+
+
+def test_an_evaluation_knows_the_optimised_reward_under_another_name(backend: Backend) -> None:
+    contrast, colour = (load_reward(name, device="cpu") for name in ("contrast", "colorfulness"))
+    rewards = {"contrast": contrast, "mine": as_reward(contrast, "mine"), "colorfulness": colour}
+    found = evaluate(backend, {"raw": Adapter()}, rewards, ["a"], [0], Sampling(steps=1), "contrast")
+    assert {each.reward: each.held_out for each in found} == {
+        "contrast": False, "mine": False, "colorfulness": True
+    }  # fmt: skip
+
+
+def test_an_evaluation_is_the_same_in_any_default_format(backend: Backend) -> None:
+    seen = []
+
+    def kind(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        seen.append(torch.get_default_dtype())
+        return images.mean((1, 2, 3))
+
+    torch.set_default_dtype(torch.float64)
+    try:
+        evaluate(backend, {"raw": Adapter()}, {"kind": kind}, ["a"], [0], Sampling(steps=1), "contrast")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert set(seen) == {torch.float32}
 
 
 def test_an_interval_over_something_else_than_the_others_says_so() -> None:

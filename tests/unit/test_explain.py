@@ -111,6 +111,37 @@ def test_without_padding_nothing_is_given_to_it(make_pipe: Callable[..., Any]) -
     assert found.padding_attention == (0.0, 0.0, 0.0)
 
 
+def test_attention_is_that_of_the_prompts_own_half_of_guidance(
+    own: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The negative prompt's half looks at the first state here, the prompt's at the second."""
+
+    def looked(layer: Any, hidden: Any, encoder_hidden_states: torch.Tensor, **named: Any) -> torch.Tensor:
+        rows, length = encoder_hidden_states.shape[:2]
+        weights = torch.zeros(rows, 1, 1, length)
+        weights[: rows // 2, ..., 0] = 1
+        weights[rows // 2 :, ..., 1] = 1
+        return weights
+
+    monkeypatch.setattr("ipgo.explain.attention_weights", looked)
+    found = explain(own, adapter(own), PROMPT, (0, 1), SAMPLING, REWARD, Vocabulary(own, ["a"]))
+    assert [each.attention for each in found.inserted] == [(0,) * 3, (1,) * 3, (0,) * 3]
+
+
+def test_the_padding_has_a_share_of_its_own(own: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    def looked(layer: Any, hidden: Any, encoder_hidden_states: torch.Tensor, **named: Any) -> torch.Tensor:
+        rows, length = encoder_hidden_states.shape[:2]
+        weights = torch.zeros(rows, 1, 1, length)
+        weights[..., 2] = 0.5  # the mark of the start, after two of the prefix
+        weights[..., length - 2] = 0.375  # the last state of padding
+        weights[..., length - 1] = 0.125  # of the suffix
+        return weights
+
+    monkeypatch.setattr("ipgo.explain.attention_weights", looked)
+    found = explain(own, adapter(own), PROMPT, (0,), SAMPLING, REWARD, Vocabulary(own, ["a"]))
+    assert (found.text_attention, found.padding_attention) == ((0.5,) * 3, (0.375,) * 3)
+
+
 def test_where_text_and_image_attend_in_one_all_but_attention_is_told() -> None:
     backend = load_backend(tiny.sd3(), device="cpu")
     found = explain(
@@ -185,6 +216,17 @@ def test_norms_and_drift_by_hand(own: Backend) -> None:
     moved = torch.cat([states, inserted]).mean(0) - states.mean(0)
     assert found.drift == pytest.approx(float(moved.norm() / states.mean(0).norm()), rel=1e-4)
     assert found.prompt_norm == pytest.approx(float(states.norm(dim=1).median()), rel=1e-5)
+
+
+def test_the_cosine_with_the_prompt_by_hand(own: Backend) -> None:
+    learned = adapter(own)
+    found = explain(own, learned, PROMPT, (0,), SAMPLING, REWARD, Vocabulary(own, ["a"]))
+    with torch.no_grad():
+        text = own.encode([PROMPT])
+        mean = text.embeds[0, text.mask[0]].mean(0)
+        vectors = torch.cat([side(torch.tensor([0]))[0] for side in learned.sides()])
+    for each, vector in zip(found.inserted, vectors, strict=True):
+        assert each.to_prompt == pytest.approx(float(vector @ mean / (vector.norm() * mean.norm())), abs=1e-5)
 
 
 def test_the_command_prints_a_table_and_writes_json(

@@ -31,6 +31,7 @@ from ipgo.backends.packed import pack, unpack
 from ipgo.backends.qwen_image import compact
 from ipgo.embeds import PromptEmbeds
 from ipgo.errors import InputError
+from ipgo.explain import Vocabulary
 from ipgo.insertion import Insertion
 from ipgo.relaxation import Relaxation
 from ipgo.sampling import Sampling
@@ -535,3 +536,25 @@ def test_a_lora_is_not_put_onto_fused_attention():
     backend = load_backend(pipe, device="cpu")
     with pytest.raises(InputError, match=r"attention is fused.*unfuse_qkv_projections"):
         WeightAdapter.start(backend, ["sun"], LoRA(), seed=0, shared=False)
+
+
+def test_a_folder_that_was_saved_without_a_part_is_opened(tmp_path):
+    """diffusers writes [null, null] for SD3's missing T5, and then asks for it."""
+    tiny.sd3(with_t5=False).save_pretrained(tmp_path / "sd3")
+    saved = load_backend(tmp_path / "sd3", device="cpu")
+    whole = load_backend(tiny.sd3(with_t5=False), device="cpu")
+    sampling = Sampling(2, 3.0)
+    images = [generate(each, ["sun"], [0], Adapter(), sampling) for each in (saved, whole)]
+    torch.testing.assert_close(*images, rtol=0, atol=1e-5)
+
+
+def test_words_of_any_tokenizer(monkeypatch):
+    """A word begins with a mark in the vocabularies of T5 and Qwen, and ends with one in CLIP's."""
+    backend = load_backend(tiny.pixart(), device="cpu")
+    assert Vocabulary.of(backend).nearest(torch.zeros(2, backend.embed_dim), 3) == [
+        (),
+        (),
+    ]  # it has single letters
+    tokens = {"▁a": 0, "▁Fox": 1, "▁dog": 2, "cat": 3, "Ġsun": 4, "moon</w>": 5, "▁1,": 6}
+    monkeypatch.setattr(backend.pipe.tokenizer, "get_vocab", lambda: tokens)
+    assert Vocabulary.of(backend).words == ("a", "dog", "moon", "sun")

@@ -18,7 +18,8 @@ from ipgo.ascent import Ascent
 from ipgo.backends import load_backend
 from ipgo.embeds import PromptEmbeds
 from ipgo.errors import InputError, ResumeError
-from ipgo.methods import DNO, BestOfN, DRaFT, Embedding, ReNO
+from ipgo.methods import DDPO, DNO, IPGO, BestOfN, BlackBoxIPGO, DRaFT, Embedding, Joint, ReNO
+from ipgo.ppo import PPO
 from ipgo.rewards import as_reward, load_reward, score
 from ipgo.sampling import Sampling
 from ipgo.seeding import derive
@@ -88,6 +89,26 @@ def test_each_method_resumes_with_the_same_bits(case):
     assert_same_state(states[-1], end)
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        IPGO(ascent=Ascent(steps=1)),
+        Joint(ascent=Ascent(steps=1, backprop_steps=None)),
+        DRaFT(lora=LORA, ascent=Ascent(steps=1, backprop_steps=1)),
+        DDPO(LORA, PPO(epochs=1, samples=2, batch_size=2, accumulate=1)),
+        BlackBoxIPGO(candidates=1),
+    ],
+    ids=lambda method: type(method).__name__,
+)
+def test_another_random_seed_begins_elsewhere(backend, method):
+    if isinstance(method, BlackBoxIPGO):
+        pytest.importorskip("cma")
+    task = Task(backend, REWARD, PROMPTS[1:], SAMPLING)
+    first, other = (next(method.fit(replace(task, seed=seed))).state() for seed in (0, 1))
+    name = next(name for name in first if name.startswith("kept.") and ("basis" in name or "down" in name))
+    assert not torch.allclose(first[name], other[name])
+
+
 # -- noise -------------------------------------------------------------------------------------------------
 
 
@@ -155,6 +176,12 @@ def test_whiteness_knows_noise_from_what_is_none():
     (slope,) = torch.autograd.grad(penalty.sum(), strange)
     down = slope / slope.norm(dim=1, keepdim=True) * strange.norm(dim=1, keepdim=True)
     assert (whiteness_penalty(strange - 0.01 * down) < penalty).all()
+
+
+def test_dno_is_held_to_white_noise(backend):
+    step = next(quick(DNO()).fit(Task(backend, REWARD, PROMPTS[1:], STOCHASTIC)))
+    penalty = whiteness_penalty(backend.noise([0], 2).flatten()[None])[0]
+    assert step.penalty.item() == pytest.approx(penalty.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("method", [ReNO(), DNO(), BestOfN()])

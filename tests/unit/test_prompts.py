@@ -114,6 +114,7 @@ def test_misspelt_sets(spec: str, message: str) -> None:
         ([], "prompts is empty"),
         (["a", "  "], "prompt 2 is empty"),
         (["a", "b", "a"], "prompt 3 repeats prompt 1: 'a'"),
+        (["a red fox", " a  red\tfox"], "prompt 2 repeats prompt 1"),
     ],
 )
 def test_refused_prompts(prompts: list[str], message: str) -> None:

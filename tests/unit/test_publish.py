@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -67,6 +68,15 @@ def test_what_is_published_draws_what_the_run_drew(
     (folder / "adapter.json").unlink()
     with pytest.raises(ipgo.InputError, match="holds something else"):
         ipgo.save_pretrained(run, folder)
+
+
+def test_pictures_of_an_earlier_publication_go_and_others_stay(run: ipgo.Run, tmp_path: Path) -> None:
+    images = ipgo.save_pretrained(run, tmp_path / "card") / "images"
+    own = {file.name for file in images.iterdir()}
+    for name in ("0007-a-cat-12345678-after.png", "logo.png"):
+        (images / name).write_bytes(b"")
+    ipgo.save_pretrained(run, tmp_path / "card")
+    assert {file.name for file in images.iterdir()} == {*own, "logo.png"}
 
 
 def test_what_is_published_knows_the_weights_it_was_learned_on(
@@ -139,6 +149,32 @@ def test_the_card_says_what_it_is_and_holds_no_markup_of_a_prompt(run: ipgo.Run)
     fences = [line for line in body.splitlines() if line.startswith("```")]
     assert fences == ["```python", "```"]
     assert len(body.split("## Pictures")[1].split("## Use")[0].strip().splitlines()) == 2 + min(MOST, 2)
+
+
+def test_the_card_tells_fitted_noise_from_unseen(pipeline_folder: str, tmp_path: Path) -> None:
+    method = ipgo.IPGO(ipgo.Insertion(1, 1), ipgo.Ascent(steps=2, backprop_steps=1, lr=0.5))
+    own = {"method": method, "seeds": (0,), "unseen_seeds": 2, "held_out": ["contrast"]}
+    result = ipgo.fit(PROMPTS, out=tmp_path / "run", **(settings(pipeline_folder) | own))
+    run = ipgo.Run.open(tmp_path / "run")
+    fitted, unseen = model_card(run, run.whole_adapter()[0]).split("On unseen noise")
+    for text, gains in ((fitted, result.on_fitted_seeds), (unseen, result.on_unseen_seeds)):
+        for gain, kind in zip(gains, ("optimised", "held out"), strict=True):
+            numbers = f"{gain.before:.3f} | {gain.after:.3f} | {gain.gain.value:+.3f}"
+            assert f"| {gain.reward} ({kind}) | {numbers} (" in text
+
+
+def test_the_card_counts_what_failed(pipeline_folder: str, tmp_path: Path) -> None:
+    def steep(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        """Without a finite gradient for the second prompt: the root of zero."""
+        values = images.mean((1, 2, 3))
+        trouble = torch.tensor([float(prompt == PROMPTS[1]) for prompt in prompts])
+        return values + (trouble * (values - values.detach()).abs() + 1 - trouble).sqrt()
+
+    own = {"reward": steep, "seeds": (0,), "held_out": [], "chunk": 1}
+    ipgo.fit(PROMPTS, out=tmp_path / "run", **(settings(pipeline_folder) | own))
+    run = ipgo.Run.open(tmp_path / "run")
+    assert [each["status"] for each in run.results()] == ["finished", "failed"]
+    assert "1 prompt failed." in model_card(run, run.whole_adapter()[0])
 
 
 def test_the_card_of_a_model_of_the_hub_names_it_and_says_how_a_plain_pipeline_draws(run: ipgo.Run) -> None:
@@ -217,6 +253,15 @@ def test_the_code_for_a_plain_pipeline_opens_it_in_the_format_of_the_run(
     names: dict[str, Any] = {"ipgo": ipgo}
     exec(plain[: plain.index("kwargs =")], names)
     assert names["pipe"].unet.dtype == torch.bfloat16
+
+
+def test_the_code_for_a_plain_pipeline_has_the_noise_of_the_run(
+    run: ipgo.Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ipgo.model_card._base", lambda backend: backend)
+    other = ipgo.Run(run.path, replace(run.config, sampling=ipgo.Sampling(steps=2, eta=0.5)))
+    plain = model_card(other, run.load_adapter(run.prompts[0])).split("```")[3]
+    assert "num_inference_steps=2, **scale, eta=0.5" in plain
 
 
 def test_the_code_for_a_plain_pipeline_has_the_guidance_of_the_model_that_drew(

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 import ipgo
-from ipgo import Gain, Interval
+from ipgo import Gain, Interval, cli
 from ipgo.report import charts
 from ipgo.report.build import _mean_of, fallen, mood, render
 from ipgo.report.tables import _gain, _rate
@@ -166,3 +166,26 @@ def test_the_legend_names_the_raw_prompt_where_it_is_drawn(
         out=tmp_path,
     )
     assert ("raw prompt</span>" in render(ipgo.Run.open(tmp_path))) == shown
+
+
+def test_what_was_judged_again_stands_by_the_images_that_were_judged(
+    pipeline_folder: str, tmp_path: Path
+) -> None:
+    run = str(tmp_path / "run")
+    flags = [
+        "--backend",
+        pipeline_folder,
+        "--reward",
+        "contrast",
+        "--held-out",
+        "colorfulness",
+        "--seeds",
+        "0",
+    ]
+    small = ["--sampling.steps", "2", "--method", "raw", "--unseen-seeds", "1"]
+    assert cli.main(["fit", "a fox", "a lemon", *flags, *small, "--out", run]) == 0
+    assert cli.main(["evaluate", run, "--rewards", "contrast", "--seeds", "7", "8"]) == 0
+    assert cli.main(["evaluate", run, "--rewards", "colorfulness", "--seeds", "7"]) == 0
+    text = " ".join(render(ipgo.Run.open(tmp_path / "run")).split())
+    assert "2 fitted prompts, 2 further seeds" in text
+    assert "2 fitted prompts, 1 further seed" in text

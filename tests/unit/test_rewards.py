@@ -5,6 +5,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -80,6 +81,14 @@ def test_a_weighted_sum():
     torch.testing.assert_close(reward(IMAGES, PROMPTS), parts[0] + 0.5 * parts[1])
     assert reward.name == "colorfulness+0.5*contrast"
     assert reward.differentiable
+
+
+def test_a_sum_follows_prompts_and_gradients_as_its_terms_do():
+    deaf = load_reward("contrast", device="cpu")
+    read = as_reward(lambda images, prompts: images.mean((1, 2, 3)), "read", differentiable=False)
+    both = WeightedSum((deaf, read), (1.0, 1.0), "both")
+    assert both.uses_prompts
+    assert not both.differentiable
 
 
 def test_a_reward_from_a_file(tmp_path):
@@ -590,6 +599,18 @@ def test_a_ceiling_ends_what_can_be_gained() -> None:
     ):
         with pytest.raises(InputError, match=message):
             check_reward(spec)
+
+
+def test_a_ceiling_under_another_name_is_one_still() -> None:
+    contrast = load_reward("contrast", device="cpu")
+    assert as_reward(Ceiling(contrast, 0.5, "capped"), "mine").most == 0.5
+    assert as_reward(contrast, "mine").most == math.inf
+
+
+def test_weights_and_ceilings_are_part_of_an_identity() -> None:
+    specs = ("contrast<=0.5", "contrast<=0.6", "2*contrast", "3*contrast", "-1*contrast")
+    found = [identity_of(load_reward(spec, device="cpu")) for spec in specs]
+    assert all(a != b for a, b in itertools.combinations(found, 2))
 
 
 def test_a_module_under_a_ceiling_is_looked_at() -> None:

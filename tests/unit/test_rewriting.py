@@ -71,6 +71,14 @@ def test_an_answer_is_asked_for_once(endpoint, monkeypatch, tmp_path):
     assert json.loads(file.read_text())["answer"] == "a rewritten prompt"
 
 
+def test_a_temperature_that_is_left_to_the_model_is_not_sent(endpoint):
+    for temperature in (None, 0.0):
+        Chat(model="tiny", temperature=temperature).ask("be kind", "hello")
+    without, cold = endpoint.requests
+    assert "temperature" not in without
+    assert cold["temperature"] == 0.0
+
+
 def test_passing_troubles_are_waited_out(endpoint, waits):
     endpoint.script = [
         (500, {}, b"{}", 0),
@@ -260,6 +268,11 @@ def test_each_reward_has_its_instruction():
     assert "as a fault, how vivid" in ChatGPT().instruction("emoji-clip+-0.5*colorfulness")
 
 
+def test_how_long_a_text_may_be_is_said():
+    assert "at most 17 words" in ChatGPT(max_words=17).instruction("clip")
+    assert "at most 17 words" in LLMSearch(max_words=17)._instruction()
+
+
 def test_llm_search_learns_from_its_history(backend, endpoint):
     def answer(request):
         instruction, question = (message["content"] for message in request["messages"])
@@ -318,6 +331,14 @@ def test_history_leaves_out_what_was_not_finite():
         table.tell(adapter, torch.tensor([reward]))
     assert table.history(0, 3) == [("sun", 0.5), ("a cat", 0.25)]
     assert table.history(0, 1) == [("sun", 0.5)]
+
+
+def test_the_history_is_that_of_the_prompt():
+    table = Rewrites(PROMPTS, 1, lambda table, step: [["a dog", "a cat"]])
+    adapter = TextAdapter(PROMPTS)
+    table.propose(adapter, 0)
+    table.tell(adapter, torch.tensor([0.5, 0.25]))
+    assert [table.history(row, 1) for row in (0, 1)] == [[("a dog", 0.5)], [("a cat", 0.25)]]
 
 
 def test_nothing_is_asked_where_an_answer_could_not_be_stored(endpoint, tmp_path):
@@ -386,6 +407,19 @@ def test_promptist_takes_the_first_beam(rewriter, backend, pipe, prompt):
     assert step.adapter.texts == (" ".join(texts[0].split()),)
     images = generate(backend, step.adapter.texts, [0], Adapter(), SAMPLING)
     torch.testing.assert_close(step.rewards, score(COLOUR, images, [prompt]))
+
+
+def test_promptists_beams_and_length_are_those_that_are_asked_for(rewriter, backend, monkeypatch):
+    folder, model = rewriter
+    seen, kind = [], type(model)
+    write = kind.generate
+    monkeypatch.setattr(
+        kind, "generate", lambda *given, **named: seen.append(named) or write(*given, **named)
+    )
+    method = Promptist(model=str(folder), beams=3, max_new_tokens=5, length_penalty=0.5)
+    list(method.fit(Task(backend, COLOUR, ("sun",), SAMPLING)))
+    asked = [(each["num_beams"], each["max_new_tokens"], each["length_penalty"]) for each in seen]
+    assert asked == [(3, 5, 0.5)]
 
 
 def test_promptist_says_what_it_lacks(rewriter, backend, tmp_path, monkeypatch, caplog):

@@ -45,7 +45,7 @@ SHORT = Ascent(steps=2, lr=0.02, batch_size=2, accumulate=1)
 INSERTION = Insertion(num_prefix=2, num_suffix=1, rank=8)
 LORA = LoRA(rank=2, alpha=4.0)
 PPO_SHORT = PPO(epochs=2, samples=2, batch_size=2, accumulate=1, lr=1e-2, history=4, min_history=4)
-WORDS = DPODiffusion(candidates=4, gradient_steps=2, population=3, parents=2)
+WORDS = DPODiffusion(word_list="emoji", candidates=4, gradient_steps=2, population=3, parents=2)
 SMALL = replace(INSERTION, rank=3, cross_attention="none", negative=False)
 
 METHODS = {
@@ -226,7 +226,7 @@ def test_each_command_runs_on_another_device(pipeline_folder, tmp_path, capsys):
         ["score", str(tmp_path / "images"), "--reward", reward, "--prompt", PROMPTS[0]],
         ["doctor", *judges],
         ["publish", run, "--out", str(tmp_path / "published")],
-        ["compare", "--methods", "raw,ipgo,best-of-n", *judges, "--prompts", *PROMPTS, *budget],
+        ["compare", *PROMPTS, "--methods", "raw,ipgo,best-of-n", *judges, *budget],
     ]
     for command in commands:
         assert cli.main(command) == 0, (command, capsys.readouterr().err)

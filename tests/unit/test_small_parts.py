@@ -8,7 +8,7 @@ from ipgo.embeds import PromptEmbeds, concatenate
 from ipgo.errors import InputError, unknown
 from ipgo.images import center_crop, normalise, resize, to_pil
 from ipgo.sampling import Sampling
-from ipgo.seeding import derive
+from ipgo.seeding import derive, shuffled
 
 
 def test_an_unknown_name_gets_the_nearest_spelling():
@@ -25,6 +25,13 @@ def test_derived_seeds_never_change():
     assert derive(0, "a red cat", 3) == 1578788654073231487
     assert derive(0, "a", 1) != derive(0, "a1") != derive(1, "a", 1)
     assert all(0 <= derive(seed) < 2**63 for seed in range(200))
+
+
+def test_each_pass_and_each_seed_has_an_order_of_its_own():
+    first, second, other = shuffled(9, 0, 9, 0), shuffled(9, 9, 9, 0), shuffled(9, 0, 9, 1)
+    assert all(sorted(each.tolist()) == list(range(9)) for each in (first, second, other))
+    assert len({tuple(each.tolist()) for each in (first, second, other)}) == 3
+    torch.testing.assert_close(shuffled(9, 5, 9, 0), torch.cat([first, second])[5:14])
 
 
 def test_devices_and_formats():

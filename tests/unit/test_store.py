@@ -134,6 +134,20 @@ def test_without_a_checkpoint_the_history_starts_again(run: Run) -> None:
     assert run.history(chunk.prompts[0]) == []
 
 
+def test_a_shared_history_is_the_mean_of_the_prompts_that_were_drawn(tmp_path: Path) -> None:
+    run = Run.open(tmp_path / "run", replace(CONFIG, shared=True))
+    run.start({"device": "test"})
+    run.record(run.chunks()[0], progress(1, (1.0, float("nan"), 2.0)), Cost())
+    assert run.history(run.prompts[0])[0]["reward"] == 1.5
+
+
+def test_the_best_is_only_noted_where_it_is_kept(run: Run) -> None:
+    chunk = run.chunks()[0]
+    run.record(chunk, progress(1), Cost())
+    run.record(chunk, replace(progress(2), keeps_best=False), Cost())
+    assert [line["best"] for line in run.history(run.prompts[0])] == [1.0, None]
+
+
 @pytest.mark.parametrize(
     "damage", [lambda content: content[:-5], lambda content: b"", lambda content: b"x" * 100]
 )
@@ -285,6 +299,15 @@ def test_evaluations_by_another_reward_of_the_same_name_are_kept_apart(run: Run)
     assert sorted(sorted(each.seed for each in scores) for scores in aside) == [[0, 2], [1]]
 
 
+def test_a_later_score_of_the_same_image_takes_the_place_of_the_earlier(run: Run) -> None:
+    score, drawn, file = Score("ipgo", "a fox", 1, "r", 0.5, False), {"weights": "aa"}, "evaluation.jsonl"
+    for each in (score, replace(score, value=0.7), replace(score, method="raw", value=0.2)):
+        run.judge_again([each], {"r": {}}, drawn)
+    assert {each.method: each.value for each in load_scores(run.path / file)} == {"ipgo": 0.7, "raw": 0.2}
+    run.judge_again([replace(score, reward="s")], {"s": {"id": "s"}}, drawn)
+    assert load_identities(run.path / file) == {"r": {}, "s": {"id": "s"}}
+
+
 def test_whoever_is_refused_leaves_the_history_alone(run: Run) -> None:
     chunk = Chunk(run.prompts[:2])
     run.record(chunk, progress(1), Cost())
@@ -323,6 +346,16 @@ def test_adapters_round_trip(tmp_path: Path) -> None:
         assert (loaded.kind, loaded.prompts, loaded.options) == (each.kind, each.prompts, each.options)
         for name, tensor in each.state_dict().items():
             assert torch.equal(loaded.state_dict()[name], tensor)
+
+
+def test_an_adapter_says_how_its_backend_was_opened(tmp_path: Path) -> None:
+    opened = {"dtype": "bfloat16", "scheduler": "euler", "padding": "none"}
+    run = Run.open(tmp_path / "run", replace(CONFIG, **opened))
+    run.start({"device": "test"})
+    run.save_adapter(run.prompts[0], Adapter(("a fox",)))
+    run.finish(run.prompts[0], [], {}, failed=False)
+    _, settings = run.whole_adapter()
+    assert {name: settings[name] for name in opened} == opened
 
 
 def test_bad_adapters_are_refused(tmp_path: Path) -> None:
@@ -377,6 +410,20 @@ def test_a_run_is_not_continued_with_a_reward_of_other_weights(tmp_path: Path) -
     with pytest.raises(ResumeError, match="was scored by another 'clip'"):
         again.start({"device": "test", "rewards": {"clip": {**was["clip"], "weights": ["bb"]}}})
     again.release()
+
+
+def test_the_optimised_reward_may_not_change_before_there_is_a_score_either(tmp_path: Path) -> None:
+    was, now = ({CONFIG.reward: {"id": "r", "weights": [weights]}} for weights in ("aa", "bb"))
+    Run.open(tmp_path / "run", CONFIG).start({"rewards": was})
+    with pytest.raises(ResumeError, match="was scored by another"):
+        Run.open(tmp_path / "run", CONFIG).start({"rewards": now})
+
+
+def test_what_has_scored_nothing_before_is_not_strange(tmp_path: Path) -> None:
+    run = Run.open(tmp_path / "run", CONFIG)
+    run.start({"rewards": {"r": {"id": "r"}}})
+    assert run.strange({"r": {"id": "r"}, "new": {"id": "new"}}) == []
+    assert run.strange({"r": {"id": "other"}}) == ["r"]
 
 
 def test_a_run_is_not_continued_on_a_backend_of_other_weights(tmp_path: Path) -> None:

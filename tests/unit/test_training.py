@@ -101,6 +101,11 @@ def test_with_several_seeds_a_candidate_needs_a_reward_on_each(backend):
     torch.testing.assert_close(steps[-1].best, means.max(0).values)
 
 
+def test_how_many_steps_compare(backend):
+    for options, over in (({}, 1), ({"seeds": (3, 4, 5)}, 3), ({"seeds": ()}, 10), ({"shared": True}, 10)):
+        assert next(fit(task(backend, **options))).over == over
+
+
 def test_a_fit_ends_where_nothing_is_left_to_gain(backend):
     """At the ceiling on each seed in turn; what is kept is what each row keeps alone."""
     free = list(fit(task(backend, seeds=(3, 4)), steps=12))
@@ -123,6 +128,11 @@ def test_fresh_noise_keeps_the_latest(backend):
     rewards = torch.stack([step.rewards for step in steps])
     assert (rewards.std(0) > 1e-4).all()  # nothing was learned, so it is the noise that differs
     torch.testing.assert_close(steps[-1].best, rewards[-1])
+
+
+def test_another_random_seed_draws_other_noise(backend):
+    first, other = (next(Raw().fit(task(backend, seeds=(), seed=seed))).rewards for seed in (0, 1))
+    assert ((first - other).abs() > 1e-6).all()
 
 
 def test_the_last_step_is_kept_if_asked_for(backend):
@@ -154,6 +164,11 @@ def test_prompt_batch_visits_every_prompt_and_shares_one_row(backend):
     assert images.shape == (1, 3, 16, 16)
 
 
+def test_a_prompt_that_was_never_drawn_has_not_failed(backend):
+    (step,) = fit(task(backend, shared=True), steps=1, batch_size=1, accumulate=1)
+    assert step.failed.tolist() == [False] * 3
+
+
 def test_a_prompt_that_a_step_draws_again_has_other_noise(backend, monkeypatch):
     """Fewer prompts than a step draws: the same image twice would teach nothing."""
     seeds, noise = [], backend.noise
@@ -163,6 +178,13 @@ def test_a_prompt_that_a_step_draws_again_has_other_noise(backend, monkeypatch):
     seeds.clear()
     next(fit(task(backend, shared=True, seeds=(5, 6)), batch_size=2, accumulate=3))
     assert sorted(seeds) == [5, 5, 5, 6, 6, 6]
+
+
+def test_a_prompt_that_a_step_draws_again_is_renoised_anew(backend, monkeypatch):
+    seeds, noise = [], backend.noise
+    monkeypatch.setattr(backend, "noise", lambda given, *more: seeds.extend(given) or noise(given, *more))
+    next(fit(task(backend, shared=True, seeds=()), batch_size=4, accumulate=2, renoised=1))
+    assert len(seeds) == len(set(seeds)) == 16
 
 
 @pytest.mark.parametrize("options", [{"shared": True}, {"seeds": ()}, {}])
@@ -204,6 +226,28 @@ def test_accumulation_is_a_larger_batch(backend64):
         rows.append(list(maximize(shared, adapter, ascent))[-1].adapter.state_dict())
     for name, value in rows[0].items():
         torch.testing.assert_close(value, rows[1][name], atol=1e-9, rtol=0)
+
+
+def test_each_further_gradient_of_the_last_step_is_added(backend, monkeypatch):
+    """All from one noise here, so that each adds the same."""
+    monkeypatch.setattr("ipgo.training.derive", lambda *keys: 1)
+    steep = as_reward(lambda images, prompts: 1000 * REWARD(images, prompts), "steep")
+    found = []
+    for count in range(3):
+        climb = fit(task(backend, steep), steps=1, optimizer="sgd", max_grad_norm=None, renoised=count)
+        found.append(next(climb).state()["optimizer.momentum_buffer.prefix.coefficients"])
+    torch.testing.assert_close(found[2] - found[1], found[1] - found[0], rtol=1e-2, atol=1e-5)
+    assert (found[1] - found[0]).norm() > 1e-3
+
+
+def test_a_short_gradient_is_not_lengthened(backend):
+    """Where one that is longer than `max_grad_norm` would be cut to it."""
+
+    def moved(longest):
+        climb = fit(task(backend), steps=1, optimizer="sgd", max_grad_norm=longest)
+        return next(climb).state()["adapter.prefix.coefficients"]
+
+    torch.testing.assert_close(moved(1e3), moved(None), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -256,6 +300,20 @@ def test_a_bad_row_fails_alone(backend):
     torch.testing.assert_close(kept.prefix.coefficients[2], start.prefix.coefficients[2])
 
 
+def test_a_row_that_was_given_up_stays_so(backend):
+    calls = iter(range(100))
+    bad = nan_gradient_for(lambda prompt: prompt == "sun" and next(calls) < 3)
+    steps = list(fit(task(backend, bad)))
+    assert [bool(step.failed[2]) for step in steps] == [False, False, True, True, True, True]
+
+
+def test_a_row_that_was_given_up_does_not_hold_up_the_end(backend):
+    troubled = nan_gradient_for(lambda prompt: prompt == "sun")
+    steps = list(fit(task(backend, Ceiling(troubled, -1.0, "capped")), steps=9))
+    assert steps[-1].step == 3
+    assert steps[-1].failed.tolist() == [False, False, True]
+
+
 def test_a_row_recovers_from_its_best(backend):
     calls = iter(range(100))
 
@@ -265,6 +323,16 @@ def test_a_row_recovers_from_its_best(backend):
     steps = list(fit(task(backend, nan_gradient_for(twice)), steps=12))
     assert not steps[-1].failed.any()
     assert steps[-1].best[2] > steps[0].best[2]
+
+
+def test_where_the_latest_counts_a_bad_row_goes_back_to_what_drew_finite_numbers(backend):
+    calls = iter(range(100))
+    bad = nan_gradient_for(lambda prompt: prompt == "sun" and next(calls) == 1)
+    start = InsertionAdapter.start(backend, PROMPTS, INSERTION, seed=0, shared=False)
+    steps = fit(task(backend, bad), steps=2, keep_best=False)
+    places = [step.adapter.prefix.coefficients[2].clone() for step in steps]
+    assert not torch.allclose(places[0], start.prefix.coefficients[2])
+    torch.testing.assert_close(places[1], start.prefix.coefficients[2])
 
 
 def test_a_row_that_went_back_makes_no_longer_steps_than_before(backend):
@@ -298,6 +366,13 @@ def test_a_fit_ends_when_no_row_is_left(backend):
 def test_a_broken_reward_is_named(backend, function, message):
     with pytest.raises(RewardError, match=message):
         next(fit(task(backend, as_reward(function, "mine"))))
+
+
+def test_a_rewards_own_weights_get_no_gradient(backend):
+    network = torch.nn.Conv2d(3, 1, 3)
+    reward = as_reward(lambda images, prompts: network(images).mean((1, 2, 3)), "network")
+    list(fit(task(backend, reward), steps=1))
+    assert all(each.grad is None for each in network.parameters())
 
 
 def test_settings_are_refused_before_anything_is_drawn(backend):

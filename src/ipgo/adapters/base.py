@@ -78,7 +78,7 @@ class Adapter(nn.Module):
         """What guidance moves away from when `prompts` are drawn as `cond`: as `sampling.unconditional`.
 
         Args:
-            raw: the same for the prompts as they are, where it is known already: a text encoder is called for it.
+            raw: the same for the prompts as they are, if it is known; it spares a call of the text encoder.
         """
         return unconditional(backend, cond, sampling) if raw is None else raw
 
@@ -100,7 +100,12 @@ class Adapter(nn.Module):
         return nullcontext()
 
     def penalty(self, original: PromptEmbeds, conditioned: PromptEmbeds, noise: Tensor) -> Tensor:
-        """(B,): what a method may hold against what `condition` and `noise` returned."""
+        """(B,): what a method may hold against what `condition` and `noise` returned.
+
+        Args:
+            original, conditioned: the states (B, L, D) of the prompts as they are, and those of `condition`.
+            noise: (B, 1 + steps, C, h, w).
+        """
         return original.embeds.new_zeros(len(original.embeds))
 
     def project_(self) -> None:

@@ -305,7 +305,11 @@ class Backend(ABC):
         return self.opening.scheduler is None and type(self.pipe.scheduler).__name__ in STOCHASTIC
 
     def scheduler(self, steps: int, latents: Tensor) -> Any:
-        """A fresh diffusers scheduler with timesteps set: schedulers carry the state of a trajectory."""
+        """A fresh diffusers scheduler with timesteps set: schedulers carry the state of a trajectory.
+
+        Raises:
+            InputError: a number of steps that it has no schedule for, or a scheduler of another kind of pipeline.
+        """
         scheduler = new_scheduler(self.pipe.scheduler, self.opening.scheduler)
         try:
             with np.errstate(invalid="ignore"):  # said below

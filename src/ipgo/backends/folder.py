@@ -69,6 +69,10 @@ def open_pipeline(source: str | Path, kind: str, dtype: torch.dtype) -> Any:
     options: dict[str, Any] = {}
     if "safety_checker" in cls._optional_components:
         options = {"safety_checker": None, "requires_safety_checker": False}
+    if local:
+        # Saved without a part, SD3's T5 say: diffusers writes that down, and asks for the part again.
+        optional = (*cls._optional_components, *options)
+        options |= {name: None for name in _left_out(Path(source)) if name not in optional}
     try:
         if not local:
             variant = _hub_variant(str(source))
@@ -81,6 +85,12 @@ def open_pipeline(source: str | Path, kind: str, dtype: torch.dtype) -> Any:
     if local:
         _check_text_encoders(pipe, Path(source), variant)
     return pipe
+
+
+def _left_out(path: Path) -> list[str]:
+    """The parts that a pipeline was saved without."""
+    index = json.loads((path / INDEX).read_text(encoding="utf-8"))
+    return [name for name, value in index.items() if value == [None, None]]
 
 
 def _check_text_encoders(pipe: Any, path: Path, variant: str | None) -> None:

@@ -21,7 +21,7 @@ from ipgo.search import search
 from ipgo.seeding import derive, generator
 from ipgo.substitution import PLAIN, Choice, Space, negative_slots, synonym_slots
 from ipgo.task import Method, Progress, Request, Task
-from ipgo.thesaurus import check_word_list, word_list_of
+from ipgo.thesaurus import WORDNET, check_word_list, word_list_of
 from ipgo.training import FLOAT16_SCALE
 from ipgo.typed import check_types
 from ipgo.word_gradient import MixedWords
@@ -29,6 +29,7 @@ from ipgo.word_gradient import MixedWords
 Target = Literal["positive", "negative", "both"]
 Solver = Literal["gradient", "evolutionary", "hybrid"]
 
+BUNDLED = "emoji"  # the model that has a word list of its own, and the list
 ATTEMPTS = 100  # draws of a candidate that was not seen before, and that the encoder takes
 # As published: RMSprop with these settings on logits that are kept within a range, gradients clipped.
 DECAY, MOMENTUM, TINY = 0.99, 0.5, 1e-8
@@ -49,8 +50,8 @@ class DPODiffusion(Method):
             prompt's words and by general ones (negative), or both.
         solver: gradient, evolutionary or hybrid.
         word_list: a bundled word list (emoji, for the bundled model; general); a JSON file with "synonyms", "antonyms"
-            and "negative"; for prompts of any words, so with any other model, wordnet, or wordnet:FOLDER with its
-            database, or llm, which asks `chat`.
+            and "negative"; for prompts of any words wordnet, or wordnet:FOLDER with its database, or llm, which asks
+            `chat`. None is emoji for the bundled model, and wordnet for any other.
         candidates: prompts to draw and score, those of the gradient steps not counted.
         gradient_steps: steps of the gradient, each of which draws and scores a candidate as well; no more than half of
             `candidates` are made.
@@ -65,7 +66,7 @@ class DPODiffusion(Method):
 
     target: Target = "negative"
     solver: Solver = "evolutionary"
-    word_list: str = "emoji"
+    word_list: str | None = None
     candidates: int = 40
     gradient_steps: int = 20
     lr: float = 0.1
@@ -101,6 +102,10 @@ class DPODiffusion(Method):
         """Steps with a gradient: a budget, which sets `candidates`, must leave some for what was learned."""
         return min(self.gradient_steps, max(1, self.candidates // 2)) if self.climbing else 0
 
+    def words_for(self, backend: str) -> str:
+        """The word list, where it is left to the backend."""
+        return self.word_list or (BUNDLED if backend == BUNDLED else WORDNET)
+
     def looked_up(self, shared: bool) -> dict[str, bool]:
         """What is needed of a prompt's words: nothing where one negative prompt is for all."""
         return {
@@ -114,7 +119,8 @@ class DPODiffusion(Method):
         scale = request.sampling.guidance_scale
         if self.target != "positive" and scale is not None and scale <= 1:
             raise self._unguided(scale)
-        check_word_list(self.word_list, request.prompts, self.chat, **self.looked_up(request.shared))
+        needed = self.looked_up(request.shared)
+        check_word_list(self.words_for(request.backend), request.prompts, self.chat, **needed)
 
     def _search(self, task: Task, resume: Mapping[str, Tensor] | None) -> Iterator[Progress]:
         if self.climbing and not task.reward.differentiable:
@@ -158,23 +164,24 @@ class DPODiffusion(Method):
         Raises:
             InputError: nothing at all, or `shared` with a target that belongs to single prompts.
         """
-        start = task.sampling.negative_prompt
+        start, spec = task.sampling.negative_prompt, self.words_for(task.backend.name)
         self._check_shared(task.shared)
         if task.shared:
-            words = word_list_of(self.word_list, "", self.chat, **self.looked_up(True))
+            words = word_list_of(spec, "", self.chat, **self.looked_up(True))
             spaces = [Space(negative=negative_slots("", words, start))]
         else:
-            spaces = [self._space(prompt, start) for prompt in task.prompts]
+            spaces = [self._space(spec, prompt, start) for prompt in task.prompts]
         for prompt, space in zip(task.prompts, spaces, strict=False):
             if not space.slots:
                 whose = "a shared negative prompt" if task.shared else f"prompt {prompt!r}"
                 raise InputError(
-                    f"word_list {self.word_list!r} has no words for {whose} with target={self.target!r}"
+                    f"word_list {spec!r} has no words for {whose} with target={self.target!r}; "
+                    "use wordnet, llm or a JSON file"
                 )
         return spaces
 
-    def _space(self, prompt: str, start: str) -> Space:
-        words = word_list_of(self.word_list, prompt, self.chat, **self.looked_up(False))
+    def _space(self, spec: str, prompt: str, start: str) -> Space:
+        words = word_list_of(spec, prompt, self.chat, **self.looked_up(False))
         return Space(
             PLAIN if self.target == "negative" else synonym_slots(prompt, words),
             PLAIN if self.target == "positive" else negative_slots(prompt, words, start),

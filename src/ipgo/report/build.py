@@ -28,6 +28,7 @@ from ipgo.rewards.checkpoints import fingerprint
 from ipgo.store import EVALUATION, Run
 
 logger = logging.getLogger("ipgo")
+Curve = tuple[str, list[float | None], list[float | None], float | None]
 VISIBLE = 0.0005  # the page shows three digits
 MOST = 100  # prompts whose pictures are shown: the page is one file
 LARGEST = 512  # pixels; larger images are shown smaller, so that the page stays light
@@ -57,20 +58,25 @@ class Card:
 
 def write_report(run: Run) -> tuple[Path, Path]:
     """Write report.html and curve.png into the run's folder; what is unfinished is left out."""
-    page = run.write("report.html", render(run))
-    name, rewards, bold, before = _mean_curve(run)
+    curve = _mean_curve(run)
+    page = run.write("report.html", render(run, curve))
+    name, rewards, bold, before = curve
     return page, run.write("curve.png", charts.curve_png(rewards, bold, name, run.config.reward, before))
 
 
-def render(run: Run) -> str:
-    """The page as text."""
+def render(run: Run, curve: Curve | None = None) -> str:
+    """The page as text.
+
+    Args:
+        curve: what `_mean_curve` returns of this run, if that is known.
+    """
     config, results, scores = run.config, run.results(), run.scores()
     seeds = _judging(run, config.new_seeds)  # of what it is worth
     fitted = summarise(scores, seeds=config.seeds)
     unseen = summarise(scores, seeds=seeds) if seeds != config.seeds else []
     later = run.told(load_scores(run.path / EVALUATION))
     scored_by = load_identities(run.path / EVALUATION)
-    name, rewards, bold, before = _mean_curve(run)
+    name, rewards, bold, before = curve or _mean_curve(run)
     template = environment().get_template("page.html.j2")
     return template.render(
         title=config.prompts[0] if len(config.prompts) == 1 else f"{len(config.prompts)} prompts",
@@ -107,11 +113,15 @@ def _judging(run: Run, unseen: Sequence[int]) -> Sequence[int]:
 def _later(run: Run, scores: Sequence[Score]) -> list[dict[str, Any]]:
     """What was judged again: the prompts of the run on further noise and on its own, and those that are new to it."""
     prompts, seeds = set(run.config.prompts), set(run.config.seeds)
-    parts: dict[tuple[str, str], list[Score]] = {}
+    rewards: dict[tuple[str, str, str], list[Score]] = {}
     for each in scores:
         kind = "fitted" if each.prompt in prompts else "never fitted"
         noise = "fitted" if each.prompt in prompts and each.seed in seeds else "further"
-        parts.setdefault((kind, noise), []).append(each)
+        rewards.setdefault((kind, noise, each.reward), []).append(each)
+    parts: dict[tuple[str, str, tuple[tuple[str, int], ...]], list[Score]] = {}
+    for (kind, noise, _), own in rewards.items():  # rewards of the same images go together
+        images = tuple(sorted({(each.prompt, each.seed) for each in own}))
+        parts.setdefault((kind, noise, images), []).extend(own)
     return [
         {
             "title": kind,
@@ -121,7 +131,7 @@ def _later(run: Run, scores: Sequence[Score]) -> list[dict[str, Any]]:
             "gains": summarise(part),
             "levels": levels(part) if run.config.method_name == "raw" else {},
         }
-        for (kind, noise), part in sorted(parts.items(), reverse=True)
+        for (kind, noise, _), part in sorted(parts.items(), key=lambda part: part[0][:2], reverse=True)
     ]
 
 
@@ -269,7 +279,7 @@ def _before(run: Run, raw: Sequence[float]) -> float | None:
     return _mean(raw) if sampling.fitting.steps == sampling.steps else None
 
 
-def _mean_curve(run: Run) -> tuple[str, list[float | None], list[float | None], float | None]:
+def _mean_curve(run: Run) -> Curve:
     """The reward of each step, averaged over the prompts; one that ended before keeps its last value."""
     prompts = run.prompts[:1] if run.config.shared else run.prompts
     histories = [run.history(prompt) for prompt in prompts]

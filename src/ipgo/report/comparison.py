@@ -16,7 +16,7 @@ from ipgo.config import flatten
 from ipgo.evaluation import average
 from ipgo.prompts import Prompt
 from ipgo.report import charts
-from ipgo.report.build import environment, picture_uri
+from ipgo.report.build import VISIBLE, environment, picture_uri
 from ipgo.report.identity import strangers, told
 from ipgo.report.rows import Row, own_scores, strange_to
 from ipgo.report.tables import span, tables
@@ -89,6 +89,9 @@ def lead(entries: Sequence[Row], reward: str) -> str:
         gains = [(row.label, getattr(row, place)[reward]) for row in some if reward in getattr(row, place)]
         if gains:
             label, gain = max(gains, key=lambda found: found[1].gain.value)
+            if abs(gain.gain.value) < VISIBLE:
+                text += f"On {noise}, no entry raised {reward}. "
+                continue
             change = f"{gain.gain.value:+.3f} {span(gain.gain)}".strip()
             verb, degree = ("optimised", "most") if gain.gain.value > 0 else ("lowered", "least")
             text += f"On {noise}, {label} {verb} {reward} {degree}, by {change}. "
@@ -104,7 +107,9 @@ def markdown(folder: Comparison, entries: Sequence[Row]) -> str:
     """The tables for a document."""
     plan = folder.plan
     budget = f", {plan.budget:,} weighted denoiser calls a prompt" if plan.budget else ""
-    parts = [f"# {len(entries)} entries on {len(plan.prompts)} prompts: {_plain(folder.plan.reward)}{budget}"]
+    counts = [f"{len(entries)} {'entry' if len(entries) == 1 else 'entries'}"]
+    counts.append(f"{len(plan.prompts)} {'prompt' if len(plan.prompts) == 1 else 'prompts'}")
+    parts = [f"# {' on '.join(counts)}: {_plain(folder.plan.reward)}{budget}"]
     for table in tables(folder, entries):
         lines = [
             table.head,

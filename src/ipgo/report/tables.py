@@ -50,7 +50,7 @@ def tables(folder: Comparison, entries: Sequence[Row]) -> list[Table]:
     reward = folder.plan.reward
     return [
         optimised_table(entries, reward),
-        held_out_table(entries, reward),
+        *held_out_tables(entries, reward),
         cost_table(folder, entries),
         *(matrix_table(each, reward) for each in matrices(entries, reward)),
     ]
@@ -81,9 +81,11 @@ def optimised_table(entries: Sequence[Row], reward: str) -> Table:
     return Table(f"{reward}, which was optimised", note, head, lines)
 
 
-def held_out_table(entries: Sequence[Row], reward: str) -> Table:
-    """What they did to rewards that only judge."""
+def held_out_tables(entries: Sequence[Row], reward: str) -> list[Table]:
+    """What they did to rewards that only judge; nothing where there are none."""
     names = dict.fromkeys(name for row in entries for name in (*row.unseen, *row.fitted) if name != reward)
+    if not names:
+        return []
     strange = {name: strange_to(entries, name) for name in names}
     lines = [
         [
@@ -100,7 +102,7 @@ def held_out_table(entries: Sequence[Row], reward: str) -> Table:
         note += f" {MARK}: scored by another reward of that name; the cell is not comparable with the others."
     own = optimised(reward)
     heads = (f"{name} (a part of it)" if name in own else name for name in names)
-    return Table("Other rewards", note, ["entry", "noise", *heads], lines)
+    return [Table("Other rewards", note, ["entry", "noise", *heads], lines)]
 
 
 def cost_table(folder: Comparison, entries: Sequence[Row]) -> Table:

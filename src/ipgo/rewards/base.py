@@ -225,7 +225,9 @@ def score_with_gradient(reward: Reward, images: Tensor, prompts: Sequence[str]) 
     """
     values = score(reward, images, prompts)
     if images.requires_grad and not values.requires_grad:
-        raise RewardError(f"reward {reward.name!r} gives no gradient, which this method needs")
+        raise RewardError(
+            f"reward {reward.name!r} gives no gradient, which this method needs; ipgo doctor says why"
+        )
     # A scorer whose own weights want a gradient hides that the picture was cut off, by PIL or .detach().
     if images.grad_fn is not None and not _leads_to(values.grad_fn, images.grad_fn):
         raise RewardError(
