@@ -1,4 +1,4 @@
-"""A second device for tests: it computes on the CPU, and refuses what a GPU would refuse.
+"""A second device for tests: a GPU, or one that computes on the CPU and refuses what a GPU would refuse.
 
 Tensors that live there say that they are on `DEVICE`. An operation that mixes them with tensors of the CPU fails, as it
 does with CUDA: numbers (tensors without dimensions) and the positions of an indexing may come from the CPU. The values
@@ -6,13 +6,15 @@ are the CPU's own, so whatever runs on both devices must end with the same bits.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-DEVICE = torch.device("lazy")  # a type of device that torch knows, and whose gradients need no driver
+# A GPU, where there is one, needs no stand-in. Else: a type of device that torch knows, whose gradients need no driver.
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "lazy")
 CPU = torch.device("cpu")
 aten = torch.ops.aten
 POSITIONS = (
@@ -77,6 +79,11 @@ class SecondDevice(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _call(function, args, kwargs or {})
+
+
+def second_device() -> AbstractContextManager[Any]:
+    """Within it tensors can be made on `DEVICE`."""
+    return nullcontext() if DEVICE.type == "cuda" else SecondDevice()
 
 
 def _call(function: Any, args: Any, kwargs: Any) -> Any:

@@ -95,7 +95,7 @@ def test_the_real_database() -> None:
 
 def test_without_wordnet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(wordnet, "PLACES", (str(tmp_path / "none"),))
-    with pytest.raises(InputError, match="in none of its usual places; install it .*, or choose 'general'"):
+    with pytest.raises(InputError, match=r"in none of its usual places; install it .*, or choose 'general'"):
         check_word_list("wordnet", ["a cat"], Chat(), synonyms=True, antonyms=True)
     with pytest.raises(InputError, match=r"is not WordNet's folder: it has no index\.adj"):
         check_word_list(f"wordnet:{tmp_path}", ["a cat"], Chat(), synonyms=True, antonyms=True)
