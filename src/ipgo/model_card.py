@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from ipgo.adapters import Adapter, NoiseAdapter, TextEncoderAdapter, WeightAdapter
+from ipgo.adapters import Adapter, JointAdapter, NoiseAdapter, TextEncoderAdapter, WeightAdapter
 from ipgo.errors import InputError
 from ipgo.evaluation import Gain, summarise, unlike
 from ipgo.files import is_hub_id
@@ -176,6 +176,9 @@ def _in_diffusers(run: Run, adapter: Adapter, base: str, prompt: str) -> str:
         asked.append(f"eta={sampling.eta}")
     if config.image_size is not None:
         asked.append(f"height={config.image_size}, width={config.image_size}")
+    learned = isinstance(adapter, NoiseAdapter | JointAdapter)  # the noise, which `prompt_kwargs` has then
+    if not learned:
+        asked.append(f"generator=torch.Generator().manual_seed({shown_seed(run)})")
     negative = [_literal(sampling.negative_prompt)] if sampling.negative_prompt else []
     if isinstance(adapter, WeightAdapter):
         words = ", ".join([prompt, *(f"negative_prompt={each}" for each in negative), *asked])
@@ -193,6 +196,7 @@ def _in_diffusers(run: Run, adapter: Adapter, base: str, prompt: str) -> str:
     opened, imports = [repr(base)], ["import diffusers"]
     if config.dtype != "auto":
         opened.append(f"dtype=torch.{config.dtype}")
+    if config.dtype != "auto" or not learned:
         imports.append("import torch")
     lines = [
         *imports,

@@ -264,6 +264,18 @@ def test_the_code_for_a_plain_pipeline_has_the_noise_of_the_run(
     assert "num_inference_steps=2, **scale, eta=0.5" in plain
 
 
+def test_the_code_for_a_plain_pipeline_draws_the_picture_of_the_card(
+    run: ipgo.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ipgo.model_card._base", lambda backend: backend)
+    folder = ipgo.save_pretrained(run.path, tmp_path / "card")
+    _, code, _, plain, *_ = (folder / "README.md").read_text().split("```")
+    names: dict[str, Any] = {}
+    exec(code.removeprefix("python\n").replace("this/repository", str(folder)), names)
+    exec(plain.removeprefix("python\n").replace("image = pipe(", "image = pipe(output_type='pt', "), names)
+    torch.testing.assert_close(names["image"], names["images"][0], atol=1e-4, rtol=0)
+
+
 def test_the_code_for_a_plain_pipeline_has_the_guidance_of_the_model_that_drew(
     run: ipgo.Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
