@@ -218,11 +218,6 @@ class Method:
             InputError: a task that the method cannot do. RewardError: a reward that breaks its contract.
             ResumeError: a state of another fit.
         """
-        if not self.stackable and not task.shared and len(task.prompts) > 1:
-            raise InputError(
-                f"task.prompts are {len(task.prompts)}; {type(self).__name__} fits one at a time, or one set for all: "
-                "shared=True"
-            )
         with torch.inference_mode(False), own_numbers():
             search = self._search(task, resume)
         return _undisturbed(search)

@@ -122,7 +122,7 @@ def test_the_gradient_of_words_is_scaled_and_lowers_its_scale(make_pipe, monkeyp
         backend = load_backend(make_pipe(), device="cpu", dtype=dtype)
         reward = as_reward(lambda images, prompts: images.mean((1, 2, 3)) * factor, "brightness")
         task = Task(backend, reward, ("a red fox",), SAMPLING)
-        method = DPODiffusion(solver="gradient", gradient_steps=1, candidates=1)
+        method = DPODiffusion(solver="gradient", word_list="emoji", gradient_steps=1, candidates=1)
         return next(iter(method.fit(task))).state()
 
     exact, scaled = logits("float32", 1e-4), logits("float16", 1e-4)

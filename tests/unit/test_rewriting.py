@@ -9,6 +9,7 @@ from ipgo import chat as chat_module
 from ipgo import cli
 from ipgo.adapters import Adapter, TextAdapter, generate
 from ipgo.adapters.text import from_bytes
+from ipgo.backends import load_backend
 from ipgo.chat import Chat, parse_text, parse_texts
 from ipgo.errors import InputError, MissingExtraError, ResumeError
 from ipgo.methods import ChatGPT, LLMSearch, Promptist
@@ -422,7 +423,7 @@ def test_promptists_beams_and_length_are_those_that_are_asked_for(rewriter, back
     assert asked == [(3, 5, 0.5)]
 
 
-def test_promptist_says_what_it_lacks(rewriter, backend, tmp_path, monkeypatch, caplog):
+def test_promptist_says_what_it_lacks(rewriter, pipe, backend, tmp_path, monkeypatch, caplog):
     assert Promptist()._places("sd15") == ("microsoft/Promptist", "gpt2")
     assert Promptist(model="x/y")._places("emoji") == ("x/y", "x/y")
     with pytest.raises(InputError, match=r"method\.model .* cannot be opened"):
@@ -430,10 +431,11 @@ def test_promptist_says_what_it_lacks(rewriter, backend, tmp_path, monkeypatch, 
     with pytest.raises(InputError, match="beams is 0"):
         Promptist(beams=0)
     room = rewriter[1].config.n_positions
+    cut = load_backend(pipe, device="cpu", long_prompts="truncate")
     with pytest.raises(
         InputError, match=f"reads and writes {room} in all; shorten it, or lower max_new_tokens"
     ):
-        list(Promptist(model=str(rewriter[0])).fit(Task(backend, COLOUR, ("sun " * room,), SAMPLING)))
+        list(Promptist(model=str(rewriter[0])).fit(Task(cut, COLOUR, ("sun " * room,), SAMPLING)))
     monkeypatch.setattr(Promptist, "rewrite", lambda self, model, tokenizer, prompt: "")
     (step,) = Promptist(model=str(rewriter[0])).fit(Task(backend, COLOUR, ("sun",), SAMPLING))
     assert step.adapter.texts == ("",)
