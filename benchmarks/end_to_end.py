@@ -135,7 +135,7 @@ def line(reward: str, fitted: list[Gain] | None, unseen: list[Gain], cost: Mappi
 
 def percent(gain: Gain) -> str:
     """The win rate with its interval."""
-    return f"{gain.wins.value:.0%} ({gain.wins.low:.0%} to {gain.wins.high:.0%})"
+    return f"{gain.wins.value:.0%} ({gain.wins.bounds('.0%')})"
 
 
 def preset(name: str) -> RunConfig:

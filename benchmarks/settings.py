@@ -26,7 +26,7 @@ from ipgo.cli_compare import entries_of, read_comparison
 from ipgo.compare import within_budget
 from ipgo.comparison import Plan, common_settings
 from ipgo.config import RunConfig
-from ipgo.evaluation import Drawing, Gain, Score, score, summarise
+from ipgo.evaluation import Drawing, Gain, Score, score_drawings, summarise
 from ipgo.models import BUNDLED_REWARDS, Models, load_models
 from ipgo.prompts import read_prompts
 from ipgo.rewards import optimised
@@ -65,7 +65,7 @@ def judged(
             Drawing(label, prompt, seed, image.float()) for prompt, image in zip(prompts, images, strict=True)
         ]
     own = optimised(config.reward, models.identities)
-    return score(drawings, models.rewards, own, models.judge)
+    return score_drawings(drawings, models.rewards, own, models.judge)
 
 
 @dataclass(frozen=True)

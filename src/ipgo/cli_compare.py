@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ipgo.errors import InputError, unknown
+from ipgo.printed import aligned
 from ipgo.prompts import halves, read_prompts, slug
-from ipgo.terminal import aligned, loading, peek, read_texts
+from ipgo.terminal import loading, peek, read_texts
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from ipgo.errors import InputError
+from ipgo.printed import aligned
 from ipgo.terminal import (
     add_adapter_flags,
     add_device_flags,
-    aligned,
     backend_of,
     check_replaced,
     command_parser,

@@ -69,7 +69,7 @@ def score(argv: list[str]) -> int:
         _check_picture(file)
     loading(", ".join(args.reward))
     rewards = {spec: load_reward(spec, device=args.device) for spec in args.reward}
-    rows = scored(pictures, prompts or [""] * len(pictures), rewards, device)
+    rows = score_pictures(pictures, prompts or [""] * len(pictures), rewards, device)
     if args.out is None:
         _print(rows, rewards)
     else:
@@ -224,7 +224,7 @@ def _ends(path: Path) -> Iterator[tuple[str, ...]]:
     return (parts[: count + 1] for count in range(len(parts)))
 
 
-def scored(
+def score_pictures(
     pictures: Sequence[Path], prompts: Sequence[str], rewards: dict[str, Reward], device: torch.device
 ) -> Iterator[dict[str, Any]]:
     """{"file", "prompt", reward: score, ...} for each picture, which is put on `device` as in a fit."""

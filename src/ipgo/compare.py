@@ -30,17 +30,9 @@ from ipgo.config import RunConfig
 from ipgo.errors import InputError, InUseError, MissingExtraError
 from ipgo.evaluation import evaluate
 from ipgo.models import Models, facts, judging_rewards, load_models
+from ipgo.preflight import check_gradient, check_method, check_settings, check_world
 from ipgo.rewards import check_reward
-from ipgo.runner import (
-    check_gradient,
-    check_method,
-    check_settings,
-    check_world,
-    finish_chunk,
-    fit_chunk,
-    forget_peak_memory,
-    try_rewards,
-)
+from ipgo.runner import finish_chunk, fit_chunk, forget_peak_memory, try_rewards
 from ipgo.store import Run
 from ipgo.task import Progress
 

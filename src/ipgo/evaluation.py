@@ -66,6 +66,17 @@ class Interval:
     n: int
     over: str
 
+    def bounds(self, form: str) -> str:
+        """Its bounds in words, each in this format; '' where n is 1.
+
+        Resampling says nothing about outcomes that are all the same: four wins of four are no certainty.
+        """
+        if math.isnan(self.low):
+            return ""
+        if self.low == self.high:
+            return f"each of {self.n}"
+        return f"{self.low:{form}} to {self.high:{form}}"
+
 
 @dataclass(frozen=True)
 class Gain:
@@ -148,7 +159,7 @@ def _drawn(
         return None
 
 
-def score(
+def score_drawings(
     drawings: Sequence[Drawing],
     rewards: Mapping[str, Reward],
     own: Collection[str],
@@ -216,7 +227,7 @@ def evaluate(
     for prompt in tqdm(prompts, desc="evaluating", unit="prompt", disable=silent, leave=False):
         drawings = list(draw(backend, adapters, prompt, seeds, sampling))
         with own_numbers():
-            scores += score(drawings, judges, own, judge)
+            scores += score_drawings(drawings, judges, own, judge)
     return scores
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ipgo import files
 from ipgo.adapters import Adapter
-from ipgo.backends import BACKENDS, Backend, check_backend, few_steps, load_backend
+from ipgo.backends import BACKENDS, Backend, few_steps, load_backend
 from ipgo.config import DEFAULT_REWARD, RunConfig
 from ipgo.defaults import method_and_sampling
 from ipgo.devices import own_numbers
@@ -21,9 +21,10 @@ from ipgo.errors import InputError
 from ipgo.evaluation import Gain, Score, summarise
 from ipgo.files import is_hub_id
 from ipgo.models import judging_rewards, load_models
+from ipgo.preflight import check, check_method
 from ipgo.prompts import Prompt
-from ipgo.rewards import REWARDS, FunctionReward, Reward, RewardFunction, as_reward, check_reward
-from ipgo.runner import check_gradient, check_method, check_world, run
+from ipgo.rewards import REWARDS, FunctionReward, Reward, RewardFunction, as_reward
+from ipgo.runner import run
 from ipgo.sampling import Sampling
 from ipgo.seeding import plain
 from ipgo.store import Run
@@ -144,15 +145,7 @@ def fit(
         **({} if given_backend is None else asdict(given_backend.opening)),
     )
     _check_names(given, (reward, *(judging_rewards(config) if judges is None else judges)))
-    if config.reward not in given:
-        check_world(config)
-    for spec in {config.reward, *judging_rewards(config)} - given.keys():
-        check_reward(spec, config.prompts)
-    if config.reward not in given:
-        check_gradient(config)
-    if given_backend is None:
-        negative = config.sampling.negative_prompt
-        config.check_width(check_backend(config.backend, config.opening, config.prompts, negative))
+    check(config, given, loaded=given_backend is not None)
     with tempfile.TemporaryDirectory() as temporary, torch.inference_mode(False), own_numbers():
         kept = None if out is None else files.place("out", out)
         folder = Run.open(kept or Path(temporary) / "run", config)

@@ -93,7 +93,7 @@ def _results(title: str, gains: Sequence[Gain]) -> str:
     lines = ["| reward | raw | adapted | gain, 95% | wins over raw |", "|---|---|---|---|---|"]
     for each in gains:
         name = escape(each.reward) + (" (held out)" if each.held_out else " (optimised)")
-        bounds = f"{each.gain.low:+.3f} to {each.gain.high:+.3f}{unlike(each, gains[0])}"
+        bounds = f"{each.gain.bounds('+.3f')}{unlike(each, gains[0])}"
         interval = f" ({bounds})" if each.gain.n > 1 else ""
         lines.append(
             f"| {name} | {each.before:.3f} | {each.after:.3f} | {each.gain.value:+.3f}{interval} "

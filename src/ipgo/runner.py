@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import sys
 import threading
 import time
@@ -23,52 +22,17 @@ from ipgo.chunks import Chunk, Cost
 from ipgo.config import RunConfig
 from ipgo.continuing import differing_in
 from ipgo.errors import InputError, InUseError
-from ipgo.evaluation import Score, draw, score
+from ipgo.evaluation import Score, draw, score_drawings
 from ipgo.images import to_pil
-from ipgo.methods import WITHOUT_GRADIENT
 from ipgo.models import Models, facts
 from ipgo.prompts import Prompt
-from ipgo.rewards import has_gradient, optimised, terms
+from ipgo.rewards import optimised
 from ipgo.rewards.external import asks
 from ipgo.store import Run
 from ipgo.task import Progress, Task
-from ipgo.vocabulary import vocabulary
 
 CHECKPOINT_SECONDS = 10.0
 Limit = Callable[[Iterator[Progress], Counter[str]], Iterator[Progress]]
-logger = logging.getLogger("ipgo")
-
-
-def check_method(folder: Run) -> None:
-    """`check_settings` of what is not done yet."""
-    for chunk in folder.pending():
-        check_settings(folder.config, chunk.texts)
-
-
-def check_settings(config: RunConfig, prompts: Sequence[str]) -> None:
-    """Raise `InputError`, before a model is loaded, for settings that cannot fit these prompts."""
-    config.check_fit()
-    config.method.check(config.request(prompts))
-
-
-def check_gradient(config: RunConfig) -> None:
-    """Refuse, before a model is loaded, a method that climbs and a reward that has no gradient."""
-    if config.method.climbing and not has_gradient(config.reward):
-        raise InputError(
-            f"reward {config.reward!r} has no gradient, which method {config.method_name!r} needs; "
-            f"use one that needs none: {WITHOUT_GRADIENT}"
-        )
-
-
-def check_world(config: RunConfig, *, asked: bool = True) -> None:
-    """Warn of a reward of the bundled model's where another one draws; refuse one that nobody asked for."""
-    own = [name for _, name in terms(config.reward) if name.startswith("emoji-")]
-    if not own or vocabulary(config.backend) is not None:
-        return
-    about = f"{own[0]!r} knows the objects of the bundled model alone, not what {config.backend!r} draws"
-    if not asked:
-        raise InputError(f"reward is the default, and {about}; name another, such as hpsv2.1")
-    logger.warning("%s", about)
 
 
 def run(folder: Run, models: Models) -> None:
@@ -127,7 +91,7 @@ def try_rewards(config: RunConfig, models: Models) -> None:
         text, seeds = config.prompts[0], config.judged_seeds[:1]
         sampling = config.sampling.for_fit(models.backend)
         drawings = list(draw(models.backend, {"raw": Adapter()}, text, seeds, sampling))
-        score(2 * drawings, tried, ())
+        score_drawings(2 * drawings, tried, ())
 
 
 def fit_chunk(folder: Run, models: Models, chunk: Chunk, limit: Limit | None = None) -> tuple[Progress, Cost]:
@@ -208,7 +172,7 @@ def draw_and_score(folder: Run, models: Models, prompt: Prompt, method: str, ada
         when = "before" if method == "raw" else "after"
         folder.save_image(prompt, when, drawing.seed, to_pil(drawing.image[None])[0])
         drawings.append(drawing)
-    return score(drawings, models.rewards, optimised(config.reward, models.identities), models.judge)
+    return score_drawings(drawings, models.rewards, optimised(config.reward, models.identities), models.judge)
 
 
 def taken_over(folder: Run, models: Models, prompt: Prompt, twins: Sequence[Run]) -> list[Score]:

@@ -51,12 +51,6 @@ def add_device_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text-device", default="auto", help="auto, or cpu to save GPU memory")
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of columns, each as wide as its widest cell."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-
-
 class _Parser(argparse.ArgumentParser):
     """argparse, with one sentence instead of its usage lines, and prompts after options as well as before."""
 

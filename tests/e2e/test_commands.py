@@ -17,6 +17,7 @@ from PIL import Image
 import ipgo
 from ipgo import cli, files, models, runner
 from ipgo.artefacts import load_identities, load_scores
+from ipgo.cli_fit import show_run
 from ipgo.fitting import result_of
 from ipgo.model_card import model_card
 from ipgo.prompts import read_prompts
@@ -134,7 +135,7 @@ def test_what_is_called_unseen_is_unseen(
     for gains, expected in ((result.on_fitted_seeds, seen), (result.on_unseen_seeds, new)):
         own = next(gain for gain in gains if gain.reward == "colorfulness")
         assert (own.before, own.after) == pytest.approx(expected)
-    assert cli.show_run(run) == 0
+    assert show_run(run) == 0
     said = capsys.readouterr().out.split("unseen seeds")
     for part, (before, after) in zip(said, (seen, new), strict=True):
         line = next(line for line in part.splitlines() if line.startswith("colorfulness *"))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ipgo
-from ipgo import cli
+from ipgo import cli, printed
 from ipgo.adapters import Adapter, InsertionAdapter, JointAdapter, NoiseAdapter
 from ipgo.artefacts import save_adapter
 from ipgo.backends import BACKENDS, FAMILIES
@@ -199,16 +199,16 @@ def test_a_file_in_place_of_a_prompt(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("a fox")
     with pytest.raises(ipgo.InputError, match=r"is a file; read its prompts with --prompts"):
-        cli.read_texts([str(file)], None)
-    assert cli.read_texts(["a fox.txt"], str(file)) == ["a fox.txt", "a fox"]
+        read_texts([str(file)], None)
+    assert read_texts(["a fox.txt"], str(file)) == ["a fox.txt", "a fox"]
 
 
 def test_a_prompt_without_quotes_is_noticed(caplog: pytest.LogCaptureFixture) -> None:
-    assert cli.read_texts(["a", "lemon"], None) == ["a", "lemon"]
+    assert read_texts(["a", "lemon"], None) == ["a", "lemon"]
     assert caplog.messages == ["these are 2 prompts; put a single prompt in quotes: 'a lemon'"]
     caplog.clear()
-    cli.read_texts(["a lemon", "fox"], None)
-    cli.read_texts(["lemon"], None)
+    read_texts(["a lemon", "fox"], None)
+    read_texts(["lemon"], None)
     assert caplog.messages == []
 
 
@@ -269,7 +269,7 @@ def test_table() -> None:
         Interval(-0.5, NAN, NAN, 1, "seeds"),
         Interval(0.0, NAN, NAN, 1, "seeds"),
     )
-    lines = cli.table([sure, alone]).splitlines()
+    lines = printed.table([sure, alone]).splitlines()
     assert " ".join(lines[1].split()) == "emoji-clip 0.250 0.500 +0.250 +0.125 to +0.375 75% (50% to 100%)"
     assert " ".join(lines[2].split()) == "mine * 1.000 0.500 -0.500 one image 0%"
 

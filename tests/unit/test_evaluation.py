@@ -13,8 +13,8 @@ from torch import nn
 from ipgo import InputError, Score, as_reward, load_reward, summarise, win_rate
 from ipgo.adapters import Adapter
 from ipgo.backends import Backend
-from ipgo.cli import table
-from ipgo.evaluation import Drawing, average, draw, evaluate, levels, score
+from ipgo.evaluation import Drawing, Interval, average, draw, evaluate, levels, score_drawings
+from ipgo.printed import table
 from ipgo.rewards import optimised
 from ipgo.rewards.spec import read_terms
 from ipgo.sampling import Sampling
@@ -106,7 +106,7 @@ def test_a_mark_that_was_followed_judges_nothing() -> None:
         ("sharpness<=0.9", {"judge-object"}),
     ):
         own = {each.name for each in read_terms(spec)}
-        assert {each.reward for each in score(drawings, {}, own, Sharp())} == expected
+        assert {each.reward for each in score_drawings(drawings, {}, own, Sharp())} == expected
 
 
 class Small(nn.Module):
@@ -166,7 +166,7 @@ def test_what_a_reward_is_made_of_is_not_held_out() -> None:
     drawings = [Drawing(name, "a fox", 0, image) for name in ("raw", "ipgo")]
     names = (spec, "contrast", "colorfulness", "clip")
     rewards = {name: as_reward(lambda images, _: images.mean((1, 2, 3)), name) for name in names}
-    found = {each.reward: each.held_out for each in score(drawings, rewards, optimised(spec))}
+    found = {each.reward: each.held_out for each in score_drawings(drawings, rewards, optimised(spec))}
     assert found == {spec: False, "contrast": False, "colorfulness": False, "clip": True}
     assert optimised("<lambda>") == {"<lambda>"}
     assert optimised("clip:/mine") == {"clip:/mine"}  # other weights
@@ -203,3 +203,9 @@ def test_an_interval_over_something_else_than_the_others_says_so() -> None:
     assert "95% over 2 prompts" in head
     assert " over " not in first
     assert " over 2 seeds" in second
+
+
+def test_outcomes_that_are_all_the_same_have_no_interval() -> None:
+    assert Interval(1.0, 1.0, 1.0, 4, "seeds").bounds(".0%") == "each of 4"
+    assert Interval(0.75, 0.5, 1.0, 4, "seeds").bounds(".0%") == "50% to 100%"
+    assert Interval(1.0, math.nan, math.nan, 1, "seeds").bounds(".0%") == ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -182,7 +181,8 @@ def _level(row: Row, reward: str) -> Cell:
 
 def span(interval: Interval) -> str:
     """(low to high), or nothing where one image has no interval."""
-    return "" if math.isnan(interval.low) else f"({interval.low:+.3f} to {interval.high:+.3f})"
+    bounds = interval.bounds("+.3f")
+    return bounds and f"({bounds})"
 
 
 def _wins(gains: dict[str, Gain], reward: str) -> Cell:
@@ -192,6 +192,7 @@ def _wins(gains: dict[str, Gain], reward: str) -> Cell:
 def _rate(interval: Interval | None) -> Cell:
     if interval is None:
         return Cell("–")
-    within = "" if math.isnan(interval.low) else f"({interval.low:.0%} to {interval.high:.0%})"
+    bounds = interval.bounds(".0%")
+    within = bounds and f"({bounds})"
     sure = mood(interval.value - 0.5) if decided(interval, 0.5) else ""
     return Cell(f"{interval.value:.0%}", sure, within)

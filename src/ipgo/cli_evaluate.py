@@ -1,0 +1,133 @@
+"""`ipgo evaluate`: more seeds, other rewards, other prompts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from ipgo import files
+from ipgo.errors import InputError
+from ipgo.printed import levels, span, table
+from ipgo.terminal import add_device_flags, backend_of, command_parser, loading, open_stored, path_of
+
+if TYPE_CHECKING:
+    from ipgo.evaluation import Score
+    from ipgo.store import Run
+
+EVALUATION_SEEDS = tuple(range(2000, 2008))  # not those that `fit` judges on
+
+
+def evaluate(argv: list[str]) -> int:
+    """`ipgo evaluate`: more seeds, other rewards, other prompts."""
+    parser = command_parser(
+        "evaluate", "Evaluate a finished run on more seeds, with other rewards, or on prompts it never saw."
+    )
+    parser.add_argument("run", type=path_of, help="a run's folder")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=EVALUATION_SEEDS, help="default: 2000 to 2007"
+    )
+    parser.add_argument("--rewards", nargs="+", help="default: those that the run was scored with")
+    parser.add_argument("--prompts", help="other prompts from a file or a set, for a run with --shared")
+    parser.add_argument("--backend", help="where the backend is, if it has moved or the run does not say")
+    add_device_flags(parser)
+    args = parser.parse_args(argv)
+
+    from ipgo.adapters import Adapter
+    from ipgo.evaluation import evaluate
+    from ipgo.models import load_models
+    from ipgo.seeding import check_seeds
+    from ipgo.store import Run
+    from ipgo.vocabulary import warn_of_unseen_words
+
+    check_seeds(tuple(args.seeds))
+    folder = Run.open(args.run)
+    files.check_out(folder.path, folder=True)
+    stored = open_stored(args.run)
+    prompts = stored.prompts([], args.prompts)
+    stored.seeds(args.seeds)  # for its warning
+    source = backend_of(stored.settings, args.backend)
+    first, *others = _judges(folder, args.rewards, prompts)
+    config = replace(
+        folder.config,
+        backend=source,
+        reward=first,
+        held_out=tuple(others),
+        device=args.device,
+        text_device=args.text_device,
+    )
+    if args.prompts:
+        warn_of_unseen_words(config.backend, prompts)
+    loading(config.backend)
+    models = load_models(config, begun_in=folder.dtype)
+    models.backend.check_prompts(prompts)
+    stored.check_backend(models.backend)
+    adapters = {"raw": Adapter(), config.method_name: stored.adapter.to(models.backend.device)}
+    for name in folder.strange(models.identities):
+        logging.getLogger("ipgo").warning(
+            "%r is not the reward that scored the run under this name (its weights, text or version differ): the new "
+            "scores cannot be compared with the old ones",
+            name,
+        )
+    scores: list[Score] = []
+    for prompt in tqdm(prompts, "evaluating", unit="prompt", disable=None, leave=False):
+        found = evaluate(
+            models.backend,
+            adapters,
+            models.rewards,
+            [prompt],
+            args.seeds,
+            config.sampling,
+            folder.config.reward,
+            models.judge,
+        )
+        folder.judge_again(found, models.identities, models.backend.identity)  # also if the next one fails
+        scores += found
+    _show_evaluation(folder, prompts, args.seeds, scores)
+    return 0
+
+
+def _show_evaluation(
+    folder: Run, prompts: Sequence[str], seeds: Sequence[int], scores: Sequence[Score]
+) -> None:
+    """Write the report, and print what came out and where it is."""
+    from ipgo.evaluation import summarise
+    from ipgo.report import write_report
+    from ipgo.store import EVALUATION
+
+    new = len(set(prompts) - set(folder.config.prompts))
+    unseen = f", {f'{new} of them ' if new < len(prompts) else ''}never fitted" if new else ""
+    count = f"{len(prompts)} prompt" + "s" * (len(prompts) > 1)
+    known = sorted(set(seeds) & set(folder.config.seeds))
+    fitted = f" (fitted to: {span(known)})" if known else ""
+    gains = summarise(scores)
+    # Prompts as they are have learned nothing that could be compared.
+    print(f"{count}{unseen}, seeds {span(seeds)}{fitted}\n{table(gains) if gains else levels(scores)}")
+    print(f"scores: {folder.path / EVALUATION}\nreport: {write_report(folder)[0]}")
+
+
+def _judges(folder: Run, asked: Sequence[str] | None, prompts: Sequence[str]) -> tuple[str, ...]:
+    """The optimised reward, if it can still be loaded, and the others, which must be.
+
+    A run made in Python may have optimised a function that no name stands for.
+    """
+    from ipgo.rewards import check_reward
+
+    own, names = folder.config.reward, asked or list(folder.identities)
+    others = tuple(dict.fromkeys(name for name in names if name != own))
+    try:
+        for name in others:
+            check_reward(name, prompts)
+        try:
+            check_reward(own, prompts)
+        except InputError as error:
+            if own in names:
+                raise
+            logging.getLogger("ipgo").warning("scored without the reward that was optimised: %s", error)
+            return others
+    except InputError as error:
+        raise InputError(f"{error}" + ("" if asked else "; name rewards with --rewards")) from None
+    return (own, *others)

@@ -1,0 +1,136 @@
+"""`ipgo fit`: learn embeddings, and print what came of it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ipgo.errors import InputError
+from ipgo.printed import levels, span, table
+from ipgo.prompts import slug
+from ipgo.terminal import loading, peek, read_texts
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+    from ipgo.store import Run
+
+
+def fit(argv: list[str]) -> int:
+    """`ipgo fit`: settings from a preset, then a file, then flags, checked as early as possible."""
+    from ipgo.config import build, flatten, merge, method_of, parse, read_settings, settings_for
+    from ipgo.defaults import for_backend
+    from ipgo.models import load_models
+    from ipgo.preflight import check, check_method
+    from ipgo.runner import run
+    from ipgo.store import Run
+    from ipgo.vocabulary import warn_of_unseen_words
+
+    chosen, rest = peek(argv, ("--preset", "--config", "--method", "--backend"))
+    settings = read_settings(chosen.preset, chosen.config)
+    if "entries" in settings:
+        raise InputError("entries are those of a comparison: `ipgo compare --config`")
+    if chosen.method is not None:
+        settings["method"] = settings_for(chosen.method, settings.get("method", {}))
+    if chosen.backend is not None:
+        settings["backend"] = chosen.backend
+
+    few = for_backend(str(settings.get("backend")), method_of(settings))
+    if few:
+        said = ", ".join(f"{name} {json.dumps(value)}" for name, value in flatten(few).items())
+        logging.getLogger("ipgo").info(
+            "%s is a few-step model; defaults for it: %s", settings["backend"], said
+        )
+    parsed = parse(_fit_parser(method_of(settings)), merge(few, settings), rest)
+
+    texts = read_texts(parsed.text, parsed.prompts)
+    if not texts and parsed.held_out:
+        raise InputError(
+            f"prompts is empty; held_out has taken {parsed.held_out[-1]!r} as a reward: give prompts before options"
+        )
+    config = build(parsed, tuple(texts))
+    asked = "reward" in settings or any(word.split("=")[0] == "--reward" for word in rest)
+    check(config, asked=asked)
+    place = Path(parsed.out or Path("runs") / (slug(parsed.prompts or texts[0]) or "run")).expanduser()
+    folder = Run.open(place, config)
+    check_method(folder)
+    warn_of_unseen_words(config.backend, config.prompts)
+    loading(config.backend)
+    run(folder, load_models(config, begun_in=folder.dtype))
+    return show_run(folder)
+
+
+def _fit_parser(method: str) -> ArgumentParser:
+    from ipgo.config import presets, run_parser
+    from ipgo.methods import METHODS
+
+    parser = run_parser(method)
+    parser.usage = "ipgo fit PROMPT... [options]"
+    parser.description = "Learn embeddings for one or more prompts, and evaluate them on unseen noise."
+    parser.epilog = f"--method NAME is one of {', '.join(METHODS)}; --method.* are its options."
+    parser.add_argument("text", nargs="*", default=[], metavar="PROMPT", help="prompts, each in quotes")
+    parser.add_argument("--preset", type=str, help=f"bundled settings: {', '.join(presets())}")
+    parser.add_argument(
+        "--config", type=str, help="a YAML file of settings; it overrides the preset, and flags override both"
+    )
+    parser.add_argument(
+        "--prompts",
+        type=str,
+        help="prompts from a .txt, .csv or .jsonl file, or a set: one, one:train?n=8, ...",
+    )
+    parser.add_argument(
+        "--out", type=str, help="the run's folder (default: runs/ and --prompts, or the first prompt's words)"
+    )
+    return parser
+
+
+def show_run(folder: Run) -> int:
+    """Write the report, and print what came out and where it is."""
+    from ipgo.evaluation import summarise
+    from ipgo.report import run_cost, write_report
+
+    page, curve = write_report(folder)
+    config, scores = folder.config, folder.scores()
+    fitted = f"fitted seeds: {span(config.seeds)}"
+    tied = folder.transfers == "nothing"
+    for title, seeds in ((fitted, config.seeds), ("unseen seeds", () if tied else config.new_seeds)):
+        gains = summarise(scores, seeds=seeds)
+        if gains:
+            print(f"\n{title}\n{table(gains)}")
+        elif config.method_name == "raw" and seeds:
+            print(f"\n{title}\n{levels([each for each in scores if each.seed in seeds])}\n")
+    if tied:
+        print("\nunseen seeds: as raw, since what was learned belongs to the noise of its seed\n")
+    alone = len(folder.prompts) == 1
+    if alone:
+        seed = config.judged_seeds[0]
+        for when in ("before", "after"):
+            file = folder.image(folder.prompts[0], when, seed)
+            if file.is_file():
+                print(f"{when + ':':<12}{file}")
+    else:
+        print(f"{'prompts:':<12}{folder.path / 'prompts'}")
+    if (alone or config.shared) and config.method_name != "raw":
+        print(f"{'learned:':<12}{folder.adapter_folder(folder.prompts[0])}")
+    print(f"{'curve:':<12}{curve}\n{'report:':<12}{page}")
+    cost = run_cost(folder)
+    print(
+        f"{'cost:':<12}{cost['seconds']:.0f} s of fitting, {cost['calls'].get('denoiser', 0):,} denoiser calls"
+    )
+    own = next((gain for gain in summarise(scores, seeds=config.seeds) if gain.reward == config.reward), None)
+    if own is not None and config.method.climbing and own.gain.value == 0 and own.wins.low == 0.5:
+        logging.getLogger("ipgo").warning(
+            "no image of the fitted seeds scores better or worse than the raw one: the reward is flat there, or its "
+            "ceiling is met already; see `ipgo doctor`"
+        )
+    failed = [result["prompt"] for result in folder.results() if result["status"] == "failed"]
+    if failed:
+        print(
+            f"ipgo: {len(failed)} of {len(folder.judged)} prompts failed because their reward or gradient was not "
+            f"finite: {', '.join(map(repr, failed[:5]))}; see `ipgo doctor`, and try again with a new --out",
+            file=sys.stderr,
+        )
+    return 1 if failed else 0

@@ -1,0 +1,69 @@
+"""What can be refused before a model is loaded."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Container, Sequence
+
+from ipgo.backends import check_backend
+from ipgo.config import RunConfig
+from ipgo.errors import InputError
+from ipgo.methods import WITHOUT_GRADIENT
+from ipgo.models import judging_rewards
+from ipgo.rewards import check_reward, has_gradient, terms
+from ipgo.store import Run
+from ipgo.vocabulary import vocabulary
+
+logger = logging.getLogger("ipgo")
+
+
+def check(config: RunConfig, given: Container[str] = (), *, asked: bool = True, loaded: bool = False) -> None:
+    """Raise `InputError` for models that cannot work, or not together.
+
+    Args:
+        given: names of rewards that are objects already, and so need no checks.
+        asked: False where the reward is a default that nobody chose.
+        loaded: whether the backend is there already.
+    """
+    if config.reward not in given:
+        check_world(config, asked=asked)
+    for name in dict.fromkeys((config.reward, *judging_rewards(config))):
+        if name not in given:
+            check_reward(name, config.prompts)
+    if config.reward not in given:
+        check_gradient(config)
+    if not loaded:
+        negative = config.sampling.negative_prompt
+        config.check_width(check_backend(config.backend, config.opening, config.prompts, negative))
+
+
+def check_method(folder: Run) -> None:
+    """`check_settings` of what is not done yet."""
+    for chunk in folder.pending():
+        check_settings(folder.config, chunk.texts)
+
+
+def check_settings(config: RunConfig, prompts: Sequence[str]) -> None:
+    """Raise `InputError`, before a model is loaded, for settings that cannot fit these prompts."""
+    config.check_fit()
+    config.method.check(config.request(prompts))
+
+
+def check_gradient(config: RunConfig) -> None:
+    """Refuse, before a model is loaded, a method that climbs and a reward that has no gradient."""
+    if config.method.climbing and not has_gradient(config.reward):
+        raise InputError(
+            f"reward {config.reward!r} has no gradient, which method {config.method_name!r} needs; "
+            f"use one that needs none: {WITHOUT_GRADIENT}"
+        )
+
+
+def check_world(config: RunConfig, *, asked: bool = True) -> None:
+    """Warn of a reward of the bundled model's where another one draws; refuse one that nobody asked for."""
+    own = [name for _, name in terms(config.reward) if name.startswith("emoji-")]
+    if not own or vocabulary(config.backend) is not None:
+        return
+    about = f"{own[0]!r} knows the objects of the bundled model alone, not what {config.backend!r} draws"
+    if not asked:
+        raise InputError(f"reward is the default, and {about}; name another, such as hpsv2.1")
+    logger.warning("%s", about)
