@@ -91,6 +91,17 @@ def read_json(file: Path, *needed: str) -> dict[str, Any]:
     return content
 
 
+def shards(index: Path) -> list[Path]:
+    """The files that an index of weights, `*.safetensors.index.json`, names; `InputError` for a damaged one."""
+    try:
+        named = set(read_json(index)["weight_map"].values())
+        return [index.parent / name for name in sorted(named)]
+    except (InputError, KeyError, TypeError, AttributeError):
+        raise InputError(
+            f"weights are damaged or half-written: {str(index)!r} is not an index of shards"
+        ) from None
+
+
 def write_lines(file: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     """One JSON object a line."""
     write(file, "".join(json.dumps(line) + "\n" for line in lines).encode())

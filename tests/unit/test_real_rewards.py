@@ -213,7 +213,7 @@ def test_only_the_weights_that_are_read_are_known(folder: Path, tmp_path: Path) 
     assert shards == sorted((tmp_path / "clip").glob("model-*.safetensors"))
     damaged = (tmp_path / "clip/model.safetensors.index.json").read_text()
     (tmp_path / "clip/model.safetensors.index.json").write_text("{}")
-    with pytest.raises(InputError, match="is not an index of files"):
+    with pytest.raises(InputError, match="is not an index of shards"):
         checkpoints.weight_files(tmp_path / "clip")
     (tmp_path / "clip/model.safetensors.index.json").write_text(damaged)
     found = load_reward(f"clip:{tmp_path / 'clip'}", device="cpu")

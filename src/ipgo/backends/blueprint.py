@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ipgo import files
 from ipgo.errors import InputError
 from ipgo.memory import UNBOUNDED, Tokens, build
 
@@ -109,12 +109,9 @@ def read_blueprint(folder: Path) -> Blueprint:
 
 
 def _read(folder: Path, name: str) -> dict[str, Any]:
+    if not (folder / name).is_file():
+        raise InputError(f"backend folder {str(folder)!r} has no {name}")
     try:
-        content = json.loads((folder / name).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"backend folder {str(folder)!r} has no {name}") from None
-    except ValueError:
+        return files.read_json(folder / name)
+    except InputError:
         raise InputError(f"backend folder {str(folder)!r} has a damaged {name}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"backend folder {str(folder)!r} has a damaged {name}")
-    return content

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -17,9 +16,9 @@ from huggingface_hub.errors import GatedRepoError
 from safetensors import SafetensorError, safe_open
 from transformers.utils import logging as transformers_logging
 
+from ipgo import files
 from ipgo.bars import only_of_downloads
 from ipgo.errors import InputError, first_line
-from ipgo.files import is_hub_id
 
 INDEX = "model_index.json"
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
@@ -34,7 +33,7 @@ UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 def is_local(source: str | Path) -> bool:
     """Is it a path? Else it is a hub id, `owner/name`."""
     path = Path(source)
-    return path.exists() or path.suffix in PICKLES or not is_hub_id(source)
+    return path.exists() or path.suffix in PICKLES or not files.is_hub_id(source)
 
 
 def pipeline_class(source: str | Path) -> str:
@@ -89,8 +88,7 @@ def open_pipeline(source: str | Path, kind: str, dtype: torch.dtype) -> Any:
 
 def _left_out(path: Path) -> list[str]:
     """The parts that a pipeline was saved without."""
-    index = json.loads((path / INDEX).read_text(encoding="utf-8"))
-    return [name for name, value in index.items() if value == [None, None]]
+    return [name for name, value in files.read_json(path / INDEX).items() if value == [None, None]]
 
 
 def _check_text_encoders(pipe: Any, path: Path, variant: str | None) -> None:
@@ -101,9 +99,8 @@ def _check_text_encoders(pipe: Any, path: Path, variant: str | None) -> None:
     for part, module in pipe.components.items():
         if type(module).__name__ not in PLAINLY_NAMED:
             continue
-        files = _weight_files(path / part, _weights_name("transformers"), variant)
         stored: set[str] = set()
-        for file in files:
+        for file in _weight_files(path / part, _weights_name("transformers"), variant):
             with safe_open(file, framework="pt") as tensors:
                 stored |= {name.removeprefix(PREFIX) for name in tensors.keys()}  # noqa: SIM118
         known = module.state_dict()
@@ -119,7 +116,7 @@ def check_folder(path: Path) -> str | None:
     Returns:
         The variant of weights that are there in one alone, as "fp16"; None: they have their usual names.
     """
-    parts = _parts(json.loads((path / INDEX).read_text(encoding="utf-8")))
+    parts = _parts(files.read_json(path / INDEX))
     variant = _variant(_files(path), parts)
     weights = []
     for part, library in parts.items():
@@ -142,10 +139,10 @@ def _hub_variant(source: str) -> str | None:
     """As `check_folder` says it of a folder, of a hub id; its weights need not have been fetched."""
     index = Path(hf_hub_download(source, INDEX))
     try:
-        files: Collection[str] = list_repo_files(source)
+        there: Collection[str] = list_repo_files(source)
     except Exception:  # without a network, which libraries say in many ways: what was fetched before
-        files = _files(index.parent)
-    return _variant(files, _parts(json.loads(index.read_text(encoding="utf-8"))))
+        there = _files(index.parent)
+    return _variant(there, _parts(files.read_json(index)))
 
 
 def _files(folder: Path) -> list[str]:
@@ -156,15 +153,15 @@ def _weights_name(library: str) -> str:
     return WEIGHTS.get(library, WEIGHTS["transformers"])
 
 
-def _variant(files: Collection[str], parts: Mapping[str, str]) -> str | None:
+def _variant(there: Collection[str], parts: Mapping[str, str]) -> str | None:
     """The word in the names of a part's weights, `model.fp16.safetensors`, where this is the one way they are there."""
     for part, library in parts.items():
         name = _weights_name(library)
         usual = (f"{part}/{name}", f"{part}/{name}.index.json")
         start = re.escape(f"{part}/{name.removesuffix('.safetensors')}")
         pattern = re.compile(start + r"\.(?:(\w+)\.safetensors|safetensors\.index\.(\w+)\.json)")
-        found = {match[1] or match[2] for match in map(pattern.fullmatch, files) if match}
-        if len(found) == 1 and not any(each in files for each in usual):
+        found = {match[1] or match[2] for match in map(pattern.fullmatch, there) if match}
+        if len(found) == 1 and not any(each in there for each in usual):
             return found.pop()
     return None
 
@@ -181,8 +178,8 @@ def _parts(index: Mapping[str, Any]) -> dict[str, str]:
 def class_name(index: Path, source: str | Path) -> str:
     """The pipeline class that a model_index.json names."""
     try:
-        return str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
-    except (ValueError, KeyError, TypeError):
+        return str(files.read_json(index, "_class_name")["_class_name"])
+    except InputError:
         raise InputError(f"backend folder {str(source)!r} has a damaged {INDEX}") from None
 
 
@@ -211,13 +208,7 @@ def _weight_files(folder: Path, file_name: str, variant: str | None) -> list[Pat
             index, file = own
     if not index.is_file():
         return [file]
-    try:
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(
-            f"weights are damaged or half-written: {str(index)!r} is not an index of shards"
-        ) from None
-    return [folder / name for name in sorted(shards)]
+    return files.shards(index)
 
 
 def check_weights(file: Path) -> None:

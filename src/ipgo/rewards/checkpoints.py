@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from ipgo.bars import only_of_downloads
 from ipgo.errors import InputError, first_line
-from ipgo.files import is_hub_id
+from ipgo.files import is_hub_id, shards
 
 CLIP_L = "openai/clip-vit-large-patch14"  # its tokenizer is that of open_clip, too
 MODEL = "model*.safetensors"
@@ -253,11 +253,7 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / "model.safetensors"]
     if not (folder / INDEX).is_file():
         return sorted(folder.glob(MODEL))
-    try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        return sorted(folder / name for name in set(index["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"weights are damaged: {str(folder / INDEX)!r} is not an index of files") from None
+    return shards(folder / INDEX)
 
 
 def identity(
