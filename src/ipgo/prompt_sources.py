@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ipgo import hub
 from ipgo.errors import InputError, MissingExtraError, first_line, unknown
 
 Options = Mapping[str, str]
@@ -162,7 +163,8 @@ def _hub_columns(
     except ImportError:
         raise MissingExtraError(f'{spec} needs the datasets package: pip install "ipgo[data]"') from None
     try:
-        found = load_dataset(repository, split=split)
+        with hub.within_reach(repository):
+            found = load_dataset(repository, split=split)
     except Exception as error:  # its libraries say in many ways that the network fails
         raise _offline(repository, local, error) from error
     missing = [name for name in columns if name not in found.column_names]
@@ -177,7 +179,8 @@ def _download(repository: str, file: str, local: str) -> str:
     from huggingface_hub import hf_hub_download
 
     try:
-        return str(hf_hub_download(repository, file, repo_type="dataset"))
+        with hub.within_reach(repository):
+            return str(hf_hub_download(repository, file, repo_type="dataset"))
     except Exception as error:  # as above
         raise _offline(f"{repository}/{file}", local, error) from error
 

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ipgo import files
+from ipgo import files, hub
 from ipgo.adapters import Adapter
 from ipgo.artefacts import load_adapter, save_adapter
 from ipgo.errors import InputError, first_line
@@ -68,17 +68,18 @@ def push_to_hub(run: Run, folder: str | Path, repository: str, *, private: bool 
     if not files.is_hub_id(repository):
         raise InputError(f"{repository!r} is not a model name of the hub; write owner/name")
     save_pretrained(run, folder, places=False)
-    hub = HfApi(library_name="ipgo", library_version=version("ipgo"))
+    api = HfApi(library_name="ipgo", library_version=version("ipgo"))
     try:
-        if hub.repo_exists(repository):
-            _check_repository(hub.model_info(repository), repository, private)
-        address = hub.create_repo(repository, private=private, exist_ok=True)
-        hub.upload_folder(
-            repo_id=repository,
-            folder_path=folder,
-            commit_message="Adapter learned by ipgo",
-            delete_patterns=["images/*.png"],
-        )
+        with hub.within_reach(repository):
+            if api.repo_exists(repository):
+                _check_repository(api.model_info(repository), repository, private)
+            address = api.create_repo(repository, private=private, exist_ok=True)
+            api.upload_folder(
+                repo_id=repository,
+                folder_path=folder,
+                commit_message="Adapter learned by ipgo",
+                delete_patterns=["images/*.png"],
+            )
     except InputError:
         raise
     except Exception as error:  # also whatever its HTTP library raises where there is no network
@@ -111,7 +112,8 @@ def fetch(source: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(source), allow_patterns=list(FILES)))
+        with hub.within_reach(source):
+            return Path(snapshot_download(str(source), allow_patterns=list(FILES)))
     except Exception as error:  # as above
         raise InputError(
             f"adapter {str(source)!r} is not a folder, and cannot be read from the hub: {first_line(error)}"

@@ -16,7 +16,7 @@ from huggingface_hub.errors import GatedRepoError
 from safetensors import SafetensorError, safe_open
 from transformers.utils import logging as transformers_logging
 
-from ipgo import files
+from ipgo import files, hub
 from ipgo.bars import only_of_downloads
 from ipgo.errors import InputError, first_line
 
@@ -44,7 +44,8 @@ def pipeline_class(source: str | Path) -> str:
     """
     if not is_local(source):
         try:
-            file = hf_hub_download(str(source), INDEX)
+            with hub.within_reach(source):
+                file = hf_hub_download(str(source), INDEX)
         except Exception as error:  # also what its HTTP library raises where a connection breaks off
             raise _cannot_open(source, error) from error
         return class_name(Path(file), source)
@@ -73,9 +74,9 @@ def open_pipeline(source: str | Path, kind: str, dtype: torch.dtype) -> Any:
         optional = (*cls._optional_components, *options)
         options |= {name: None for name in _left_out(Path(source)) if name not in optional}
     try:
-        if not local:
-            variant = _hub_variant(str(source))
-        with only_of_downloads(source, diffusers_logging, transformers_logging):
+        with hub.within_reach(source), only_of_downloads(source, diffusers_logging, transformers_logging):
+            if not local:
+                variant = _hub_variant(str(source))
             pipe = cls.from_pretrained(
                 str(source), dtype=dtype, use_safetensors=True, variant=variant, **options
             )

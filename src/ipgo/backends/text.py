@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ipgo import hub
 from ipgo.embeds import PromptEmbeds
 from ipgo.errors import InputError
 
@@ -60,7 +61,8 @@ def clip_tokenizer(place: str | Path) -> Any:
     from transformers import CLIPTokenizer  # here, because it takes seconds
 
     try:
-        return CLIPTokenizer.from_pretrained(str(place), subfolder="tokenizer")
+        with hub.within_reach(place):
+            return CLIPTokenizer.from_pretrained(str(place), subfolder="tokenizer")
     except Exception:  # opening the pipeline says what is wrong
         return None
 

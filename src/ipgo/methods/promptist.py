@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ipgo import hub
 from ipgo.adapters import TextAdapter
 from ipgo.bars import only_of_downloads
 from ipgo.errors import InputError, first_line
@@ -109,8 +110,8 @@ def _load(model: str, tokenizer: str, device: torch.device) -> tuple[Any, Any]:
     # The published one is a torch checkpoint, of which transformers reads nothing but tensors.
     safe = None if model == PUBLISHED else True
     try:
-        tokens = AutoTokenizer.from_pretrained(tokenizer)
-        with only_of_downloads(model, transformers_logging):
+        with hub.within_reach(model, tokenizer), only_of_downloads(model, transformers_logging):
+            tokens = AutoTokenizer.from_pretrained(tokenizer)
             network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, use_safetensors=safe)
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"method.model {model!r} cannot be opened: {first_line(error)}") from error

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers.utils import logging
 
+from ipgo import hub
 from ipgo.bars import only_of_downloads
 from ipgo.errors import InputError, first_line
 from ipgo.files import is_hub_id, shards
@@ -113,7 +114,8 @@ class Checkpoint:
         repo = self.place or self.source.repo
         try:
             if self.source.file is not None:
-                return Path(hf_hub_download(repo, self.source.file))
+                with hub.within_reach(repo):
+                    return Path(hf_hub_download(repo, self.source.file))
             return _snapshot(repo, FOLDER, MODEL)
         except Exception as error:  # no network, or no such file, which libraries say in many ways
             what = self.source.file or "config.json, tokenizer and model.safetensors"
@@ -162,7 +164,8 @@ def _folder_of(found: Path) -> Path:
 
 def _snapshot(repo: str, patterns: Sequence[str], needed: str) -> Path:
     """The folder of a hub repository's files; offline it may lack those that nobody has asked for yet."""
-    folder = Path(snapshot_download(repo, allow_patterns=list(patterns)))
+    with hub.within_reach(repo):
+        folder = Path(snapshot_download(repo, allow_patterns=list(patterns)))
     if not any(folder.glob(needed)):
         raise _LackingError(f"there is no {needed}")
     return folder
@@ -173,7 +176,7 @@ class _LackingError(OSError):
 
 
 def _reason(error: Exception) -> str:
-    return str(error) if isinstance(error, _LackingError) else type(error).__name__
+    return str(error) if isinstance(error, _LackingError | hub.UnreachableError) else type(error).__name__
 
 
 def read_state(file: Path, reward: str) -> dict[str, Tensor]:
