@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import os
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -37,8 +38,8 @@ def score(argv: list[str]) -> int:
     parser.add_argument("--reward", nargs="+", required=True, help="rewards, as in fit")
     parser.add_argument(
         "--prompts",
-        help="a file with one prompt per image, in the order given (a folder's by name), or a .csv or .jsonl file with "
-        "columns file and prompt",
+        help="a file with one prompt per image, in the order given (a folder's by name, 2.png before 10.png), or a .csv "
+        "or .jsonl file with columns file and prompt",
     )
     parser.add_argument("--prompt", help="one prompt for all images")
     parser.add_argument("--out", type=path_of, help="a .csv or .json file (default: the terminal)")
@@ -124,7 +125,7 @@ def _check_picture(file: Path) -> None:
 
 
 def find_pictures(places: Sequence[Path]) -> list[Path]:
-    """The files, and the pictures in the folders in the order of their names."""
+    """The files, and the pictures in the folders in the order of their names, 2.png before 10.png."""
     found: list[Path] = []
     for place in places:
         if (place / "run.json").is_file() or (place / "plan.json").is_file():
@@ -132,7 +133,9 @@ def find_pictures(places: Sequence[Path]) -> list[Path]:
                 f"{str(place)!r} is a run's folder; give the folders of its pictures, or use `ipgo evaluate`"
             )
         if place.is_dir():
-            inside = sorted(file for file in place.iterdir() if file.suffix.lower() in PICTURES)
+            inside = sorted(
+                (file for file in place.iterdir() if file.suffix.lower() in PICTURES), key=_in_turn
+            )
             if not inside:
                 raise InputError(f"folder {str(place)!r} has no image file ({', '.join(PICTURES)})")
             found += inside
@@ -141,6 +144,12 @@ def find_pictures(places: Sequence[Path]) -> list[Path]:
         else:
             raise InputError(f"{str(place)!r} is neither a folder nor an image file ({', '.join(PICTURES)})")
     return found
+
+
+def _in_turn(file: Path) -> list[tuple[bool, int, str]]:
+    """What puts 2.png before 10.png: numbers in names count as such, as in most programs that show folders."""
+    parts = re.findall(r"\d+|\D+", file.name)
+    return [(False, int(part), part) if part.isdecimal() else (True, 0, part) for part in parts]
 
 
 def match_prompts(pictures: Sequence[Path], spec: str | None, single: str | None) -> list[str] | None:

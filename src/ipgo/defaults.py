@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, replace
 from typing import Any, cast
 
@@ -26,13 +27,37 @@ def for_backend(backend: str, method: str) -> dict[str, Any]:
     return chosen
 
 
-def method_and_sampling(few: FewSteps | None, method: str = "ipgo") -> tuple[Method, Sampling]:
-    """What `ipgo.fit` does with a backend of few steps or of many, and the method of this name."""
-    if method not in METHODS:
-        raise unknown("method", method, METHODS)
-    chosen = METHODS[method]()
-    if few is None:
-        return chosen, Sampling()
-    if chosen.ascent is not None:
-        chosen = replace(cast(Any, chosen), ascent=replace(chosen.ascent, backprop_steps=None))
-    return chosen, Sampling(**asdict(few))
+def method_and_sampling(
+    few: FewSteps | None, method: str | Method = "ipgo", sampling: Sampling | None = None
+) -> tuple[Method, Sampling]:
+    """What `ipgo.fit` does with a backend of few steps or of many: a method of this name, and sampling if not given.
+
+    A method object stays as it is. But the number of last steps with gradient that it has if nobody chose one may be
+    more than there are steps, and then stands for all of them; where there are more, a log line says that a method's
+    name would take them all.
+    """
+    sampling = sampling or (Sampling() if few is None else Sampling(**asdict(few)))
+    if not isinstance(method, Method):
+        if method not in METHODS:
+            raise unknown("method", method, METHODS)
+        chosen = METHODS[method]()
+        return (chosen if few is None else _through_all(chosen)), sampling
+    usual, depth = (getattr(each.ascent, "backprop_steps", None) for each in (type(method)(), method))
+    steps = sampling.fitting.steps
+    if few is not None and depth is not None and depth == usual:
+        if depth > steps:
+            return _through_all(method), sampling
+        if depth < steps:
+            logging.getLogger("ipgo").info(
+                "the method has gradient in the last %d of %d steps; few-step models usually have it in all of them "
+                "(ascent.backprop_steps=None)",
+                *(depth, steps),
+            )
+    return method, sampling
+
+
+def _through_all(method: Method) -> Method:
+    """With gradient through all steps, where it has the choice."""
+    if method.ascent is None:
+        return method
+    return cast(Method, replace(cast(Any, method), ascent=replace(method.ascent, backprop_steps=None)))

@@ -125,16 +125,15 @@ def fit(
         given_backend = load_backend(backend, device=device)
     name = str(backend) if given_backend is None else place_of(given_backend)
     own_method, own_sampling = method_and_sampling(
-        few_steps(name) if given_backend is None else given_backend.few_steps,
-        method if isinstance(method, str) else "ipgo",
+        few_steps(name) if given_backend is None else given_backend.few_steps, method, sampling
     )
     config = RunConfig(
         prompts=_several("prompts", prompts),
-        method=own_method if isinstance(method, str) else method,
+        method=own_method,
         backend=name,
         reward=_name(reward),
         held_out=None if judges is None else tuple(map(_name, judges)),
-        sampling=sampling or own_sampling,
+        sampling=own_sampling,
         seeds=None if seeds is None else tuple(plain(_several("seeds", seeds))),  # type: ignore[arg-type]
         unseen_seeds=unseen_seeds,
         seed=seed,

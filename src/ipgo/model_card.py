@@ -28,8 +28,12 @@ OPENING = ("padding", "scheduler", "image_size", "long_prompts", "dtype")
 SAMPLED = ("steps", "guidance_scale", "eta", "negative_prompt")
 
 
-def model_card(run: Run, adapter: Adapter) -> str:
-    """Markdown with the hub's metadata: what it is, what it does on unseen noise, and how to use it."""
+def model_card(run: Run, adapter: Adapter, place: str) -> str:
+    """Markdown with the hub's metadata: what it is, what it does on unseen noise, and how to use it.
+
+    Args:
+        place: where the adapter is, for `from_pretrained`.
+    """
     config, scores = run.config, run.scores()
     done = run.finished
     about = {
@@ -51,7 +55,7 @@ def model_card(run: Run, adapter: Adapter) -> str:
         if run.transfers == "nothing"
         else _results("On unseen noise", summarise(scores, seeds=config.new_seeds)),
         _section("Pictures", _pictures(run, done)),
-        _section("Use", _use(run, adapter, done)),
+        _section("Use", _use(run, adapter, done, place)),
         _section("Rewards", _identities(run)),
         "## Settings",
         indent(yaml.safe_dump(_settings(run), sort_keys=True, allow_unicode=True), "    "),
@@ -128,7 +132,7 @@ def _pictures(run: Run, done: Sequence[Prompt]) -> str:
     return "\n".join([f"| prompt | raw, seed {seed} ({kind}) | adapted |", "|---|---|---|", *rows])
 
 
-def _use(run: Run, adapter: Adapter, done: Sequence[Prompt]) -> str:
+def _use(run: Run, adapter: Adapter, done: Sequence[Prompt], place: str) -> str:
     config = run.config
     prompt = _literal(done[0].text if adapter.prompts is not None else "a prompt")
     opened = ", ".join([_literal(config.backend), *_given(config, OPENING)])
@@ -136,7 +140,7 @@ def _use(run: Run, adapter: Adapter, done: Sequence[Prompt]) -> str:
     code = f"""```python
 import ipgo
 
-adapter = ipgo.from_pretrained("this/repository")     # or its folder
+adapter = ipgo.from_pretrained({_literal(place)})
 backend = ipgo.load_backend({opened})
 images = ipgo.generate(backend, [{prompt}], [{shown_seed(run)}], adapter, ipgo.Sampling({drawn}))
 ```"""

@@ -17,6 +17,7 @@ import torch
 
 from ipgo import __version__
 from ipgo.backends import Backend, load_backend
+from ipgo.backends.few_steps import spaced_as_turbo
 from ipgo.config import RunConfig
 from ipgo.devices import choose_device
 from ipgo.errors import InputError
@@ -80,6 +81,12 @@ def load_models(
             "%s is a few-step model, and sampling.steps is %d; it is meant for --preset few-step --sampling.steps %d "
             "--sampling.guidance_scale %g",
             *(backend.name, config.sampling.steps, few.steps, few.guidance_scale),
+        )
+    if few is None and config.sampling.steps > 4 and spaced_as_turbo(backend.pipe):
+        logger.warning(
+            "%s has the scheduler of SD-Turbo and SDXL-Turbo; if it is such a model, it is meant for --preset few-step "
+            "--sampling.steps 1 --sampling.guidance_scale 1",
+            backend.name,
         )
     # Where a backend was given that stays where it is, its pictures are there.
     device = backend.device if config.device == "auto" else choose_device(config.device)

@@ -18,12 +18,13 @@ FILES = ("adapter.json", "adapter.safetensors")
 PUBLISHED = (FILES[0], "README.md")  # a run's own folders have no model card
 
 
-def save_pretrained(run: Run | str | Path, folder: str | Path, *, places: bool = True) -> Path:
+def save_pretrained(run: Run | str | Path, folder: str | Path, *, repository: str | None = None) -> Path:
     """Write a run's adapter (one row per finished prompt, or the shared one) and its model card, README.md.
 
     Args:
         run: the run, or its folder.
-        places: name files and folders of this machine (a backend, a reward) with their paths; else by their names.
+        repository: what the folder will be on the hub, where the paths of this machine's backends and rewards are left
+            out; None: it stays here.
 
     Raises:
         InputError: no prompt of the run is finished, its method learns nothing, or `folder` holds something else.
@@ -38,8 +39,8 @@ def save_pretrained(run: Run | str | Path, folder: str | Path, *, places: bool =
         and (not any(folder.iterdir()) or all((folder / name).is_file() for name in PUBLISHED))
     ):
         raise InputError(f"folder {str(folder)!r} holds something else; give a new or empty one")
-    card = model_card(run, whole)
-    if not places:
+    card = model_card(run, whole, repository or str(folder))
+    if repository is not None:
         card, settings["backend"] = (without_places(each, run) for each in (card, settings["backend"]))
     save_adapter(whole, folder, settings, run.drawn_by)
     for picture in (folder / "images").glob("*.png"):  # those of an earlier publication, and no others
@@ -67,7 +68,7 @@ def push_to_hub(run: Run, folder: str | Path, repository: str, *, private: bool 
 
     if not files.is_hub_id(repository):
         raise InputError(f"{repository!r} is not a model name of the hub; write owner/name")
-    save_pretrained(run, folder, places=False)
+    save_pretrained(run, folder, repository=repository)
     api = HfApi(library_name="ipgo", library_version=version("ipgo"))
     try:
         with hub.within_reach(repository):

@@ -140,7 +140,7 @@ def test_what_is_called_unseen_is_unseen(
     for part, (before, after) in zip(said, (seen, new), strict=True):
         line = next(line for line in part.splitlines() if line.startswith("colorfulness *"))
         assert line.split()[2:5] == [f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}"]
-    card = model_card(run, run.whole_adapter()[0]).split("On unseen noise")
+    card = model_card(run, run.whole_adapter()[0], "this/repository").split("On unseen noise")
     for part, (before, after) in zip(card, (seen, new), strict=True):
         line = next(line for line in part.splitlines() if "colorfulness (optimised)" in line)
         assert f"| {before:.3f} | {after:.3f} | {after - before:+.3f} " in line

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from diffusers import StableDiffusionPipeline
 
 import ipgo
 from ipgo import backends, cli
-from ipgo.backends import BACKENDS, GUIDANCE, few_steps
+from ipgo.backends import BACKENDS, GUIDANCE, FewSteps, few_steps
 from ipgo.cli_compare import entries_of
 from ipgo.config import RunConfig
 from ipgo.defaults import for_backend, method_and_sampling
@@ -218,3 +219,39 @@ def test_a_comparison_does_the_same_with_every_method() -> None:
     assert entries["draft"]["method"] == {"name": "draft", "ascent": {"backprop_steps": None, "lr": 0.1}}
     assert entries["raw"]["method"] == {"name": "raw"}
     assert entries_of("ipgo", {}, {})["ipgo"]["method"] == {"name": "ipgo"}
+
+
+def test_a_method_object_on_a_model_of_few_steps(caplog: pytest.LogCaptureFixture) -> None:
+    """K = 2, which nobody chose, is all of one step; where it is some of four, that is said and stays."""
+    caplog.set_level("INFO")
+    object_ = ipgo.IPGO(insertion=ipgo.Insertion(4, 4))
+    method, sampling = method_and_sampling(FewSteps(1), object_)
+    assert (sampling.steps, sampling.guidance_scale) == (1, 1.0)
+    assert method == replace(object_, ascent=replace(object_.ascent, backprop_steps=None))
+    assert not caplog.text
+    assert method_and_sampling(FewSteps(4), object_)[0] == object_
+    assert "gradient in the last 2 of 4 steps" in caplog.text
+    caplog.clear()
+    two = ipgo.Sampling(steps=2, fit_steps=None)
+    assert method_and_sampling(FewSteps(1), object_, two) == (object_, two)  # the steps that there are count
+    assert method_and_sampling(None, object_) == (object_, ipgo.Sampling())
+    three = replace(object_, ascent=replace(object_.ascent, backprop_steps=3))
+    assert method_and_sampling(FewSteps(4), three)[0] == three
+    assert not caplog.text
+
+
+def test_a_fit_of_one_step_takes_a_method_object(turbo: str) -> None:
+    short = ipgo.IPGO(insertion=ipgo.Insertion(1, 1), ascent=ipgo.Ascent(steps=1))
+    ipgo.fit("a fox", backend=turbo, reward="contrast", held_out=(), method=short, seeds=(0,), unseen_seeds=0)
+
+
+@pytest.mark.parametrize("make", [tiny.sd_turbo, tiny.sdxl_turbo])
+def test_a_turbo_of_another_name_is_suspected(
+    make: Callable[[], Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    config = RunConfig(("a fox",), backend="mine", reward="contrast", held_out=())
+    load_models(config, ipgo.load_backend(make()))
+    assert "has the scheduler of SD-Turbo and SDXL-Turbo" in caplog.text
+    caplog.clear()
+    load_models(replace(config, sampling=ipgo.Sampling(steps=4)), ipgo.load_backend(make()))
+    assert not caplog.text

@@ -117,14 +117,14 @@ def test_the_code_on_the_card_draws_the_picture_on_the_card(
     code = (tmp_path / "card/README.md").read_text().split("```")[1].removeprefix("python\n")
     assert "Sampling(steps=3, guidance_scale=2.0, negative_prompt=" in code
     names: dict[str, Any] = {}
-    exec(code.replace("this/repository", str(tmp_path / "card")), names)
+    exec(code, names)
     (drawn,) = to_pil(names["images"])
     (picture,) = (tmp_path / "card/images").glob("*-after.png")
     assert drawn.tobytes() == Image.open(picture).convert("RGB").tobytes()
 
 
 def test_the_card_says_what_it_is_and_holds_no_markup_of_a_prompt(run: ipgo.Run) -> None:
-    card = model_card(run, run.load_adapter(run.prompts[0]))
+    card = model_card(run, run.load_adapter(run.prompts[0]), "this/repository")
     _, header, body = card.split("---\n", 2)
     about = yaml.safe_load(header)
     assert about["library_name"] == "ipgo"
@@ -156,7 +156,7 @@ def test_the_card_tells_fitted_noise_from_unseen(pipeline_folder: str, tmp_path:
     own = {"method": method, "seeds": (0,), "unseen_seeds": 2, "held_out": ["contrast"]}
     result = ipgo.fit(PROMPTS, out=tmp_path / "run", **(settings(pipeline_folder) | own))
     run = ipgo.Run.open(tmp_path / "run")
-    fitted, unseen = model_card(run, run.whole_adapter()[0]).split("On unseen noise")
+    fitted, unseen = model_card(run, run.whole_adapter()[0], "this/repository").split("On unseen noise")
     for text, gains in ((fitted, result.on_fitted_seeds), (unseen, result.on_unseen_seeds)):
         for gain, kind in zip(gains, ("optimised", "held out"), strict=True):
             numbers = f"{gain.before:.3f} | {gain.after:.3f} | {gain.gain.value:+.3f}"
@@ -174,12 +174,12 @@ def test_the_card_counts_what_failed(pipeline_folder: str, tmp_path: Path) -> No
     ipgo.fit(PROMPTS, out=tmp_path / "run", **(settings(pipeline_folder) | own))
     run = ipgo.Run.open(tmp_path / "run")
     assert [each["status"] for each in run.results()] == ["finished", "failed"]
-    assert "1 prompt failed." in model_card(run, run.whole_adapter()[0])
+    assert "1 prompt failed." in model_card(run, run.whole_adapter()[0], "this/repository")
 
 
 def test_the_card_of_a_model_of_the_hub_names_it_and_says_how_a_plain_pipeline_draws(run: ipgo.Run) -> None:
     other = ipgo.Run(run.path, replace(run.config, backend="sd15"))
-    card = model_card(other, run.load_adapter(run.prompts[0]))
+    card = model_card(other, run.load_adapter(run.prompts[0]), "this/repository")
     _, header, body = card.split("---\n", 2)
     place = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     assert yaml.safe_load(header)["base_model"] == place
@@ -249,7 +249,11 @@ def test_the_code_for_a_plain_pipeline_opens_it_in_the_format_of_the_run(
 ) -> None:
     monkeypatch.setattr("ipgo.model_card._base", lambda backend: backend)
     other = ipgo.Run(run.path, replace(run.config, dtype="bfloat16"))
-    plain = model_card(other, run.load_adapter(run.prompts[0])).split("```")[3].removeprefix("python\n")
+    plain = (
+        model_card(other, run.load_adapter(run.prompts[0]), "this/repository")
+        .split("```")[3]
+        .removeprefix("python\n")
+    )
     names: dict[str, Any] = {"ipgo": ipgo}
     exec(plain[: plain.index("kwargs =")], names)
     assert names["pipe"].unet.dtype == torch.bfloat16
@@ -260,7 +264,7 @@ def test_the_code_for_a_plain_pipeline_has_the_noise_of_the_run(
 ) -> None:
     monkeypatch.setattr("ipgo.model_card._base", lambda backend: backend)
     other = ipgo.Run(run.path, replace(run.config, sampling=ipgo.Sampling(steps=2, eta=0.5)))
-    plain = model_card(other, run.load_adapter(run.prompts[0])).split("```")[3]
+    plain = model_card(other, run.load_adapter(run.prompts[0]), "this/repository").split("```")[3]
     assert "num_inference_steps=2, **scale, eta=0.5" in plain
 
 
@@ -284,7 +288,7 @@ def test_the_code_for_a_plain_pipeline_has_the_guidance_of_the_model_that_drew(
     monkeypatch.setitem(run.facts, "guidance_scale", 1.0)
     other = ipgo.Run(run.path, replace(run.config, sampling=ipgo.Sampling(steps=3)))
     monkeypatch.setattr(type(other), "drawn_by", {"guidance_scale": 1.0})
-    plain = model_card(other, run.load_adapter(run.prompts[0])).split("```")[3]
+    plain = model_card(other, run.load_adapter(run.prompts[0]), "this/repository").split("```")[3]
     assert "pipeline_guidance(1.0)" in plain
     assert "num_inference_steps=3, **scale" in plain
 
@@ -393,6 +397,7 @@ def test_pushing_uploads_the_folder_and_overwrites_nothing_else(
     assert ipgo.push_to_hub(run, tmp_path / "card", "me/fox", private=True) == "https://hub/me/fox"
     card = (tmp_path / "card/README.md").read_text()
     assert run.config.backend not in card + (tmp_path / "card/adapter.json").read_text()
+    assert "ipgo.from_pretrained('me/fox')" in card
     assert f"load_backend({Path(run.config.backend).name!r})" in card
     assert done == [
         ("create", ("me/fox", {"private": True, "exist_ok": True})),

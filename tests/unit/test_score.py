@@ -18,7 +18,7 @@ from PIL import Image
 import ipgo
 import ipgo.rewards
 from ipgo import cli
-from ipgo.cli_score import BATCH, match_prompts
+from ipgo.cli_score import BATCH, find_pictures, match_prompts
 from ipgo.errors import InputError
 from ipgo.images import from_pil
 from ipgo.rewards.checkpoints import fingerprint
@@ -221,3 +221,10 @@ def test_a_prompt_goes_to_the_picture_that_its_line_names(tmp_path: Path, name: 
     (tmp_path / name).write_text("\n".join(line for line in table.splitlines() if "b/x.png" not in line))
     with pytest.raises(InputError, match=r"has no line for picture '.*b/x.png'"):
         match_prompts(pictures, str(tmp_path / name), None)
+
+
+def test_numbers_in_names_count_as_such(tmp_path: Path) -> None:
+    for name in ("10.png", "2.png", "1.png", "a10-3.png", "a9-20.png", "b.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    found = [file.name for file in find_pictures([tmp_path])]
+    assert found == ["1.png", "2.png", "10.png", "a9-20.png", "a10-3.png", "b.png"]

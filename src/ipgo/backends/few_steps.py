@@ -99,3 +99,13 @@ def by_pipeline(pipe: Any, denoiser: Any) -> FewSteps | None:
     """`by_parts` of a pipeline object and the network that denoises in it."""
     options = {**pipe.config, **denoiser.config}
     return by_parts(type(pipe).__name__, type(pipe.scheduler).__name__, options)
+
+
+def spaced_as_turbo(pipe: Any) -> bool:
+    """Does it come with the noise levels of SD-Turbo and SDXL-Turbo, which nothing else in a pipeline tells apart?
+
+    They may be another model's choice, such as that of an SDXL-Lightning, so that nothing but a hint follows from it.
+    """
+    kind = type(pipe.scheduler).__name__
+    spacing = pipe.scheduler.config.get("timestep_spacing")
+    return kind in ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler") and spacing == "trailing"
