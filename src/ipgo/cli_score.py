@@ -38,8 +38,8 @@ def score(argv: list[str]) -> int:
     parser.add_argument("--reward", nargs="+", required=True, help="rewards, as in fit")
     parser.add_argument(
         "--prompts",
-        help="a file with one prompt per image, in the order given (a folder's by name, 2.png before 10.png), or a .csv "
-        "or .jsonl file with columns file and prompt",
+        help="a file with one prompt per image, in the order given (a folder's by name, 2.png before 10.png), or a "
+        ".csv or .jsonl file with columns file and prompt",
     )
     parser.add_argument("--prompt", help="one prompt for all images")
     parser.add_argument("--out", type=path_of, help="a .csv or .json file (default: the terminal)")
