@@ -95,7 +95,10 @@ def explain(argv: list[str]) -> int:
 
 def show(found: Explanation) -> str:
     """A line for each embedding; attention as the mean over steps, and in the first and last one."""
-    inserted = [sum(step) for step in zip(*(each.attention for each in found.inserted), strict=True)]
+    from ipgo.explain import NEGATIVE
+
+    around = [each.attention for each in found.inserted if not each.side.startswith(NEGATIVE)]
+    inserted = [sum(step) for step in zip(*around, strict=True)]
     rows = [
         ("", "nearest words (cosine)", "norm", "to prompt", "attention", "first to last", "reward without")
     ]

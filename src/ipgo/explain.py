@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from ipgo.sampling import Sampling, denoise, sample, unconditional
 from ipgo.vocabulary import vocabulary
 
 WORDS = 64  # words encoded at once
+NEGATIVE = "negative "  # begins the name of a side of the negative prompt
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,13 @@ class Inserted:
     """One inserted embedding.
 
     Attributes:
-        side, position: "prefix" or "suffix", and where in it, from 0.
+        side, position: "prefix" or "suffix", also of the negative prompt ("negative prefix"), and where in it, from 0.
         words: the nearest words of the vocabulary with their cosines, the nearest first.
         norm: its Euclidean norm.
-        to_prompt: its cosine with the mean of the prompt's own states.
-        attention: its share of the denoiser's cross-attention in each step, mean over layers, heads, places and
-            images; () where text and image attend to each other in one (SD3, FLUX), which is not looked into.
+        to_prompt: its cosine with the mean of the prompt's own states, or the negative prompt's.
+        attention: its share of the denoiser's cross-attention in each step, in its half of guidance, mean over layers,
+            heads, places and images; () where text and image attend to each other in one (SD3, FLUX), which is not
+            looked into.
         without: what the reward changes by if it is left out, mean over images: below 0 if it helped.
     """
 
@@ -54,8 +56,8 @@ class Explanation:
         prompt_norm: median norm of the prompt's own states.
         drift: |mean of all text states - mean of the prompt's own| / |mean of the prompt's own|.
         text_attention, padding_attention: shares in each step of the prompt's own states and of the padding's;
-            with those of the inserted ones they add up to 1. Or () as there.
-        inserted: prefix first; what is learned of the negative prompt takes part in `value`, but is not told.
+            with those inserted around the prompt they add up to 1. Or () as there.
+        inserted: prefix first, then the suffix, and those of the negative prompt.
     """
 
     prompt: str
@@ -135,26 +137,33 @@ def explain(
     if not seeds:
         raise InputError("seeds is empty; give at least one")
     look = _Look(backend, adapter, prompt, tuple(seeds), sampling)
+    shares, negative_shares = look.attention()  # (T, n + L + m) each, or (0, n + L + m)
+    value = look.value(reward)
+
+    def told(half: str, whole: PromptEmbeds, own: PromptEmbeds, shares: Tensor) -> list[Inserted]:
+        """What is inserted around these states, for which `half` stands in the names of its sides."""
+        before, length = adapter.insertion.num_prefix, own.length
+        places = [*range(before), *range(before + length, whole.length)]
+        vectors, center = whole.embeds[0, places].float(), own.mean()[0].float()
+        return [
+            Inserted(
+                side=half + ("prefix" if place < before else "suffix"),
+                position=place if place < before else place - before - length,
+                words=nearest,
+                norm=float(vector.norm()),
+                to_prompt=float(torch.cosine_similarity(vector, center, dim=0)),
+                attention=tuple(shares[:, place].tolist()),
+                without=look.value(reward, without={half: place}) - value,
+            )
+            for place, vector, nearest in zip(places, vectors, words.nearest(vectors, top), strict=True)
+        ]
+
+    inserted = told("", look.cond, look.original, shares)
+    if adapter.insertion.negative and look.uncond is not None and look.negative is not None:
+        inserted += told(NEGATIVE, look.uncond, look.negative, negative_shares)
     prefix, length = adapter.insertion.num_prefix, look.original.length
-    places = [*range(prefix), *range(prefix + length, look.cond.length)]
-    vectors = look.cond.embeds[0, places].float()
-    center = look.original.mean()[0]
-    shares = look.attention()  # (T, n + L + m), or (0, n + L + m)
     own, text = shares[:, prefix : prefix + length], look.original.mask[0].cpu()
-    value = look.value(reward, look.cond)
-    nearest = words.nearest(vectors, top)
-    inserted = tuple(
-        Inserted(
-            side="prefix" if place < prefix else "suffix",
-            position=place if place < prefix else place - prefix - length,
-            words=nearest[number],
-            norm=float(vectors[number].norm()),
-            to_prompt=float(torch.cosine_similarity(vectors[number], center.float(), dim=0)),
-            attention=tuple(shares[:, place].tolist()),
-            without=look.value(reward, without(look.cond, place)) - value,
-        )
-        for number, place in enumerate(places)
-    )
+    center = look.original.mean()[0]
     return Explanation(
         prompt=prompt,
         seeds=tuple(seeds),
@@ -165,7 +174,7 @@ def explain(
         drift=float((look.cond.mean()[0] - center).norm() / center.norm()),
         text_attention=tuple(own[:, text].sum(1).tolist()),
         padding_attention=tuple(own[:, ~text].sum(1).tolist()),
-        inserted=inserted,
+        inserted=tuple(inserted),
     )
 
 
@@ -181,9 +190,9 @@ def check_adapter(adapter: Adapter) -> InsertionAdapter:
     return adapter
 
 
-def without(cond: PromptEmbeds, place: int) -> PromptEmbeds:
+def _without(states: PromptEmbeds, place: int) -> PromptEmbeds:
     """The states (B, L - 1, D) that are left if the one at `place` is taken out."""
-    return cond.keep([number for number in range(cond.length) if number != place])
+    return states.keep([number for number in range(states.length) if number != place])
 
 
 class _Look:
@@ -196,48 +205,60 @@ class _Look:
         self.prompts = [prompt] * len(seeds)
         with torch.no_grad():
             self.original = backend.encode(self.prompts)
+            self.negative = unconditional(backend, self.original, sampling)
             self.cond = adapter.condition(backend, self.prompts, self.original)
             # Also that of the prompt without one of its embeddings: the effect is that of nothing else.
             self.uncond = adapter.unconditional(backend, self.prompts, self.cond, sampling)
         self.noise = adapter.noise(backend, self.prompts, seeds, sampling.noise_steps(backend))
 
-    @torch.no_grad()
-    def value(self, reward: Reward, cond: PromptEmbeds) -> float:
-        """The reward's mean over the seeds, with these states."""
-        return self._mean(reward, cond, self.uncond)
+    def value(self, reward: Reward, without: Mapping[str, int] | None = None) -> float:
+        """The reward's mean over the seeds, with all that is inserted but for a place of one half."""
+        gone = without or {}
+        cond = _without(self.cond, gone[""]) if "" in gone else self.cond
+        uncond = self.uncond
+        if uncond is not None and NEGATIVE in gone:
+            uncond = _without(uncond, gone[NEGATIVE])
+        return self._mean(reward, cond, uncond)
 
-    @torch.no_grad()
     def raw(self, reward: Reward) -> float:
         """The same of the prompt as it is."""
-        return self._mean(reward, self.original, unconditional(self.backend, self.original, self.sampling))
+        return self._mean(reward, self.original, self.negative)
 
+    @torch.no_grad()
     def _mean(self, reward: Reward, cond: PromptEmbeds, uncond: PromptEmbeds | None) -> float:
         images = sample(self.backend, cond, uncond, self.noise, self.sampling)
         return float(score(reward, images, self.prompts).mean())
 
-    def attention(self) -> Tensor:
-        """(T, L): where the denoiser looks in each step, as shares of the states of `cond`; (0, L) if none shows it."""
-        captured: list[Tensor] = []
+    def attention(self) -> tuple[Tensor, Tensor]:
+        """(T, L) for each half: where the denoiser looks in each step, as shares of the states of `cond` and `uncond`.
+
+        (0, L) if no layer shows it. Without guidance the second is that of the first.
+        """
+        captured: list[tuple[Tensor, Tensor]] = []
+        lengths = self.cond.length, (self.uncond or self.cond).length
         layers = [module for module in self.backend.modules["denoiser"].modules() if _attends(module)]
         if not layers:
-            return torch.zeros(0, self.cond.length)
+            return torch.zeros(0, lengths[0]), torch.zeros(0, lengths[1])
 
         def capture(layer: Any, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
-            weights = attention_weights(layer, positional[0], **named)  # (2 B or B, heads, places, L)
-            halves = weights[-len(self.prompts) :]  # guidance puts the prompt's own half last
-            captured.append(halves.float().mean((0, 1, 2))[: self.cond.length])
+            weights = attention_weights(layer, positional[0], **named).float()  # (2 B or B, heads, places, L)
+            rows = len(self.prompts)  # guidance puts the prompt's own half last
+            halves = zip((weights[-rows:], weights[:rows]), lengths, strict=True)
+            own, negative = (half.mean((0, 1, 2))[:length] for half, length in halves)
+            captured.append((own, negative))
 
         handles = [layer.register_forward_pre_hook(capture, with_kwargs=True) for layer in layers]
         steps = []
         try:
             with torch.no_grad():
                 for _ in denoise(self.backend, self.cond, self.uncond, self.noise, self.sampling):
-                    steps.append(torch.stack(captured).mean(0))
+                    steps.append([torch.stack(half).mean(0) for half in zip(*captured, strict=True)])
                     captured.clear()
         finally:
             for handle in handles:
                 handle.remove()
-        return torch.stack(steps).cpu()
+        own, negative = (torch.stack(half).cpu() for half in zip(*steps, strict=True))
+        return own, negative
 
 
 def _attends(module: torch.nn.Module) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from ipgo.backends import Backend
 from ipgo.cli_explain import show
 from ipgo.explain import Vocabulary, attention_weights, explain
 from ipgo.rewards import identity_of
-from ipgo.sampling import Sampling
+from ipgo.sampling import Sampling, sample
 from tests import tiny_families as tiny
 from tests.conftest import one_sentence
 
@@ -111,19 +112,19 @@ def test_without_padding_nothing_is_given_to_it(make_pipe: Callable[..., Any]) -
     assert found.padding_attention == (0.0, 0.0, 0.0)
 
 
+def looked_apart(layer: Any, hidden: Any, encoder_hidden_states: torch.Tensor, **named: Any) -> torch.Tensor:
+    """The negative prompt's half looks at the first state, the prompt's at the second."""
+    rows, length = encoder_hidden_states.shape[:2]
+    weights = torch.zeros(rows, 1, 1, length)
+    weights[: rows // 2, ..., 0] = 1
+    weights[rows // 2 :, ..., 1] = 1
+    return weights
+
+
 def test_attention_is_that_of_the_prompts_own_half_of_guidance(
     own: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The negative prompt's half looks at the first state here, the prompt's at the second."""
-
-    def looked(layer: Any, hidden: Any, encoder_hidden_states: torch.Tensor, **named: Any) -> torch.Tensor:
-        rows, length = encoder_hidden_states.shape[:2]
-        weights = torch.zeros(rows, 1, 1, length)
-        weights[: rows // 2, ..., 0] = 1
-        weights[rows // 2 :, ..., 1] = 1
-        return weights
-
-    monkeypatch.setattr("ipgo.explain.attention_weights", looked)
+    monkeypatch.setattr("ipgo.explain.attention_weights", looked_apart)
     found = explain(own, adapter(own), PROMPT, (0, 1), SAMPLING, REWARD, Vocabulary(own, ["a"]))
     assert [each.attention for each in found.inserted] == [(0,) * 3, (1,) * 3, (0,) * 3]
 
@@ -171,6 +172,58 @@ def test_leaving_one_out_is_an_adapter_without_it(own: Backend) -> None:
             side.vectors.copy_(other.vectors[:, -1:])  # without the first of the prefix
     assert found.inserted[0].without == pytest.approx(value(kept) - value(learned), abs=1e-6)
     assert abs(found.inserted[0].without) > 1e-6
+
+
+BOTH = replace(FREE, negative=True)
+
+
+def test_what_is_inserted_around_the_negative_prompt_is_told_too(own: Backend) -> None:
+    learned = adapter(own, BOTH)
+    found = explain(own, learned, PROMPT, (0, 1), SAMPLING, REWARD, Vocabulary(own, ["a"]))
+    sides = [(each.side, each.position) for each in found.inserted]
+    expected = [("prefix", 0), ("prefix", 1), ("suffix", 0)]
+    assert sides == expected + [(f"negative {side}", position) for side, position in expected]
+    prompts, noise = [PROMPT] * 2, own.noise([0, 1])
+    with torch.no_grad():
+        original = own.encode(prompts)
+        cond = learned.condition(own, prompts, original)
+        uncond = learned.unconditional(own, prompts, cond, SAMPLING)
+        raw = Adapter().unconditional(own, prompts, original, SAMPLING)
+        assert uncond is not None
+        assert raw is not None
+
+        def value(without: int | None = None) -> float:
+            kept = [place for place in range(uncond.length) if place != without]
+            images = sample(own, cond, uncond.keep(kept), noise, SAMPLING)
+            return float(REWARD(images, prompts).mean())
+
+        whole = value()
+        for each, place in zip(found.inserted[3:], (0, 1, uncond.length - 1), strict=True):
+            vector, mean = uncond.embeds[0, place], raw.mean()[0]
+            cosine = torch.cosine_similarity(vector, mean, dim=0)
+            assert each.norm == pytest.approx(float(vector.norm()), rel=1e-5)
+            assert each.to_prompt == pytest.approx(float(cosine), abs=1e-5)
+            assert each.without == pytest.approx(value(place) - whole, abs=1e-6)
+            assert abs(each.without) > 1e-6
+            assert each.words
+    shown = show(found)
+    assert "negative suffix 1" in shown
+    around = sum(sum(each.attention) for each in found.inserted[:3]) / 3
+    assert f"attention: inserted {around:.1%}," in shown
+
+
+def test_each_half_of_guidance_has_shares_of_its_own(own: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The negative prompt's half looks at the first state here, the prompt's at the second."""
+    monkeypatch.setattr("ipgo.explain.attention_weights", looked_apart)
+    found = explain(own, adapter(own, BOTH), PROMPT, (0,), SAMPLING, REWARD, Vocabulary(own, ["a"]))
+    firsts = [each.attention[0] for each in found.inserted]
+    assert firsts == [0, 1, 0, 1, 0, 0]
+
+
+def test_without_guidance_nothing_is_told_of_the_negative_prompt(own: Backend) -> None:
+    plain = replace(SAMPLING, guidance_scale=1.0)
+    found = explain(own, adapter(own, BOTH), PROMPT, (0,), plain, REWARD, Vocabulary(own, ["a"]))
+    assert [each.side for each in found.inserted] == ["prefix", "prefix", "suffix"]
 
 
 def test_the_nearest_word_of_a_words_state_is_that_word(own: Backend) -> None:
