@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -69,7 +70,7 @@ def _settled(args: Any) -> Any:
     args.reward = followed(args.reward, args.backend)
     few = drawn_in(args, 8)
     if args.backprop_steps is None:
-        args.backprop_steps = sorted({min(depth, max(args.steps, 1)) for depth in (1, 2, 4, few or 1)})
+        args.backprop_steps = sorted({min(depth, max(args.steps, 1)) for depth in (1, 2, few or 1)})
     return args
 
 
@@ -106,7 +107,7 @@ def _parser() -> Any:
         "--backprop-steps",
         type=int,
         nargs="+",
-        help="values of K (default: 1 2 4; also all steps of a few-step model)",
+        help="values of K (default: 1 2; also all steps of a few-step model)",
     )
     parser.add_argument(
         "--rows", type=int, default=4, help="maximum number of prompts fitted at once (default: 4)"
@@ -140,19 +141,19 @@ def _headline(args: Any, workload: Workload) -> Iterator[str]:
 def _table(args: Any, room: dict[str, int], footprint: Measure) -> Iterator[str]:
     from ipgo.plan import Choice
 
-    yield "| K | recompute | alive before the backward pass, GiB | peak, GiB | " + " | ".join(room) + " |"
-    yield "|---" * (4 + len(room)) + "|"
-    for depth in sorted(set(args.backprop_steps)):
-        for recompute in (False, True):
-            found, apart = (footprint(Choice(depth, recompute, text_on_cpu=where)) for where in (False, True))
-            fits = (_fits(found.peak, apart.peak, most) for most in room.values())
-            cells = (
-                depth,
-                "yes" if recompute else "no",
-                f"{found.saved / GIB:.2f}",
-                f"{found.peak / GIB:.2f}",
-            )
-            yield f"| {' | '.join(map(str, (*cells, *fits)))} |"
+    heads = ("K", "recompute", "prompts at once", "alive before the backward pass, GiB", "peak, GiB", *room)
+    yield f"| {' | '.join(heads)} |"
+    yield "|---" * len(heads) + "|"
+    for depth, recompute, rows in itertools.product(
+        sorted(set(args.backprop_steps)), (False, True), sorted({1, args.rows})
+    ):
+        found, apart = (
+            footprint(Choice(depth, recompute, rows, text_on_cpu=where)) for where in (False, True)
+        )
+        fits = (_fits(found.peak, apart.peak, most) for most in room.values())
+        sizes = f"{found.saved / GIB:.2f}", f"{found.peak / GIB:.2f}"
+        cells = (depth, "yes" if recompute else "no", rows, *sizes, *fits)
+        yield f"| {' | '.join(map(str, cells))} |"
 
 
 def _fits(peak: int, without_text: int, most: int) -> str:

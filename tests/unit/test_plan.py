@@ -237,8 +237,11 @@ def test_the_command(
     assert "16 x 16 pixels, guidance 7.5, 3 steps" in out
     sizes = unloaded(folder, "contrast", SAMPLING, torch.float32)
     rows = words(out)
-    assert [row[:2] + row[-1:] for row in rows] == [["3", "no", "fits"], ["3", "yes", "fits"]]
-    assert float(rows[0][3]) == pytest.approx(sizes.footprint(Choice(3, False)).peak / 2**30, abs=0.01)
+    assert [row[:3] + row[-1:] for row in rows] == [
+        [*kind, "fits"] for kind in (["3", "no", "1"], ["3", "no", "4"], ["3", "yes", "1"], ["3", "yes", "4"])
+    ]
+    for row, choice in zip(rows, (Choice(3, False), Choice(3, False, 4)), strict=False):
+        assert float(row[4]) == pytest.approx(sizes.footprint(choice).peak / 2**30, abs=0.01)
     large = out.split("1GB: ")[1].splitlines()
     assert large[0].startswith("K = 3 without recomputing, 4 prompts at once")
     flags = [word for word in large[1].split() if word.startswith("--")]
