@@ -26,6 +26,14 @@ def resize(images: Tensor, size: int, mode: str = "bicubic") -> Tensor:
     return resized.clamp(0, 1)
 
 
+def stretch(images: Tensor, size: int, mode: str = "bicubic") -> Tensor:
+    """Bring both sides to `size` (antialiased, kept within [0, 1])."""
+    if images.shape[-2:] == (size, size):
+        return images
+    resized = functional.interpolate(images, (size, size), mode=mode, antialias=True, align_corners=False)
+    return resized.clamp(0, 1)
+
+
 def pad_to_square(images: Tensor, size: int) -> Tensor:
     """Bring the longer side to `size` (bicubic, antialiased), and put the picture in the middle of black.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
+from ipgo import InputError
 from ipgo.images import from_pil, normalise
 from ipgo.rewards import load_reward, score
 from ipgo.rewards.hps import ACTIVATION, config_of, convert
 from ipgo.rewards.linear import collapse
-from ipgo.rewards.preprocessing import Preprocessing
+from ipgo.rewards.preprocessing import Preprocessing, read_preprocessing
 from ipgo.rewards.unloaded import VIT_H
 from tests.conftest import byte_tokenizer
 from tests.reward_models import (
@@ -125,6 +127,61 @@ def test_the_processors_own_mean_and_spread_are_used(folder: Path, tmp_path: Pat
     reward = load_reward(f"clip:{tmp_path}", device="cpu")
     torch.testing.assert_close(reward.preprocessing(images), own, rtol=0, atol=2e-6)
     assert reward.identity["preprocessing"].endswith("mean (0.5, 0.5, 0.5), std (0.25, 0.25, 0.25)")
+
+
+@pytest.mark.parametrize("shape", [(96, 64), (50, 99), (32, 32)])
+@pytest.mark.parametrize(
+    ("own", "told"),
+    [
+        ({"size": {"shortest_edge": 40}}, "shorter side bicubic to 40, centre crop of 32"),
+        (
+            {"size": 40, "crop_size": 32},
+            "shorter side bicubic to 40, centre crop of 32",
+        ),  # as older files have it
+        ({"resample": 2}, "shorter side bilinear to 32, centre crop"),
+        ({"size": {"height": 32, "width": 32}, "do_center_crop": False}, "both sides bicubic to 32"),
+        ({"size": {"height": 32, "width": 32}, "resample": 2}, "both sides bilinear to 32"),
+    ],
+)
+def test_the_processors_own_way_of_resizing_is_taken(
+    own: dict[str, Any], told: str, shape: tuple[int, int], folder: Path, tmp_path: Path
+) -> None:
+    preprocessing, theirs = _prepared(folder, tmp_path, own, shape)
+    images = torch.stack([from_pil(each) for each in pictures(*shape)])
+    difference = (
+        (preprocessing(images) - theirs) * 255 * torch.tensor(preprocessing.std).view(3, 1, 1)
+    ).abs()
+    assert difference.max() < 2.5
+    assert difference.mean() < 0.4
+    assert str(preprocessing) == told
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"do_center_crop": False},  # of a wide picture the tower would get a wide one
+        {"resample": 1},
+        {"do_resize": False},
+        {"size": {"shortest_edge": 20}},
+        {"crop_size": {"height": 28, "width": 28}},
+        {"do_normalize": False},
+        {"image_mean": [0.5]},
+    ],
+)
+def test_another_way_of_preparing_is_refused(own: dict[str, Any], folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="prepares pictures in a way that is not done here"):
+        _prepared(folder, tmp_path, own, (32, 32))
+
+
+def _prepared(
+    folder: Path, place: Path, own: dict[str, Any], shape: tuple[int, int]
+) -> tuple[Preprocessing, torch.Tensor]:
+    """What we make of a processor's configuration, and what transformers makes of it."""
+    stated = json.loads((folder / "preprocessor_config.json").read_text()) | own
+    (place / "preprocessor_config.json").write_text(json.dumps(stated))
+    ours = read_preprocessing(place, 32, notebook=False)
+    theirs = CLIPImageProcessor.from_pretrained(place)(pictures(*shape), return_tensors="pt").pixel_values
+    return ours, theirs
 
 
 # -- aesthetic ---------------------------------------------------------------------------------------------
