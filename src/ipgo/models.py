@@ -74,6 +74,11 @@ def load_models(
         logger.warning(
             "prompt %r is cut to the %d tokens that the encoder takes", text[:60], backend.max_tokens
         )
+    for text in backend.half_read(config.prompts):
+        logger.warning(
+            "of prompt %r CLIP takes the beginning alone, as in the stock pipeline; the longer encoder takes it all",
+            text[:60],
+        )
     config.check_width(backend.embed_dim)
     few = backend.few_steps  # of a hub id that did not say so: its defaults were those of other models
     if few is not None and config.sampling.steps > 2 * few.steps:

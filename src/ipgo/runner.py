@@ -160,7 +160,7 @@ def finish_chunk(
                 scores += draw_and_score(folder, models, prompt, config.method_name, progress.adapter)
                 bar.update(len(seeds))
             paid = cost_of(cost, chunk, progress.adapter)
-            cut = bool(models.backend.truncated([prompt.text]))
+            cut = bool(models.backend.truncated([prompt.text]) or models.backend.half_read([prompt.text]))
             folder.finish(prompt, scores, paid, bool(progress.failed[row]), models.identities, truncated=cut)
     folder.drop_checkpoint(chunk)
 

@@ -340,7 +340,7 @@ class Run:
 
         Args:
             rewards: the identities behind the scores.
-            truncated: did the encoder take only the beginning of the prompt?
+            truncated: did an encoder take only the beginning of the prompt?
         """
         result = {
             "status": "failed" if failed else "finished",

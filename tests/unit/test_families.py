@@ -25,6 +25,7 @@ from diffusers import (
 )
 from diffusers.hooks import apply_group_offloading, apply_pyramid_attention_broadcast
 
+import ipgo
 from ipgo.adapters import Adapter, InsertionAdapter, LoRA, NoiseAdapter, WeightAdapter, generate
 from ipgo.backends import load_backend, put
 from ipgo.backends.packed import pack, unpack
@@ -558,3 +559,33 @@ def test_words_of_any_tokenizer(monkeypatch):
     tokens = {"▁a": 0, "▁Fox": 1, "▁dog": 2, "cat": 3, "Ġsun": 4, "moon</w>": 5, "▁1,": 6}
     monkeypatch.setattr(backend.pipe.tokenizer, "get_vocab", lambda: tokens)
     assert Vocabulary.of(backend).words == ("a", "dog", "moon", "sun")
+
+
+@pytest.mark.parametrize("make", [tiny.sd3, tiny.flux])
+def test_what_clip_takes_the_beginning_of_is_said_and_recorded(make, tmp_path, caplog):
+    """A longer encoder beside it reads the whole prompt, so that it is not refused."""
+    pipe = make()
+    getattr(pipe, "tokenizer_3", pipe.tokenizer_2).model_max_length = 100
+    backend = load_backend(pipe, device="cpu")
+    prompts = ["x" * 75, "x" * 76]  # one token each, and CLIP's two marks
+    assert backend.half_read(prompts) == prompts[1:]
+    assert backend.truncated(prompts) == []
+    short = ipgo.IPGO(insertion=ipgo.Insertion(1, 1), ascent=ipgo.Ascent(steps=1, backprop_steps=1))
+    ipgo.fit(
+        prompts,
+        backend=backend,
+        reward="contrast",
+        held_out=(),
+        method=short,
+        sampling=Sampling(steps=1),
+        seeds=(0,),
+        unseen_seeds=0,
+        out=tmp_path / "run",
+    )
+    assert [result["truncated"] for result in ipgo.Run.open(tmp_path / "run").results()] == [False, True]
+    assert caplog.text.count("CLIP takes the beginning alone") == 1
+
+
+@pytest.mark.parametrize("make", [lambda: tiny.sd3(with_t5=False), tiny.sdxl])
+def test_where_clip_is_all_there_is_nothing_is_read_by_half(make):
+    assert load_backend(make(), device="cpu", long_prompts="truncate").half_read(["x" * 99]) == []

@@ -214,6 +214,18 @@ class Backend(ABC):
         lengths = self._lengths(prompts) if self.long_prompts == "truncate" else []
         return [prompt for prompt, length in zip(prompts, lengths, strict=False) if length > self.max_tokens]
 
+    def half_read(self, prompts: Sequence[str]) -> list[str]:
+        """Those of which a CLIP beside the longer encoder takes the beginning alone, as in the stock pipelines."""
+        cut = set[str]()
+        for tokenizer, most in self._beside():
+            lengths = zip(prompts, unpadded(tokenizer, prompts), strict=True)
+            cut |= {prompt for prompt, ids in lengths if len(ids) > most}
+        return [prompt for prompt in prompts if prompt in cut]
+
+    def _beside(self) -> list[tuple[Any, int]]:
+        """The tokenizers of CLIPs that read what a longer encoder reads too, with what they take at most."""
+        return []
+
     def encode(self, prompts: Sequence[str]) -> PromptEmbeds:
         """The text encoder's states; `InputError` for a prompt that is too long."""
         self.check_prompts(prompts)

@@ -49,6 +49,9 @@ class Flux(PackedBackend):
     def _timesteps(self, steps: int, latents: Tensor) -> dict[str, Any]:
         return shifted_or_own(steps, latents.shape[-2] * latents.shape[-1] // 4, self.pipe.scheduler.config)
 
+    def _beside(self) -> list[tuple[Any, int]]:
+        return [(self.pipe.tokenizer, clip_tokens(self.pipe.tokenizer, self.pipe.text_encoder))]
+
     def _encode(self, prompts: Sequence[str], padding: str) -> PromptEmbeds:
         pipe = self.pipe
         length = clip_tokens(pipe.tokenizer, pipe.text_encoder)

@@ -63,6 +63,12 @@ class StableDiffusion3(Backend):
     def tokenizer(self) -> Any:
         return self.pipe.tokenizer if self.pipe.text_encoder_3 is None else self.pipe.tokenizer_3
 
+    def _beside(self) -> list[tuple[Any, int]]:
+        """None without T5: a prompt that is too long is then refused."""
+        if self.pipe.text_encoder_3 is None:
+            return []
+        return [(tokenizer, self.clip_tokens) for tokenizer, _ in self._clips()]
+
     def _encode(self, prompts: Sequence[str], padding: str) -> PromptEmbeds:
         own = self.facts.tokens if self.pipe.text_encoder_3 is None else self.max_tokens
         return self._states(prompts, own)
