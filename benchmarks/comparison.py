@@ -143,10 +143,11 @@ def stored(
     for row in everything:
         if row.weights != everything[0].weights:
             raise SystemExit(f"{row.label}: drawn by other weights than {everything[0].label}; run it again")
-    for row, reward in itertools.product(everything, REWARDS):
-        first = next((each for each in everything if reward in each.rewards), row)
-        if not comparable(first.rewards.get(reward), row.rewards.get(reward)):
-            raise SystemExit(f"{row.label}: scored by another {reward} than {first.label}; run it again")
+    for reward in dict.fromkeys(name for row in everything for name in row.rewards):
+        first, *others = (row for row in everything if reward in row.rewards)
+        for row in others:
+            if not comparable(first.rewards[reward], row.rewards[reward]):
+                raise SystemExit(f"{row.label}: scored by another {reward} than {first.label}; run it again")
     return {cell: found[cell] for cell in cells if cell in found}
 
 
@@ -244,6 +245,26 @@ def tables(found: Mapping[Cell, Sequence[Row]]) -> str:
     return "\n\n".join(parts)
 
 
+def selection(found: Mapping[Cell, Sequence[Row]]) -> str:
+    """The optimised reward in the fits themselves, means over the sets: of their last step and of their best one.
+
+    Entries whose result is the best by that reward, and those whose result is the last, compare in either column.
+    """
+    rewards = list(dict.fromkeys(reward for reward, _ in found))
+    head = ["entry", *(f"{reward}, {which}" for reward in rewards for which in ("last", "best"))]
+    lines = [head, ["---"] * len(head)]
+    for label in dict.fromkeys(row.label for entries in found.values() for row in entries):
+        line = [label]
+        for reward in rewards:
+            kinds = [kind for name, kind in found if name == reward]
+            own = [row for kind in kinds for row in found[reward, kind] if row.label == label]
+            for which in ("final", "best"):
+                some = [value for row in own if (value := getattr(row, which)) is not None]
+                line.append(f"{mean(some):.3f}" if some and len(some) == len(kinds) else "–")
+        lines.append(line)
+    return "## Last step and best of run\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def against_raw(found: Mapping[Cell, Sequence[Row]]) -> str:
     """Ours and its variants, cell by cell: win rates, and every reward and the judge on unseen noise."""
     own = (name for reward, _ in found for name in (reward, *added_up(reward)))
@@ -283,7 +304,7 @@ def said(gain: Gain) -> str:
 
 def bar(found: Mapping[Cell, Sequence[Row]]) -> str:
     """Is ours the best of its level on unseen noise, and does nothing that was not optimised fall below raw?"""
-    best, rivalled, lines, low = 0, 0, [], []
+    best, rivalled, lines, low, lowered = 0, 0, [], [], {}
     for (reward, kind), entries in found.items():
         # Variants of our own compete with nobody.
         rivals = [row for row in entries if row.label == OURS or row.method != OURS]
@@ -301,10 +322,16 @@ def bar(found: Mapping[Cell, Sequence[Row]]) -> str:
         if winner is not ours:
             lines.append(f"- {reward} on {kind}: {winner.label} {said(winner.unseen[reward])} is above "
                          f"{OURS} {said(ours.unseen[reward])}.")  # fmt: skip
-        low += [
-            f"- {reward} on {kind}: {name} {said(gain)}, {'surely' if gain.gain.high < 0 else 'perhaps'} below raw."
+        below = [
+            (name, gain)
             for name, gain in ours.unseen.items()
             if name not in optimised(reward) and gain.gain.value < 0
+        ]
+        if below:
+            lowered[reward, kind] = any(gain.gain.high < 0 for _, gain in below)
+        low += [
+            f"- {reward} on {kind}: {name} {said(gain)}, {'surely' if gain.gain.high < 0 else 'perhaps'} below raw."
+            for name, gain in below
         ]
     verdict = "is" if best >= ENOUGH * len(found) - 1e-9 else "is not"
     return "\n".join(
@@ -318,7 +345,11 @@ def bar(found: Mapping[Cell, Sequence[Row]]) -> str:
             *lines,
             "",
             f"Rewards that were not optimised, and the judge's verdicts, where {OURS} is below raw"
-            + (":" if low else ": none."),
+            + (
+                f", in {len(lowered)} of {len(found)} cells, surely in {sum(lowered.values())}:"
+                if low
+                else ": none."
+            ),
             *([""] if low else []),
             *low,
         ]
@@ -361,7 +392,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         for cell, label in itertools.product(cells, options.entries):
             keep(options.kept, label, cell, run(label, cell, options), settings)
     found = stored(options.kept, options.entries, cells, settings)
-    document = f"{ABOUT}\n\n{summary(found)}\n\n{bar(found)}\n\n{tables(found)}\n\n{against_raw(found)}\n"
+    document = (
+        "\n\n".join([ABOUT, *(part(found) for part in (summary, bar, tables, selection, against_raw))]) + "\n"
+    )
     print(document)
     if options.out:
         words = " ".join(

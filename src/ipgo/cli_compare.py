@@ -28,7 +28,7 @@ def compare(argv: list[str]) -> int:
     """`ipgo compare`: settings from a file, then flags; every entry is checked before a model is loaded."""
     from ipgo.comparison import Comparison
     from ipgo.config import merge, parse
-    from ipgo.defaults import for_backend
+    from ipgo.defaults import for_backend, reward_for
 
     for word in argv:
         if word.startswith("--method."):
@@ -47,7 +47,9 @@ def compare(argv: list[str]) -> int:
     method = settings.pop("method", None) or {}
     if chosen.backend is not None:
         settings["backend"] = chosen.backend
-    settings = merge(for_backend(str(settings.get("backend")), "raw"), settings)
+    few = for_backend(str(settings.get("backend")), "raw")
+    own = {"reward": reward_for(str(settings.get("backend", "emoji")))} | few
+    settings = merge(own, settings)
     parsed = parse(_parser(), settings, rest)
     plan = plan_of(parsed, entries, method)
     place = Path(

@@ -61,7 +61,7 @@ def _parser() -> ArgumentParser:
         "doctor", "Run one small step, and check that the reward's gradient reaches inserted embeddings."
     )
     parser.add_argument("--backend", default="emoji", help="as in fit (default: emoji)")
-    parser.add_argument("--reward", help="as in fit (default, for the bundled model: emoji-preference)")
+    parser.add_argument("--reward", help="as in fit (default: emoji-preference if bundled, else hpsv2.1)")
     parser.add_argument("--prompt", default="a lemon on a blue background", help="prompt to draw")
     drawn = "or those of a few-step model"
     parser.add_argument(

@@ -22,12 +22,11 @@ if TYPE_CHECKING:
 def fit(argv: list[str]) -> int:
     """`ipgo fit`: settings from a preset, then a file, then flags, checked as early as possible."""
     from ipgo.config import build, flatten, merge, method_of, parse, read_settings, settings_for
-    from ipgo.defaults import for_backend
+    from ipgo.defaults import for_backend, reward_for
     from ipgo.models import load_models
     from ipgo.preflight import check, check_method
     from ipgo.runner import run
     from ipgo.store import Run
-    from ipgo.vocabulary import warn_of_unseen_words
 
     chosen, rest = peek(argv, ("--preset", "--config", "--method", "--backend"))
     settings = read_settings(chosen.preset, chosen.config)
@@ -44,7 +43,8 @@ def fit(argv: list[str]) -> int:
         logging.getLogger("ipgo").info(
             "%s is a few-step model; defaults for it: %s", settings["backend"], said
         )
-    parsed = parse(_fit_parser(method_of(settings)), merge(few, settings), rest)
+    own = {"reward": reward_for(str(settings.get("backend", "emoji")))} | few
+    parsed = parse(_fit_parser(method_of(settings)), merge(own, settings), rest)
 
     texts = read_texts(parsed.text, parsed.prompts)
     if not texts and parsed.held_out:
@@ -52,12 +52,10 @@ def fit(argv: list[str]) -> int:
             f"prompts is empty; held_out has taken {parsed.held_out[-1]!r} as a reward: give prompts before options"
         )
     config = build(parsed, tuple(texts))
-    asked = "reward" in settings or any(word.split("=")[0] == "--reward" for word in rest)
-    check(config, asked=asked)
+    check(config)
     place = Path(parsed.out or Path("runs") / (slug(parsed.prompts or texts[0]) or "run")).expanduser()
     folder = Run.open(place, config)
     check_method(folder)
-    warn_of_unseen_words(config.backend, config.prompts)
     loading(config.backend)
     run(folder, load_models(config, begun_in=folder.dtype))
     return show_run(folder)

@@ -99,7 +99,7 @@ def _parser() -> Any:
         default="emoji",
         help="a backend's name, or a diffusers folder (its weights may be missing)",
     )
-    parser.add_argument("--reward", help="as in fit (default, for the bundled model: emoji-preference)")
+    parser.add_argument("--reward", help="as in fit (default: emoji-preference if bundled, else hpsv2.1)")
     parser.add_argument(
         "--gpu", nargs="+", required=True, metavar="SIZE", help="memory of one or more GPUs, such as 16GB"
     )

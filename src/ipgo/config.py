@@ -47,7 +47,7 @@ IN_WORDS = {
     "str": "a text",
     "NoneType": "null",
 }
-DEFAULT_REWARD = "emoji-likeness+emoji-preference"  # of the bundled model
+DEFAULT_REWARD = "emoji-likeness+emoji-preference"  # of the bundled model; see `defaults.reward_for`
 FIRST_UNSEEN = 1000
 # Seeds of a fit where none are asked for: with one, what is learned suits its noise and few others.
 SEVERAL = 4
@@ -62,7 +62,8 @@ class RunConfig:
         prompts_from: the file, set or collection that they were read from; only recorded.
         method: what learns, and its hyperparameters.
         backend: a backend's name, a diffusers folder, a .safetensors file, or a hub id.
-        reward: what is optimised: a name, a sum such as "emoji-clip+0.5*emoji-aesthetic", or mine.py:function.
+        reward: what is optimised: a name, a sum such as "emoji-clip+0.5*emoji-aesthetic", or mine.py:function;
+            without one, `ipgo fit` and `compare` follow hpsv2.1 on other backends than the bundled model.
         held_out: rewards that only judge the result; None: those that come with the backend.
         sampling: how images are sampled.
         seeds: noise seeds, which gradient steps use in turn; empty: fresh noise at every step. Default: 0 to 3 (no more

@@ -1,4 +1,4 @@
-"""Default settings that differ for few-step models."""
+"""Default settings that differ from backend to backend."""
 
 from __future__ import annotations
 
@@ -7,10 +7,19 @@ from dataclasses import asdict, replace
 from typing import Any, cast
 
 from ipgo.backends import FewSteps, few_steps
+from ipgo.config import DEFAULT_REWARD
 from ipgo.errors import unknown
 from ipgo.methods import METHODS
 from ipgo.sampling import Sampling
 from ipgo.task import Method
+from ipgo.vocabulary import vocabulary
+
+OTHERS_REWARD = "hpsv2.1"  # the IPGO paper follows HPSv2; this is its second version
+
+
+def reward_for(backend: str) -> str:
+    """The reward where none is named: that of the bundled model's world, or else a score of human preference."""
+    return OTHERS_REWARD if vocabulary(backend) is None else DEFAULT_REWARD
 
 
 def for_backend(backend: str, method: str) -> dict[str, Any]:
@@ -37,14 +46,16 @@ def method_and_sampling(
     name would take them all.
     """
     sampling = sampling or (Sampling() if few is None else Sampling(**asdict(few)))
-    if not isinstance(method, Method):
+    if isinstance(method, str):
         if method not in METHODS:
             raise unknown("method", method, METHODS)
         chosen = METHODS[method]()
         return (chosen if few is None else _through_all(chosen)), sampling
+    if few is None or not isinstance(method, Method):  # what is no method is refused by the settings
+        return method, sampling
     usual, depth = (getattr(each.ascent, "backprop_steps", None) for each in (type(method)(), method))
     steps = sampling.fitting.steps
-    if few is not None and depth is not None and depth == usual:
+    if depth is not None and depth == usual:
         if depth > steps:
             return _through_all(method), sampling
         if depth < steps:

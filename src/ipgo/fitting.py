@@ -14,8 +14,8 @@ from PIL import Image
 from ipgo import files
 from ipgo.adapters import Adapter
 from ipgo.backends import BACKENDS, Backend, few_steps, load_backend
-from ipgo.config import DEFAULT_REWARD, RunConfig
-from ipgo.defaults import method_and_sampling
+from ipgo.config import RunConfig
+from ipgo.defaults import method_and_sampling, reward_for
 from ipgo.devices import own_numbers
 from ipgo.errors import InputError
 from ipgo.evaluation import Gain, Score, summarise
@@ -29,7 +29,6 @@ from ipgo.sampling import Sampling
 from ipgo.seeding import plain
 from ipgo.store import Run
 from ipgo.task import Method
-from ipgo.vocabulary import warn_of_unseen_words
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class Result(Sequence[Fitted]):
 def fit(
     prompts: str | Sequence[str],
     *,
-    reward: str | Reward = DEFAULT_REWARD,
+    reward: str | Reward | None = None,
     backend: str | Path | Backend | object = "emoji",
     method: str | Method = "ipgo",
     held_out: Sequence[str | RewardFunction] | None = None,
@@ -99,7 +98,8 @@ def fit(
 
     Args:
         prompts: one prompt or several.
-        reward: a spec as in `load_reward`, or any function (images (B, 3, H, W) in [0, 1], prompts) -> (B,).
+        reward: a spec as in `load_reward`, or any function (images (B, 3, H, W) in [0, 1], prompts) -> (B,); None: what
+            the bundled model's images are meant to be, or hpsv2.1 for others (see `defaults.reward_for`).
         backend: a name, folder, file or hub id, a pipeline object of diffusers (which is frozen), or what
             `load_backend` made of one, for its other options.
         method: a name of `ipgo list methods`, with its defaults, or an object such as IPGO(ascent=Ascent(steps=20)).
@@ -118,12 +118,13 @@ def fit(
         InputError: settings or prompts that cannot work. RewardError: a reward that breaks its contract.
         ResumeError: `out` holds a run with other settings or models. MissingExtraError: a package is missing.
     """
-    judges = None if held_out is None else _several("held_out", held_out)
-    given = _own_rewards((reward, *(judges or ())))
     given_backend = backend if isinstance(backend, Backend) else None
     if not isinstance(backend, str | Path | Backend):
         given_backend = load_backend(backend, device=device)
     name = str(backend) if given_backend is None else place_of(given_backend)
+    reward = reward_for(name) if reward is None else reward
+    judges = None if held_out is None else _several("held_out", held_out)
+    given = _own_rewards((reward, *(judges or ())))
     own_method, own_sampling = method_and_sampling(
         few_steps(name) if given_backend is None else given_backend.few_steps, method, sampling
     )
@@ -149,7 +150,6 @@ def fit(
         kept = None if out is None else files.place("out", out)
         folder = Run.open(kept or Path(temporary) / "run", config)
         check_method(folder)
-        warn_of_unseen_words(config.backend, config.prompts)
         run(folder, load_models(config, given_backend, given, folder.dtype))
         return result_of(folder, kept)
 

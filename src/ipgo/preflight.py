@@ -12,29 +12,29 @@ from ipgo.methods import WITHOUT_GRADIENT
 from ipgo.models import judging_rewards
 from ipgo.rewards import check_reward, has_gradient, terms
 from ipgo.store import Run
-from ipgo.vocabulary import vocabulary
+from ipgo.vocabulary import vocabulary, warn_of_unseen_words
 
 logger = logging.getLogger("ipgo")
 
 
-def check(config: RunConfig, given: Container[str] = (), *, asked: bool = True, loaded: bool = False) -> None:
+def check(config: RunConfig, given: Container[str] = (), *, loaded: bool = False) -> None:
     """Raise `InputError` for models that cannot work, or not together.
 
     Args:
         given: names of rewards that are objects already, and so need no checks.
-        asked: False where the reward is a default that nobody chose.
         loaded: whether the backend is there already.
     """
+    if not loaded:  # first: a misspelt backend has no world that a reward could be of
+        negative = config.sampling.negative_prompt
+        config.check_width(check_backend(config.backend, config.opening, config.prompts, negative))
+    warn_of_unseen_words(config.backend, config.prompts)
     if config.reward not in given:
-        check_world(config, asked=asked)
+        check_world(config)
     for name in dict.fromkeys((config.reward, *judging_rewards(config))):
         if name not in given:
             check_reward(name, config.prompts)
     if config.reward not in given:
         check_gradient(config)
-    if not loaded:
-        negative = config.sampling.negative_prompt
-        config.check_width(check_backend(config.backend, config.opening, config.prompts, negative))
 
 
 def check_method(folder: Run) -> None:
@@ -58,12 +58,10 @@ def check_gradient(config: RunConfig) -> None:
         )
 
 
-def check_world(config: RunConfig, *, asked: bool = True) -> None:
-    """Warn of a reward of the bundled model's where another one draws; refuse one that nobody asked for."""
+def check_world(config: RunConfig) -> None:
+    """Warn of a reward of the bundled model's where another one draws."""
     own = [name for _, name in terms(config.reward) if name.startswith("emoji-")]
-    if not own or vocabulary(config.backend) is not None:
-        return
-    about = f"{own[0]!r} knows the objects of the bundled model alone, not what {config.backend!r} draws"
-    if not asked:
-        raise InputError(f"reward is the default, and {about}; name another, such as hpsv2.1")
-    logger.warning("%s", about)
+    if own and vocabulary(config.backend) is None:
+        logger.warning(
+            "%r knows the objects of the bundled model alone, not what %r draws", own[0], config.backend
+        )

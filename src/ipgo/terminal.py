@@ -81,14 +81,11 @@ def given(value: Any, otherwise: Any) -> Any:
 
 
 def followed(reward: str | None, backend: str) -> str:
-    """The reward that is asked for; else one of the bundled model's, if that is what draws."""
-    from ipgo.backends import BACKENDS
+    """The reward that is asked for; else one of the bundled model's, if that is what draws, or another."""
+    from ipgo.defaults import OTHERS_REWARD
     from ipgo.vocabulary import vocabulary
 
-    known = backend in BACKENDS or is_hub_id(backend) or Path(backend).exists()  # else that is said of it
-    if reward is None and known and vocabulary(backend) is None:
-        raise InputError(f"reward is missing: name one for {backend!r} with --reward, such as hpsv2.1")
-    return reward or "emoji-preference"
+    return reward or (OTHERS_REWARD if vocabulary(backend) is None else "emoji-preference")
 
 
 def drawn_in(args: Any, steps: int) -> int:

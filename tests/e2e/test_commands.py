@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from PIL import Image
@@ -755,16 +756,39 @@ def test_what_is_made_of_the_optimised_reward_is_not_held_out(pipeline_folder: s
     assert later == {"colorfulness": False, "3*colorfulness": False, "contrast": True}
 
 
-def test_the_default_reward_is_refused_where_another_model_draws(
-    pipeline_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], no_models: None
+def test_where_another_model_draws_the_default_reward_is_another(
+    pipeline_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said = "knows the objects of the bundled model alone"
+    """One of people's preferences, which must be fetched: here there is no hub."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     out = ["--out", str(tmp_path / "run")]
-    assert cli.main(["fit", "a lemon on a blue background", "--backend", pipeline_folder, *out]) == 2
-    assert said in one_sentence(capsys)
-    for command in (["plan", "--gpu", "8GB"], ["doctor"]):
+    commands = (["fit", "a fox", *out], ["compare", "a fox", "--methods", "raw", *out], ["doctor"])
+    for command in commands:
         assert cli.main([*command, "--backend", pipeline_folder]) == 2
-        assert "reward is missing: name one for" in one_sentence(capsys)
+        assert "'hpsv2.1' needs HPS_v2.1_compressed.pt" in one_sentence(capsys)
+    with pytest.raises(ipgo.InputError, match=r"'hpsv2.1' needs HPS_v2.1_compressed.pt"):
+        ipgo.fit("a fox", backend=pipeline_folder)
+
+
+@pytest.mark.parametrize("backend", ["emojy", "./no/folder", ""])
+def test_a_misspelt_backend_is_what_is_said(
+    backend: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], no_models: None
+) -> None:
+    """Not that the reward is of another world."""
+    words = ["a lemon on a blue background", "--backend", backend, "--out", str(tmp_path / "run")]
+    for flags in ([], ["--reward", "emoji-clip"]):
+        assert cli.main(["fit", *words, *flags]) == 2
+        assert "backend" in one_sentence(capsys)
+
+
+def test_an_object_that_is_misspelt_is_named_with_the_nearest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], no_models: None
+) -> None:
+    assert cli.main(["fit", "a lemmon on a blue background", "--out", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert "'lemmon' (nearest: 'lemon')" in said
+    assert "names no object that there is" in said
 
 
 def test_where_all_images_tie_none_is_said_to_win(

@@ -176,8 +176,12 @@ def test_likeness_without_a_style_is_the_better_ones_and_broken_pictures_cost_th
 def test_likeness_says_which_prompts_it_cannot_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for prompt in ("a dragon on a hill", "a fox and a pear"):
-        with pytest.raises(InputError, match=f"prompt '{prompt}' names none that there is"):
+    for prompt, why in (
+        ("a dragon on a hill", "names no object that there is"),
+        ("a fox and a pear", "does not say how its two objects stand"),
+        ("a fox above a dragon", "says how two objects stand, and names one that there is"),
+    ):
+        with pytest.raises(InputError, match=f"prompt '{prompt}' {why}"):
             load_reward("emoji-likeness")(torch.rand(1, 3, 64, 64), [prompt])
         words = ["fit", prompt, "--reward", "emoji-clip+0.5*emoji-likeness", "--out", str(tmp_path / "run")]
         assert cli.main(words) == 2

@@ -112,10 +112,16 @@ def placed(reader: Reader, prompts: Sequence[str]) -> list[Claims]:
     found = [reader.read(prompt) for prompt in prompts]
     for prompt, claims in zip(prompts, found, strict=True):
         if not claims.placed:
+            what = (
+                "names no object that there is (see `ipgo list objects`)"
+                if not claims.objects
+                else "does not say how its two objects stand, such as 'above' or 'left of'"
+                if len(claims.objects) == 2
+                else "says how two objects stand, and names one that there is (see `ipgo list objects`)"
+            )
             raise InputError(
-                f"reward {Likeness.name!r} compares with artwork, and prompt {prompt[:60]!r} names none that there is "
-                "(see `ipgo list objects`), or two and not how they stand; take another reward, such as "
-                "emoji-preference, or with another backend than the bundled one clip or hpsv2.1"
+                f"reward {Likeness.name!r} compares with artwork, and prompt {prompt[:60]!r} {what}; take another "
+                "reward, such as emoji-preference"
             )
     return found
 
