@@ -179,7 +179,6 @@ def test_likeness_says_which_prompts_it_cannot_read(
     for prompt, why in (
         ("a dragon on a hill", "names no object that there is"),
         ("a fox and a pear", "does not say how its two objects stand"),
-        ("a fox above a dragon", "says how two objects stand, and names one that there is"),
     ):
         with pytest.raises(InputError, match=f"prompt '{prompt}' {why}"):
             load_reward("emoji-likeness")(torch.rand(1, 3, 64, 64), [prompt])

@@ -116,8 +116,6 @@ def placed(reader: Reader, prompts: Sequence[str]) -> list[Claims]:
                 "names no object that there is (see `ipgo list objects`)"
                 if not claims.objects
                 else "does not say how its two objects stand, such as 'above' or 'left of'"
-                if len(claims.objects) == 2
-                else "says how two objects stand, and names one that there is (see `ipgo list objects`)"
             )
             raise InputError(
                 f"reward {Likeness.name!r} compares with artwork, and prompt {prompt[:60]!r} {what}; take another "
