@@ -56,8 +56,9 @@ class Checkpoint:
 
 def write_checkpoint(file: Path, chunk: Chunk, digest: str, progress: Progress, cost: Cost) -> None:
     """All that `read_checkpoint` needs; `digest` is that of the settings."""
-    about = {"step": progress.step, "prompts": chunk.texts, "digest": digest, **vars(cost)}
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in progress.state().items()}
+    about = {"step": progress.step, "prompts": chunk.texts, "digest": digest, "names": sorted(state)}
+    about |= vars(cost)
     files.write(file, save(state, metadata={"about": json.dumps(about)}))
 
 
@@ -70,6 +71,8 @@ def read_checkpoint(file: Path, chunk: Chunk, digest: str) -> Checkpoint | None:
         with safe_open(file, framework="pt") as tensors:
             about = json.loads(tensors.metadata()["about"])
             state = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+        if about["names"] != sorted(state):
+            raise ValueError("not all tensors are there")
         same = about["prompts"] == list(chunk.texts) and about["digest"] == digest
         cost = Cost(
             Counter(about["calls"]),

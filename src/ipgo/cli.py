@@ -25,6 +25,7 @@ from ipgo.cli_publish import publish
 from ipgo.cli_report import report
 from ipgo.cli_score import score
 from ipgo.errors import IpgoError, RewardError, first_line, unknown
+from ipgo.terminal import loading
 
 HELP = """usage: ipgo COMMAND [options]
 
@@ -104,6 +105,8 @@ def _run(name: str, rest: list[str]) -> int:
     if rest in (["-h"], ["--help"]) and stored.is_file():
         print(stored.read_text(encoding="utf-8"), end="")
         return 0
+    if name in RESUMABLE:  # whose options are the methods'
+        loading("PyTorch")
     return COMMANDS[name](rest)
 
 

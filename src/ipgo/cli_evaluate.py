@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
 from ipgo import files
 from ipgo.errors import InputError
 from ipgo.printed import levels, span, table
@@ -37,7 +35,7 @@ def evaluate(argv: list[str]) -> int:
     args = parser.parse_args(argv)
 
     from ipgo.adapters import Adapter
-    from ipgo.evaluation import evaluate
+    from ipgo.evaluation import bar_of_images, evaluate
     from ipgo.models import load_models
     from ipgo.seeding import check_seeds
     from ipgo.store import Run
@@ -73,19 +71,23 @@ def evaluate(argv: list[str]) -> int:
             name,
         )
     scores: list[Score] = []
-    for prompt in tqdm(prompts, "evaluating", unit="prompt", disable=None, leave=False):
-        found = evaluate(
-            models.backend,
-            adapters,
-            models.rewards,
-            [prompt],
-            args.seeds,
-            config.sampling,
-            folder.config.reward,
-            models.judge,
-        )
-        folder.judge_again(found, models.identities, models.backend.identity)  # also if the next one fails
-        scores += found
+    with bar_of_images(len(prompts) * len(args.seeds) * len(adapters)) as bar:
+        for prompt in prompts:
+            found = evaluate(
+                models.backend,
+                adapters,
+                models.rewards,
+                [prompt],
+                args.seeds,
+                config.sampling,
+                folder.config.reward,
+                models.judge,
+                bar,
+            )
+            folder.judge_again(
+                found, models.identities, models.backend.identity
+            )  # also if the next one fails
+            scores += found
     _show_evaluation(folder, prompts, args.seeds, scores)
     return 0
 

@@ -46,7 +46,7 @@ def generate(argv: list[str]) -> int:
 
     from ipgo.backends import load_backend
     from ipgo.evaluation import draw
-    from ipgo.images import to_pil
+    from ipgo.images import as_png, to_pil
     from ipgo.prompts import number
     from ipgo.sampling import Sampling
     from ipgo.seeding import check_seeds
@@ -86,7 +86,7 @@ def generate(argv: list[str]) -> int:
         for prompt in number(texts):
             for drawing in draw(backend, {"adapter": adapter}, prompt.text, seeds, sampling):
                 file = out / f"{prompt.id}-{drawing.seed}.png"
-                to_pil(drawing.image[None])[0].save(file)
+                files.write(file, as_png(to_pil(drawing.image[None])[0]))
                 bar.write(str(file), file=sys.stdout)
                 bar.update()
     return 0

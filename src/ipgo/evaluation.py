@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections import defaultdict
@@ -196,6 +197,7 @@ def evaluate(
     sampling: Sampling,
     trained_on: str,
     judge: Judge | None = None,
+    bar: tqdm[Any] | None = None,
 ) -> list[Score]:
     """Score every adapter on every prompt and seed.
 
@@ -207,6 +209,7 @@ def evaluate(
         sampling: how images are sampled.
         trained_on: spec of the optimised reward; it and the rewards it is made of do not count as held out.
         judge: adds scores named judge-object, judge-colour, ...; None: none.
+        bar: counts the images; None: one of its own, where a person looks.
 
     Returns:
         One score per adapter, prompt, seed and reward, and the judge's verdicts.
@@ -223,12 +226,21 @@ def evaluate(
     judges = {name: as_reward(reward, name) for name, reward in rewards.items()}
     own = optimised(trained_on, {name: identity_of(reward) for name, reward in judges.items()})
     scores = []
-    silent = True if len(prompts) == 1 else None  # whoever asks prompt by prompt has a bar of its own
-    for prompt in tqdm(prompts, desc="evaluating", unit="prompt", disable=silent, leave=False):
-        drawings = list(draw(backend, adapters, prompt, seeds, sampling))
-        with own_numbers():
-            scores += score_drawings(drawings, judges, own, judge)
+    count = len(prompts) * len(seeds) * len(adapters)
+    with bar_of_images(count) if bar is None else contextlib.nullcontext(bar) as counted:
+        for prompt in prompts:
+            drawings = []
+            for drawing in draw(backend, adapters, prompt, seeds, sampling):
+                drawings.append(drawing)
+                counted.update()
+            with own_numbers():
+                scores += score_drawings(drawings, judges, own, judge)
     return scores
+
+
+def bar_of_images(count: int) -> tqdm[Any]:
+    """A bar on a terminal, for `evaluate`; nothing elsewhere."""
+    return tqdm(total=count, desc="evaluating", unit="image", disable=None, leave=False)
 
 
 def win_rate(scores: Iterable[Score], method: str, baseline: str, reward: str) -> Interval:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -68,7 +69,8 @@ def write(file: Path, content: bytes, *, alone: bool = True) -> None:
             os.fsync(stream.fileno())
         draft.replace(file)
     except OSError as error:  # a full disk: make room, and name the file, which the system does not
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a disk that cannot be written there is none
+            draft.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(file)) from error
 
 
@@ -117,11 +119,14 @@ def append_line(file: Path, line: Mapping[str, Any]) -> None:
 def read_lines(file: Path) -> list[dict[str, Any]]:
     """The JSON objects of a file up to the first damaged line; no file is no lines."""
     lines: list[dict[str, Any]] = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+    for line in file.read_bytes().splitlines() if file.is_file() else ():
         try:
-            lines.append(json.loads(line))
+            content = json.loads(line)
         except ValueError:
             break
+        if not isinstance(content, dict):
+            break
+        lines.append(content)
     return lines
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -87,6 +88,13 @@ def to_pil(images: Tensor) -> list[Image.Image]:
     """One 8-bit picture per row."""
     pixels = (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
     return [Image.fromarray(picture) for picture in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def as_png(picture: Image.Image) -> bytes:
+    """A PNG file's content."""
+    content = io.BytesIO()
+    picture.save(content, format="png")
+    return content.getvalue()
 
 
 @contextlib.contextmanager

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import signal
 import sys
 import threading
 import time
@@ -32,6 +34,7 @@ from ipgo.store import Run
 from ipgo.task import Progress, Task
 
 CHECKPOINT_SECONDS = 10.0
+logger = logging.getLogger("ipgo")
 Limit = Callable[[Iterator[Progress], Counter[str]], Iterator[Progress]]
 
 
@@ -121,19 +124,47 @@ def fit_chunk(folder: Run, models: Models, chunk: Chunk, limit: Limit | None = N
         memory = max(earlier.peak_memory, peak_memory(backend.device))
         return Cost(calls, earlier.seconds + time.monotonic() - started, memory, earlier.sessions)
 
-    with progress_bar(chunk, folder) as bar:
+    with progress_bar(chunk, folder) as bar, whole_steps() as stopping:
         for progress in search:
             folder.start(about)  # not sooner: settings that the method refuses leave no run behind
             cost = so_far()
             folder.record(chunk, progress, cost)
             last = progress.step == progress.total or bool(progress.failed.all())
-            if time.monotonic() - saved > CHECKPOINT_SECONDS and not last:
+            due = time.monotonic() - saved > CHECKPOINT_SECONDS or stopping()
+            if due and not last:
                 folder.save_checkpoint(chunk, progress, cost)
                 saved = time.monotonic()
             show(bar, progress)
+            if stopping():
+                raise KeyboardInterrupt
     if progress is None:
         raise InputError(f"method {config.method_name!r} made no step; give it at least one")
     return progress, so_far()  # a step that `limit` broke off has cost something too
+
+
+@contextlib.contextmanager
+def whole_steps() -> Iterator[Callable[[], bool]]:
+    """Let the first Ctrl-C wait for the end of a step, where nothing is lost; gives whether there was one.
+
+    Only where it would raise KeyboardInterrupt here: another thread gets none, and a handler of somebody else's stays.
+    """
+    asked: list[int] = []
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield lambda: False
+        return
+
+    def note(number: int, frame: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        logger.warning("stopping after this step; Ctrl-C again stops at once")
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(asked)
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def finish_chunk(
@@ -153,25 +184,28 @@ def finish_chunk(
                 continue
             folder.save_adapter(prompt, progress.adapter if config.shared else progress.adapter.row(row))
             scores = taken_over(folder, models, prompt, twins)
-            if not scores:
-                scores = draw_and_score(folder, models, prompt, "raw", Adapter())
-            bar.update(len(seeds))
-            if config.method_name != "raw":
-                scores += draw_and_score(folder, models, prompt, config.method_name, progress.adapter)
+            if scores:
                 bar.update(len(seeds))
+            else:
+                scores = draw_and_score(folder, models, prompt, "raw", Adapter(), bar)
+            if config.method_name != "raw":
+                scores += draw_and_score(folder, models, prompt, config.method_name, progress.adapter, bar)
             paid = cost_of(cost, chunk, progress.adapter)
             cut = bool(models.backend.truncated([prompt.text]) or models.backend.half_read([prompt.text]))
             folder.finish(prompt, scores, paid, bool(progress.failed[row]), models.identities, truncated=cut)
     folder.drop_checkpoint(chunk)
 
 
-def draw_and_score(folder: Run, models: Models, prompt: Prompt, method: str, adapter: Adapter) -> list[Score]:
+def draw_and_score(
+    folder: Run, models: Models, prompt: Prompt, method: str, adapter: Adapter, bar: tqdm[Any]
+) -> list[Score]:
     """A prompt's images from all seeds, stored as those before (`method` is raw) or after the fit."""
     config, drawings = folder.config, []
     for drawing in draw(models.backend, {method: adapter}, prompt.text, config.judged_seeds, config.sampling):
         when = "before" if method == "raw" else "after"
         folder.save_image(prompt, when, drawing.seed, to_pil(drawing.image[None])[0])
         drawings.append(drawing)
+        bar.update()
     return score_drawings(drawings, models.rewards, optimised(config.reward, models.identities), models.judge)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -29,6 +28,7 @@ from ipgo.config import RunConfig
 from ipgo.continuing import check_models, differences, differing_in, with_judges_of
 from ipgo.errors import InputError, InUseError, ResumeError
 from ipgo.evaluation import Score
+from ipgo.images import as_png
 from ipgo.prompts import Prompt, number, slug
 from ipgo.rewards import optimised
 from ipgo.rewards.checkpoints import fingerprint
@@ -318,9 +318,7 @@ class Run:
 
     def save_image(self, prompt: Prompt, when: str, seed: int, picture: Image.Image) -> None:
         """Store an image as PNG; `when` is before or after."""
-        stream = io.BytesIO()
-        picture.save(stream, "PNG")
-        files.write(self.image(prompt, when, seed), stream.getvalue())
+        files.write(self.image(prompt, when, seed), as_png(picture))
 
     def copy_image(self, other: Run, prompt: Prompt, when: str, seed: int) -> None:
         """Take over an image that another run has drawn."""
@@ -455,10 +453,10 @@ def left_over(file: Path) -> bool:
 def _steps(history: Path) -> int:
     """How many steps it holds without a gap."""
     lines = files.read_lines(history) if history.is_file() else []
-    return next((place for place, line in enumerate(lines) if line["step"] != place + 1), len(lines))
+    return next((place for place, line in enumerate(lines) if line.get("step") != place + 1), len(lines))
 
 
 def _cut(history: Path, step: int) -> None:
     """Drop the lines after `step`, and one that a kill left half-written."""
     if history.is_file():
-        files.write_lines(history, [line for line in files.read_lines(history) if line["step"] <= step])
+        files.write_lines(history, files.read_lines(history)[: min(step, _steps(history))])

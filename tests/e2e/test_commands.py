@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +16,7 @@ import huggingface_hub
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 
 import ipgo
 from ipgo import cli, files, models, runner
@@ -641,6 +644,57 @@ def test_ctrl_c_says_how_to_go_on(
     monkeypatch.setattr(Run, "record", interrupt)
     assert fit(pipeline_folder, tmp_path / "run", ["a fox"]) == 130
     assert capsys.readouterr().err == "ipgo: stopped; the same command continues it\n"
+
+
+def test_ctrl_c_waits_for_the_end_of_a_step_which_is_kept(
+    fitted: Path,
+    pipeline_folder: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However long ago the last checkpoint was."""
+    monkeypatch.setattr(runner, "CHECKPOINT_SECONDS", 1e9)
+    out, record = tmp_path / "run", Run.record
+
+    def interrupted(run: Run, chunk: Any, progress: Any, cost: Any) -> None:
+        record(run, chunk, progress, cost)
+        if progress.step == 2 and not any((out / "chunks").glob("*")):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Run, "record", interrupted)
+    assert fit(pipeline_folder, out, PROMPTS) == 130
+    assert capsys.readouterr().err.splitlines() == [
+        "ipgo: stopping after this step; Ctrl-C again stops at once",
+        "ipgo: stopped; the same command continues it",
+    ]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    (kept,) = (out / "chunks").glob("*.safetensors")
+    with safe_open(kept, framework="pt") as tensors:
+        assert json.loads(tensors.metadata()["about"])["step"] == 2
+    assert fit(pipeline_folder, out, PROMPTS) == 0
+    assert_same_bits(fitted, out)
+
+
+def test_a_second_ctrl_c_does_not_wait() -> None:
+    with runner.whole_steps() as stopping:
+        assert not stopping()
+        signal.raise_signal(signal.SIGINT)
+        assert stopping()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_somebody_elses_handler_of_ctrl_c_stays() -> None:
+    seen: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: seen.append(number))
+    try:
+        with runner.whole_steps() as stopping:
+            signal.raise_signal(signal.SIGINT)
+            assert not stopping()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert seen == [signal.SIGINT]
 
 
 class Killed(BaseException):

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save
 
 from ipgo import (
     IPGO,
@@ -162,6 +164,35 @@ def test_a_damaged_checkpoint_is_set_aside(run: Run, caplog: pytest.LogCaptureFi
     assert "is damaged; set aside" in caplog.text
     assert [each.suffix for each in (run.path / "chunks").iterdir()] == [".damaged"]
     assert run.history(chunk.prompts[0]) == []
+
+
+def test_a_checkpoint_that_lacks_a_tensor_is_set_aside(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    chunk = run.chunks()[0]
+    run.record(chunk, progress(1), Cost(seconds=1.0))
+    run.save_checkpoint(chunk, progress(1), Cost())
+    (file,) = (run.path / "chunks").iterdir()
+    with safe_open(file, framework="pt") as tensors:
+        about = tensors.metadata()
+    file.write_bytes(save({"another": torch.zeros(1)}, metadata=about))
+    assert run.checkpoint(chunk) is None
+    assert "is damaged; set aside" in caplog.text
+
+
+@pytest.mark.parametrize("line", [b"\xff\xfe\n", b"3\n", b"{}\n", b'{"step": 7}\n'])
+def test_a_damaged_history_ends_where_it_is_damaged(run: Run, line: bytes) -> None:
+    chunk = run.chunks()[0]
+    for step in (1, 2):
+        run.record(chunk, progress(step), Cost())
+    run.save_checkpoint(chunk, progress(2), Cost())
+    (history,) = run.folder(chunk.prompts[0]).glob("history.jsonl")
+    whole = history.read_bytes()
+    history.write_bytes(whole + line)  # after the step of the checkpoint: nothing is lost
+    found = run.checkpoint(chunk)
+    assert found is not None
+    assert history.read_bytes() == whole
+    history.write_bytes(line)
+    assert run.checkpoint(chunk) is None
+    assert history.read_bytes() == b""
 
 
 def test_a_checkpoint_of_other_prompts_or_settings_is_not_taken(run: Run) -> None:
