@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ipgo.rewards import Reward
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+IDENTITIES = ".rewards.json"  # of the file beside a table
 BATCH = 16  # most pictures of one size that are scored at once ...
 PIXELS = 4_000_000  # ... and most pixels of several: rewards take some hundred bytes for each
 
@@ -97,6 +98,9 @@ def _put_out(out: Path, rows: Sequence[dict[str, Any]], rewards: dict[str, Rewar
     means = {spec: sum(row[spec] for row in rows) / len(rows) for spec in rewards}
     if out.suffix == ".csv":
         files.write(out, table.encode())
+        files.write_json(
+            out.with_suffix(IDENTITIES), {"rewards": identities}
+        )  # the table has their digits alone
     else:
         files.write_json(out, {"rewards": identities, "means": means, "images": rows})
     print("\n".join(f"{spec}: {mean:.4f}, the mean of {len(rows)}" for spec, mean in means.items()))
@@ -111,6 +115,8 @@ def _check_out(out: Path | None) -> None:
         raise InputError(f"out is {str(out)!r}; it must end in .csv or .json")
     files.check_out(out, folder=False)
     check_replaced(out, "images" if out.suffix == ".json" else " fingerprint")
+    if out.suffix == ".csv":
+        check_replaced(out.with_suffix(IDENTITIES), "rewards")
 
 
 def _check_picture(file: Path) -> None:

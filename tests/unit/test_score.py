@@ -21,6 +21,7 @@ from ipgo import cli
 from ipgo.cli_score import BATCH, find_pictures, match_prompts
 from ipgo.errors import InputError
 from ipgo.images import from_pil
+from ipgo.rewards import identity_of, load_reward
 from ipgo.rewards.checkpoints import fingerprint
 from tests.conftest import Terminal, one_sentence
 
@@ -63,6 +64,24 @@ def test_a_place_may_begin_at_home(folder: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cli.main(["score", str(folder), "--reward", "contrast", "--out=~/scores.csv"]) == 0
     assert (tmp_path / "scores.csv").is_file()
+
+
+def test_beside_a_table_is_what_scored(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["score", str(folder), "--reward", "contrast", "--out", str(tmp_path / "scores.csv")]
+    beside = tmp_path / "scores.rewards.json"
+    beside.write_text('{"mine": 1}')
+    assert cli.main(words) == 2
+    assert "holds something else" in one_sentence(capsys)
+    beside.unlink()
+    for _ in range(2):  # its own file is replaced
+        assert cli.main(words) == 0
+        stored = json.loads(beside.read_text())["rewards"]
+        assert stored == {"contrast": identity_of(load_reward("contrast"))}
+    header, line = (tmp_path / "scores.csv").read_text().splitlines()[:2]
+    assert header.endswith("contrast fingerprint")
+    assert line.endswith(fingerprint(stored["contrast"]))
 
 
 def test_json_says_what_scored(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

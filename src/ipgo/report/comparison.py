@@ -201,7 +201,9 @@ def _sheets(folder: Comparison) -> list[Sheet]:
         return []
     config = next(iter(runs.values())).config
     named = (("Fitted noise", config.seeds[:1]), ("Unseen noise", config.new_seeds[:1]))
-    return [_sheet(runs, f"{title}, seed {seed}", seed) for title, seeds in named for seed in seeds]
+    count = len(next(iter(runs.values())).prompts)
+    some = f", the first {SHEET_PROMPTS} of {count} prompts" if count > SHEET_PROMPTS else ""
+    return [_sheet(runs, f"{title}, seed {seed}{some}", seed) for title, seeds in named for seed in seeds]
 
 
 def _sheet(runs: dict[str, Run], title: str, seed: int) -> Sheet:
