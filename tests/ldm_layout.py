@@ -136,3 +136,56 @@ def published(pipe, *, open_clip=False):
     return {
         prefix + name: value.contiguous() for prefix, part in parts.items() for name, value in part.items()
     }
+
+
+SD3 = {
+    "pos_embed.pos_embed": "pos_embed",
+    "pos_embed.proj": "x_embedder.proj",
+    "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+    "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+    "proj_out": "final_layer.linear",
+}
+SD3_BLOCK = {
+    "norm1.linear": "x_block.adaLN_modulation.1",
+    "norm1_context.linear": "context_block.adaLN_modulation.1",
+    "attn.to_out.0": "x_block.attn.proj",
+    "attn.to_add_out": "context_block.attn.proj",
+    "ff.net.0.proj": "x_block.mlp.fc1",
+    "ff.net.2": "x_block.mlp.fc2",
+    "ff_context.net.0.proj": "context_block.mlp.fc1",
+    "ff_context.net.2": "context_block.mlp.fc2",
+}
+SD3_ATTENTION = {
+    "x_block": ("to_q", "to_k", "to_v"),
+    "context_block": ("add_q_proj", "add_k_proj", "add_v_proj"),
+}
+
+
+def stability_layout(transformer):
+    """The weights of an SD3Transformer2DModel as Stability AI publishes them, in one file with others."""
+    state, found = dict(transformer.state_dict()), {}
+    last = len(transformer.transformer_blocks) - 1
+    # Their last norms give the shift first, diffusers' the scale.
+    for name in ("norm_out.linear", f"transformer_blocks.{last}.norm1_context.linear"):
+        for kind in ("weight", "bias"):
+            state[f"{name}.{kind}"] = torch.cat(state[f"{name}.{kind}"].chunk(2)[::-1])
+    for block in range(last + 1):
+        for side, parts in SD3_ATTENTION.items():
+            for kind in ("weight", "bias"):
+                names = [f"transformer_blocks.{block}.attn.{part}.{kind}" for part in parts]
+                whole = torch.cat([state.pop(name) for name in names])
+                found[f"joint_blocks.{block}.{side}.attn.qkv.{kind}"] = whole
+    for name, value in state.items():
+        inner = re.fullmatch(r"transformer_blocks\.(\d+)\.(.*)\.(weight|bias)", name)
+        if inner:
+            name = f"joint_blocks.{inner[1]}.{SD3_BLOCK[inner[2]]}.{inner[3]}"
+        elif name in SD3:
+            name = SD3[name]
+        else:
+            stem, _, kind = name.rpartition(".")
+            name = f"{SD3.get(stem, stem)}.{kind}"
+        found[name] = value
+    return {f"model.diffusion_model.{name}": value.contiguous() for name, value in found.items()}

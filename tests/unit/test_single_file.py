@@ -15,7 +15,7 @@ from ipgo.errors import InputError
 from ipgo.sampling import Sampling
 from tests import tiny_families as tiny
 from tests.conftest import tiny_pipeline
-from tests.ldm_layout import published
+from tests.ldm_layout import published, stability_layout
 
 BUILDS = {
     "sd1": tiny_pipeline,
@@ -113,9 +113,80 @@ def test_files_that_cannot_be_opened_are_refused(tmp_path):
         with pytest.raises(InputError, match=re.escape(f"weights are missing: {name!r}")):
             load_backend(name)
     save_file(tiny_pipeline().unet.state_dict(), tmp_path / "part.safetensors")
-    with pytest.raises(InputError, match=r"is not a whole Stable Diffusion 1\.x, 2\.x or SDXL; open other"):
+    with pytest.raises(InputError, match=r"is not a whole .* need the diffusers folder .* as '.*part'"):
         load_backend(tmp_path / "part.safetensors")
     whole = (tmp_path / "part.safetensors").read_bytes()
     (tmp_path / "part.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(InputError, match="weights are damaged or half-written"):
         load_backend(tmp_path / "part.safetensors")
+
+
+DENOISERS = {
+    "sd1": (tiny_pipeline, "unet"),
+    "sd3": (tiny.sd3, "transformer"),
+    "flux": (tiny.flux, "transformer"),
+    "flux2": (tiny.flux_2, "transformer"),
+    "chroma": (tiny.chroma, "transformer"),
+    "sana": (tiny.sana, "transformer"),
+    "z-image": (tiny.z_image, "transformer"),
+}
+
+
+@pytest.fixture
+def denoiser_alone(tmp_path):
+    """Write a pipeline into model/, but for its denoiser's weights, and those into model.safetensors."""
+
+    def written(pipe, part):
+        pipe.save_pretrained(tmp_path / "model")
+        (weights,) = (tmp_path / "model" / part).glob("*.safetensors")
+        return weights.rename(tmp_path / "model.safetensors")
+
+    return written
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+def test_a_denoisers_file_draws_with_the_folder_beside_it(name, denoiser_alone):
+    make, part = DENOISERS[name]
+    pipe = make()
+    file = denoiser_alone(pipe, part)
+    side = 16 if name == "z-image" else None  # its own is more than it has positions for here
+    original, opened = (load_backend(each, device="cpu", image_size=side) for each in (pipe, str(file)))
+    assert type(opened) is type(original)
+    images = [generate(each, ["a red cat"], [3], Adapter(), Sampling(2)) for each in (original, opened)]
+    assert images[0].std() > 0.01
+    torch.testing.assert_close(*images, atol=1e-6, rtol=0)
+
+
+def test_a_denoisers_file_in_its_authors_layout(denoiser_alone):
+    """SD3's, beside text encoders that are not read: those of the folder are."""
+    pipe = tiny.sd3()
+    file = denoiser_alone(pipe, "transformer")
+    save_file({**stability_layout(pipe.transformer), "text_encoders.clip_l.any": torch.zeros(1)}, file)
+    images = [
+        generate(load_backend(each, device="cpu"), ["a red cat"], [3], Adapter(), Sampling(2))
+        for each in (pipe, file)
+    ]
+    torch.testing.assert_close(*images, atol=1e-6, rtol=0)
+
+
+def test_a_denoisers_file_that_does_not_fit_is_refused(denoiser_alone, tmp_path):
+    file = denoiser_alone(tiny.flux(), "transformer")
+    whole = load_file(file)
+    for change, message in (
+        (lambda: dict(list(whole.items())[1:]), "is incomplete: the transformer lacks|does not fit"),
+        (lambda: {**whole, "x.scale_weight": torch.ones(1)}, "holds scaled 8-bit weights"),
+        (lambda: tiny_pipeline().unet.state_dict(), "does not fit the transformer of|is incomplete"),
+    ):
+        save_file(change(), file)
+        with pytest.raises(InputError, match=message):
+            load_backend(file, device="cpu")
+    save_file(whole, file)
+    (tmp_path / "model/vae/diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"weights are missing: .*vae"):
+        load_backend(file, device="cpu")
+    other = tmp_path / "other"
+    other.mkdir()
+    tiny.pixart().save_pretrained(other / "model")
+    save_file(whole, other / "model.safetensors")
+    with pytest.raises(InputError, match="a PixArtTransformer2DModel cannot be opened from one file"):
+        load_backend(other / "model.safetensors", device="cpu")

@@ -108,9 +108,10 @@ def load_backend(
     """Open a frozen text-to-image backend.
 
     Args:
-        source: a name in `BACKENDS`, a local diffusers folder, a .safetensors file of Stable Diffusion or SDXL,
-            a hub id `owner/name`, or a pipeline object (which is used as it is: its parameters are frozen, and
-            it stays where it is if `device` and `dtype` are "auto").
+        source: a name in `BACKENDS`, a local diffusers folder, a .safetensors file of Stable Diffusion or SDXL (or
+            of another denoiser, with the folder of its other parts beside it), a hub id `owner/name`, or a pipeline
+            object (which is used as it is: its parameters are frozen, and it stays where it is if `device` and `dtype`
+            are "auto").
         device: auto, cpu, cuda or cuda:N, or a torch.device.
         dtype: auto, float32, bfloat16, float16 or float64, or a torch.dtype.
         image_size: side of the square images in pixels; None is the model's own.

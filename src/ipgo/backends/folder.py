@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Container, Mapping
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -61,14 +61,20 @@ def pipeline_class(source: str | Path) -> str:
     return class_name(path / INDEX, source)
 
 
-def open_pipeline(source: str | Path, kind: str, dtype: torch.dtype) -> Any:
-    """Open a folder or a hub id that holds a pipeline of class `kind`; `InputError` if that fails."""
+def open_pipeline(
+    source: str | Path, kind: str, dtype: torch.dtype, given: Mapping[str, Any] | None = None
+) -> Any:
+    """Open a folder or a hub id that holds a pipeline of class `kind`; `InputError` if that fails.
+
+    Args:
+        given: parts that are open already, of which the folder needs no weights.
+    """
     local = is_local(source)
-    variant = check_folder(Path(source)) if local else None
+    variant = check_folder(Path(source), given or ()) if local else None
     cls = getattr(diffusers, kind)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = dict(given or {})
     if "safety_checker" in cls._optional_components:
-        options = {"safety_checker": None, "requires_safety_checker": False}
+        options |= {"safety_checker": None, "requires_safety_checker": False}
     if local:
         # Saved without a part, SD3's T5 say: diffusers writes that down, and asks for the part again.
         optional = (*cls._optional_components, *options)
@@ -111,8 +117,11 @@ def _check_text_encoders(pipe: Any, path: Path, variant: str | None) -> None:
                 raise InputError(f"backend {str(path)!r} is incomplete: the weights of {part} lack {name!r}")
 
 
-def check_folder(path: Path) -> str | None:
+def check_folder(path: Path, given: Container[str] = ()) -> str | None:
     """Raise `InputError` unless every part that the folder's index names is complete, in safetensors.
+
+    Args:
+        given: parts of which it needs no weights.
 
     Returns:
         The variant of weights that are there in one alone, as "fp16"; None: they have their usual names.
@@ -128,7 +137,7 @@ def check_folder(path: Path) -> str | None:
             needed = f"{part}/{there[0] if there else TOKENIZERS[0]}"
         else:
             needed = f"{part}/config.json"
-            weights += _weight_files(path / part, _weights_name(library), variant)
+            weights += [] if part in given else _weight_files(path / part, _weights_name(library), variant)
         if not (path / needed).exists():
             raise InputError(f"backend folder {str(path)!r} is incomplete: {needed} is missing")
     for file in weights:
