@@ -274,7 +274,7 @@ def against_raw(found: Mapping[Cell, Sequence[Row]]) -> str:
     for (reward, kind), entries in found.items():
         for row in (each for each in entries if each.method == OURS and reward in each.unseen):
             judge = row.unseen.get("judge-object")
-            wins = (f"{getattr(row, noise)[reward].wins.value:.0%}" for noise in ("fitted", "unseen"))
+            wins = (f"{getattr(row, noise)[reward].wins.value:.1%}" for noise in ("fitted", "unseen"))
             gains = (said(row.unseen[each]) if each in row.unseen else "–" for each in names)
             seen = f"{judge.before:.1%} to {judge.after:.1%}" if judge else "–"
             lines.append([row.label, reward, kind, *wins, *gains, seen])

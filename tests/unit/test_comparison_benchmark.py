@@ -103,6 +103,19 @@ def test_the_tables_have_every_entry_of_every_set() -> None:
     assert second.count("\n| raw") == 1
 
 
+def test_the_last_step_and_the_best_are_side_by_side() -> None:
+    other = [replace(each, final=0.7, best=0.8) for each in CELL[1:2]]
+    text = comparison.selection({("r", "one"): CELL, ("r", "two"): other})
+    assert "| ipgo | 0.600 | 0.700 |" in text
+    assert "| draft | – | – |" in text  # of one set alone
+
+
+def test_in_how_many_cells_something_falls() -> None:
+    sure = replace(CELL[1], unseen=CELL[1].unseen | {"held": gain("held", -0.2)})
+    text = comparison.bar({("r", "one"): CELL, ("r", "two"): [sure], ("r", "three"): CELL[:1]})
+    assert "where ipgo is below raw, in 2 of 3 cells, surely in 1:" in text
+
+
 def test_what_ours_does_to_every_reward_is_said_cell_by_cell() -> None:
     gains = {name: gain(name, value) for name, value in (("emoji-clip", 0.2), ("emoji-aesthetic", -0.1))}
     judged = gains | {"judge-object": gain("judge-object", -0.02)}
@@ -111,7 +124,7 @@ def test_what_ours_does_to_every_reward_is_said_cell_by_cell() -> None:
     # After a title and its gap, a head and its rule: nothing where ours has no result.
     (line,) = text.splitlines()[4:]
     assert line == (
-        "| ipgo | emoji-clip | one | 20% | 20% | – | +0.200 (+0.100 to +0.300) | -0.100 (-0.200 to +0.000) "
+        "| ipgo | emoji-clip | one | 20.0% | 20.0% | – | +0.200 (+0.100 to +0.300) | -0.100 (-0.200 to +0.000) "
         "| 50.0% to 48.0% |"
     )
 
@@ -153,6 +166,13 @@ def test_what_is_kept_is_read_again(tmp_path: Path) -> None:
     comparison.keep(tmp_path, "ipgo", one, replace(ours, rewards={"emoji-clip": ("b",)}), {"budget": 500})
     with pytest.raises(SystemExit, match="ipgo: scored by another emoji-clip than raw"):
         comparison.stored(tmp_path, ["raw", "ipgo"], [one], {"budget": 500})
+
+    # Also one that is not among the three, and that some rows do not have.
+    for label, digits in (("ipgo", "a"), ("draft", "b"), ("raw", None)):
+        rewards = scored | ({} if digits is None else {"emoji-likeness": (digits,)})
+        comparison.keep(tmp_path, label, one, replace(ours, label=label, rewards=rewards), {"budget": 500})
+    with pytest.raises(SystemExit, match="draft: scored by another emoji-likeness than ipgo"):
+        comparison.stored(tmp_path, ["raw", "ipgo", "draft"], [one], {"budget": 500})
 
 
 def test_a_cell_that_cannot_begin_ends_the_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
