@@ -67,7 +67,17 @@ def _names(kind: str, name: str | None) -> list[str]:
 
 def _backend(name: str, place: str, facts: Facts) -> list[str]:
     """Its name and where its weights are, then what its family declares."""
-    return [f"{name:<18}{place}", *(f"{'':<18}{line}" for line in facts.lines())]
+    from ipgo.backends import few_steps
+
+    few = few_steps(name)
+    lines = list(facts.lines())
+    if few is not None:
+        steps = f"{few.steps} step{'s' if few.steps > 1 else ''}"
+        scale = f"a guidance scale of {few.guidance_scale:g}" if few.guidance_scale > 1 else "no guidance"
+        lines.append(
+            f"drawn in {steps} with {scale}, and fitted with gradient in all of them, unless told otherwise"
+        )
+    return [f"{name:<18}{place}", *(f"{'':<18}{line}" for line in lines)]
 
 
 def _objects(backend: str) -> list[str]:

@@ -138,6 +138,23 @@ def test_every_name_of_few_steps_is_known() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("sd-turbo", "drawn in 1 step with no guidance, and"),
+        ("lcm", "drawn in 4 steps with a guidance scale of 8.5, and"),
+        ("sd15", None),
+    ],
+)
+def test_the_list_says_how_a_model_of_few_steps_is_drawn(
+    name: str, said: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["list", "backends", name]) == 0
+    out = capsys.readouterr().out
+    assert ("drawn in" in out) == (said is not None)
+    assert said is None or said in out
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_gradient_goes_through_every_step_where_a_method_has_the_choice(method: str) -> None:
     chosen = for_backend("sd-turbo", method)
