@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +12,10 @@ from ipgo.errors import first_line
 from ipgo.files import is_hub_id
 
 SECONDS = 10.0  # that an answer may take
-_answered: set[str] = set()  # addresses of hubs
+AGAIN = 60.0  # seconds until one that did not come is asked for again
+# By the addresses of hubs: which have answered, and when one has not, and why.
+_answered: set[str] = set()
+_silent: dict[str, tuple[float, str]] = {}
 
 
 class UnreachableError(OSError):
@@ -47,13 +52,19 @@ def within_reach(*places: str | Path) -> Iterator[None]:
 
 
 def _unreachable(address: str) -> str | None:
-    """Why a hub does not answer; None if it does, whatever it says."""
+    """Why a hub does not answer; None if it does, whatever it says. What was so a minute ago is not asked again."""
     from huggingface_hub import get_session
 
-    if address not in _answered:
-        try:
-            get_session().head(address, timeout=SECONDS)
-        except Exception as error:  # its HTTP library has many
-            return first_line(error)
-        _answered.add(address)
+    if address in _answered:
+        return None
+    when, reason = _silent.get(address, (-math.inf, ""))
+    if time.monotonic() - when < AGAIN:
+        return reason
+    try:
+        get_session().head(address, timeout=SECONDS)
+    except Exception as error:  # its HTTP library has many
+        reason = first_line(error)
+        _silent[address] = time.monotonic(), reason
+        return reason
+    _answered.add(address)
     return None
