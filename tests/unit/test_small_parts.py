@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ipgo.devices import choose_device, choose_dtype
-from ipgo.embeds import PromptEmbeds, concatenate
+from ipgo.embeds import SINK, PromptEmbeds, concatenate
 from ipgo.errors import InputError, unknown
 from ipgo.images import center_crop, normalise, resize, to_pil
 from ipgo.sampling import Sampling
@@ -114,3 +114,12 @@ def test_a_fit_may_draw_in_fewer_steps():
     assert Sampling(steps=20, eta=1, fit_steps=8).fitting.steps == 20
     with pytest.raises(InputError, match="fit_steps is 0; it must be at least 1"):
         Sampling(fit_steps=0)
+
+
+def test_a_sink_is_a_state_of_many_times_the_usual_norm() -> None:
+    """Text alone counts, and what is just as long as allowed is none."""
+    lengths = torch.tensor([1.0, 0.99 * SINK, 1.01 * SINK, 1.0])
+    states = torch.zeros(1, 4, 3)
+    states[0, :, 0] = 2 * lengths
+    prompt = PromptEmbeds(states, torch.tensor([[True, True, True, False]]))
+    assert prompt.words(torch.tensor([2.0])).tolist() == [[True, True, False, False]]
