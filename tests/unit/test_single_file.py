@@ -173,9 +173,12 @@ def test_a_denoisers_file_that_does_not_fit_is_refused(denoiser_alone, tmp_path)
     file = denoiser_alone(tiny.flux(), "transformer")
     whole = load_file(file)
     for change, message in (
-        (lambda: dict(list(whole.items())[1:]), "is incomplete: the transformer lacks|does not fit"),
+        (lambda: dict(list(whole.items())[1:]), "does not hold the transformer of"),
         (lambda: {**whole, "x.scale_weight": torch.ones(1)}, "holds scaled 8-bit weights"),
-        (lambda: tiny_pipeline().unet.state_dict(), "does not fit the transformer of|is incomplete"),
+        (
+            lambda: tiny_pipeline().unet.state_dict(),
+            "does not hold the transformer of",
+        ),
     ):
         save_file(change(), file)
         with pytest.raises(InputError, match=message):

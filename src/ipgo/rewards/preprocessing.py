@@ -86,7 +86,7 @@ def read_preprocessing(folder: Path, size: int, notebook: bool) -> Preprocessing
             f"{str(file)!r} prepares pictures in a way that is not done here; known are a centre crop of {size} "
             "pixels or a square of as many, bicubic or bilinear, normalised"
         )
-    return Preprocessing(size, how, mean, std, None if edge == size else edge, bilinear)
+    return Preprocessing(size, how, mean, std, edge, bilinear)
 
 
 def _resizing(stated: Mapping[str, Any], size: int) -> tuple[str | None, int | None]:
