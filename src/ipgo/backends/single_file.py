@@ -111,13 +111,9 @@ def _denoiser(path: Path, folder: Path, dtype: torch.dtype) -> tuple[str, Any]:
     try:
         with only_of_downloads(path, diffusers_logging, transformers_logging):
             network = kind.from_single_file(str(path), config=str(folder), subfolder=part, torch_dtype=dtype)
-    except NotImplementedError as error:  # as above
+    except Exception as error:  # what does not fit, or is not all there, fails in many ways
         raise InputError(
-            f"backend file {str(path)!r} is incomplete: its weights lack a part of the {part}"
-        ) from error
-    except Exception as error:  # what does not fit fails in many ways
-        raise InputError(
-            f"backend file {str(path)!r} does not fit the {part} of {str(folder)!r}: {first_line(error)}"
+            f"backend file {str(path)!r} does not hold the {part} of {str(folder)!r} ({first_line(error)})"
         ) from error
     return part, network
 
