@@ -29,6 +29,9 @@ def within_reach(*places: str | Path) -> Iterator[None]:
     The hub's client tries six times for each of a dozen files, with growing pauses: four minutes for a missing model,
     and as long for one that is there. So it is asked once, and told the answer.
 
+    Args:
+        places: what is opened; if no hub id is among them, nothing happens.
+
     Raises:
         UnreachableError: instead of the errors that a client which was told to stay offline has for a missing file.
     """
