@@ -184,7 +184,7 @@ def test_rows_files_and_the_noise_beside_it(tmp_path):
     assert list(black.fit(task))[-1].best.isfinite().all()
 
 
-def test_explaining_looks_past_the_negative_prompt():
+def test_explaining_draws_with_the_negative_prompt_too():
     backend = load_backend(tiny_pipeline(), device="cpu")
     adapter = loud(InsertionAdapter.start(backend, PROMPTS, NEGATIVE, seed=0, shared=False))
     sampling, reward = Sampling(2, 3.0), as_reward(redness)
@@ -193,7 +193,7 @@ def test_explaining_looks_past_the_negative_prompt():
         assert value == pytest.approx(
             redness(generate(backend, ["sun"], [0], which, sampling), ()).item(), abs=1e-6
         )
-    assert len(found.inserted) == 3
+    assert len(found.inserted) == 6
 
 
 def test_a_step_costs_both_halves():

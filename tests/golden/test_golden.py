@@ -5,7 +5,6 @@ same weights gives other values, count up the `version` of its identity.
 """
 
 import functools
-import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from PIL import Image
 
 import ipgo
+from ipgo.config import DEFAULT_REWARD
 from ipgo.images import from_pil, to_pil
 from ipgo.models import BUNDLED_REWARDS
 from ipgo.rewards.emoji import load_judge
@@ -49,7 +49,7 @@ def rewards() -> dict[str, Any]:
 def history() -> list[list[float]]:
     """The rewards of two prompts in the first five steps of the default fit."""
     backend = ipgo.load_backend("emoji", device="cpu")
-    reward = ipgo.load_reward(inspect.signature(ipgo.fit).parameters["reward"].default, device="cpu")
+    reward = ipgo.load_reward(DEFAULT_REWARD, device="cpu")
     task = ipgo.Task(backend, reward, PROMPTS[:2], ipgo.Sampling().fitting)
     method = ipgo.IPGO()
     adapter = ipgo.InsertionAdapter.start(backend, task.prompts, method.insertion, seed=0, shared=False)

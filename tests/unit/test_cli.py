@@ -76,8 +76,11 @@ def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_list_of_backends_says_all_that_is_declared(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["list", "backends"]) == 0
-    lines = capsys.readouterr().out.splitlines()[1:]
-    found = {lines[i].split()[0]: " ".join(lines[i : i + 3]) for i in range(0, len(lines), 3)}
+    found: dict[str, str] = {}
+    for line in capsys.readouterr().out.splitlines()[1:]:
+        if line[2] != " ":
+            name = line.split()[0]
+        found[name] = f"{found.get(name, '')} {line.strip()}"
     assert set(found) == set(BACKENDS)
     for name, (family, place) in BACKENDS.items():
         facts, said = FAMILIES[family].facts, found[name]

@@ -1168,7 +1168,7 @@ class RunPrice:
         ),
         (
             "--config FILE:reward",
-            "entry 'x': reward is 'contrast'; all entries optimise the comparison's, 'emoji-",
+            "entry 'x': reward is 'contrast'; all entries optimise the comparison's, 'hpsv2.1'",
         ),
         ("--methods promptist --shared", "entry 'promptist': shared is true; method 'promptist' fits each"),
         (
