@@ -646,6 +646,15 @@ def test_ctrl_c_says_how_to_go_on(
     assert capsys.readouterr().err == "ipgo: stopped; the same command continues it\n"
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Python's own handling of Ctrl-C, which what a shell runs in the background does not have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_waits_for_the_end_of_a_step_which_is_kept(
     fitted: Path,
     pipeline_folder: str,
@@ -676,6 +685,7 @@ def test_ctrl_c_waits_for_the_end_of_a_step_which_is_kept(
     assert_same_bits(fitted, out)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_second_ctrl_c_does_not_wait() -> None:
     with runner.whole_steps() as stopping:
         assert not stopping()
