@@ -15,7 +15,7 @@ from safetensors.torch import save
 from ipgo import files
 from ipgo.adapters import ADAPTERS, Adapter
 from ipgo.devices import own_numbers
-from ipgo.errors import InputError, unknown
+from ipgo.errors import InputError, first_line, unknown
 from ipgo.evaluation import Score
 
 SCHEMA = 1
@@ -68,7 +68,7 @@ def load_adapter(folder: Path | str) -> Adapter:
             adapter = ADAPTERS[about["kind"]](prompts, **about["options"])
         adapter.load_state_dict(state)
     except (SafetensorError, OSError, RuntimeError, KeyError, TypeError) as error:
-        raise InputError(f"adapter {str(file)!r} cannot be read: {_reason(error)}") from None
+        raise InputError(f"adapter {str(file)!r} cannot be read: {first_line(error)}") from None
     if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
         raise InputError(f"adapter {str(file)!r} holds numbers that are not finite")
     return adapter
@@ -122,9 +122,3 @@ def _head(file: Path) -> dict[str, Any]:
         first = json.loads(lines.readline())
         return first if isinstance(first, dict) else {}
     return {}
-
-
-def _reason(error: Exception) -> str:
-    """Its first line; where torch lists what does not fit under a heading, the first of that."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return lines[1] if lines[0].endswith(":") and len(lines) > 1 else lines[0]

@@ -31,8 +31,12 @@ class MissingExtraError(IpgoError, ImportError):
 
 
 def first_line(error: Exception) -> str:
-    """What a library's error says, as part of a sentence of ours; its type where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """What a library's error says, as part of a sentence of ours; its type where it says nothing.
+
+    Where it lists what is wrong under a heading, as torch does, the first of that.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[1] if lines[0].endswith(":") and len(lines) > 1 else lines[0]
 
 
 def unknown(kind: str, value: object, allowed: Iterable[str]) -> InputError:
