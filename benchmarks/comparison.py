@@ -328,9 +328,9 @@ def bar(found: Mapping[Cell, Sequence[Row]]) -> str:
             if name not in optimised(reward) and gain.gain.value < 0
         ]
         if below:
-            lowered[reward, kind] = any(gain.gain.high < 0 for _, gain in below)
+            lowered[reward, kind] = any(gain.gain.decided(0) for _, gain in below)
         low += [
-            f"- {reward} on {kind}: {name} {said(gain)}, {'surely' if gain.gain.high < 0 else 'perhaps'} below raw."
+            f"- {reward} on {kind}: {name} {said(gain)}, {'surely' if gain.gain.decided(0) else 'perhaps'} below raw."
             for name, gain in below
         ]
     verdict = "is" if best >= ENOUGH * len(found) - 1e-9 else "is not"

@@ -24,6 +24,7 @@ from ipgo.cli_plan import plan
 from ipgo.cli_publish import publish
 from ipgo.cli_report import report
 from ipgo.cli_score import score
+from ipgo.cli_studio import studio
 from ipgo.errors import IpgoError, RewardError, first_line, unknown
 from ipgo.terminal import loading
 
@@ -44,6 +45,7 @@ commands:
   doctor     check that a reward's gradient reaches the embeddings, and say what to do if not
   report     write the HTML report of a run or a comparison
   publish    write a run's adapter with a model card, as a folder or on the hub
+  studio     serve a page that fits a prompt and shows every step of it
   list       list known objects, prompts, rewards, backends, methods, presets, comparisons
 
 `ipgo COMMAND --help` lists the options.
@@ -142,6 +144,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "doctor": doctor,
     "report": report,
     "publish": publish,
+    "studio": studio,
     "list": list_,
 }
 

@@ -26,6 +26,10 @@ class InUseError(ResumeError):
     """Another process works on this run."""
 
 
+class Stopped(IpgoError):  # noqa: N818  # somebody wanted it
+    """A fit was asked to stop, between two steps: what it has learned is kept, and it can be continued."""
+
+
 class MissingExtraError(IpgoError, ImportError):
     """An optional dependency is not installed: the message gives the pip line."""
 

@@ -26,6 +26,7 @@ from ipgo.seeding import plain
 
 BATCH = 8  # images made at once
 RESAMPLES = 2000  # of the bootstrap
+ALIKE = 6  # outcomes on one side, which chance would hardly give: twice 0.5**6 is below 0.05 (sign test)
 ROUNDING = 1e-6  # of a reward's values, relative to their median size
 logger = logging.getLogger("ipgo")
 
@@ -77,6 +78,10 @@ class Interval:
         if self.low == self.high:
             return f"each of {self.n}"
         return f"{self.low:{form}} to {self.high:{form}}"
+
+    def decided(self, even: float) -> bool:
+        """Does it lie on one side of `even`? Where all outcomes are the same, there must be enough of them."""
+        return (self.low > even or self.high < even) and (self.low < self.high or self.n >= ALIKE)
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,12 @@ def load_models(
     backend = backend or load_backend(
         config.backend, device=config.device, dtype=dtype, **asdict(config.opening)
     )
+    check_loaded(config, backend)
+    return with_rewards(config, backend, given)
+
+
+def check_loaded(config: RunConfig, backend: Backend) -> None:
+    """Refuse what an open backend cannot take of the settings, and warn of what it cuts or is not meant for."""
     backend.check_current()
     config.sampling.check(backend)  # all steps: a fit that draws in fewer would notice after it
     backend.check_prompts(config.prompts)
@@ -93,6 +99,14 @@ def load_models(
             "--sampling.steps 1 --sampling.guidance_scale 1",
             backend.name,
         )
+
+
+def with_rewards(config: RunConfig, backend: Backend, given: Mapping[str, Reward] | None = None) -> Models:
+    """An open backend with the rewards that the settings name, and the judge that comes with it.
+
+    Args:
+        given: as in `load_models`.
+    """
     # Where a backend was given that stays where it is, its pictures are there.
     device = backend.device if config.device == "auto" else choose_device(config.device)
     rewards = _load_rewards(config, device, given or {})

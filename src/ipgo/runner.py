@@ -23,7 +23,7 @@ from ipgo.backends import Backend
 from ipgo.chunks import Chunk, Cost
 from ipgo.config import RunConfig
 from ipgo.continuing import differing_in
-from ipgo.errors import InputError, InUseError
+from ipgo.errors import InputError, InUseError, Stopped
 from ipgo.evaluation import Score, draw, score_drawings
 from ipgo.images import to_pil
 from ipgo.models import Models, facts
@@ -38,28 +38,31 @@ logger = logging.getLogger("ipgo")
 Limit = Callable[[Iterator[Progress], Counter[str]], Iterator[Progress]]
 
 
-def run(folder: Run, models: Models) -> None:
+def run(folder: Run, models: Models, limit: Limit | None = None) -> None:
     """Fit every prompt that has no result yet. Safe to stop at any moment, and to call again.
+
+    Args:
+        limit: as in `fit_chunk`.
 
     Raises:
         InUseError: another thread fits something through the same pipeline.
     """
     try:
         with exclusively(models.backend):
-            _run(folder, models)
+            _run(folder, models, limit)
         folder.close()
     finally:
         folder.release()
 
 
-def _run(folder: Run, models: Models) -> None:
+def _run(folder: Run, models: Models, limit: Limit | None) -> None:
     pending = folder.pending()
     if not pending or folder.begun:
         folder.start(facts(models))  # refuses other models than it was begun with, before it cuts histories
     if pending:
         try_rewards(folder.config, models)
     for chunk in pending:
-        progress, cost = fit_chunk(folder, models, chunk)
+        progress, cost = fit_chunk(folder, models, chunk, limit)
         finish_chunk(folder, models, chunk, progress, cost)
 
 
@@ -103,7 +106,8 @@ def fit_chunk(folder: Run, models: Models, chunk: Chunk, limit: Limit | None = N
     The last step has no checkpoint: a run that dies while it draws repeats the few steps before.
 
     Args:
-        limit: may end the search early; it gets the search, and the calls that were made before a stop.
+        limit: looks at the search, and may end it early; it gets the search, and the calls that were made before a
+            stop. It raises `Stopped` between two steps to keep the first of them.
     """
     config, backend = folder.config, models.backend
     sampling = config.sampling.for_fit(backend)
@@ -125,18 +129,23 @@ def fit_chunk(folder: Run, models: Models, chunk: Chunk, limit: Limit | None = N
         return Cost(calls, earlier.seconds + time.monotonic() - started, memory, earlier.sessions)
 
     with progress_bar(chunk, folder) as bar, whole_steps() as stopping:
-        for progress in search:
-            folder.start(about)  # not sooner: settings that the method refuses leave no run behind
-            cost = so_far()
-            folder.record(chunk, progress, cost)
-            last = progress.step == progress.total or bool(progress.failed.all())
-            due = time.monotonic() - saved > CHECKPOINT_SECONDS or stopping()
-            if due and not last:
+        try:
+            for progress in search:
+                folder.start(about)  # not sooner: settings that the method refuses leave no run behind
+                cost = so_far()
+                folder.record(chunk, progress, cost)
+                last = progress.step == progress.total or bool(progress.failed.all())
+                due = time.monotonic() - saved > CHECKPOINT_SECONDS or stopping()
+                if due and not last:
+                    folder.save_checkpoint(chunk, progress, cost)
+                    saved = time.monotonic()
+                show(bar, progress)
+                if stopping():
+                    raise KeyboardInterrupt
+        except Stopped:
+            if progress is not None and not last:
                 folder.save_checkpoint(chunk, progress, cost)
-                saved = time.monotonic()
-            show(bar, progress)
-            if stopping():
-                raise KeyboardInterrupt
+            raise
     if progress is None:
         raise InputError(f"method {config.method_name!r} made no step; give it at least one")
     return progress, so_far()  # a step that `limit` broke off has cost something too

@@ -209,3 +209,11 @@ def test_outcomes_that_are_all_the_same_have_no_interval() -> None:
     assert Interval(1.0, 1.0, 1.0, 4, "seeds").bounds(".0%") == "each of 4"
     assert Interval(0.75, 0.5, 1.0, 4, "seeds").bounds(".0%") == "50% to 100%"
     assert Interval(1.0, math.nan, math.nan, 1, "seeds").bounds(".0%") == ""
+
+
+def test_few_outcomes_that_are_all_the_same_decide_nothing() -> None:
+    assert not Interval(1.0, 1.0, 1.0, 5, "seeds").decided(0.5)
+    assert Interval(1.0, 1.0, 1.0, 6, "seeds").decided(0.5)
+    assert Interval(-0.1, -0.2, -0.01, 4, "seeds").decided(0)
+    assert not Interval(-0.1, -0.2, 0.01, 40, "prompts").decided(0)
+    assert not Interval(1.0, math.nan, math.nan, 1, "seeds").decided(0.5)

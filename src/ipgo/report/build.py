@@ -21,7 +21,7 @@ from ipgo.config import flatten
 from ipgo.continuing import differing_in
 from ipgo.errors import InputError
 from ipgo.evaluation import Gain, Score, levels, summarise, unlike
-from ipgo.images import reading
+from ipgo.images import as_png, reading
 from ipgo.prompts import Prompt
 from ipgo.report import charts
 from ipgo.rewards.checkpoints import fingerprint
@@ -143,10 +143,10 @@ def _settings(run: Run) -> dict[str, Any]:
     return found
 
 
-def environment() -> Environment:
-    """Templates that escape whatever is put into them."""
+def environment(package: str = "ipgo.report") -> Environment:
+    """The templates of a package, which escape whatever is put into them."""
     made = Environment(
-        loader=PackageLoader("ipgo.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=PackageLoader(package, "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     made.filters |= {"signed": "{:+.3f}".format, "percent": "{:.0%}".format, "mood": mood, "unlike": unlike}
     return made
@@ -215,7 +215,7 @@ def _as_they_are(run: Run) -> str:
 
 @dataclass(frozen=True)
 class Fallen:
-    """A held-out reward that fell while the optimised one rose; `sure` if its whole interval is below zero."""
+    """A held-out reward that fell while the optimised one rose; `sure` if that is decided (`Interval.decided`)."""
 
     text: str
     sure: bool
@@ -227,7 +227,7 @@ def fallen(reward: str, gains: Sequence[Gain]) -> list[Fallen]:
     if own is None or own.gain.value <= 0:
         return []
     return [
-        Fallen(f"{each.reward}: {each.before:.3f} to {each.after:.3f}", each.gain.high < 0)
+        Fallen(f"{each.reward}: {each.before:.3f} to {each.after:.3f}", each.gain.decided(0))
         for each in gains
         if each.held_out and each.gain.value <= -VISIBLE
     ]
@@ -349,18 +349,24 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def picture_uri(file: Path, largest: int = LARGEST) -> str | None:
-    """A picture as text, if there is one: small ones as they are, large ones as WebP of `largest` pixels."""
+    """`as_uri` of a file, if there is one."""
     if not file.is_file():
         return None
     try:
         with reading(file), Image.open(file) as picture:
             picture.load()
-            if max(picture.size) <= largest // 2:
-                return f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}"
-            picture.thumbnail((largest, largest))
-            stream = io.BytesIO()
-            picture.save(stream, "WEBP", quality=88)
+            return as_uri(picture, largest)
     except InputError as error:
         logger.warning("%s; the page is without it", error)
         return None
+
+
+def as_uri(picture: Image.Image, largest: int = LARGEST) -> str:
+    """A picture as text: small ones as PNG, large ones as WebP of `largest` pixels."""
+    if max(picture.size) <= largest // 2:
+        return f"data:image/png;base64,{base64.b64encode(as_png(picture)).decode()}"
+    picture = picture.copy()
+    picture.thumbnail((largest, largest))
+    stream = io.BytesIO()
+    picture.save(stream, "WEBP", quality=88)
     return f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode()}"

@@ -10,7 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 WIDTH, HEIGHT = 360, 190
-LEFT, RIGHT, TOP, BOTTOM = 50, 10, 12, 30  # margins around the plot, room for the labels
+LEFT, RIGHT, TOP, BOTTOM = 58, 10, 12, 30  # margins around the plot, room for the labels
 
 Values = Sequence[float | None]
 BEST = "best so far"

@@ -149,15 +149,10 @@ def _gain(gains: dict[str, Gain], reward: str, before: bool = False) -> Cell:
     if gain is None:
         return Cell("–")
     change, within = f"{gain.gain.value:+.3f}", span(gain.gain)
-    sure = mood(gain.gain.value) if decided(gain.gain, 0) else ""
+    sure = mood(gain.gain.value) if gain.gain.decided(0) else ""
     if before:
         return Cell(f"{gain.before:.3f} → {gain.after:.3f}", sure, f"{change} {within}".strip())
     return Cell(change, sure, within)
-
-
-def decided(interval: Interval, even: float) -> bool:
-    """Does the interval lie on one side of `even`?"""
-    return interval.low > even or interval.high < even
 
 
 def _judged(row: Row, reward: str, strange: bool) -> Cell:
@@ -194,5 +189,5 @@ def _rate(interval: Interval | None) -> Cell:
         return Cell("–")
     bounds = interval.bounds(".0%")
     within = bounds and f"({bounds})"
-    sure = mood(interval.value - 0.5) if decided(interval, 0.5) else ""
+    sure = mood(interval.value - 0.5) if interval.decided(0.5) else ""
     return Cell(f"{interval.value:.0%}", sure, within)

@@ -1,0 +1,130 @@
+"""The settings of a fit as fields of a page, and what is typed into them as the flags of `ipgo fit`."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from dataclasses import fields as dataclass_fields
+from typing import Any
+
+from ipgo.config import RunConfig, build, flatten, merge, parse, run_parser
+from ipgo.defaults import for_backend, reward_for
+from ipgo.errors import InputError
+from ipgo.rewards import REWARDS, terms
+
+GROUPS = (
+    "method.",
+    "sampling.",
+)  # of settings that are fields; the rest belongs to the page or to the backend
+
+
+@dataclass(frozen=True)
+class Field:
+    """One setting.
+
+    Attributes:
+        flag: its name, such as method.ascent.lr.
+        default: what is in the field at first: a text, or a bool for a box to tick.
+        help: what it does.
+    """
+
+    flag: str
+    default: str | bool
+    help: str
+
+    @property
+    def group(self) -> str:
+        """The part of the settings that it belongs to: method.ascent."""
+        return self.flag.rpartition(".")[0]
+
+    @property
+    def name(self) -> str:
+        """Its own name within the group."""
+        return self.flag.rpartition(".")[2]
+
+
+def fields(backend: str, method: str) -> list[Field]:
+    """The settings of sampling and of a method, with the defaults that they have on this backend."""
+    parser = run_parser(method)
+    usual = flatten(build(parse(parser, _usual(backend, method), []), ("-",)).to_json())
+    helps = {action.dest: " ".join(str(action.help).split()).rstrip(".") for action in parser._actions}
+    return [
+        Field(
+            flag,
+            value if isinstance(value, bool) else written(value),
+            re.sub(r"\bNone\b", "null", helps[flag]),
+        )
+        for flag, value in usual.items()
+        if flag.startswith(GROUPS) and flag in helps
+    ]
+
+
+def written(value: Any) -> str:
+    """A setting as it is typed into a flag."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def flags(
+    method: str, seeds: str, held_out: Sequence[str] | None, typed: Mapping[Field, str | bool]
+) -> list[str]:
+    """The flags of `ipgo fit` for what differs from the defaults.
+
+    Args:
+        seeds: numbers with blanks or commas between; "" is the default.
+        held_out: None is the default.
+        typed: what each field holds.
+    """
+    words = ["--method", method]
+    if seeds.strip():
+        words += ["--seeds", *seeds.replace(",", " ").split()]
+    if held_out is not None:
+        words += ["--held_out", *held_out]
+    for field, value in typed.items():
+        if value != field.default:
+            text = written(value) if isinstance(value, bool) else value.strip()
+            words.append(f"--{field.flag}={text}")
+    return words
+
+
+def settle(opened: Mapping[str, Any], prompt: str, reward: str, words: Sequence[str]) -> RunConfig:
+    """The settings of a fit on a backend that is open.
+
+    Args:
+        opened: the settings that it was opened with, its name among them.
+        words: what `flags` returned.
+
+    Raises:
+        InputError: something that cannot work.
+    """
+    method, rest = words[1], list(words[2:])
+    own = merge(_usual(str(opened["backend"]), method), {**opened, "reward": reward})
+    return build(parse(run_parser(method), own, rest), (prompt.strip(),))
+
+
+def refuse_unknown(reward: str, known: Sequence[str]) -> None:
+    """A page takes no file to run and no command: those are named where the studio is started."""
+    for _, name in terms(reward):
+        if name not in REWARDS and name not in known:
+            raise InputError(
+                f"reward {name!r} is not one of ipgo's; name it where the studio is started: "
+                f"--rewards {shlex.quote(name)}"
+            )
+
+
+def command(opened: Mapping[str, Any], prompt: str, reward: str, words: Sequence[str], out: str) -> str:
+    """The same fit from the command line; arguments as in `settle`."""
+    usual = {each.name: each.default for each in dataclass_fields(RunConfig)}
+    flags = [
+        word
+        for name, value in opened.items()
+        if value != usual[name]
+        for word in (f"--{name}", written(value))
+    ]
+    return shlex.join(["ipgo", "fit", prompt.strip(), *flags, "--reward", reward, *words, "--out", out])
+
+
+def _usual(backend: str, method: str) -> dict[str, Any]:
+    return merge({"reward": reward_for(backend)}, for_backend(backend, method))
