@@ -25,8 +25,9 @@ def photograph(prompt: str, step: int, out: Path) -> None:
     """Fit the prompt in the studio's page, and keep what it looks like at a step."""
     with tempfile.TemporaryDirectory() as runs, sync_playwright() as started:
         live = Live(load_backend("emoji"))
-        blocks = page(live, Place({"backend": "emoji"}, Path(runs)))
-        address = launch(blocks, "127.0.0.1", None)
+        place = Place({"backend": "emoji"}, Path(runs))
+        blocks = page(live, place)
+        address = launch(blocks, place)
         browser = started.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         tab = browser.new_page(viewport={"width": 1360, "height": 960})
         tab.set_default_timeout(PATIENCE)

@@ -43,9 +43,10 @@ def studio(argv: list[str]) -> int:
 
     live = Live(backend)
     settings = {"backend": args.backend, "device": args.device, "dtype": args.dtype, **asdict(opening)}
-    blocks = page(live, Place(settings, args.out, tuple(args.rewards)))
+    place = Place(settings, args.out, tuple(args.rewards))
+    blocks = page(live, place)
     try:
-        address = launch(blocks, args.host, args.port, args.open)
+        address = launch(blocks, place, args.host, args.port, args.open)
     except OSError as error:
         raise InputError(f"port is {args.port}; it cannot be used: {first_line(error)}") from None
     print(f"studio:  {address}\nruns:    {args.out}\nCtrl-C closes it", flush=True)

@@ -36,8 +36,9 @@ def address(pipeline_folder: str, out: Path) -> Iterator[str]:
     from ipgo.studio.app import Place, launch, page
     from ipgo.studio.live import Live
 
-    blocks = page(Live(load_backend(pipeline_folder)), Place({"backend": pipeline_folder}, out))
-    yield launch(blocks, "127.0.0.1", None)
+    place = Place({"backend": pipeline_folder}, out)
+    blocks = page(Live(load_backend(pipeline_folder)), place)
+    yield launch(blocks, place)
     blocks.close(verbose=False)
 
 

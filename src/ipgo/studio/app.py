@@ -142,7 +142,9 @@ def _questions(place: Place) -> dict[str, gr.components.Component]:
     return {"prompt": prompt, "reward": reward, "held_out": held_out, "method": method, "seeds": seeds}
 
 
-def launch(blocks: gr.Blocks, host: str, port: int | None, inbrowser: bool = False) -> str:
+def launch(
+    blocks: gr.Blocks, place: Place, host: str = "127.0.0.1", port: int | None = None, inbrowser: bool = False
+) -> str:
     """Serve the page from a thread of its own, and return its address; `OSError` if the port is taken."""
     theme = gr.themes.Soft(
         primary_hue="indigo",
@@ -164,6 +166,7 @@ def launch(blocks: gr.Blocks, host: str, port: int | None, inbrowser: bool = Fal
         mcp_server=False,
         pwa=False,
         ssr_mode=False,
+        allowed_paths=[str(place.out.absolute())],  # whose files it hands out
     )
     return str(address)
 
