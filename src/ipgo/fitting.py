@@ -22,7 +22,6 @@ from ipgo.evaluation import Gain, Score, summarise
 from ipgo.files import is_hub_id
 from ipgo.models import judging_rewards, load_models
 from ipgo.preflight import check, check_method
-from ipgo.prompts import Prompt
 from ipgo.rewards import REWARDS, FunctionReward, Reward, RewardFunction, as_reward
 from ipgo.runner import run
 from ipgo.sampling import Sampling
@@ -203,7 +202,7 @@ def result_of(folder: Run, path: Path | None = None) -> Result:
     config, scores = folder.config, folder.scores()
     fitted = []
     for prompt, stored in zip(folder.judged, folder.results(), strict=True):
-        before, after = (_pictures(folder, prompt, when) for when in ("before", "after"))
+        before, after = (folder.pictures(prompt, when) for when in ("before", "after"))
         own = folder.scores_of(stored)
         adapter, history = folder.load_adapter(prompt), folder.history(prompt)
         fitted.append(Fitted(prompt.text, adapter, before, after, history, own, stored["status"] == "failed"))
@@ -214,9 +213,3 @@ def result_of(folder: Run, path: Path | None = None) -> Result:
         folder.identities,
         path,
     )
-
-
-def _pictures(folder: Run, prompt: Prompt, when: str) -> dict[int, Image.Image]:
-    seeds = folder.config.judged_seeds
-    files = {seed: folder.image(prompt, when, seed) for seed in seeds}
-    return {seed: Image.open(file).copy() for seed, file in files.items() if file.is_file()}

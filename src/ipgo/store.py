@@ -320,6 +320,11 @@ class Run:
         """Store an image as PNG; `when` is before or after."""
         files.write(self.image(prompt, when, seed), as_png(picture))
 
+    def pictures(self, prompt: Prompt, when: str) -> dict[int, Image.Image]:
+        """The stored images by seed; `when` is before or after."""
+        files = {seed: self.image(prompt, when, seed) for seed in self.config.judged_seeds}
+        return {seed: Image.open(file).copy() for seed, file in files.items() if file.is_file()}
+
     def copy_image(self, other: Run, prompt: Prompt, when: str, seed: int) -> None:
         """Take over an image that another run has drawn."""
         files.write(self.image(prompt, when, seed), other.image(prompt, when, seed).read_bytes())

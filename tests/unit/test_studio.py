@@ -157,6 +157,7 @@ def test_a_fit_shows_its_steps_and_is_the_run_of_the_same_settings(
     assert run.path == tmp_path / "a-red-fox"
     assert [line["reward"] for line in run.history(run.prompts[0])] == pytest.approx(list(last.rewards))
     assert set(last.before) == set(last.now) == {0, 1}
+    assert last.now[1].tobytes() == run.pictures(run.prompts[0], "after")[1].tobytes()
     assert set(last.raw) == {REWARD, "contrast"}
     assert [step for step, _ in last.gains["contrast"]] == [2, 4]
     assert (run.path / "report.html").is_file()
@@ -211,7 +212,8 @@ def test_a_finished_fit_is_shown_again_and_other_settings_get_another_place(
     live.start(config, tmp_path)
     again = watched(live)
     assert again[-1].stage == "done"
-    assert all(view.step == 0 for view in again)
+    assert [view.step for view in again] == [0, 5]
+    assert set(again[-1].now) == {0, 1}
     other = replace(config, seeds=(3,))
     assert place(tmp_path, other).path == tmp_path / "a-red-fox-2"
     (tmp_path / "a-red-fox-2").mkdir()

@@ -47,7 +47,8 @@ class View:
         rewards, best: of each step so far; None where unknown, or where a method keeps no best.
         raw: each reward's mean over the raw pictures, the judge's verdicts among them.
         gains: by reward, (step, mean change over `raw`) of the latest pictures.
-        before, now: pictures by noise seed; None is noise that changes at every step, and has no picture before.
+        before, now: pictures by noise seed, when all is done those that are kept; None is noise that changes at every
+            step, and has no picture before.
     """
 
     stage: str = "idle"
@@ -148,9 +149,7 @@ class Live:
                 self._draw_raw(folder, models)
                 run(folder, models, lambda search, _: self._watched(search, folder, models))
             write_report(folder)
-            failed = any(result["status"] == "failed" for result in folder.results())
-            said = "the reward or its gradient was not finite" if failed else ""
-            self._show(replace(self.view, stage="failed" if failed else "done", said=said))
+            self._show(ended(self.view, folder))
         except Stopped:
             self._show(replace(self.view, stage="stopped"))
         except IpgoError as error:
@@ -221,6 +220,26 @@ class Live:
             gains=gains,
             now={seed: to_pil(each.image[None])[0] for seed, each in latest.items()},
         )
+
+
+def ended(view: View, folder: Run) -> View:
+    """A finished run, with the pictures that it keeps: those of the best step, drawn in all steps."""
+    prompt, seeds = folder.prompts[0], folder.config.seeds or folder.config.new_seeds
+    lines = folder.history(prompt)
+    failed = any(result["status"] == "failed" for result in folder.results())
+    before, after = (folder.pictures(prompt, when) for when in ("before", "after"))
+    return replace(
+        view,
+        stage="failed" if failed else "done",
+        said="the reward or its gradient was not finite" if failed else "",
+        step=len(lines),
+        total=len(lines),
+        over=lines[-1]["over"] if lines else 1,
+        rewards=tuple(line["reward"] for line in lines),
+        best=tuple(line["best"] for line in lines),
+        before={seed: before[seed] for seed in seeds if seed in before},
+        now={seed: after[seed] for seed in seeds if seed in after},
+    )
 
 
 def known(value: float) -> float | None:
