@@ -28,7 +28,7 @@ def compare(argv: list[str]) -> int:
     """`ipgo compare`: settings from a file, then flags; every entry is checked before a model is loaded."""
     from ipgo.comparison import Comparison
     from ipgo.config import merge, parse
-    from ipgo.defaults import for_backend, reward_for
+    from ipgo.defaults import usual
 
     for word in argv:
         if word.startswith("--method."):
@@ -47,9 +47,7 @@ def compare(argv: list[str]) -> int:
     method = settings.pop("method", None) or {}
     if chosen.backend is not None:
         settings["backend"] = chosen.backend
-    few = for_backend(str(settings.get("backend")), "raw")
-    own = {"reward": reward_for(str(settings.get("backend", "emoji")))} | few
-    settings = merge(own, settings)
+    settings = merge(usual(str(settings.get("backend", "emoji")), "raw"), settings)
     parsed = parse(_parser(), settings, rest)
     plan = plan_of(parsed, entries, method)
     place = Path(

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def fit(argv: list[str]) -> int:
     """`ipgo fit`: settings from a preset, then a file, then flags, checked as early as possible."""
     from ipgo.config import build, flatten, merge, method_of, parse, read_settings, settings_for
-    from ipgo.defaults import for_backend, reward_for
+    from ipgo.defaults import for_backend, usual
     from ipgo.models import load_models
     from ipgo.preflight import check, check_method
     from ipgo.runner import run
@@ -37,14 +37,12 @@ def fit(argv: list[str]) -> int:
     if chosen.backend is not None:
         settings["backend"] = chosen.backend
 
-    few = for_backend(str(settings.get("backend")), method_of(settings))
+    backend, method = str(settings.get("backend", "emoji")), method_of(settings)
+    few = for_backend(backend, method)
     if few:
         said = ", ".join(f"{name} {json.dumps(value)}" for name, value in flatten(few).items())
-        logging.getLogger("ipgo").info(
-            "%s is a few-step model; defaults for it: %s", settings["backend"], said
-        )
-    own = {"reward": reward_for(str(settings.get("backend", "emoji")))} | few
-    parsed = parse(_fit_parser(method_of(settings)), merge(own, settings), rest)
+        logging.getLogger("ipgo").info("%s is a few-step model; defaults for it: %s", backend, said)
+    parsed = parse(_fit_parser(method), merge(usual(backend, method), settings), rest)
 
     texts = read_texts(parsed.text, parsed.prompts)
     if not texts and parsed.held_out:
@@ -58,7 +56,8 @@ def fit(argv: list[str]) -> int:
     check_method(folder)
     loading(config.backend)
     run(folder, load_models(config, begun_in=folder.dtype))
-    return show_run(folder)
+    # Where other processes are at the rest, the last of them shows all of it.
+    return 0 if folder.pending() else show_run(folder)
 
 
 def _fit_parser(method: str) -> ArgumentParser:

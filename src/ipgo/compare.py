@@ -144,10 +144,13 @@ def _run_entry(folder: Comparison, label: str, shelf: dict[tuple[Any, ...], Mode
     check_method(run)
     if config.shared and folder.plan.unseen_prompts:
         models.backend.check_prompts(folder.plan.unseen_prompts)  # not only when the fit is done
-    twins = _twins(folder, label)
+    twins, worked = _twins(folder, label), False
     try:
-        for chunk in run.pending():
+        for chunk in run.claimed():
             _run_chunk(folder, label, run, models, chunk, twins)
+            worked = True
+        if run.pending() and not worked:
+            raise run.in_use()
     finally:
         run.release()
     if not run.pending():

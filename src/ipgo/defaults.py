@@ -22,6 +22,11 @@ def reward_for(backend: str) -> str:
     return OTHERS_REWARD if vocabulary(backend) is None else DEFAULT_REWARD
 
 
+def usual(backend: str, method: str) -> dict[str, Any]:
+    """Nested settings where nothing else is asked for: the reward, and what a few-step model needs."""
+    return {"reward": reward_for(backend), **for_backend(backend, method)}
+
+
 def for_backend(backend: str, method: str) -> dict[str, Any]:
     """Nested settings, as a preset has them, by the backend's name or folder; empty for models of many steps.
 

@@ -115,7 +115,8 @@ def fit(
 
     Raises:
         InputError: settings or prompts that cannot work. RewardError: a reward that breaks its contract.
-        ResumeError: `out` holds a run with other settings or models. MissingExtraError: a package is missing.
+        ResumeError: `out` holds a run with other settings or models; `InUseError` if other processes are at it.
+        MissingExtraError: a package is missing.
     """
     given_backend = backend if isinstance(backend, Backend) else None
     if not isinstance(backend, str | Path | Backend):
@@ -150,6 +151,8 @@ def fit(
         folder = Run.open(kept or Path(temporary) / "run", config)
         check_method(folder)
         run(folder, load_models(config, given_backend, given, folder.dtype))
+        if folder.pending():
+            raise folder.in_use()
         return result_of(folder, kept)
 
 

@@ -34,6 +34,9 @@ from ipgo.store import Run
 from ipgo.task import Progress, Task
 
 CHECKPOINT_SECONDS = 10.0
+# What ends a process, and how it does so unless somebody has decided otherwise: Ctrl-C, and what Slurm, systemd and
+# Docker send before they kill.
+ENDING = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 logger = logging.getLogger("ipgo")
 Limit = Callable[[Iterator[Progress], Counter[str]], Iterator[Progress]]
 
@@ -41,16 +44,20 @@ Limit = Callable[[Iterator[Progress], Counter[str]], Iterator[Progress]]
 def run(folder: Run, models: Models, limit: Limit | None = None) -> None:
     """Fit every prompt that has no result yet. Safe to stop at any moment, and to call again.
 
+    Several processes may do so at once, on one machine or on many that share the folder: each takes the prompts that
+    no other is at. What those are at is theirs: `Run.pending` may not be empty at the end.
+
     Args:
         limit: as in `fit_chunk`.
 
     Raises:
-        InUseError: another thread fits something through the same pipeline.
+        InUseError: another thread fits something through the same pipeline, or other processes are at all of it.
     """
     try:
         with exclusively(models.backend):
             _run(folder, models, limit)
-        folder.close()
+        if not folder.pending():
+            folder.close()
     finally:
         folder.release()
 
@@ -61,9 +68,17 @@ def _run(folder: Run, models: Models, limit: Limit | None) -> None:
         folder.start(facts(models))  # refuses other models than it was begun with, before it cuts histories
     if pending:
         try_rewards(folder.config, models)
-    for chunk in pending:
+    worked = False
+    for chunk in folder.claimed():
         progress, cost = fit_chunk(folder, models, chunk, limit)
         finish_chunk(folder, models, chunk, progress, cost)
+        worked = True
+    left = sum(len(chunk.prompts) for chunk in folder.pending())
+    if left and not worked:
+        raise folder.in_use()
+    if left:
+        text = "%d of %d prompts are left to the other processes at this run; the last one writes the report"
+        logger.info(text, left, len(folder.prompts))
 
 
 _BUSY: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -153,15 +168,13 @@ def fit_chunk(folder: Run, models: Models, chunk: Chunk, limit: Limit | None = N
 
 @contextlib.contextmanager
 def whole_steps() -> Iterator[Callable[[], bool]]:
-    """Let the first Ctrl-C wait for the end of a step, where nothing is lost; gives whether there was one.
+    """Let the first Ctrl-C or SIGTERM wait for the end of a step, where nothing is lost; gives whether there was one.
 
-    Only where it would raise KeyboardInterrupt here: another thread gets none, and a handler of somebody else's stays.
+    Only where it would end this: another thread gets none, and a handler of somebody else's stays.
     """
     asked: list[int] = []
     main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield lambda: False
-        return
+    ours = {number: usual for number, usual in ENDING.items() if main and signal.getsignal(number) == usual}
 
     def note(number: int, frame: object) -> None:
         if asked:
@@ -169,11 +182,13 @@ def whole_steps() -> Iterator[Callable[[], bool]]:
         asked.append(number)
         logger.warning("stopping after this step; Ctrl-C again stops at once")
 
-    signal.signal(signal.SIGINT, note)
+    for number in ours:
+        signal.signal(number, note)
     try:
         yield lambda: bool(asked)
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, usual in ours.items():
+            signal.signal(number, usual)
 
 
 def finish_chunk(

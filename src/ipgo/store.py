@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ from ipgo.rewards.checkpoints import fingerprint
 from ipgo.task import Progress
 
 SCHEMA = 1
-LOCK = ".lock"
+LOCK, CLAIMS = ".lock", "claims"
+LOCKING = (OSError, NotImplementedError)  # the second: of a file system that has no locks
 DRAWN_BY = (
     "dtype",
     "schedule",
@@ -50,7 +52,7 @@ class Run:
 
     run.json holds the settings; prompts/ID/ an adapter, its history, images and result.json, which is written
     last and marks the prompt as done; shared/ the adapter and history of a prompt-batch run; chunks/ the
-    checkpoints of unfinished work.
+    checkpoints of unfinished work; claims/ the locks of the prompts that processes are at.
     """
 
     def __init__(self, path: Path, config: RunConfig) -> None:
@@ -59,7 +61,9 @@ class Run:
         self.prompts = number(config.prompts)
         count = min(config.judged_prompts or len(self.prompts), len(self.prompts))
         self.judged = tuple(self.prompts[place * len(self.prompts) // count] for place in range(count))
-        self._lock = FileLock(path / LOCK)
+        self._judged = set(self.judged)
+        self._claims: dict[str, FileLock] = {}
+        self._made: list[Path] = []  # folders, for claims
         self._begun = False
         self._read: tuple[tuple[int, int], dict[str, Any]] = (0, 0), {}
 
@@ -95,48 +99,95 @@ class Run:
         return cls(path, config)
 
     def start(self, facts: Mapping[str, Any]) -> None:
-        """Take the folder for this process, and make it if it is new.
+        """Begin the run, or go on with it beside the processes that are at it already.
 
         Args:
             facts: the versions, the device and the models that the run begins with.
 
         Raises:
-            InUseError: another process is working in it. ResumeError: it was begun with other models.
-            InputError: it cannot be written.
+            ResumeError: it was begun with other models or settings. InputError: it cannot be written.
         """
         if self._begun:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._take()
-            if self.begun:
-                self._continue(facts)
-            else:
-                about = {"schema": SCHEMA, "digest": self.config.digest(), **facts}
-                files.write_json(self.path / "run.json", {**about, "config": self.config.to_json()})
-        except OSError as error:
-            raise files.unwritable(self.path, error.strerror) from None
+            with FileLock(self.path / LOCK):  # another process may begin it at the same time
+                if self.begun:
+                    self._continue(facts)
+                else:
+                    about = {"schema": SCHEMA, "digest": self.config.digest(), **facts}
+                    files.write_json(self.path / "run.json", {**about, "config": self.config.to_json()})
+        except LOCKING as error:
+            raise files.unwritable(self.path, getattr(error, "strerror", None) or str(error)) from None
         self._begun = True
 
-    def _take(self) -> None:
-        """Keep other processes out; `InUseError` if one is there already."""
-        if self._lock.is_locked:
-            return
+    # -- who works on what ------------------------------------------------------------------------------
+
+    def claimed(self) -> Iterator[Chunk]:
+        """The pending chunks that no other process is at, each claimed until the next is asked for."""
+        for chunk in self.pending():
+            if self.claim(chunk):
+                try:
+                    if self._open(chunk):  # another process may just have finished it
+                        yield chunk
+                finally:
+                    self._let_go(chunk)
+
+    def claim(self, chunk: Chunk) -> bool:
+        """Keep other processes off the chunk's prompts; False if one of them is at one already.
+
+        A claim ends with the process, however that ends, if not before.
+
+        Raises:
+            InputError: the folder cannot be written.
+        """
+        new: dict[str, FileLock] = {}
         try:
-            self._lock.acquire(timeout=0)
+            self._make(self.path / CLAIMS)
+            for name in self._names(chunk):
+                if name not in self._claims:
+                    lock = FileLock(self.path / CLAIMS / f"{name}{LOCK}")
+                    lock.acquire(timeout=0)
+                    new[name] = lock
         except Timeout:
-            raise InUseError(
-                f"{str(self.path)!r} is in use: another process is working on this run"
-            ) from None
-        except OSError as error:
-            raise files.unwritable(self.path, error.strerror) from None
+            for lock in new.values():
+                lock.release()
+            return False
+        except LOCKING as error:
+            raise files.unwritable(self.path, getattr(error, "strerror", None) or str(error)) from None
+        self._claims |= new
+        return True
+
+    def _let_go(self, chunk: Chunk) -> None:
+        for name in self._names(chunk):
+            if name in self._claims:
+                self._claims.pop(name).release()
+
+    def _names(self, chunk: Chunk) -> list[str]:
+        """What is claimed of a chunk: each prompt by itself, since another process may cut them otherwise."""
+        return ["shared"] if self.config.shared else [prompt.id for prompt in chunk.prompts]
+
+    def _make(self, folder: Path) -> None:
+        missing = [each for each in (folder, *folder.parents) if not each.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        self._made += reversed(missing)
+
+    def _others(self) -> bool:
+        """Is another process at any prompt?"""
+        theirs = (file for file in (self.path / CLAIMS).glob(f"*{LOCK}") if file.stem not in self._claims)
+        for file in theirs:
+            try:
+                FileLock(file).acquire(timeout=0).lock.release()
+            except Timeout:
+                return True
+        return False
 
     def _continue(self, facts: Mapping[str, Any]) -> None:
         """Refuse other models; but a reward that only judges may be repaired as long as it has scored nothing."""
         there = self.facts
         # Again: another process may have begun it since it was opened.
         _check_settings(self.path, RunConfig.from_json(there["config"]), self.config)
-        if not any(map(self.done, self.prompts)):
+        if not any(map(self.done, self.prompts)) and not self._others():
             there = with_judges_of(there, facts, self.config.reward)
         check_models(self.path, there, facts)
         if there != self.facts:
@@ -164,10 +215,22 @@ class Run:
         known = self.identities
         return [name for name, own in identities.items() if known.get(name, own) != own]
 
+    def in_use(self) -> InUseError:
+        """The error where nothing is left to do for this process."""
+        return InUseError(f"{str(self.path)!r} is in use: another process is working on this run")
+
     def release(self) -> None:
-        """Release the folder to other processes; the end of this process does so too, however it comes."""
-        self._lock.release()
-        self._begun = False
+        """End all claims of this process; a run that was never begun leaves nothing behind."""
+        for lock in self._claims.values():
+            lock.release()
+        if self._made and not self.begun:
+            for file in (self.path / CLAIMS).glob(f"*{LOCK}"):
+                with contextlib.suppress(Timeout), FileLock(file, timeout=0):
+                    file.unlink()
+            for folder in reversed(self._made):
+                with contextlib.suppress(OSError):  # another process is at it
+                    folder.rmdir()
+        self._claims, self._made, self._begun = {}, [], False
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -222,8 +285,11 @@ class Run:
 
     def pending(self) -> list[Chunk]:
         """The chunks with a prompt that has no result and is to have one."""
-        open_ = {prompt for prompt in self.judged if not self.done(prompt)}
-        return [chunk for chunk in self.chunks() if not open_.isdisjoint(chunk.prompts)]
+        return list(filter(self._open, self.chunks()))
+
+    def _open(self, chunk: Chunk) -> bool:
+        """Is a prompt of it to have a result, and has none?"""
+        return any(not self.done(prompt) for prompt in chunk.prompts if prompt in self._judged)
 
     # -- while a chunk is fitted ------------------------------------------------------------------------
 
@@ -262,8 +328,8 @@ class Run:
         Raises:
             InUseError: another process is writing them.
         """
-        if self.path.is_dir():
-            self._take()
+        if not self.claim(chunk):
+            raise self.in_use()
         file = self._checkpoint_file(chunk)
         found = read_checkpoint(file, chunk, self.config.digest()) if file.is_file() else None
         histories = self._histories(chunk).values()
@@ -414,7 +480,8 @@ class Run:
     def close(self) -> None:
         """When all is done: collect the scores in scores.jsonl, and drop what only a continuation needs."""
         save_scores(self.path / "scores.jsonl", self.scores(), self.identities)
-        shutil.rmtree(self.path / "chunks", ignore_errors=True)
+        for name in ("chunks", CLAIMS):
+            shutil.rmtree(self.path / name, ignore_errors=True)
 
     def history(self, prompt: Prompt) -> list[dict[str, Any]]:
         """The lines of a prompt's history (the shared one, if it is shared)."""
@@ -452,7 +519,7 @@ def _set_aside(file: Path, drawn_by: Mapping[str, Any]) -> Path:
 
 def left_over(file: Path) -> bool:
     """Does a start that was cut short leave such a file behind?"""
-    return file.suffix == ".draft" or file.name == LOCK
+    return file.suffix == ".draft" or file.name in (LOCK, CLAIMS)
 
 
 def _steps(history: Path) -> int:

@@ -7,6 +7,9 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -647,15 +650,18 @@ def test_ctrl_c_says_how_to_go_on(
 
 
 @pytest.fixture
-def ctrl_c() -> Iterator[None]:
-    """Python's own handling of Ctrl-C, which what a shell runs in the background does not have."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+def usual_signals() -> Iterator[None]:
+    """How Python ends by itself; what a shell runs in the background does not know Ctrl-C."""
+    before = {number: signal.signal(number, usual) for number, usual in runner.ENDING.items()}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
-@pytest.mark.usefixtures("ctrl_c")
+@pytest.mark.usefixtures("usual_signals")
+@pytest.mark.parametrize("number", runner.ENDING)
 def test_ctrl_c_waits_for_the_end_of_a_step_which_is_kept(
+    number: signal.Signals,
     fitted: Path,
     pipeline_folder: str,
     tmp_path: Path,
@@ -669,7 +675,7 @@ def test_ctrl_c_waits_for_the_end_of_a_step_which_is_kept(
     def interrupted(run: Run, chunk: Any, progress: Any, cost: Any) -> None:
         record(run, chunk, progress, cost)
         if progress.step == 2 and not any((out / "chunks").glob("*")):
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
 
     monkeypatch.setattr(Run, "record", interrupted)
     assert fit(pipeline_folder, out, PROMPTS) == 130
@@ -677,7 +683,7 @@ def test_ctrl_c_waits_for_the_end_of_a_step_which_is_kept(
         "ipgo: stopping after this step; Ctrl-C again stops at once",
         "ipgo: stopped; the same command continues it",
     ]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert {each: signal.getsignal(each) for each in runner.ENDING} == runner.ENDING
     (kept,) = (out / "chunks").glob("*.safetensors")
     with safe_open(kept, framework="pt") as tensors:
         assert json.loads(tensors.metadata()["about"])["step"] == 2
@@ -685,7 +691,7 @@ def test_ctrl_c_waits_for_the_end_of_a_step_which_is_kept(
     assert_same_bits(fitted, out)
 
 
-@pytest.mark.usefixtures("ctrl_c")
+@pytest.mark.usefixtures("usual_signals")
 def test_a_second_ctrl_c_does_not_wait() -> None:
     with runner.whole_steps() as stopping:
         assert not stopping()
@@ -773,6 +779,89 @@ def test_kill_minus_nine_at_random_moments(pipeline_folder: str, tmp_path: Path)
     assert_same_bits(undisturbed, killed)
     counts = [result["cost"]["measured"]["sessions"] for result in Run.open(killed).results()]
     assert sum(counts) > 3  # checkpoints were really used
+
+
+MANY = ("a fox", "a lemon", "an owl", "a bus", "a cat", "a pear")
+
+
+def test_several_processes_share_a_run(pipeline_folder: str, tmp_path: Path) -> None:
+    """Begun at once on a folder that is not there yet, they end with the bits of one alone; each prompt is one's."""
+    words = ["fit", *MANY, "--chunk", "1", "--backend", pipeline_folder, *SETTINGS]
+    words += ["--method.ascent.steps", "40", "--out"]
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    assert cli.main([*words, str(alone)]) == 0
+    command = [sys.executable, "-m", "ipgo", *words, str(together)]
+    processes = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)
+    ]
+    said = [process.communicate() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], said
+    assert_same_bits(alone, together)
+    assert sum("report:" in out for out, _ in said) >= 1
+    for out, err in said:
+        assert ("report:" in out) != ("are left to the other processes" in err)
+    assert {result["cost"]["measured"]["sessions"] for result in Run.open(together).results()} == {1}
+
+
+@pytest.mark.slow
+def test_what_a_killed_process_leaves_is_done_by_the_next(pipeline_folder: str, tmp_path: Path) -> None:
+    """Two processes at a run, of which one is killed again and again, and cuts the prompts otherwise."""
+    words = ["fit", *MANY, "--backend", pipeline_folder, *SETTINGS, "--method.ascent.steps", "150", "--out"]
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    assert sessions.begin([*words, str(alone), "--chunk", "2"], alone).wait() == 0
+    steady = sessions.begin([*words, str(together), "--chunk", "2"], together, "history.jsonl")
+    kills = 0
+    for moment in torch.rand(6, generator=torch.Generator().manual_seed(0)).tolist():
+        if steady.poll() is not None:
+            break
+        other = sessions.begin([*words, str(together), "--chunk", "1"], together, "history.jsonl")
+        if other.poll() is None:
+            other.kill()
+            kills += 1
+        other.wait(60)
+        time.sleep(moment)
+    assert kills >= 1
+    assert steady.wait() == 0
+    assert sessions.begin([*words, str(together), "--chunk", "2"], together).wait() == 0
+    assert [result["prompt"] for result in Run.open(together).results()] == list(MANY)
+    for prompt in Run.open(alone).prompts:
+        ours, theirs = (Run.open(place).history(prompt) for place in (alone, together))
+        assert [line["step"] for line in theirs] == list(range(1, 151))
+        assert [line["reward"] for line in theirs] == pytest.approx(
+            [line["reward"] for line in ours], abs=1e-4
+        )
+
+
+def test_a_run_of_which_another_process_has_everything_is_in_use(
+    pipeline_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert fit(pipeline_folder, out, ["a fox"]) == 0
+    config = Run.open(out).config
+    (out / "prompts").rename(out / "gone")  # as if it had only begun
+    code = (
+        "import sys; from ipgo.store import Run; run = Run.open(sys.argv[1]); "
+        "print(run.claim(run.chunks()[0]), flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(out)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline().strip() == "True"
+        assert fit(pipeline_folder, out, ["a fox"]) == 2
+        assert "is in use: another process is working on this run" in capsys.readouterr().err
+        with pytest.raises(ipgo.ResumeError, match="is in use"):
+            ipgo.fit(
+                "a fox",
+                reward="colorfulness",
+                held_out=["contrast"],
+                backend=pipeline_folder,
+                method=config.method,
+                sampling=config.sampling,
+                unseen_seeds=2,
+                out=out,
+            )
+        other.communicate()
+    assert fit(pipeline_folder, out, ["a fox"]) == 0
 
 
 def test_a_prompt_that_is_too_long_is_refused_before_weights_are_read(

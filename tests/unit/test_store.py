@@ -269,26 +269,101 @@ def test_a_folder_that_was_just_begun_can_be_opened(tmp_path: Path) -> None:
     assert Run.open(tmp_path).config == CONFIG
 
 
-def test_one_process_at_a_time(run: Run) -> None:
+def elsewhere(run: Run, line: str) -> subprocess.CompletedProcess[str]:
+    """What another process makes of a line about `run`, the same folder, and `chunk(*places)`, some of its prompts."""
     code = (
-        "import sys; from pathlib import Path; from ipgo.store import Run; "
-        "Run.open(Path(sys.argv[1])).start({})"
+        "import sys; from pathlib import Path; from ipgo.store import Run; from ipgo.chunks import Chunk; "
+        "run = Run.open(Path(sys.argv[1])); "
+        f"chunk = lambda *places: Chunk(tuple(run.prompts[each] for each in places)); {line}"
     )
     command = [sys.executable, "-c", code, str(run.path)]
-    refused = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert refused.returncode == 1
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_a_prompt_is_one_processs_at_a_time(run: Run) -> None:
+    assert run.claim(Chunk(run.prompts[1:]))
+    tried = "print(run.claim(chunk(0)), run.claim(chunk(0, 1)), run.claim(chunk(2)))"
+    assert elsewhere(run, tried).stdout.split() == ["True", "False", "False"]
+    refused = elsewhere(run, "run.checkpoint(chunk(0, 1))")
     assert f"InUseError: {str(run.path)!r} is in use" in refused.stderr
+    assert run.claim(Chunk(run.prompts[:2]))  # the other process has ended, and so has its claim
     run.release()
-    assert subprocess.run(command, check=False).returncode == 0
+    assert elsewhere(run, tried).stdout.split() == ["True", "True", "True"]
+
+
+def test_processes_share_out_the_chunks_that_are_open(run: Run) -> None:
+    ours = run.claimed()
+    assert next(ours).texts == ("a fox", "a lemon")
+    theirs = "print([each.texts for each in run.claimed()])"
+    assert elsewhere(run, theirs).stdout.strip() == "[('an owl',)]"
+    run.finish(run.prompts[2], [], {}, False)
+    assert elsewhere(run, theirs).stdout.strip() == "[]"
+    assert [each.texts for each in ours] == []  # and what they have finished is not done again
+    assert elsewhere(run, theirs).stdout.strip() == "[('a fox', 'a lemon')]"
+
+
+def test_what_another_process_finished_in_the_meantime_is_not_begun(run: Run) -> None:
+    ours = run.claimed()
+    next(ours)
+    run.finish(run.prompts[2], [], {}, False)  # between the look at what is pending and the claim
+    assert list(ours) == []
+
+
+def test_prompts_that_share_what_is_learned_are_claimed_together(tmp_path: Path) -> None:
+    run = Run.open(tmp_path / "run", replace(CONFIG, shared=True))
+    run.start({})
+    assert run.claim(run.chunks()[0])
+    assert elsewhere(run, "print(run.claim(run.chunks()[0]))").stdout.strip() == "False"
+
+
+def test_several_may_begin_a_run_at_once(tmp_path: Path) -> None:
+    first, second = (Run.open(tmp_path / "run", CONFIG) for _ in range(2))
+    first.start({"device": "a"})
+    second.start({"device": "b"})
+    assert second.facts["device"] == "a"
+    third = Run.open(tmp_path / "other", CONFIG)
+    Run.open(tmp_path / "other", replace(CONFIG, seed=1)).start({})
+    with pytest.raises(ResumeError, match="seed"):
+        third.start({})
+
+
+def test_a_judge_is_not_repaired_while_another_process_has_the_broken_one(run: Run) -> None:
+    facts = {"rewards": {CONFIG.reward: {"v": 1}, "mine": {"v": 1}}}
+    files.write_json(run.path / "run.json", {**run.facts, **facts})
+    mended = {"rewards": {CONFIG.reward: {"v": 1}, "mine": {"v": 2}}}
+    code = (
+        "import sys; from pathlib import Path; from ipgo.store import Run; run = Run.open(Path(sys.argv[1])); "
+        "print(run.claim(run.chunks()[0]), flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(run.path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline().strip() == "True"
+        with pytest.raises(ResumeError, match="mine"):
+            Run.open(run.path).start(mended)
+        other.communicate()
+    Run.open(run.path).start(mended)
+    assert run.facts["rewards"] == mended["rewards"]
+
+
+def test_a_run_that_was_never_begun_leaves_nothing(tmp_path: Path) -> None:
+    run = Run.open(tmp_path / "some/where/run", CONFIG)
+    for chunk in run.chunks():
+        assert run.checkpoint(chunk) is None
+    assert (tmp_path / "some/where/run/claims").is_dir()
+    run.release()
+    assert list(tmp_path.iterdir()) == []
+    run.checkpoint(run.chunks()[0])
+    run.start({})
+    run.release()
+    assert run.begun
 
 
 def test_a_folder_that_cannot_be_locked_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    run.release()
-
-    def denied(**options: Any) -> None:
+    def denied(*args: Any, **options: Any) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr(run._lock, "acquire", denied)
+    monkeypatch.setattr("ipgo.store.FileLock.acquire", denied)
     with pytest.raises(InputError, match="cannot be written: Permission denied"):
         run.checkpoint(run.chunks()[0])
 
@@ -341,17 +416,11 @@ def test_a_later_score_of_the_same_image_takes_the_place_of_the_earlier(run: Run
 
 def test_whoever_is_refused_leaves_the_history_alone(run: Run) -> None:
     chunk = Chunk(run.prompts[:2])
+    run.checkpoint(chunk)
     run.record(chunk, progress(1), Cost())
     files_before = {file: file.read_bytes() for file in run.path.rglob("history.jsonl")}
     assert len(files_before) == 2
-    code = (
-        "import sys; from pathlib import Path; from ipgo.store import Run; "
-        "run = Run.open(Path(sys.argv[1])); run.checkpoint(run.chunks()[0])"
-    )
-    refused = subprocess.run(
-        [sys.executable, "-c", code, str(run.path)], capture_output=True, text=True, check=False
-    )
-    assert "InUseError" in refused.stderr
+    assert "InUseError" in elsewhere(run, "run.checkpoint(chunk(0, 1))").stderr
     assert {file: file.read_bytes() for file in files_before} == files_before
 
 

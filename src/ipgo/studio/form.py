@@ -11,7 +11,7 @@ from dataclasses import fields as dataclass_fields
 from typing import Any
 
 from ipgo.config import RunConfig, build, flatten, merge, parse, run_parser
-from ipgo.defaults import for_backend, reward_for
+from ipgo.defaults import usual
 from ipgo.errors import InputError
 from ipgo.rewards import REWARDS, terms
 
@@ -49,7 +49,7 @@ class Field:
 def fields(backend: str, method: str) -> list[Field]:
     """The settings of sampling and of a method, with the defaults that they have on this backend."""
     parser = run_parser(method)
-    usual = flatten(build(parse(parser, _usual(backend, method), []), ("-",)).to_json())
+    settings = flatten(build(parse(parser, usual(backend, method), []), ("-",)).to_json())
     helps = {action.dest: " ".join(str(action.help).split()).rstrip(".") for action in parser._actions}
     return [
         Field(
@@ -57,7 +57,7 @@ def fields(backend: str, method: str) -> list[Field]:
             value if isinstance(value, bool) else written(value),
             re.sub(r"\bNone\b", "null", helps[flag]),
         )
-        for flag, value in usual.items()
+        for flag, value in settings.items()
         if flag.startswith(GROUPS) and flag in helps
     ]
 
@@ -100,7 +100,7 @@ def settle(opened: Mapping[str, Any], prompt: str, reward: str, words: Sequence[
         InputError: something that cannot work.
     """
     method, rest = words[1], list(words[2:])
-    own = merge(_usual(str(opened["backend"]), method), {**opened, "reward": reward})
+    own = merge(usual(str(opened["backend"]), method), {**opened, "reward": reward})
     return build(parse(run_parser(method), own, rest), (prompt.strip(),))
 
 
@@ -116,15 +116,11 @@ def refuse_unknown(reward: str, known: Sequence[str]) -> None:
 
 def command(opened: Mapping[str, Any], prompt: str, reward: str, words: Sequence[str], out: str) -> str:
     """The same fit from the command line; arguments as in `settle`."""
-    usual = {each.name: each.default for each in dataclass_fields(RunConfig)}
+    defaults = {each.name: each.default for each in dataclass_fields(RunConfig)}
     flags = [
         word
         for name, value in opened.items()
-        if value != usual[name]
+        if value != defaults[name]
         for word in (f"--{name}", written(value))
     ]
     return shlex.join(["ipgo", "fit", prompt.strip(), *flags, "--reward", reward, *words, "--out", out])
-
-
-def _usual(backend: str, method: str) -> dict[str, Any]:
-    return merge({"reward": reward_for(backend)}, for_backend(backend, method))
