@@ -154,8 +154,9 @@ def _run_entry(folder: Comparison, label: str, shelf: dict[tuple[Any, ...], Mode
     finally:
         run.release()
     if not run.pending():
-        run.close()
-        _judge_unseen_prompts(run, models, folder.plan.unseen_prompts)
+        with run.alone():
+            run.close()
+            _judge_unseen_prompts(run, models, folder.plan.unseen_prompts)
 
 
 def _twins(folder: Comparison, label: str) -> list[Run]:

@@ -57,7 +57,8 @@ def run(folder: Run, models: Models, limit: Limit | None = None) -> None:
         with exclusively(models.backend):
             _run(folder, models, limit)
         if not folder.pending():
-            folder.close()
+            with folder.alone():
+                folder.close()
     finally:
         folder.release()
 

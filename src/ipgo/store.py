@@ -111,7 +111,7 @@ class Run:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.path / LOCK):  # another process may begin it at the same time
+            with self.alone():  # another process may begin it at the same time
                 if self.begun:
                     self._continue(facts)
                 else:
@@ -120,6 +120,12 @@ class Run:
         except LOCKING as error:
             raise files.unwritable(self.path, getattr(error, "strerror", None) or str(error)) from None
         self._begun = True
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """While open, no other process begins or ends the run."""
+        with FileLock(self.path / LOCK):
+            yield
 
     # -- who works on what ------------------------------------------------------------------------------
 
@@ -478,7 +484,7 @@ class Run:
             save_scores(file, found.values(), {**known, **rewards}, drawn_by)
 
     def close(self) -> None:
-        """When all is done: collect the scores in scores.jsonl, and drop what only a continuation needs."""
+        """When all is done, and `alone`: collect the scores in scores.jsonl, and drop what was only for continuing."""
         save_scores(self.path / "scores.jsonl", self.scores(), self.identities)
         for name in ("chunks", CLAIMS):
             shutil.rmtree(self.path / name, ignore_errors=True)
