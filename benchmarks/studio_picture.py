@@ -25,9 +25,8 @@ def photograph(prompt: str, step: int, out: Path) -> None:
     """Fit the prompt in the studio's page, and keep what it looks like at a step."""
     with tempfile.TemporaryDirectory() as runs, sync_playwright() as started:
         live = Live(load_backend("emoji"))
-        place = Place({"backend": "emoji"}, Path(runs))
-        blocks = page(live, place)
-        address = launch(blocks, place)
+        blocks = page(live, Place({"backend": "emoji"}, Path(runs)))
+        address = launch(blocks)
         browser = started.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         tab = browser.new_page(viewport={"width": 1360, "height": 960})
         tab.set_default_timeout(PATIENCE)

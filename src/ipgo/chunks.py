@@ -28,7 +28,8 @@ class Chunk:
     @property
     def key(self) -> str:
         """The name of its checkpoint: first and last position."""
-        return f"{self.prompts[0].id[:4]}-{self.prompts[-1].id[:4]}"
+        first, last = (prompt.id.partition("-")[0] for prompt in (self.prompts[0], self.prompts[-1]))
+        return f"{first}-{last}"
 
     @property
     def texts(self) -> tuple[str, ...]:

@@ -55,9 +55,8 @@ def fit(argv: list[str]) -> int:
     folder = Run.open(place, config)
     check_method(folder)
     loading(config.backend)
-    run(folder, load_models(config, begun_in=folder.dtype))
-    # Where other processes are at the rest, the last of them shows all of it.
-    return 0 if folder.pending() else show_run(folder)
+    left = run(folder, load_models(config, begun_in=folder.dtype))
+    return 0 if left else show_run(folder)  # the last process shows all of it
 
 
 def _fit_parser(method: str) -> ArgumentParser:

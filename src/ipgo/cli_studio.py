@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import signal
+import socket
 import threading
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +23,14 @@ def studio(argv: list[str]) -> int:
     if importlib.util.find_spec("gradio") is None:
         raise MissingExtraError('the studio needs gradio: pip install "ipgo[studio]"')
     files.check_out(args.out, folder=True)
+    if args.port is not None and not 0 < args.port < 2**16:
+        raise InputError(f"port is {args.port}; it must be from 1 to {2**16 - 1}")
+    try:
+        socket.getaddrinfo(args.host, args.port)
+    except OSError as error:
+        raise InputError(
+            f"host is {args.host!r}, which is no address of this machine: {error.strerror}"
+        ) from None
 
     from ipgo.backends import check_backend, load_backend
     from ipgo.backends.facts import Opening
@@ -46,10 +56,11 @@ def studio(argv: list[str]) -> int:
     place = Place(settings, args.out, tuple(args.rewards))
     blocks = page(live, place)
     try:
-        address = launch(blocks, place, args.host, args.port, args.open)
+        address = launch(blocks, args.host, args.port, args.open)
     except OSError as error:
         raise InputError(f"port is {args.port}; it cannot be used: {first_line(error)}") from None
     print(f"studio:  {address}\nruns:    {args.out}\nCtrl-C closes it", flush=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         threading.Event().wait()
     except KeyboardInterrupt:

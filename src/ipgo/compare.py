@@ -39,7 +39,7 @@ from ipgo.task import Progress
 # Settings that decide which models are in memory, and those that decide what a bare prompt looks like.
 BACKEND = ("backend", "device", "dtype", "image_size", "padding", "scheduler", "long_prompts", "text_device")
 LOADED = (*BACKEND, "reward", "held_out")
-DRAWN = (*BACKEND, "judged_seeds")
+DRAWN = (*(name for name in BACKEND if name != "device"), "judged_seeds")
 logger = logging.getLogger("ipgo")
 
 
@@ -94,18 +94,26 @@ def compare(folder: Comparison) -> None:
             price = plan.price or measure(models.backend, first.prompts[: first.chunk], first.sampling)
             folder.start(replace(plan, price=price), facts(models))
     del models  # the shelf has them, as long as they are needed
-    for number, label in enumerate(labels, 1):
-        logger.info("%s (%d of %d)", label, number, len(labels))
-        try:
-            _run_entry(folder, label, shelf)
-        except InUseError as error:
-            logger.warning("%s is left to the other process: %s", label, error)
-        except Exception as error:
-            if _full_disk(error):
-                raise
-            folder.fail(label, [""], error)
-        else:
-            folder.forgive(label, [""])
+    left, moved = labels, True
+    while left and moved:  # what another process was at, once more: it may have died
+        again, moved = [], False
+        for label in left:
+            logger.info("%s (%d of %d)", label, labels.index(label) + 1, len(labels))
+            try:
+                done, whole = _run_entry(folder, label, shelf)
+            except Exception as error:
+                if _full_disk(error):
+                    raise
+                folder.fail(label, [""], error)
+                continue
+            moved |= done > 0
+            if whole:
+                folder.forgive(label, [""])
+            else:
+                again.append(label)
+        left = again
+    for label in left:
+        logger.warning("%s is left to the other processes at it", label)
 
 
 def _in_turn(plan: Plan) -> list[str]:
@@ -137,33 +145,35 @@ def _full_disk(error: Exception) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
-def _run_entry(folder: Comparison, label: str, shelf: dict[tuple[Any, ...], Models]) -> None:
+def _run_entry(folder: Comparison, label: str, shelf: dict[tuple[Any, ...], Models]) -> tuple[int, bool]:
+    """Fit what no other process is at: the number of prompts that are done by it, and whether that was all."""
     config = folder.plan.config(label)
     models = _models(config, shelf, folder)
     run = Run.open(folder.folder(label), within_budget(folder.plan, label, config, models))
     check_method(run)
     if config.shared and folder.plan.unseen_prompts:
         models.backend.check_prompts(folder.plan.unseen_prompts)  # not only when the fit is done
-    twins, worked = _twins(folder, label), False
+    twins, ours = _twins(folder, label), []
     try:
         for chunk in run.claimed():
+            ours.append(chunk)
             _run_chunk(folder, label, run, models, chunk, twins)
-            worked = True
-        if run.pending() and not worked:
-            raise run.in_use()
     finally:
         run.release()
-    if not run.pending():
+    pending = run.pending()
+    if not pending:
         with run.alone():
             run.close()
             _judge_unseen_prompts(run, models, folder.plan.unseen_prompts)
+    return sum(run.done(prompt) for chunk in ours for prompt in chunk.prompts), set(pending) <= set(ours)
 
 
 def _twins(folder: Comparison, label: str) -> list[Run]:
     """The runs of other entries that draw bare prompts from the same seeds, with the same models and sampler."""
 
     def drawn(config: RunConfig) -> tuple[Any, ...]:
-        return *(getattr(config, name) for name in DRAWN), replace(config.sampling, fit_steps=None)
+        kind = config.device.partition(":")[0]  # whichever GPU it is
+        return kind, *(getattr(config, name) for name in DRAWN), replace(config.sampling, fit_steps=None)
 
     ours = drawn(folder.plan.config(label))
     others = (folder.run(other) for other in folder.plan.entries if other != label)

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import re
+import secrets
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def write(file: Path, content: bytes, *, alone: bool = True) -> None:
         alone: no other process writes this file meanwhile; a draft that a crash left is then used up.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_name(f".{file.name}{'' if alone else f'.{os.getpid()}'}.draft")
+    draft = file.with_name(f".{file.name}{'' if alone else f'.{secrets.token_hex(4)}'}.draft")
     try:
         with draft.open("wb") as stream:
             stream.write(content)

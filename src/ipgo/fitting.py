@@ -150,8 +150,7 @@ def fit(
         kept = None if out is None else files.place("out", out)
         folder = Run.open(kept or Path(temporary) / "run", config)
         check_method(folder)
-        run(folder, load_models(config, given_backend, given, folder.dtype))
-        if folder.pending():
+        if run(folder, load_models(config, given_backend, given, folder.dtype)):
             raise folder.in_use()
         return result_of(folder, kept)
 

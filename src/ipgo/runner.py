@@ -23,7 +23,7 @@ from ipgo.backends import Backend
 from ipgo.chunks import Chunk, Cost
 from ipgo.config import RunConfig
 from ipgo.continuing import differing_in
-from ipgo.errors import InputError, InUseError, Stopped
+from ipgo.errors import InputError, InUseError, ResumeError, Stopped
 from ipgo.evaluation import Score, draw, score_drawings
 from ipgo.images import to_pil
 from ipgo.models import Models, facts
@@ -41,29 +41,41 @@ logger = logging.getLogger("ipgo")
 Limit = Callable[[Iterator[Progress], Counter[str]], Iterator[Progress]]
 
 
-def run(folder: Run, models: Models, limit: Limit | None = None) -> None:
+def run(folder: Run, models: Models, limit: Limit | None = None) -> int:
     """Fit every prompt that has no result yet. Safe to stop at any moment, and to call again.
 
     Several processes may do so at once, on one machine or on many that share the folder: each takes the prompts that
-    no other is at. What those are at is theirs: `Run.pending` may not be empty at the end.
+    no other is at.
 
     Args:
         limit: as in `fit_chunk`.
+
+    Returns:
+        How many prompts are left to others.
 
     Raises:
         InUseError: another thread fits something through the same pipeline, or other processes are at all of it.
     """
     try:
         with exclusively(models.backend):
-            _run(folder, models, limit)
-        if not folder.pending():
+            worked = _run(folder, models, limit)
+        left = folder.left
+        if not left:
             with folder.alone():
                 folder.close()
+        elif not worked:
+            raise folder.in_use()
+        else:
+            text = (
+                "%d of %d prompts are left to the other processes at this run; the last one writes the report"
+            )
+            logger.info(text, left, len(folder.judged))
+        return left
     finally:
         folder.release()
 
 
-def _run(folder: Run, models: Models, limit: Limit | None) -> None:
+def _run(folder: Run, models: Models, limit: Limit | None) -> bool:
     pending = folder.pending()
     if not pending or folder.begun:
         folder.start(facts(models))  # refuses other models than it was begun with, before it cuts histories
@@ -71,15 +83,14 @@ def _run(folder: Run, models: Models, limit: Limit | None) -> None:
         try_rewards(folder.config, models)
     worked = False
     for chunk in folder.claimed():
+        if strange := folder.strange(models.identities):
+            raise ResumeError(
+                f"{str(folder.path)!r} has meanwhile been begun by a process whose reward {strange[0]!r} is another"
+            )
         progress, cost = fit_chunk(folder, models, chunk, limit)
         finish_chunk(folder, models, chunk, progress, cost)
         worked = True
-    left = sum(len(chunk.prompts) for chunk in folder.pending())
-    if left and not worked:
-        raise folder.in_use()
-    if left:
-        text = "%d of %d prompts are left to the other processes at this run; the last one writes the report"
-        logger.info(text, left, len(folder.prompts))
+    return worked
 
 
 _BUSY: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -187,6 +198,10 @@ def whole_steps() -> Iterator[Callable[[], bool]]:
         signal.signal(number, note)
     try:
         yield lambda: bool(asked)
+    except Exception as error:  # such as of a program that the same signal has ended
+        if asked:
+            raise KeyboardInterrupt from error
+        raise
     finally:
         for number, usual in ours.items():
             signal.signal(number, usual)

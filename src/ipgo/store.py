@@ -80,8 +80,13 @@ class Run:
         if not found.is_file():
             if config is None:
                 raise InputError(f"{str(path)!r} is not a run folder: it has no run.json{_instead(path)}")
-            files.check_new(path, left_over)
-            return cls(path, config)
+            try:
+                files.check_new(path, left_over)
+            except InputError:
+                if not found.is_file():  # or another process has just begun it
+                    raise
+            else:
+                return cls(path, config)
         stored = files.read_json(found, "config")
         if not isinstance(stored["config"], dict):
             raise InputError(f"{str(found)!r} is damaged: its settings are {stored['config']!r}")
@@ -130,14 +135,22 @@ class Run:
     # -- who works on what ------------------------------------------------------------------------------
 
     def claimed(self) -> Iterator[Chunk]:
-        """The pending chunks that no other process is at, each claimed until the next is asked for."""
-        for chunk in self.pending():
-            if self.claim(chunk):
-                try:
-                    if self._open(chunk):  # another process may just have finished it
-                        yield chunk
-                finally:
-                    self._let_go(chunk)
+        """The pending chunks that no other process is at, each once, and claimed until the next is asked for.
+
+        Those that another process was at are looked at again in the end: it may have died.
+        """
+        tried, found = set[Chunk](), True
+        while found:
+            found = False
+            for chunk in self.pending():
+                if chunk not in tried and self.claim(chunk):
+                    tried.add(chunk)
+                    try:
+                        if self._open(chunk):  # another process may just have finished it
+                            found = True
+                            yield chunk
+                    finally:
+                        self._let_go(chunk)
 
     def claim(self, chunk: Chunk) -> bool:
         """Keep other processes off the chunk's prompts; False if one of them is at one already.
@@ -147,21 +160,20 @@ class Run:
         Raises:
             InputError: the folder cannot be written.
         """
-        new: dict[str, FileLock] = {}
-        try:
-            self._make(self.path / CLAIMS)
-            for name in self._names(chunk):
-                if name not in self._claims:
-                    lock = FileLock(self.path / CLAIMS / f"{name}{LOCK}")
-                    lock.acquire(timeout=0)
-                    new[name] = lock
-        except Timeout:
-            for lock in new.values():
-                lock.release()
-            return False
-        except LOCKING as error:
-            raise files.unwritable(self.path, getattr(error, "strerror", None) or str(error)) from None
-        self._claims |= new
+        new = contextlib.ExitStack()  # which lets go of what it has, whatever happens
+        with new:
+            try:
+                self._make(self.path / CLAIMS)
+                names = [name for name in self._names(chunk) if name not in self._claims]
+                locks = {name: FileLock(self.path / CLAIMS / f"{name}{LOCK}") for name in names}
+                for lock in locks.values():
+                    new.enter_context(lock.acquire(timeout=0))
+            except Timeout:
+                return False
+            except LOCKING as error:
+                raise files.unwritable(self.path, getattr(error, "strerror", None) or str(error)) from None
+            new.pop_all()
+        self._claims |= locks
         return True
 
     def _let_go(self, chunk: Chunk) -> None:
@@ -279,6 +291,11 @@ class Run:
         stacked = self.config.chunk if self.config.method.stackable else 1
         size = len(self.prompts) if self.config.shared else stacked
         return [Chunk(self.prompts[start : start + size]) for start in range(0, len(self.prompts), size)]
+
+    @property
+    def left(self) -> int:
+        """How many prompts are to have a result, and have none."""
+        return sum(not self.done(prompt) for prompt in self.judged)
 
     def done(self, prompt: Prompt) -> bool:
         """Has the prompt a result, finished or failed?"""

@@ -5,6 +5,7 @@ Needs gradio (`pip install "ipgo[studio]"`), Playwright and a chromium; without 
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,9 +37,8 @@ def address(pipeline_folder: str, out: Path) -> Iterator[str]:
     from ipgo.studio.app import Place, launch, page
     from ipgo.studio.live import Live
 
-    place = Place({"backend": pipeline_folder}, out)
-    blocks = page(Live(load_backend(pipeline_folder)), place)
-    yield launch(blocks, place)
+    blocks = page(Live(load_backend(pipeline_folder)), Place({"backend": pipeline_folder}, out))
+    yield launch(blocks)
     blocks.close(verbose=False)
 
 
@@ -72,12 +72,13 @@ def settings(page: Any, **typed: str) -> None:
     """A reward of pixels, and short fits."""
     page.get_by_label("Reward", exact=True).fill("colorfulness")
     page.keyboard.press("Tab")
-    page.get_by_text("All settings").click()
+    page.get_by_text("All settings of the method").click()
+    page.get_by_text("Sampling, and other settings").click()
     for group, fields in (
         ("method.ascent", {"steps": "3", "backprop_steps": "1"}),
         ("sampling", {"steps": "2", "fit_steps": "null"}),
     ):
-        page.get_by_role("button", name=group).click()
+        page.locator("button.label-wrap", has_text=re.compile(rf"^\s*{group}\b")).click()
         for name, value in fields.items():
             page.locator(f"[id='{group}.{name}'] textarea, [id='{group}.{name}'] input").fill(value)
 
@@ -135,3 +136,12 @@ def test_it_is_as_wide_as_the_window(chromium: Any, address: str, width: int, sc
     tab.wait_for_selector("#view .ipgo")
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
     tab.close()
+
+
+def test_it_answers_to_its_own_name_alone_and_takes_no_files(address: str) -> None:
+    """Or else a site that names itself as this machine could start fits, in the browser of whoever looks at it."""
+    httpx = pytest.importorskip("httpx")
+    assert httpx.get(address).status_code == 200
+    assert httpx.get(address, headers={"Host": "evil.example"}).status_code == 400
+    upload = httpx.post(f"{address}gradio_api/upload", files={"files": ("evil.py", b"print('here')")})
+    assert upload.status_code >= 400

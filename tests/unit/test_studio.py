@@ -11,17 +11,18 @@ from typing import Any
 import pytest
 import torch
 
-from ipgo import IPGO, Ascent, InputError, Run, Sampling, cli, load_backend
+from ipgo import IPGO, Ascent, InputError, Run, Sampling, cli, files, load_backend
 from ipgo.config import RunConfig
 from ipgo.errors import InUseError
 from ipgo.methods import METHODS
 from ipgo.ppo import PPO
 from ipgo.studio import form
-from ipgo.studio.live import Live, View, place, seed_of
+from ipgo.studio.live import Live, View, _Watch, places, seed_of
 from ipgo.task import Progress
 
 PROMPT = "a red fox"
 REWARD = "colorfulness"
+ALL = form.common_fields("emoji") + form.fields("emoji", "ipgo")
 SECONDS = 120.0  # that a tiny fit may take at the most
 
 
@@ -30,28 +31,34 @@ SECONDS = 120.0  # that a tiny fit may take at the most
 
 @pytest.mark.parametrize("method", METHODS)
 def test_untouched_fields_are_the_defaults_of_the_method(method: str) -> None:
-    fields = form.fields("emoji", method)
-    assert {field.flag for field in fields} > {"sampling.steps", "sampling.guidance_scale"}
+    common = form.common_fields("emoji")
+    assert {field.flag for field in common} > {
+        "sampling.steps",
+        "sampling.guidance_scale",
+        "seed",
+        "unseen_seeds",
+    }
+    fields = common + form.fields("emoji", method)
     assert all(field.help and "\n" not in field.help for field in fields)
     words = form.flags(method, "", None, {field: field.default for field in fields})
     assert words == ["--method", method]
-    config = form.settle({"backend": "emoji"}, f"  {PROMPT} ", REWARD, words)
+    config = form.settle({"backend": "emoji"}, f"  {PROMPT} ", REWARD, words, ())
     assert config == RunConfig((PROMPT,), METHODS[method](), reward=REWARD)
 
 
 def test_every_default_can_be_typed_into_its_field() -> None:
     for method in METHODS:
-        fields = form.fields("emoji", method)
+        fields = form.common_fields("emoji") + form.fields("emoji", method)
         flags = [
             f"--{field.flag}={form.written(field.default) if isinstance(field.default, bool) else field.default}"
             for field in fields
         ]
-        config = form.settle({"backend": "emoji"}, PROMPT, REWARD, ["--method", method, *flags])
+        config = form.settle({"backend": "emoji"}, PROMPT, REWARD, ["--method", method, *flags], ())
         assert config == RunConfig((PROMPT,), METHODS[method](), reward=REWARD)
 
 
 def test_what_is_typed_is_fitted_and_is_the_command_that_is_shown(tmp_path: Path) -> None:
-    fields = {field.flag: field for field in form.fields("emoji", "ipgo")}
+    fields = {field.flag: field for field in ALL}
     typed = {
         fields["method.ascent.steps"]: " 7 ",
         fields["method.ascent.recompute"]: True,
@@ -61,7 +68,7 @@ def test_what_is_typed_is_fitted_and_is_the_command_that_is_shown(tmp_path: Path
     }
     words = form.flags("ipgo", "4, 5 6", ["contrast"], typed)
     opened = {"backend": "emoji", "dtype": "bfloat16", "device": "auto"}
-    config = form.settle(opened, PROMPT, REWARD, words)
+    config = form.settle(opened, PROMPT, REWARD, words, ())
     assert (config.seeds, config.held_out, config.dtype) == ((4, 5, 6), ("contrast",), "bfloat16")
     assert isinstance(config.method, IPGO)
     assert (config.method.ascent.steps, config.method.ascent.recompute) == (7, True)
@@ -77,9 +84,10 @@ def test_what_is_typed_is_fitted_and_is_the_command_that_is_shown(tmp_path: Path
 
 
 def test_a_few_step_model_has_its_own_defaults() -> None:
-    fields = {field.flag: field.default for field in form.fields("sd-turbo", "ipgo")}
+    found = form.common_fields("sd-turbo") + form.fields("sd-turbo", "ipgo")
+    fields = {field.flag: field.default for field in found}
     assert (fields["sampling.steps"], fields["method.ascent.backprop_steps"]) == ("1", "null")
-    config = form.settle({"backend": "sd-turbo"}, PROMPT, "clip", ["--method", "ipgo"])
+    config = form.settle({"backend": "sd-turbo"}, PROMPT, "clip", ["--method", "ipgo"], ())
     assert config.sampling.steps == 1
 
 
@@ -90,7 +98,11 @@ def test_a_page_runs_nothing_that_was_not_named_where_it_was_started(reward: str
     with pytest.raises(InputError, match="where the studio is started"):
         form.refuse_unknown(reward, ["other.py:warmth"])
     form.refuse_unknown("mine.py:warmth+clip", ["mine.py:warmth"])
+    form.refuse_unknown("mine.py:warmth", ["clip+mine.py:warmth<=0.9"])
     form.refuse_unknown("emoji-aesthetic<=0.9", [])
+    for words in ([f"--reward={reward}"], ["--held_out", reward]):  # however it gets among the flags
+        with pytest.raises(InputError):
+            form.settle({"backend": "emoji"}, PROMPT, REWARD, ["--method", "ipgo", *words], ())
 
 
 @pytest.mark.parametrize(
@@ -102,9 +114,9 @@ def test_a_page_runs_nothing_that_was_not_named_where_it_was_started(reward: str
     ],
 )
 def test_bad_input_is_one_sentence(flag: str, text: str, said: str) -> None:
-    field = next(each for each in form.fields("emoji", "ipgo") if each.flag == flag)
+    field = next(each for each in ALL if each.flag == flag)
     with pytest.raises(InputError, match=said.replace(".", r"\.")):
-        form.settle({"backend": "emoji"}, PROMPT, REWARD, form.flags("ipgo", "", None, {field: text}))
+        form.settle({"backend": "emoji"}, PROMPT, REWARD, form.flags("ipgo", "", None, {field: text}), ())
 
 
 # -- fits -----------------------------------------------------------------------------------------------
@@ -157,8 +169,9 @@ def test_a_fit_shows_its_steps_and_is_the_run_of_the_same_settings(
     assert run.path == tmp_path / "a-red-fox"
     assert [line["reward"] for line in run.history(run.prompts[0])] == pytest.approx(list(last.rewards))
     assert set(last.before) == set(last.now) == {0, 1}
-    assert last.now[1].tobytes() == run.pictures(run.prompts[0], "after")[1].tobytes()
-    assert set(last.raw) == {REWARD, "contrast"}
+    assert last.now[1].image.tobytes() == run.pictures(run.prompts[0], "after")[1].tobytes()
+    assert last.raw is not None
+    assert set(last.gains) == {"contrast"}
     assert [step for step, _ in last.gains["contrast"]] == [2, 4]
     assert (run.path / "report.html").is_file()
 
@@ -215,35 +228,35 @@ def test_a_finished_fit_is_shown_again_and_other_settings_get_another_place(
     assert [view.step for view in again] == [0, 5]
     assert set(again[-1].now) == {0, 1}
     other = replace(config, seeds=(3,))
-    assert place(tmp_path, other).path == tmp_path / "a-red-fox-2"
+    assert next(places(tmp_path, other)).path == tmp_path / "a-red-fox-2"
     (tmp_path / "a-red-fox-2").mkdir()
     (tmp_path / "a-red-fox-2/holiday.txt").write_text("not a run")
-    assert place(tmp_path, other).path == tmp_path / "a-red-fox-3"
+    assert next(places(tmp_path, other)).path == tmp_path / "a-red-fox-3"
 
 
 def test_only_one_fit_at_a_time(
     live: Live, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = threading.Event()
-    stepped = Live._stepped
+    stepped = _Watch._stepped
 
     def slow(*args: Any) -> View:
         gate.wait(SECONDS)
         return stepped(*args)
 
-    monkeypatch.setattr(Live, "_stepped", slow)
+    monkeypatch.setattr(_Watch, "_stepped", slow)
     live.start(config, tmp_path)
     view = live.view
     while view.stage == "loading":
         view = live.after(view, SECONDS)
-    with pytest.raises(InUseError, match="a fit is going on"):
+    with pytest.raises(InUseError, match="a fit or a drawing is going on"):
         live.start(config, tmp_path)
     gate.set()
     done = watched(live)[-1].run
     assert done is not None
     pairs = live.draw(done, [7, 8])
     assert [seed for seed, _, _ in pairs] == [7, 8]
-    assert all(before.tobytes() != after.tobytes() for _, before, after in pairs)
+    assert all(before.image.tobytes() != after.image.tobytes() for _, before, after in pairs)
 
 
 def test_what_fails_is_said_and_the_next_fit_works(live: Live, config: RunConfig, tmp_path: Path) -> None:
@@ -300,9 +313,59 @@ def test_a_picture_is_that_of_its_noise() -> None:
         none = torch.zeros(1)
         return Progress(number, 9, none, none, none, none, none.bool(), None, None, dict, over)  # type: ignore[arg-type]
 
-    assert [seed_of(step(number, 3), (7, 8, 9)) for number in (1, 2, 3, 4)] == [7, 8, 9, 7]
-    assert seed_of(step(4, 1), (7, 8, 9)) == 9  # drawn from all of them, the last one last
-    assert seed_of(step(4, 10), ()) is None
+    assert [seed_of(step(number, 3), (7, 8, 9), True) for number in (1, 2, 3, 4)] == [7, 8, 9, 7]
+    assert seed_of(step(4, 1), (7, 8, 9), False) == 9  # drawn from all of them, the last one last
+    assert seed_of(step(4, 10), (), True) is None
+    assert seed_of(step(4, 10), tuple(range(10)), False) is None
+
+
+def test_what_changes_nothing_has_no_gains(live: Live, config: RunConfig, tmp_path: Path) -> None:
+    """A step that draws all seeds shows one of them, which compares with the raw picture of that seed alone."""
+    for method in (METHODS["raw"](), METHODS["dpo-diffusion"](solver="evolutionary", word_list="general")):
+        live.start(replace(config, method=method, seeds=(0, 1, 2)), tmp_path)
+        last = watched(live)[-1]
+        assert (last.stage, last.said) == ("done", "")
+        assert last.gains["contrast"][0] == (1, pytest.approx(0, abs=1e-6))
+
+
+def test_a_reward_that_was_edited_is_another_and_gets_another_place(
+    live: Live, config: RunConfig, tmp_path: Path
+) -> None:
+    mine = tmp_path / "mine.py"
+    out = tmp_path / "runs"
+    config = replace(config, reward=f"{mine}:f")
+    for number, factor in enumerate((1, 2)):
+        mine.write_text(f"def f(images, prompts):\n    return {factor} * images.mean((1, 2, 3))\n")
+        for _ in range(2):
+            live.start(config, out)
+            last = watched(live)[-1]
+            assert (last.stage, last.said) == ("done", "")
+            assert last.run is not None
+            assert last.run.path.name == ("a-red-fox", "a-red-fox-2")[number]
+        assert last.rewards[0] is not None
+    assert len(list(out.iterdir())) == 2
+
+
+def test_a_held_out_reward_that_fails_does_not_end_the_fit_before_its_end(
+    live: Live, config: RunConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        "calls = []\ndef f(images, prompts):\n    calls.append(1)\n"
+        "    return images.mean((1, 2, 3)) * (1 if len(calls) < 3 else float('nan'))\n"
+    )
+    live.start(replace(config, held_out=(f"{tmp_path}/mine.py:f",)), tmp_path)
+    last = watched(live)[-1]
+    assert (last.stage, last.step) == ("failed", 5)  # the results need it
+
+
+def test_what_another_backend_fitted_is_not_drawn(live: Live, config: RunConfig, tmp_path: Path) -> None:
+    live.start(config, tmp_path)
+    run = watched(live)[-1].run
+    assert run is not None
+    about = run.path / "run.json"
+    files.write_json(about, {**files.read_json(about), "weights": "0" * 12})
+    with pytest.raises(InputError, match="another weights"):
+        live.draw(Run.open(run.path), [5])
 
 
 # -- the command ----------------------------------------------------------------------------------------
@@ -315,6 +378,8 @@ def test_a_picture_is_that_of_its_noise() -> None:
         (["--rewards", "nowhere.py:warmth"], "nowhere.py"),
         (["--scheduler", "dim"], "did you mean 'ddim'"),
         (["--prot", "7860"], "did you mean '--port'"),
+        (["--port", "99999"], "port is 99999; it must be from 1 to 65535"),
+        (["--host", "no.such.host.invalid"], "host is 'no.such.host.invalid'"),
     ],
 )
 def test_the_command_refuses_before_it_loads(

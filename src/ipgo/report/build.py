@@ -77,6 +77,9 @@ def render(run: Run, curve: Curve | None = None) -> str:
     later = run.told(load_scores(run.path / EVALUATION))
     scored_by = load_identities(run.path / EVALUATION)
     name, rewards, bold, before = curve or _mean_curve(run)
+    prompts = {
+        prompt.text: prompt for prompt in run.prompts
+    }  # another process may go on with the run meanwhile
     template = environment().get_template("page.html.j2")
     return template.render(
         title=config.prompts[0] if len(config.prompts) == 1 else f"{len(config.prompts)} prompts",
@@ -92,10 +95,7 @@ def render(run: Run, curve: Curve | None = None) -> str:
         curve_name=name,
         before=before is not None,
         scatters=_scatters(scores, config.reward, seeds),
-        cards=[
-            _card(run, prompt, result)
-            for prompt, result in zip(run.finished[:MOST], results[:MOST], strict=True)
-        ],
+        cards=[_card(run, prompts[result["prompt"]], result) for result in results[:MOST]],
         done=len(results),
         cost=run_cost(run),
         settings=_settings(run),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import shlex
 import shutil
 import subprocess
@@ -86,7 +87,13 @@ class Command(External):
         words = [word.replace("{image}", str(file)).replace("{prompt}", prompt) for word in self.words]
         try:
             done = subprocess.run(
-                words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE, check=False
+                words,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=PATIENCE,
+                check=False,
+                process_group=0 if os.name == "posix" else None,  # Ctrl-C lets the step end first
             )
         except subprocess.TimeoutExpired:
             raise RewardError(f"reward {self.name!r} took more than {PATIENCE} seconds") from None

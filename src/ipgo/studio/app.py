@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import re
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,17 +12,19 @@ from typing import Any
 import gradio as gr
 from jinja2 import Template
 from markupsafe import Markup
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from ipgo import report as report_package
 from ipgo.backends import Backend
 from ipgo.defaults import reward_for
-from ipgo.errors import InputError, IpgoError
+from ipgo.errors import InputError, IpgoError, first_line
 from ipgo.methods import METHODS
 from ipgo.models import BUNDLED_REWARDS
 from ipgo.prompts import halves, prompt_sets, read_prompts
 from ipgo.report import charts
-from ipgo.report.build import as_uri, environment, render
-from ipgo.rewards import REWARDS, optimised
+from ipgo.report.build import environment, render
+from ipgo.rewards import REWARDS
 from ipgo.store import Run
 from ipgo.studio import form
 from ipgo.studio.live import Live, View
@@ -31,6 +33,8 @@ from ipgo.vocabulary import vocabulary
 STYLE = Path(__file__).parent / "studio.css"
 PATIENCE = 1.0  # seconds after which a page looks whether anybody still reads it
 MOST = 8  # pictures of new noise at once
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+logger = logging.getLogger("ipgo")
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,8 @@ def page(live: Live, place: Place) -> gr.Blocks:
             with gr.Column(scale=2, min_width=320):
                 asked = _questions(place)
                 touched = gr.Column()
+                with gr.Accordion("Sampling, and other settings", open=False):
+                    common = _boxes(form.common_fields(place.backend))
                 command = gr.Code(
                     label="The same in a terminal",
                     language="shell",
@@ -77,7 +83,6 @@ def page(live: Live, place: Place) -> gr.Blocks:
                 earlier = gr.Dropdown([], label="Of which fit", elem_id="earlier", interactive=True)
                 with gr.Tab("Report"):
                     report = gr.HTML(elem_id="report", apply_default_css=False)
-                    files = gr.Files(label="To keep", interactive=False, visible=False)
                 with gr.Tab("On other noise"):
                     gr.Markdown(
                         "Does it hold on noise that was not fitted? This draws the prompt of the fit above."
@@ -86,7 +91,7 @@ def page(live: Live, place: Place) -> gr.Blocks:
                         numbers = gr.Textbox("100 101 102 103", label="Noise seeds", elem_id="numbers")
                         draw = gr.Button("Draw", elem_id="draw")
                     pairs = gr.HTML(elem_id="pairs", apply_default_css=False)
-        outputs = [shown, command, earlier, report, files]
+        outputs = [shown, command, earlier, report]
 
         with touched:  # with the buttons, since a click needs the fields of the method that is chosen
 
@@ -95,8 +100,9 @@ def page(live: Live, place: Place) -> gr.Blocks:
                 with gr.Row():
                     fit = gr.Button("Fit", variant="primary", elem_id="fit")
                     stop = gr.Button("Stop", elem_id="stop")
-                with gr.Accordion("All settings", open=False):
-                    boxes = _boxes(form.fields(place.backend, method))
+                with gr.Accordion("All settings of the method", open=False):
+                    own = _boxes(form.fields(place.backend, method))
+                boxes = common | own
 
                 def start(values: dict[Any, Any]) -> Iterator[list[Any]]:
                     typed = {field: values[box] for field, box in boxes.items()}
@@ -105,7 +111,7 @@ def page(live: Live, place: Place) -> gr.Blocks:
                 fit.click(start, {*asked.values(), *boxes.values()}, outputs, **quiet)
                 stop.click(live.stop, api_name=False)
 
-        earlier.input(handlers.show, [earlier], [report, files], **quiet)
+        earlier.input(handlers.show, [earlier], [report], **quiet)
         draw.click(handlers.draw, [earlier, numbers], [pairs], api_name=False)
         blocks.load(handlers.watch, None, outputs, **quiet)
     return blocks
@@ -143,7 +149,7 @@ def _questions(place: Place) -> dict[str, gr.components.Component]:
 
 
 def launch(
-    blocks: gr.Blocks, place: Place, host: str = "127.0.0.1", port: int | None = None, inbrowser: bool = False
+    blocks: gr.Blocks, host: str = "127.0.0.1", port: int | None = None, inbrowser: bool = False
 ) -> str:
     """Serve the page from a thread of its own, and return its address; `OSError` if the port is taken."""
     theme = gr.themes.Soft(
@@ -152,6 +158,7 @@ def launch(
         font=["system-ui", "-apple-system", "Segoe UI", "sans-serif"],
         font_mono=["ui-monospace", "monospace"],
     )
+    hosts = list(LOOPBACK) if host in LOOPBACK else ["*"]
     _, address, _ = blocks.queue().launch(
         server_name=host,
         server_port=port,
@@ -166,7 +173,9 @@ def launch(
         mcp_server=False,
         pwa=False,
         ssr_mode=False,
-        allowed_paths=[str(place.out.absolute())],  # whose files it hands out
+        max_file_size=1,  # nothing is uploaded
+        # What another site makes a visitor's browser ask for, under a name of its own for this machine, is refused.
+        app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=hosts)]},
     )
     return str(address)
 
@@ -179,113 +188,130 @@ def head() -> str:
 
 
 class _Handlers:
-    """What the parts of the page do. Each gives the values of all `outputs` of the page."""
+    """What the parts of the page do. `start` and `watch` give the values of all `outputs` of the page."""
 
     def __init__(self, live: Live, place: Place) -> None:
         self.live, self.place = live, place
-        self.command = ""
+        self.asked: tuple[str, str, list[str]] | None = None  # prompt, reward and flags of the latest fit
 
     def start(self, main: Mapping[str, Any], typed: Mapping[form.Field, str | bool]) -> Iterator[list[Any]]:
         """Begin a fit, and show it until it ends."""
-        place = self.place
+        place, prompt, reward = self.place, main["prompt"] or "", main["reward"] or ""
+        judging = list(main["held_out"] or ())
         try:
-            judging = list(main["held_out"] or ())
             usual = judging == _judges(place)
             words = form.flags(main["method"], main["seeds"] or "", None if usual else judging, typed)
-            for name in (main["reward"] or "", *judging):
-                form.refuse_unknown(name, place.rewards)
-            config = form.settle(place.settings, main["prompt"] or "", main["reward"], words)
+            config = form.settle(place.settings, prompt, reward, words, place.rewards)
             self.live.start(config, place.out)
-        except IpgoError as error:
-            refused = self._status("failed", "This cannot be fitted", str(error))
-            yield [refused, gr.skip(), gr.skip(), gr.skip(), gr.skip()]
+        except Exception as error:
+            yield [_refused("This cannot be fitted", error), *self._same()]
             return
-        run = self.live.view.run
-        assert run is not None
-        self.command = form.command(place.settings, main["prompt"], main["reward"], words, str(run.path))
+        self.asked = prompt, reward, words
         yield from self.watch()
 
     def watch(self) -> Iterator[list[Any]]:
         """Show what there is to see until nothing changes any more."""
         view = self.live.view
-        yield [self._shown(view), self._command(), *self._kept(view)]
+        yield [
+            _shown(view),
+            self._command(view),
+            *([gr.skip(), gr.skip()] if view.busy else self._kept(view)),
+        ]
         while view.busy:
             newer = self.live.after(view, PATIENCE)
-            if newer is not view:
-                view = newer
-                kept = 3 * [gr.skip()] if view.busy else self._kept(view)
-                yield [self._shown(view), self._command(), *kept]
+            if newer is view:
+                yield [gr.skip(), *self._same()]  # so that nobody's page ends this
+                continue
+            view = newer
+            kept = [gr.skip(), gr.skip()] if view.busy else self._kept(view)
+            yield [_shown(view), self._command(view), *kept]
 
-    def _command(self) -> gr.Code:
-        return gr.Code(self.command, visible=bool(self.command))
-
-    def show(self, name: str | None) -> list[Any]:
-        """The report of an earlier fit, and its files."""
+    def show(self, name: str | None) -> str:
+        """The report of a fit."""
         if not name:
-            return ["", gr.Files(visible=False)]
+            return ""
         try:
-            run = Run.open(self.place.out / Path(name).name)
-            return [_framed(render(run)), _files(run)]
-        except IpgoError as error:
-            return [self._status("failed", "This cannot be shown", str(error)), gr.Files(visible=False)]
+            run = self._run(name)
+            page = run.path / "report.html"
+            return _framed(page.read_text(encoding="utf-8") if page.is_file() else render(run))
+        except Exception as error:
+            return _refused("This cannot be shown", error)
 
     def draw(self, name: str | None, numbers: str) -> str:
         """The prompt of a fit from other noise, before and after."""
         try:
             if not name:
                 raise InputError("no fit is shown; fit a prompt first")
-            seeds = [int(each) for each in re.findall(r"\d+", numbers)][:MOST]
-            run = Run.open(self.place.out / Path(name).name)
-            pairs = [(seed, as_uri(a), as_uri(b)) for seed, a, b in self.live.draw(run, seeds)]
-            return _template("pairs").render(pairs=pairs, prompt=run.config.prompts[0])
-        except IpgoError as error:
-            return self._status("failed", "This cannot be drawn", str(error))
+            seeds = form.seeds(numbers)
+            if len(seeds) > MOST:
+                raise InputError(f"seeds has {len(seeds)} entries; at most {MOST} are drawn at once")
+            run = self._run(name)
+            return _template("pairs").render(pairs=self.live.draw(run, seeds), prompt=run.config.prompts[0])
+        except Exception as error:
+            return _refused("This cannot be drawn", error)
+
+    def _run(self, name: str) -> Run:
+        if name not in fits(self.place.out):
+            raise InputError(f"there is no fit {name!r} in {str(self.place.out)!r}")
+        return Run.open(self.place.out / name)
+
+    def _command(self, view: View) -> gr.Code:
+        if self.asked is None or view.run is None:
+            return gr.Code(visible=False)
+        return gr.Code(form.command(self.place.settings, *self.asked, str(view.run.path)), visible=True)
 
     def _kept(self, view: View) -> list[Any]:
-        """The list of the fits with this one chosen, its report and its files."""
-        names = [run.path.name for run in fits(self.place.out)]
+        """The list of the fits with this one chosen, and its report."""
+        names = fits(self.place.out)
         chosen = view.run.path.name if view.run is not None and view.run.path.name in names else None
         chosen = chosen or (names[0] if names else None)
-        return [gr.Dropdown(names, value=chosen), *self.show(chosen)]
+        return [gr.Dropdown(names, value=chosen), self.show(chosen)]
 
-    def _status(self, stage: str, title: str, note: str) -> str:
-        return self._shown(View(stage, said=note), title)
+    @staticmethod
+    def _same() -> list[Any]:
+        return [gr.skip(), gr.skip(), gr.skip()]
 
-    def _shown(self, view: View, title: str = "") -> str:
-        config = view.run.config if view.run is not None else None
-        own = optimised(config.reward) if config is not None else set()
-        held_out = {name: points for name, points in view.gains.items() if name not in own}
-        hues = {name: charts.hue(number) for number, name in enumerate(held_out)}
-        history = [
-            {"reward": reward, "best": best, "over": view.over}
-            for reward, best in zip(view.rewards, view.best, strict=True)
-        ]
-        name, bold = charts.so_far(history)
-        before = None if config is None else view.raw.get(config.reward)
-        seeds = list(dict.fromkeys([*view.before, *view.now]))
-        columns = [
-            {
-                "name": "noise that changes" if seed is None else f"noise seed {seed}",
-                "before": as_uri(view.before[seed]) if seed in view.before else "",
-                "now": as_uri(view.now[seed]) if seed in view.now else "",
-            }
-            for seed in seeds
-        ]
-        return _template("view").render(
-            view=view,
-            title=title or _title(view),
-            note=view.said or _note(view),
-            prompt="" if config is None else config.prompts[0],
-            reward="" if config is None else config.reward,
-            columns=columns,
-            curve=charts.curve(view.rewards, bold, before),
-            curve_name=name,
-            before=before,
-            lines=charts.lines(held_out, hues, "steps", 0.0),
-            held_out=[
-                {"name": name, "hue": hues[name], "gain": points[-1][1]} for name, points in held_out.items()
-            ],
-        )
+
+def _refused(title: str, error: Exception) -> str:
+    """What cannot be done, and why."""
+    if not isinstance(error, IpgoError):
+        logger.error("%s", title, exc_info=error)
+    return _shown(
+        View("failed", said=str(error) if isinstance(error, IpgoError) else first_line(error)), title
+    )
+
+
+def _shown(view: View, title: str = "") -> str:
+    """A view as the page has it."""
+    config = view.run.config if view.run is not None else None
+    hues = {name: charts.hue(number) for number, name in enumerate(view.gains)}
+    history = [
+        {"reward": reward, "best": best, "over": view.over}
+        for reward, best in zip(view.rewards, view.best, strict=True)
+    ]
+    name, bold = charts.so_far(history)
+    columns = [
+        {
+            "name": "noise that changes" if seed is None else f"noise seed {seed}",
+            "before": view.before.get(seed),
+            "now": view.now.get(seed),
+        }
+        for seed in dict.fromkeys([*view.before, *view.now])
+    ]
+    return _template("view").render(
+        view=view,
+        title=title or _title(view),
+        note=view.said or _note(view),
+        prompt="" if config is None else config.prompts[0],
+        reward="" if config is None else config.reward,
+        columns=columns,
+        curve=charts.curve(view.rewards, bold, view.raw),
+        curve_name=name,
+        lines=charts.lines(view.gains, hues, "steps", 0.0),
+        held_out=[
+            {"name": name, "hue": hues[name], "gain": line[-1][1]} for name, line in view.gains.items()
+        ],
+    )
 
 
 def _title(view: View) -> str:
@@ -309,32 +335,23 @@ def _note(view: View) -> str:
             f"about {view.left:.0f} s to go" if view.left < 100 else f"about {view.left / 60:.0f} min to go"
         )
     return {
-        "done": "Below is what came of it, on noise that was fitted and on noise that was not.",
+        "done": f"Kept in {view.run.path if view.run else ''}. Below is what came of it.",
         "stopped": "Fit with the same settings goes on from here.",
     }.get(view.stage, "")
 
 
-def fits(out: Path) -> list[Run]:
-    """The runs in a folder, the latest first; what cannot be opened is left out."""
-    found = []
-    for file in sorted(out.glob("*/run.json"), key=lambda file: file.stat().st_mtime, reverse=True):
-        with contextlib.suppress(IpgoError):
-            found.append(Run.open(file.parent))
-    return found
+def fits(out: Path) -> list[str]:
+    """The names of the runs in a folder, the latest first."""
+    begun = {}
+    for file in out.glob("*/run.json"):
+        with contextlib.suppress(OSError):  # it may be deleted meanwhile
+            begun[file.parent.name] = file.stat().st_mtime
+    return sorted(begun, key=lambda name: begun[name], reverse=True)
 
 
 def _framed(page: str) -> str:
     """A page of its own within this one, of which it takes no style and which it cannot touch."""
     return Markup('<iframe title="report" sandbox="" srcdoc="{}"></iframe>').format(page)
-
-
-def _files(run: Run) -> gr.Files:
-    """What one may want to keep of a run: its report, its curve and what was learned."""
-    learned = run.adapter_folder(run.prompts[0])
-    names = [run.path / "report.html", run.path / "curve.png"]
-    names += [learned / "adapter.safetensors", learned / "adapter.json"]
-    there = [str(file) for file in names if file.is_file()]
-    return gr.Files(there, visible=bool(there))
 
 
 def _boxes(fields: Sequence[form.Field]) -> dict[form.Field, gr.components.Component]:

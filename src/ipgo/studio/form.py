@@ -15,10 +15,9 @@ from ipgo.defaults import usual
 from ipgo.errors import InputError
 from ipgo.rewards import REWARDS, terms
 
-GROUPS = (
-    "method.",
-    "sampling.",
-)  # of settings that are fields; the rest belongs to the page or to the backend
+# Settings that are fields besides the method's; the rest belongs to the page, or to the backend.
+COMMON = ("sampling.", "seed", "unseen_seeds")
+HIDDEN = ("method.chat.cache",)  # a place to write to
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Field:
     @property
     def group(self) -> str:
         """The part of the settings that it belongs to: method.ascent."""
-        return self.flag.rpartition(".")[0]
+        return self.flag.rpartition(".")[0] or "seeds"
 
     @property
     def name(self) -> str:
@@ -47,7 +46,16 @@ class Field:
 
 
 def fields(backend: str, method: str) -> list[Field]:
-    """The settings of sampling and of a method, with the defaults that they have on this backend."""
+    """The settings of a method, with the defaults that they have on this backend."""
+    return [field for field in _all_fields(backend, method) if field.flag.startswith("method.")]
+
+
+def common_fields(backend: str) -> list[Field]:
+    """Those that are the same for all methods."""
+    return [field for field in _all_fields(backend, "raw") if field.flag.startswith(COMMON)]
+
+
+def _all_fields(backend: str, method: str) -> list[Field]:
     parser = run_parser(method)
     settings = flatten(build(parse(parser, usual(backend, method), []), ("-",)).to_json())
     helps = {action.dest: " ".join(str(action.help).split()).rstrip(".") for action in parser._actions}
@@ -58,8 +66,17 @@ def fields(backend: str, method: str) -> list[Field]:
             re.sub(r"\bNone\b", "null", helps[flag]),
         )
         for flag, value in settings.items()
-        if flag.startswith(GROUPS) and flag in helps
+        if flag in helps and flag not in ("seeds", *HIDDEN)
     ]
+
+
+def seeds(typed: str) -> list[int]:
+    """Numbers with blanks or commas between; `InputError` for anything else."""
+    words = typed.replace(",", " ").split()
+    for word in words:
+        if not re.fullmatch("[0-9]{1,18}", word):
+            raise InputError(f"seeds has {word[:40]!r}; give numbers such as 0 1 2")
+    return [int(word) for word in words]
 
 
 def written(value: Any) -> str:
@@ -68,18 +85,18 @@ def written(value: Any) -> str:
 
 
 def flags(
-    method: str, seeds: str, held_out: Sequence[str] | None, typed: Mapping[Field, str | bool]
+    method: str, noise: str, held_out: Sequence[str] | None, typed: Mapping[Field, str | bool]
 ) -> list[str]:
     """The flags of `ipgo fit` for what differs from the defaults.
 
     Args:
-        seeds: numbers with blanks or commas between; "" is the default.
+        noise: seeds with blanks or commas between; "" is the default.
         held_out: None is the default.
         typed: what each field holds.
     """
     words = ["--method", method]
-    if seeds.strip():
-        words += ["--seeds", *seeds.replace(",", " ").split()]
+    if noise.strip():
+        words += ["--seeds", *map(str, seeds(noise))]
     if held_out is not None:
         words += ["--held_out", *held_out]
     for field, value in typed.items():
@@ -89,28 +106,35 @@ def flags(
     return words
 
 
-def settle(opened: Mapping[str, Any], prompt: str, reward: str, words: Sequence[str]) -> RunConfig:
+def settle(
+    opened: Mapping[str, Any], prompt: str, reward: str, words: Sequence[str], known: Sequence[str]
+) -> RunConfig:
     """The settings of a fit on a backend that is open.
 
     Args:
         opened: the settings that it was opened with, its name among them.
         words: what `flags` returned.
+        known: specs of rewards that may be used besides ipgo's own.
 
     Raises:
         InputError: something that cannot work.
     """
     method, rest = words[1], list(words[2:])
     own = merge(usual(str(opened["backend"]), method), {**opened, "reward": reward})
-    return build(parse(run_parser(method), own, rest), (prompt.strip(),))
+    config = build(parse(run_parser(method), own, rest), (prompt.strip(),))
+    for each in (config.reward, *(config.held_out or ())):
+        refuse_unknown(each, known)
+    return config
 
 
-def refuse_unknown(reward: str, known: Sequence[str]) -> None:
+def refuse_unknown(spec: str, known: Sequence[str]) -> None:
     """A page takes no file to run and no command: those are named where the studio is started."""
-    for _, name in terms(reward):
-        if name not in REWARDS and name not in known:
+    named = {name for each in known for _, name in terms(each)}
+    for _, name in terms(spec):
+        if name not in REWARDS and name not in named:
             raise InputError(
-                f"reward {name!r} is not one of ipgo's; name it where the studio is started: "
-                f"--rewards {shlex.quote(name)}"
+                f"reward {name[:80]!r} is not one of ipgo's; name it where the studio is started: "
+                f"--rewards {shlex.quote(name[:80])}"
             )
 
 
@@ -123,4 +147,4 @@ def command(opened: Mapping[str, Any], prompt: str, reward: str, words: Sequence
         if value != defaults[name]
         for word in (f"--{name}", written(value))
     ]
-    return shlex.join(["ipgo", "fit", prompt.strip(), *flags, "--reward", reward, *words, "--out", out])
+    return shlex.join(["ipgo", "fit", prompt.strip(), *flags, f"--reward={reward}", *words, "--out", out])
