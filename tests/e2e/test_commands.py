@@ -701,6 +701,21 @@ def test_a_second_ctrl_c_does_not_wait() -> None:
             signal.raise_signal(signal.SIGINT)
 
 
+@pytest.mark.usefixtures("usual_signals")
+def test_what_a_signal_has_ended_is_no_other_failure() -> None:
+    """A program that is a reward may get the same signal, and fail before the step has ended."""
+
+    def step() -> None:
+        with runner.whole_steps():
+            signal.raise_signal(signal.SIGTERM)
+            raise ipgo.RewardError("the program was killed")
+
+    with pytest.raises(KeyboardInterrupt):
+        step()
+    with pytest.raises(ipgo.RewardError), runner.whole_steps():
+        raise ipgo.RewardError("nobody asked")
+
+
 def test_somebody_elses_handler_of_ctrl_c_stays() -> None:
     seen: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, frame: seen.append(number))

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -48,6 +49,15 @@ def test_a_command_is_given_the_picture_and_the_prompt(script, tmp_path, monkeyp
     assert seen[1::3] == PROMPTS  # as it is: no shell reads it
     assert seen[2::3] == ["2", "2"]
     assert not (tmp_path / "broken").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there are no process groups")
+def test_ctrl_c_does_not_reach_a_command(script, tmp_path, monkeypatch):
+    """It is a terminal's signal to a whole process group; the step is to end first."""
+    monkeypatch.chdir(tmp_path)
+    script("ps -o pgid= -p $$")
+    found = score(load_reward("cmd:./score.sh {image}", device="cpu"), IMAGES, PROMPTS).tolist()
+    assert os.getpgrp() not in found
 
 
 def test_a_command_may_be_part_of_a_sum(script):

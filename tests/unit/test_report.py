@@ -29,6 +29,31 @@ def test_what_fell_while_the_reward_rose_is_said_and_how_surely() -> None:
     assert [mood(value) for value in (0.1, 1e-5, -0.1)] == ["good", "", "bad"]
 
 
+def test_a_report_of_a_run_that_others_go_on_with(
+    pipeline_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt that is finished while the page is made is on the next one."""
+    words = ["fit", "a fox", "a lemon", "--backend", pipeline_folder, "--reward", "contrast", "--held-out"]
+    words += ["--sampling.steps", "2", "--method.ascent.steps", "1", "--method.ascent.backprop_steps", "1"]
+    assert cli.main([*words, "--seeds", "0", "--unseen-seeds", "1", "--out", str(tmp_path / "run")]) == 0
+    run = ipgo.Run.open(tmp_path / "run")
+    results, late = run.results(), run.folder(run.prompts[1]) / "result.json"
+    late.rename(late.with_name("later.json"))
+    before = ipgo.Run.results
+
+    def finished_meanwhile(self: ipgo.Run) -> list[dict[str, Any]]:
+        found = before(self)
+        if not late.is_file():
+            late.with_name("later.json").rename(late)
+        return found
+
+    monkeypatch.setattr(ipgo.Run, "results", finished_meanwhile)
+    page = render(run)
+    assert page.count('<section class="card">') == 1
+    assert "1 of 2 prompts are not finished yet" in page
+    assert len(results) == 2
+
+
 def history(rewards: list[float | None], bests: list[float | None], over: int) -> list[dict[str, Any]]:
     pairs = zip(rewards, bests, strict=True)
     return [{"reward": reward, "best": best, "over": over} for reward, best in pairs]

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors import safe_open
 from safetensors.torch import save
 
@@ -34,6 +35,7 @@ from ipgo.artefacts import load_identities, load_scores, save_scores
 from ipgo.chunks import Chunk, Cost
 from ipgo.config import RunConfig
 from ipgo.methods import DRaFT
+from ipgo.prompts import number
 from tests.conftest import progress
 
 CONFIG = RunConfig(("a fox", "a lemon", "an owl"), IPGO(ascent=Ascent(steps=4)), chunk=2)
@@ -309,6 +311,44 @@ def test_what_another_process_finished_in_the_meantime_is_not_begun(run: Run) ->
     assert list(ours) == []
 
 
+def test_what_a_process_that_died_was_at_is_taken_in_the_end(run: Run) -> None:
+    code = (
+        "import sys; from pathlib import Path; from ipgo.store import Run; run = Run.open(Path(sys.argv[1])); "
+        "print(run.claim(run.chunks()[0]), flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(run.path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline().strip() == "True"
+        ours = run.claimed()
+        assert next(ours).texts == ("an owl",)  # and not the first, which is the other process's
+        other.kill()
+        other.wait()
+        assert [each.texts for each in ours] == [("a fox", "a lemon")]  # each once, though none is done
+
+
+def test_checkpoints_of_ten_thousand_prompts_have_names_of_their_own() -> None:
+    prompts = number([f"fox {each}" for each in range(10_009)])
+    keys = {Chunk(prompts[start : start + 4]).key for start in range(9_996, 10_008, 4)}
+    assert keys == {"9996-9999", "10000-10003", "10004-10007"}
+
+
+def test_a_claim_that_fails_keeps_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    acquire, calls = FileLock.acquire, []
+
+    def full(lock: Any, **options: Any) -> Any:
+        calls.append(lock)
+        if len(calls) == 2:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return acquire(lock, **options)
+
+    monkeypatch.setattr("ipgo.store.FileLock.acquire", full)
+    with pytest.raises(InputError, match="Too many open files"):
+        run.claim(run.chunks()[0])
+    assert not calls[0].is_locked
+    assert run.claim(run.chunks()[0])
+
+
 def test_prompts_that_share_what_is_learned_are_claimed_together(tmp_path: Path) -> None:
     run = Run.open(tmp_path / "run", replace(CONFIG, shared=True))
     run.start({})
@@ -395,8 +435,8 @@ def test_an_evaluation_that_was_killed_between_two_names_comes_back(run: Run) ->
 def test_evaluations_by_another_reward_of_the_same_name_are_kept_apart(run: Run) -> None:
     score, drawn = Score("ipgo", "a fox", 1, "mine.py:f", 0.5, False), {"weights": "aa"}
     other = replace(score, reward="contrast")
-    for number, version in enumerate((1, 2, 1, 2)):
-        scores = [replace(each, seed=number) for each in (score, other)]
+    for seed, version in enumerate((1, 2, 1, 2)):
+        scores = [replace(each, seed=seed) for each in (score, other)]
         run.judge_again(scores, {"mine.py:f": {"version": version}, "contrast": {}}, drawn)
     latest = load_scores(run.path / "evaluation.jsonl")
     assert [each.seed for each in latest if each.reward == "mine.py:f"] == [3]
