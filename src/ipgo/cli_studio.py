@@ -58,7 +58,8 @@ def studio(argv: list[str]) -> int:
     try:
         address = launch(blocks, args.host, args.port, args.open)
     except OSError as error:
-        raise InputError(f"port is {args.port}; it cannot be used: {first_line(error)}") from None
+        taken = f"port is {args.port}; another program has it" if args.port else first_line(error)
+        raise InputError(taken) from None
     print(f"studio:  {address}\nruns:    {args.out}\nCtrl-C closes it", flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

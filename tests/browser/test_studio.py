@@ -5,15 +5,20 @@ Needs gradio (`pip install "ipgo[studio]"`), Playwright and a chromium; without 
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import signal
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ipgo import load_backend
+from ipgo import cli, load_backend
 
 pytest.importorskip("gradio")
 playwright = pytest.importorskip("playwright.sync_api")
@@ -145,3 +150,35 @@ def test_it_answers_to_its_own_name_alone_and_takes_no_files(address: str) -> No
     assert httpx.get(address, headers={"Host": "evil.example"}).status_code == 400
     upload = httpx.post(f"{address}gradio_api/upload", files={"files": ("evil.py", b"print('here')")})
     assert upload.status_code >= 400
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there are no such signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_serves_until_it_is_told_to_stop(
+    number: signal.Signals, pipeline_folder: str, tmp_path: Path
+) -> None:
+    def usual() -> None:  # a job in the background does not know Ctrl-C
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    words = ["studio", "--backend", pipeline_folder, "--out", str(tmp_path)]
+    with subprocess.Popen(
+        [sys.executable, "-m", "ipgo", *words], stdout=subprocess.PIPE, text=True, preexec_fn=usual
+    ) as process:
+        assert process.stdout is not None
+        address = process.stdout.readline().split()[-1]
+        httpx = pytest.importorskip("httpx")
+        assert "ipgo studio" in httpx.get(address).text
+        process.send_signal(number)
+        assert process.wait(60) == 0
+
+
+def test_a_port_that_is_taken_is_named(
+    pipeline_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        words = ["studio", "--backend", pipeline_folder, "--out", str(tmp_path), "--port", str(port)]
+        assert cli.main(words) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"ipgo: port is {port}; another program has it"
