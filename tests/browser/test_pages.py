@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ipgo import cli
+from tests.browser.conftest import CHROMIUM
 
-playwright = pytest.importorskip("playwright.sync_api")
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+pytest.importorskip("playwright.sync_api")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")
 
 HOSTILE = (
@@ -43,14 +41,6 @@ def pages(pipeline_folder: str, tmp_path_factory: pytest.TempPathFactory) -> dic
     methods = ("--methods", "raw,ipgo,best-of-n,reno", "--budget", "30", "--price", "2", "2")
     assert cli.main(["compare", HOSTILE, "a fox", *where, *methods, "--out", str(folder / "table")]) == 0
     return {"run": folder / "run/report.html", "comparison": folder / "table/comparison.html"}
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -19,10 +18,10 @@ from typing import Any
 import pytest
 
 from ipgo import cli, load_backend
+from tests.browser.conftest import CHROMIUM
 
 pytest.importorskip("gradio")
-playwright = pytest.importorskip("playwright.sync_api")
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+pytest.importorskip("playwright.sync_api")
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium"),
     pytest.mark.filterwarnings("default"),  # of gradio's server, in threads of its own
@@ -45,14 +44,6 @@ def address(pipeline_folder: str, out: Path) -> Iterator[str]:
     blocks = page(Live(load_backend(pipeline_folder)), Place({"backend": pipeline_folder}, out))
     yield launch(blocks)
     blocks.close(verbose=False)
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

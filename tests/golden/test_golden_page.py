@@ -87,10 +87,11 @@ def stored(folder: Path) -> Run:
 
 
 def page() -> str:
-    """The report without what depends on versions of others: pictures' bytes, and blanks at ends of lines."""
+    """The report without pictures' bytes, which depend on versions of others, style, and blanks at ends of lines."""
     with tempfile.TemporaryDirectory() as folder:
         text = render(stored(Path(folder)))
     text = re.sub(r"data:image/png;base64,[^\"]+", "PICTURE", text)
+    text = re.sub(r"<style>.*?</style>", "<style>STYLE</style>", text, flags=re.DOTALL)
     return "\n".join(line.rstrip() for line in text.splitlines() if line.strip()) + "\n"
 
 

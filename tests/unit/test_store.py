@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -7,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -282,6 +284,20 @@ def elsewhere(run: Run, line: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@contextlib.contextmanager
+def at_the_first_chunk(run: Run) -> Iterator[subprocess.Popen[str]]:
+    """Another process that has claimed it, and waits."""
+    code = (
+        "import sys; from pathlib import Path; from ipgo.store import Run; run = Run.open(Path(sys.argv[1])); "
+        "print(run.claim(run.chunks()[0]), flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(run.path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline().strip() == "True"
+        yield other
+
+
 def test_a_prompt_is_one_processs_at_a_time(run: Run) -> None:
     assert run.claim(Chunk(run.prompts[1:]))
     tried = "print(run.claim(chunk(0)), run.claim(chunk(0, 1)), run.claim(chunk(2)))"
@@ -312,14 +328,7 @@ def test_what_another_process_finished_in_the_meantime_is_not_begun(run: Run) ->
 
 
 def test_what_a_process_that_died_was_at_is_taken_in_the_end(run: Run) -> None:
-    code = (
-        "import sys; from pathlib import Path; from ipgo.store import Run; run = Run.open(Path(sys.argv[1])); "
-        "print(run.claim(run.chunks()[0]), flush=True); sys.stdin.read()"
-    )
-    command = [sys.executable, "-c", code, str(run.path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline().strip() == "True"
+    with at_the_first_chunk(run) as other:
         ours = run.claimed()
         assert next(ours).texts == ("an owl",)  # and not the first, which is the other process's
         other.kill()
@@ -371,14 +380,7 @@ def test_a_judge_is_not_repaired_while_another_process_has_the_broken_one(run: R
     facts = {"rewards": {CONFIG.reward: {"v": 1}, "mine": {"v": 1}}}
     files.write_json(run.path / "run.json", {**run.facts, **facts})
     mended = {"rewards": {CONFIG.reward: {"v": 1}, "mine": {"v": 2}}}
-    code = (
-        "import sys; from pathlib import Path; from ipgo.store import Run; run = Run.open(Path(sys.argv[1])); "
-        "print(run.claim(run.chunks()[0]), flush=True); sys.stdin.read()"
-    )
-    command = [sys.executable, "-c", code, str(run.path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline().strip() == "True"
+    with at_the_first_chunk(run) as other:
         with pytest.raises(ResumeError, match="mine"):
             Run.open(run.path).start(mended)
         other.communicate()
