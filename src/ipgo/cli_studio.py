@@ -25,6 +25,8 @@ def studio(argv: list[str]) -> int:
     files.check_out(args.out, folder=True)
     if args.port is not None and not 0 < args.port < 2**16:
         raise InputError(f"port is {args.port}; it must be from 1 to {2**16 - 1}")
+    if ":" in args.host:
+        raise InputError(f"host is {args.host!r}; give an IPv4 address of this machine, or its name")
     try:
         socket.getaddrinfo(args.host, args.port)
     except OSError as error:
@@ -58,8 +60,10 @@ def studio(argv: list[str]) -> int:
     try:
         address = launch(blocks, args.host, args.port, args.open)
     except OSError as error:
-        taken = f"port is {args.port}; another program has it" if args.port else first_line(error)
-        raise InputError(taken) from None
+        taken = (
+            f"host is {args.host!r}, port {args.port}; another program has it, or it is not this machine's"
+        )
+        raise InputError(taken if args.port else first_line(error)) from None
     print(f"studio:  {address}\nruns:    {args.out}\nCtrl-C closes it", flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from ipgo.adapters import Adapter
 from ipgo.artefacts import save_scores
 from ipgo.backends import check_backend
@@ -31,9 +33,10 @@ from ipgo.errors import InputError, InUseError, MissingExtraError
 from ipgo.evaluation import evaluate
 from ipgo.models import Models, facts, judging_rewards, load_models
 from ipgo.preflight import check_gradient, check_method, check_settings, check_world
+from ipgo.prompts import Prompt
 from ipgo.rewards import check_reward
 from ipgo.runner import finish_chunk, fit_chunk, forget_peak_memory, try_rewards
-from ipgo.store import Run
+from ipgo.store import LOCK, Run
 from ipgo.task import Progress
 
 # Settings that decide which models are in memory, and those that decide what a bare prompt looks like.
@@ -95,12 +98,13 @@ def compare(folder: Comparison) -> None:
             folder.start(replace(plan, price=price), facts(models))
     del models  # the shelf has them, as long as they are needed
     left, moved = labels, True
+    tried: dict[str, set[Chunk]] = {label: set() for label in labels}
     while left and moved:  # what another process was at, once more: it may have died
         again, moved = [], False
         for label in left:
             logger.info("%s (%d of %d)", label, labels.index(label) + 1, len(labels))
             try:
-                done, whole = _run_entry(folder, label, shelf)
+                done, whole = _run_entry(folder, label, shelf, tried[label])
             except Exception as error:
                 if _full_disk(error):
                     raise
@@ -145,27 +149,33 @@ def _full_disk(error: Exception) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
-def _run_entry(folder: Comparison, label: str, shelf: dict[tuple[Any, ...], Models]) -> tuple[int, bool]:
-    """Fit what no other process is at: the number of prompts that are done by it, and whether that was all."""
+def _run_entry(
+    folder: Comparison, label: str, shelf: dict[tuple[Any, ...], Models], tried: set[Chunk]
+) -> tuple[int, bool]:
+    """Fit what no other process is at: the number of prompts that are done by it, and whether that was all.
+
+    Args:
+        tried: as in `Run.claimed`.
+    """
     config = folder.plan.config(label)
     models = _models(config, shelf, folder)
     run = Run.open(folder.folder(label), within_budget(folder.plan, label, config, models))
     check_method(run)
     if config.shared and folder.plan.unseen_prompts:
         models.backend.check_prompts(folder.plan.unseen_prompts)  # not only when the fit is done
-    twins, ours = _twins(folder, label), []
+    twins, ours = _twins(folder, label), list[Prompt]()
     try:
-        for chunk in run.claimed():
-            ours.append(chunk)
+        for chunk in run.claimed(tried):
+            ours += [prompt for prompt in chunk.prompts if not run.done(prompt)]
             _run_chunk(folder, label, run, models, chunk, twins)
     finally:
         run.release()
-    pending = run.pending()
+    pending, judged = run.pending(), True
     if not pending:
         with run.alone():
             run.close()
-            _judge_unseen_prompts(run, models, folder.plan.unseen_prompts)
-    return sum(run.done(prompt) for chunk in ours for prompt in chunk.prompts), set(pending) <= set(ours)
+        judged = _judge_unseen_prompts(run, models, folder.plan.unseen_prompts)
+    return sum(map(run.done, ours)), judged and set(pending) <= tried
 
 
 def _twins(folder: Comparison, label: str) -> list[Run]:
@@ -245,17 +255,25 @@ def _fit(plan: Plan, label: str, run: Run, models: Models, chunk: Chunk) -> tupl
     raise InputError(f"budget is {plan.budget}; {config.method_name!r} needs more for a first result")
 
 
-def _judge_unseen_prompts(run: Run, models: Models, prompts: Sequence[str]) -> None:
-    """Score a shared adapter on prompts that it was not fitted to, as far as it can draw them."""
+def _judge_unseen_prompts(run: Run, models: Models, prompts: Sequence[str]) -> bool:
+    """Score a shared adapter on prompts that it was not fitted to, as far as it can draw them.
+
+    Returns:
+        False if another process is at that.
+    """
     config, file = run.config, run.path / UNSEEN_PROMPTS
     if not prompts or not config.shared or file.is_file():
-        return
+        return True
     adapter = run.load_adapter(run.prompts[0]).to(models.backend.device)
     if adapter.prompts is not None or adapter.transfers == "nothing":
-        return
+        return True
     adapters = {"raw": Adapter(), config.method_name: adapter}
-    seeds = config.new_seeds or config.seeds
-    scores = evaluate(
-        models.backend, adapters, models.rewards, prompts, seeds, config.sampling, config.reward, models.judge
-    )
-    save_scores(file, scores, models.identities)
+    given = adapters, models.rewards, prompts, config.new_seeds or config.seeds, config.sampling
+    try:
+        with FileLock(file.with_suffix(LOCK), timeout=0):
+            if not file.is_file():
+                scores = evaluate(models.backend, *given, config.reward, models.judge)
+                save_scores(file, scores, models.identities)
+    except Timeout:
+        return False
+    return True

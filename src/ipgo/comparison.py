@@ -22,7 +22,7 @@ from ipgo.continuing import check_models, differences, with_judges_of
 from ipgo.errors import InputError, IpgoError, ResumeError, unknown
 from ipgo.evaluation import Score
 from ipgo.prompts import check_prompts
-from ipgo.store import LOCK, Run, left_over
+from ipgo.store import LOCK, LOCKING, Run, left_over
 
 SCHEMA = 1
 PLAN = "plan.json"
@@ -192,8 +192,8 @@ class Comparison:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
-        except OSError as error:
-            raise files.unwritable(self.path, error.strerror) from None
+        except LOCKING as error:
+            raise files.unwritable(self.path, getattr(error, "strerror", None) or str(error)) from None
         try:
             self.plan = Comparison.open(self.path, self.plan).plan
             yield

@@ -34,7 +34,7 @@ class MissingExtraError(IpgoError, ImportError):
     """An optional dependency is not installed: the message gives the pip line."""
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What a library's error says, as part of a sentence of ours; its type where it says nothing.
 
     Where it lists what is wrong under a heading, as torch does, the first of that.

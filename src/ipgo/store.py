@@ -134,12 +134,15 @@ class Run:
 
     # -- who works on what ------------------------------------------------------------------------------
 
-    def claimed(self) -> Iterator[Chunk]:
+    def claimed(self, tried: set[Chunk] | None = None) -> Iterator[Chunk]:
         """The pending chunks that no other process is at, each once, and claimed until the next is asked for.
 
         Those that another process was at are looked at again in the end: it may have died.
+
+        Args:
+            tried: those to leave out; the others are added as they come.
         """
-        tried, found = set[Chunk](), True
+        tried, found = set() if tried is None else tried, True
         while found:
             found = False
             for chunk in self.pending():

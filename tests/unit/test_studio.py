@@ -106,6 +106,24 @@ def test_a_page_runs_nothing_that_was_not_named_where_it_was_started(reward: str
 
 
 @pytest.mark.parametrize(
+    "flag", ["--help", "-h", "--backend=/etc", "--method.chat.cache=/tmp/x", "--device=cuda", "--shared"]
+)
+def test_a_reward_that_is_held_out_is_no_flag(flag: str) -> None:
+    with pytest.raises(InputError, match="which is no reward"):
+        form.flags("ipgo", "", ["clip", flag], {})
+    if flag in ("--help", "-h", "--backend=/etc", "--device=cuda"):
+        opened = {"backend": "emoji", "device": "auto"}
+        with pytest.raises(InputError):
+            form.settle(opened, PROMPT, REWARD, ["--method", "ipgo", flag], ())
+
+
+@pytest.mark.parametrize("value", [None, 3, ["a"], {"a": 1}])
+def test_a_field_holds_a_text_or_a_tick(value: Any) -> None:
+    with pytest.raises(InputError, match="it must be a text"):
+        form.flags("ipgo", "", None, {ALL[0]: value})
+
+
+@pytest.mark.parametrize(
     ("flag", "text", "said"),
     [
         ("method.ascent.steps", "many", "method.ascent.steps is 'many'; it must be a whole number"),
@@ -379,6 +397,7 @@ def test_what_another_backend_fitted_is_not_drawn(live: Live, config: RunConfig,
         (["--scheduler", "dim"], "did you mean 'ddim'"),
         (["--prot", "7860"], "did you mean '--port'"),
         (["--port", "99999"], "port is 99999; it must be from 1 to 65535"),
+        (["--host", "::1"], "host is '::1'; give an IPv4 address"),
         (["--host", "no.such.host.invalid"], "host is 'no.such.host.invalid'"),
     ],
 )

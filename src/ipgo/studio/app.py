@@ -33,7 +33,7 @@ from ipgo.vocabulary import vocabulary
 STYLE = Path(__file__).parent / "studio.css"
 PATIENCE = 1.0  # seconds after which a page looks whether anybody still reads it
 MOST = 8  # pictures of new noise at once
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LOOPBACK = ("127.0.0.1", "localhost")
 logger = logging.getLogger("ipgo")
 
 

@@ -97,9 +97,14 @@ def flags(
     words = ["--method", method]
     if noise.strip():
         words += ["--seeds", *map(str, seeds(noise))]
+    for name in held_out or ():
+        if not isinstance(name, str) or name.startswith("-"):  # which would be a flag
+            raise InputError(f"held_out has {str(name)[:40]!r}, which is no reward")
     if held_out is not None:
         words += ["--held_out", *held_out]
     for field, value in typed.items():
+        if not isinstance(value, str | bool):
+            raise InputError(f"{field.flag} is {str(value)[:40]!r}; it must be a text")
         if value != field.default:
             text = written(value) if isinstance(value, bool) else value.strip()
             words.append(f"--{field.flag}={text}")
@@ -121,9 +126,15 @@ def settle(
     """
     method, rest = words[1], list(words[2:])
     own = merge(usual(str(opened["backend"]), method), {**opened, "reward": reward})
-    config = build(parse(run_parser(method), own, rest), (prompt.strip(),))
+    try:
+        config = build(parse(run_parser(method), own, rest), (prompt.strip(),))
+    except SystemExit:  # of --help
+        raise InputError("a flag is among the values") from None
     for each in (config.reward, *(config.held_out or ())):
         refuse_unknown(each, known)
+    for name in opened:
+        if getattr(config, name) not in (opened[name], f"./{opened[name]}"):  # the second: a folder like a hub id
+            raise InputError(f"{name} is {getattr(config, name)!r}; this studio has {opened[name]!r}")
     return config
 
 

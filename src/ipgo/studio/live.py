@@ -205,7 +205,7 @@ class Live:
             self.show(replace(self.view, stage="stopped"))
         except IpgoError as error:
             self.show(replace(self.view, stage="failed", said=str(error)))
-        except Exception as error:  # the page must not wait for a thread that is gone
+        except (Exception, SystemExit) as error:  # the page must not wait for a thread that is gone
             logger.exception("the fit failed")
             self.show(replace(self.view, stage="failed", said=first_line(error)))
         finally:
@@ -304,9 +304,8 @@ class _Watch:
         own = optimised(self.folder.config.reward, self.models.identities)
         gains = dict(before)
         for name, values in now.items():
-            changes = [
-                value - self.raw[name][seed] for seed, value in values.items() if seed in self.raw[name]
-            ]
+            raw = self.raw.get(name, {})
+            changes = [value - raw[seed] for seed, value in values.items() if seed in raw]
             if name not in own and changes:
                 gains[name] = (*gains.get(name, ()), (progress.step, sum(changes) / len(changes)))
         return gains
