@@ -51,20 +51,18 @@ def run(folder: Run, models: Models, limit: Limit | None = None) -> int:
         limit: as in `fit_chunk`.
 
     Returns:
-        How many prompts are left to others.
+        How many prompts are left to the other processes at it.
 
     Raises:
-        InUseError: another thread fits something through the same pipeline, or other processes are at all of it.
+        InUseError: another thread fits something through the same pipeline.
     """
     try:
         with exclusively(models.backend):
-            worked = _run(folder, models, limit)
+            _run(folder, models, limit)
         left = folder.left
         if not left:
             with folder.alone():
                 folder.close()
-        elif not worked:
-            raise folder.in_use()
         else:
             text = (
                 "%d of %d prompts are left to the other processes at this run; the last one writes the report"
@@ -75,13 +73,12 @@ def run(folder: Run, models: Models, limit: Limit | None = None) -> int:
         folder.release()
 
 
-def _run(folder: Run, models: Models, limit: Limit | None) -> bool:
+def _run(folder: Run, models: Models, limit: Limit | None) -> None:
     pending = folder.pending()
     if not pending or folder.begun:
         folder.start(facts(models))  # refuses other models than it was begun with, before it cuts histories
     if pending:
         try_rewards(folder.config, models)
-    worked = False
     for chunk in folder.claimed():
         if strange := folder.strange(models.identities):
             raise ResumeError(
@@ -89,8 +86,6 @@ def _run(folder: Run, models: Models, limit: Limit | None) -> bool:
             )
         progress, cost = fit_chunk(folder, models, chunk, limit)
         finish_chunk(folder, models, chunk, progress, cost)
-        worked = True
-    return worked
 
 
 _BUSY: weakref.WeakSet[nn.Module] = weakref.WeakSet()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import os
 import subprocess
 import sys
 import time
@@ -61,7 +62,8 @@ def test_processes_share_a_comparison(pipeline_folder: str, tmp_path: Path) -> N
     alone, together = tmp_path / "alone", tmp_path / "together"
     assert cli.main([*words, str(alone)]) == 0
     line = [sys.executable, "-m", "ipgo", *words, str(together)]
-    processes = [subprocess.Popen(line, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    one = {**os.environ, "OMP_NUM_THREADS": "1"}  # threads as in the tests, for the same bits
+    processes = [subprocess.Popen(line, env=one, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     said = [process.communicate()[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
     assert cli.main(["report", str(together)]) == 0  # the first to end may have written its table last

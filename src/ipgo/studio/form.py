@@ -133,7 +133,10 @@ def settle(
     for each in (config.reward, *(config.held_out or ())):
         refuse_unknown(each, known)
     for name in opened:
-        if getattr(config, name) not in (opened[name], f"./{opened[name]}"):  # the second: a folder like a hub id
+        if getattr(config, name) not in (
+            opened[name],
+            f"./{opened[name]}",
+        ):  # the second: a folder like a hub id
             raise InputError(f"{name} is {getattr(config, name)!r}; this studio has {opened[name]!r}")
     return config
 
