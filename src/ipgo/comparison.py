@@ -22,7 +22,7 @@ from ipgo.continuing import check_models, differences, with_judges_of
 from ipgo.errors import InputError, IpgoError, ResumeError, unknown
 from ipgo.evaluation import Score
 from ipgo.prompts import check_prompts
-from ipgo.store import LOCK, LOCKING, Run, left_over
+from ipgo.store import LOCK, LOCKING, Run, left_over, unlockable
 
 SCHEMA = 1
 PLAN = "plan.json"
@@ -193,7 +193,7 @@ class Comparison:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
         except LOCKING as error:
-            raise files.unwritable(self.path, getattr(error, "strerror", None) or str(error)) from None
+            raise unlockable(self.path, error) from None
         try:
             self.plan = Comparison.open(self.path, self.plan).plan
             yield

@@ -123,7 +123,7 @@ class Run:
                     about = {"schema": SCHEMA, "digest": self.config.digest(), **facts}
                     files.write_json(self.path / "run.json", {**about, "config": self.config.to_json()})
         except LOCKING as error:
-            raise files.unwritable(self.path, getattr(error, "strerror", None) or str(error)) from None
+            raise unlockable(self.path, error) from None
         self._begun = True
 
     @contextlib.contextmanager
@@ -174,7 +174,7 @@ class Run:
             except Timeout:
                 return False
             except LOCKING as error:
-                raise files.unwritable(self.path, getattr(error, "strerror", None) or str(error)) from None
+                raise unlockable(self.path, error) from None
             new.pop_all()
         self._claims |= locks
         return True
@@ -198,7 +198,8 @@ class Run:
         theirs = (file for file in (self.path / CLAIMS).glob(f"*{LOCK}") if file.stem not in self._claims)
         for file in theirs:
             try:
-                FileLock(file).acquire(timeout=0).lock.release()
+                with FileLock(file, timeout=0):
+                    pass
             except Timeout:
                 return True
         return False
@@ -541,6 +542,11 @@ def _set_aside(file: Path, drawn_by: Mapping[str, Any]) -> Path:
     """Where an evaluation stays while another backend draws."""
     parts = (str(drawn_by[key]) for key in ("weights", "dtype", "schedule") if drawn_by.get(key))
     return file.with_stem("-".join([file.stem, *parts]))
+
+
+def unlockable(path: Path, error: Exception) -> InputError:
+    """For one of `LOCKING`."""
+    return files.unwritable(path, getattr(error, "strerror", None) or str(error))
 
 
 def left_over(file: Path) -> bool:

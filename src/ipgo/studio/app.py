@@ -211,20 +211,16 @@ class _Handlers:
 
     def watch(self) -> Iterator[list[Any]]:
         """Show what there is to see until nothing changes any more."""
-        view = self.live.view
-        yield [
-            _shown(view),
-            self._command(view),
-            *([gr.skip(), gr.skip()] if view.busy else self._kept(view)),
-        ]
-        while view.busy:
-            newer = self.live.after(view, PATIENCE)
-            if newer is view:
-                yield [gr.skip(), *self._same()]  # so that nobody's page ends this
-                continue
-            view = newer
-            kept = [gr.skip(), gr.skip()] if view.busy else self._kept(view)
-            yield [_shown(view), self._command(view), *kept]
+        view, seen = self.live.view, None
+        while view is not seen or view.busy:
+            if view is seen:
+                yield [gr.skip(), *self._same()]  # a page that is gone ends this here
+            else:
+                kept = [gr.skip(), gr.skip()] if view.busy else self._kept(view)
+                yield [_shown(view), self._command(view), *kept]
+            seen = view
+            if view.busy:
+                view = self.live.after(view, PATIENCE)
 
     def show(self, name: str | None) -> str:
         """The report of a fit."""

@@ -132,12 +132,10 @@ def settle(
         raise InputError("a flag is among the values") from None
     for each in (config.reward, *(config.held_out or ())):
         refuse_unknown(each, known)
-    for name in opened:
-        if getattr(config, name) not in (
-            opened[name],
-            f"./{opened[name]}",
-        ):  # the second: a folder like a hub id
-            raise InputError(f"{name} is {getattr(config, name)!r}; this studio has {opened[name]!r}")
+    for name, value in opened.items():
+        found = getattr(config, name)
+        if found not in (value, f"./{value}"):  # the second is a folder that is called like a hub id
+            raise InputError(f"{name} is {found!r}; this studio has {value!r}")
     return config
 
 
