@@ -29,7 +29,7 @@ from ipgo.budget import (
 from ipgo.chunks import Chunk, Cost
 from ipgo.comparison import UNSEEN_PROMPTS, Comparison, Plan
 from ipgo.config import RunConfig
-from ipgo.errors import InputError, InUseError, MissingExtraError
+from ipgo.errors import InputError, MissingExtraError
 from ipgo.evaluation import evaluate
 from ipgo.models import Models, facts, judging_rewards, load_models
 from ipgo.preflight import check_gradient, check_method, check_settings, check_world
@@ -213,7 +213,7 @@ def _run_chunk(
         progress, cost = _fit(folder.plan, label, run, models, chunk)
         finish_chunk(run, models, chunk, progress, cost, twins)
     except Exception as error:
-        if _full_disk(error) or isinstance(error, InUseError):
+        if _full_disk(error):
             raise
         if len(chunk.prompts) == 1 or run.config.shared:
             folder.fail(label, chunk.texts, error)
