@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -153,16 +153,20 @@ class InsertedEmbeddings(nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         """(B,) row numbers, which may repeat, to (B, n, D)."""
         distinct, position = torch.unique(rows, return_inverse=True)
+
+        def chosen(parameter: Tensor) -> Tensor:
+            # All rows, as in every step of a fit, are not copied.
+            return parameter if len(distinct) == len(parameter) else parameter[distinct]
+
         if self.raw_basis is not None and self.coefficients is not None:
-            basis = orthonormal(self.raw_basis[distinct])  # (U, D, r)
-            vectors = self.coefficients[distinct] @ basis.mT  # (U, n, D)
+            vectors = combine(chosen(self.coefficients), chosen(self.raw_basis))  # (U, n, D)
         else:
             assert self.vectors is not None
-            vectors = self.vectors[distinct]
+            vectors = chosen(self.vectors)
         if self.bias is not None:
-            vectors = vectors + self.bias[distinct]
+            vectors = vectors + chosen(self.bias)
         if self.angles is not None and self.insertion.rotations == "applied":
-            vectors = rotate(vectors, self.angles[distinct])
+            vectors = rotate(vectors, chosen(self.angles))
         return vectors[position] * self.scale
 
     def attend(self, rows: Tensor, prompt: PromptEmbeds, unit: Tensor) -> Tensor:
@@ -202,10 +206,49 @@ def _draw(seeds: Sequence[int], name: str, shape: tuple[int, ...], *, normal: bo
 
 def orthonormal(raw: Tensor) -> Tensor:
     """Q of the QR decomposition of (..., D, r) with r <= D, made unique and smooth by diag R > 0."""
+    return _decompose(raw)[0]
+
+
+def _decompose(raw: Tensor) -> tuple[Tensor, Tensor]:
+    """Q (..., D, r) and R (..., r, r) of `orthonormal`."""
     q, r = torch.linalg.qr(raw)
     signs = torch.where(torch.diagonal(r, dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(raw)
-    basis: Tensor = q * signs.unsqueeze(-2)
-    return basis
+    return q * signs.unsqueeze(-2), r * signs.unsqueeze(-1)
+
+
+def combine(coefficients: Tensor, raw_basis: Tensor) -> Tensor:
+    """coefficients (..., n, r) @ basis.T, (..., n, D), where the basis is the Q of `raw_basis` (..., D, r)."""
+    combined: Tensor = _Combine.apply(coefficients, raw_basis)  # type: ignore[no-untyped-call]
+    return combined
+
+
+class _Combine(torch.autograd.Function):
+    """`combine`, with a gradient that takes half the time of autograd's.
+
+    What reaches Q is a product of the gradient (n, D) and the coefficients (n, r), both thin: n is ten or so. Autograd
+    multiplies it out before it goes through the decomposition; here all but two of the products stay thin.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, coefficients: Tensor, raw_basis: Tensor) -> Tensor:
+        q, r = _decompose(raw_basis)
+        ctx.save_for_backward(coefficients, q, r)
+        return coefficients @ q.mT
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        # A gradient dQ of Q makes one of (dQ + Q mirrored(-dQ^T Q)) R^-T of the raw basis, where mirrored copies the
+        # lower triangle over the upper one (Walter and Lehmann, arXiv 1009.6112). Here dQ is grad^T coefficients.
+        (grad,) = grads
+        coefficients, q, r = ctx.saved_tensors
+        projected = grad @ q  # (..., n, r), and the gradient of the coefficients
+        lower = (-coefficients.mT @ projected).tril()  # (..., r, r)
+        mirrored = lower + lower.tril(-1).mT
+        both = torch.cat([coefficients, mirrored], dim=-2)  # (..., n + r, r)
+        thin, square = torch.linalg.solve_triangular(r.mT, both, upper=False, left=False).split(
+            [coefficients.shape[-2], r.shape[-1]], dim=-2
+        )
+        return projected, grad.mT @ thin + q @ square
 
 
 def rotate(vectors: Tensor, angles: Tensor) -> Tensor:
@@ -215,15 +258,13 @@ def rotate(vectors: Tensor, angles: Tensor) -> Tensor:
     pairs, then the odd ones.
     """
     count, width = vectors.shape[-2:]
-    coordinates = torch.arange(width, device=vectors.device)
-    offset = torch.arange(count, device=vectors.device).unsqueeze(-1)  # (n, 1)
+    place = torch.arange(width, device=vectors.device)
+    embedding = torch.arange(count, device=vectors.device).unsqueeze(-1)  # (n, 1)
     for k in range(angles.shape[-1]):
-        there = ((coordinates + offset + k) % width).expand(vectors.shape)
-        back = ((coordinates - offset - k) % width).expand(vectors.shape)
-        x, y = vectors.gather(-1, there).view(*vectors.shape[:-1], -1, 2).unbind(-1)  # (..., n, D / 2)
-        cos, sin = angles[..., k, None].cos(), angles[..., k, None].sin()
-        turned = torch.stack([x * cos - y * sin, x * sin + y * cos], dim=-1).flatten(-2)
-        vectors = turned.gather(-1, back)
+        first = (place + embedding + k) % 2 == 0  # (n, D): of its pair
+        other = torch.where(first, -vectors.roll(-1, -1), vectors.roll(1, -1))
+        turn = angles[..., k, None]
+        vectors = vectors * turn.cos() + other * turn.sin()
     return vectors
 
 

@@ -6,7 +6,7 @@ import torch
 from ipgo.adapters import InsertionAdapter, generate
 from ipgo.backends import load_backend
 from ipgo.embeds import PromptEmbeds
-from ipgo.insertion import Insertion, cross_attend, orthonormal, rotate
+from ipgo.insertion import Insertion, combine, cross_attend, orthonormal, rotate
 from ipgo.rewards.pixels import colorfulness, contrast
 from ipgo.sampling import Sampling, denoise, sample
 from tests.conftest import difference_quotient
@@ -25,12 +25,29 @@ def test_the_parts():
     mask = torch.tensor([[True, True, False, True]])
     assert check(rotate, (random(2, 3, 6), random(2, 3, 2)))
     assert check(orthonormal, random(2, 5, 3))
+    assert check(combine, (random(2, 4, 3), random(2, 5, 3, seed=1)))
     unit = torch.full((1,), 2.0, dtype=torch.float64)
     assert check(
         lambda q, k: cross_attend(q, PromptEmbeds(k, mask), unit), (random(1, 2, 6), random(1, 4, 6))
     )
     for reward in (colorfulness, contrast):
         assert check(lambda images, reward=reward: reward(images, []), random(2, 3, 4, 4))
+
+
+@pytest.mark.parametrize("rank", [3, 8])
+def test_the_thin_gradient_of_the_basis_is_that_of_autograd(rank):
+    """Where a fit begins, and where diag R has other signs than LAPACK's."""
+    for raw in (orthonormal(random(2, 8, rank)).detach().requires_grad_(), random(2, 8, rank, seed=1)):
+        coefficients, weight = random(2, 4, rank, seed=2), random(2, 4, 8, seed=3).detach()
+        ours, theirs = combine(coefficients, raw), coefficients @ orthonormal(raw).mT
+        assert torch.equal(ours, theirs)
+        inputs = coefficients, raw
+        for mine, other in zip(
+            torch.autograd.grad((ours * weight).sum(), inputs),
+            torch.autograd.grad((theirs * weight).sum(), inputs),
+            strict=True,
+        ):
+            torch.testing.assert_close(mine, other)
 
 
 @pytest.mark.parametrize("cross_attention", ["none", "residual", "fixed"])
