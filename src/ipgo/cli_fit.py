@@ -27,6 +27,7 @@ def fit(argv: list[str]) -> int:
     from ipgo.preflight import check, check_method
     from ipgo.runner import run
     from ipgo.store import Run
+    from ipgo.tracking import check_tracker, tracked
 
     chosen, rest = peek(argv, ("--preset", "--config", "--method", "--backend"))
     settings = read_settings(chosen.preset, chosen.config)
@@ -52,10 +53,12 @@ def fit(argv: list[str]) -> int:
     config = build(parsed, tuple(texts))
     check(config)
     place = Path(parsed.out or Path("runs") / (slug(parsed.prompts or texts[0]) or "run")).expanduser()
+    check_tracker(parsed.track, place)
     folder = Run.open(place, config)
     check_method(folder)
     loading(config.backend)
-    left = run(folder, load_models(config, begun_in=folder.dtype))
+    limit = None if parsed.track is None else tracked(parsed.track, folder)
+    left = run(folder, load_models(config, begun_in=folder.dtype), limit)
     return 0 if left else show_run(folder)  # the last process shows all of it
 
 
@@ -79,6 +82,9 @@ def _fit_parser(method: str) -> ArgumentParser:
     )
     parser.add_argument(
         "--out", type=str, help="the run's folder (default: runs/ and --prompts, or the first prompt's words)"
+    )
+    parser.add_argument(
+        "--track", type=str, help="tell a tracker of each step too: tensorboard, wandb or trackio"
     )
     return parser
 

@@ -240,7 +240,7 @@ def _fit(plan: Plan, label: str, run: Run, models: Models, chunk: Chunk) -> tupl
         image = calls_of_an_image(models.backend, config.sampling.for_fit(models.backend))
         calls = max(calls, image * max(1, len(config.seeds)))
 
-    def limit(search: Iterator[Progress], earlier: Mapping[str, float]) -> Iterator[Progress]:
+    def limit(search: Iterator[Progress], chunk: Chunk, earlier: Mapping[str, float]) -> Iterator[Progress]:
         return watch(search, models.backend, price, calls * len(chunk.prompts), earlier)
 
     for again in (True, False):

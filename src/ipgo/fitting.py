@@ -28,6 +28,7 @@ from ipgo.sampling import Sampling
 from ipgo.seeding import plain
 from ipgo.store import Run
 from ipgo.task import Method
+from ipgo.tracking import check_tracker, tracked
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ def fit(
     judged_prompts: int | None = None,
     chunk: int = 4,
     out: str | Path | None = None,
+    track: str | None = None,
     device: str | torch.device = "auto",
 ) -> Result:
     """Maximise a reward for some prompts, and evaluate the result on unseen noise.
@@ -108,6 +110,7 @@ def fit(
             for a method that learns the noise or prefers a single seed.
         unseen_seeds, seed, shared, judged_prompts, chunk: see `RunConfig`.
         out: folder to keep the run in; an unfinished run there is continued. None keeps nothing.
+        track: a tracker that is told of each step too: tensorboard, wandb or trackio.
         device: auto, cpu, cuda or cuda:N, or a torch.device.
 
     Returns:
@@ -148,9 +151,11 @@ def fit(
     check(config, given, loaded=given_backend is not None)
     with tempfile.TemporaryDirectory() as temporary, torch.inference_mode(False), own_numbers():
         kept = None if out is None else files.place("out", out)
+        check_tracker(track, kept)
         folder = Run.open(kept or Path(temporary) / "run", config)
         check_method(folder)
-        if run(folder, load_models(config, given_backend, given, folder.dtype)):
+        limit = None if track is None else tracked(track, folder)
+        if run(folder, load_models(config, given_backend, given, folder.dtype), limit):
             raise folder.in_use()
         return result_of(folder, kept)
 

@@ -38,7 +38,7 @@ CHECKPOINT_SECONDS = 10.0
 # Docker send before they kill.
 ENDING = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 logger = logging.getLogger("ipgo")
-Limit = Callable[[Iterator[Progress], Counter[str]], Iterator[Progress]]
+Limit = Callable[[Iterator[Progress], Chunk, Counter[str]], Iterator[Progress]]
 
 
 def run(folder: Run, models: Models, limit: Limit | None = None) -> int:
@@ -128,8 +128,8 @@ def fit_chunk(folder: Run, models: Models, chunk: Chunk, limit: Limit | None = N
     The last step has no checkpoint: a run that dies while it draws repeats the few steps before.
 
     Args:
-        limit: looks at the search, and may end it early; it gets the search, and the calls that were made before a
-            stop. It raises `Stopped` between two steps to keep the first of them.
+        limit: looks at the search, and may end it early; it gets the search, its prompts, and the calls that were made
+            before a stop. It raises `Stopped` between two steps to keep the first of them.
     """
     config, backend = folder.config, models.backend
     sampling = config.sampling.for_fit(backend)
@@ -143,7 +143,7 @@ def fit_chunk(folder: Run, models: Models, chunk: Chunk, limit: Limit | None = N
     progress = None
     search = config.method.fit(task, found.state if found is not None else None)
     if limit is not None:
-        search = limit(search, earlier.calls)
+        search = limit(search, chunk, earlier.calls)
 
     def so_far() -> Cost:
         calls = earlier.calls + (backend.calls - counted)

@@ -9,7 +9,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
 from PIL import Image
 
@@ -326,19 +325,11 @@ class Run:
         `over` and `best` are as in `Progress`, `best` null if it is not kept. Its calls are one prompt's share of those
         so far, its seconds are the chunk's.
         """
-        best = progress.best if progress.keeps_best else torch.full_like(progress.best, torch.nan)
-        columns = torch.stack([progress.rewards, progress.penalty, progress.grad_norm, best]).double().cpu()
-        if self.config.shared:
-            columns = columns.nanmean(1, keepdim=True)  # (4, P) to (4, 1)
+        numbers = progress.numbers(self.config.shared)
         share = len(chunk.prompts)
         calls = {name: round(count / share, 2) for name, count in sorted(cost.calls.items())}
         for row, file in self._histories(chunk).items():
-            values = columns[:, row].tolist()
-            names = ("reward", "penalty", "grad_norm", "best")
-            numbers = {
-                name: value if value == value else None for name, value in zip(names, values, strict=True)
-            }
-            line = {"step": progress.step, **numbers, "over": progress.over}
+            line = {"step": progress.step, **numbers[row], "over": progress.over}
             files.append_line(file, {**line, "seconds": round(cost.seconds, 3), "calls": calls})
 
     def save_checkpoint(self, chunk: Chunk, progress: Progress, cost: Cost) -> None:

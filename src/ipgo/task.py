@@ -158,6 +158,21 @@ class Progress:
     over: int = 1
     keeps_best: bool = True
 
+    def numbers(self, shared: bool) -> list[dict[str, float | None]]:
+        """For each prompt, or with `shared` their mean alone: reward, penalty, grad_norm, best; None where unknown.
+
+        `best` is None, too, where it is not kept.
+        """
+        best = self.best if self.keeps_best else torch.full_like(self.best, math.nan)
+        columns = torch.stack([self.rewards, self.penalty, self.grad_norm, best]).double().cpu()  # (4, P)
+        if shared:
+            columns = columns.nanmean(1, keepdim=True)
+        names = ("reward", "penalty", "grad_norm", "best")
+        return [
+            {name: None if math.isnan(value) else value for name, value in zip(names, values, strict=True)}
+            for values in columns.T.tolist()
+        ]
+
 
 @dataclass(frozen=True)
 class Method:

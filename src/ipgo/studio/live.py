@@ -224,7 +224,7 @@ class Live:
         watch = _Watch(self, folder, models)
         if folder.pending():
             watch.draw_raw()
-        if run(folder, models, lambda search, _: watch.steps(search)):
+        if run(folder, models, lambda search, *_: watch.steps(search)):
             raise folder.in_use()
 
 
