@@ -57,8 +57,7 @@ def fit(argv: list[str]) -> int:
     folder = Run.open(place, config)
     check_method(folder)
     loading(config.backend)
-    limit = None if parsed.track is None else tracked(parsed.track, folder)
-    left = run(folder, load_models(config, begun_in=folder.dtype), limit)
+    left = run(folder, load_models(config, begun_in=folder.dtype), tracked(parsed.track, folder))
     return 0 if left else show_run(folder)  # the last process shows all of it
 
 

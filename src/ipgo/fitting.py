@@ -154,8 +154,8 @@ def fit(
         check_tracker(track, kept)
         folder = Run.open(kept or Path(temporary) / "run", config)
         check_method(folder)
-        limit = None if track is None else tracked(track, folder)
-        if run(folder, load_models(config, given_backend, given, folder.dtype), limit):
+        models = load_models(config, given_backend, given, folder.dtype)
+        if run(folder, models, tracked(track, folder)):
             raise folder.in_use()
         return result_of(folder, kept)
 

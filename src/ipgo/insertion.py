@@ -223,7 +223,7 @@ def combine(coefficients: Tensor, raw_basis: Tensor) -> Tensor:
 
 
 class _Combine(torch.autograd.Function):
-    """`combine`, with a gradient that takes half the time of autograd's.
+    """`combine`, with a gradient that takes less time than autograd's.
 
     What reaches Q is a product of the gradient (n, D) and the coefficients (n, r), both thin: n is ten or so. Autograd
     multiplies it out before it goes through the decomposition; here all but two of the products stay thin.

@@ -17,6 +17,7 @@ from ipgo.chunks import Chunk
 from ipgo.config import flatten
 from ipgo.errors import InputError, MissingExtraError, first_line, unknown
 from ipgo.images import to_pil
+from ipgo.runner import Limit
 from ipgo.store import Run
 from ipgo.task import Progress
 
@@ -94,15 +95,18 @@ def check_tracker(name: str | None, out: Path | None) -> None:
     if found is None or found.origin is None:  # nothing, or a folder of that name, which wandb leaves behind
         extra = '"ipgo[track]"' if name == "tensorboard" else name
         raise MissingExtraError(f"track is {name!r}, which needs that package: pip install {extra}")
-    if out is None and TRACKERS[name] is _TensorBoard:
+    if out is None and name != "trackio":
         raise InputError(f"track is {name!r}, which writes into the run's folder; out must say where that is")
 
 
-def tracked(name: str, folder: Run) -> Callable[[Iterator[Progress], Chunk, object], Iterator[Progress]]:
-    """A `runner.Limit` that ends nothing, and tells a tracker of each step.
+def tracked(name: str | None, folder: Run) -> Limit | None:
+    """What ends nothing, and tells a tracker of each step; None is for none.
 
     A tracker that fails, for want of a login or a network, is said to have failed, and costs no fit.
     """
+
+    if name is None:
+        return None
 
     def watch(search: Iterator[Progress], chunk: Chunk, calls: object) -> Iterator[Progress]:
         fit = _Fit(name, folder, chunk)

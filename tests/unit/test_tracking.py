@@ -148,6 +148,10 @@ def test_what_cannot_be_tracked_is_refused_before_a_model_loads(
         ipgo.fit("a fox", out=tmp_path / "run", track="tensorbord")
     with pytest.raises(ipgo.InputError, match="which writes into the run's folder; out must say where"):
         ipgo.fit("a fox", track="tensorboard")
+    installed = importlib.machinery.ModuleSpec("wandb", None, origin="wandb/__init__.py")
+    monkeypatch.setattr(importlib.util, "find_spec", {"wandb": installed}.get)
+    with pytest.raises(ipgo.InputError, match="track is 'wandb', which writes into the run's folder"):
+        ipgo.fit("a fox", track="wandb")
     folder = importlib.machinery.ModuleSpec(
         "wandb", None
     )  # one of that name, which Python takes for a package
