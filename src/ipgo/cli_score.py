@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ipgo.rewards import Reward
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+Turn = list[tuple[bool, int, str]]  # what a name is sorted by
 IDENTITIES = ".rewards.json"  # of the file beside a table
 BATCH = 16  # most pictures of one size that are scored at once ...
 PIXELS = 4_000_000  # ... and most pixels of several: rewards take some hundred bytes for each
@@ -35,7 +36,7 @@ PIXELS = 4_000_000  # ... and most pixels of several: rewards take some hundred 
 def score(argv: list[str]) -> int:
     """`ipgo score`: a line per image, and the means."""
     parser = command_parser("score", "Score existing image files by one or more rewards.")
-    parser.add_argument("images", nargs="+", type=path_of, help="image files, and folders of them")
+    parser.add_argument("images", nargs="+", type=path_of, help="image files, and folders of them with all that is below")
     parser.add_argument("--reward", nargs="+", required=True, help="rewards, as in fit")
     parser.add_argument(
         "--prompts",
@@ -131,20 +132,23 @@ def _check_picture(file: Path) -> None:
 
 
 def find_pictures(places: Sequence[Path]) -> list[Path]:
-    """The files, and the pictures in the folders in the order of their names, 2.png before 10.png."""
+    """The files, and the pictures in the folders and all below them (but for hidden ones).
+
+    A folder's own come before those of the folders in it, each in the order of the names, 2.png before 10.png.
+    """
     found: list[Path] = []
     for place in places:
-        if (place / "run.json").is_file() or (place / "plan.json").is_file():
-            raise InputError(
-                f"{str(place)!r} is a run's folder; give the folders of its pictures, or use `ipgo evaluate`"
-            )
         if place.is_dir():
-            inside = sorted(
-                (file for file in place.iterdir() if file.suffix.lower() in PICTURES), key=_in_turn
-            )
+            below = [each for each in place.rglob("*") if not _is_hidden(each.relative_to(place))]
+            for folder in (place, *(each.parent for each in below)):
+                if (folder / "run.json").is_file() or (folder / "plan.json").is_file():
+                    raise InputError(
+                        f"{str(folder)!r} is a run's folder; give the folders of its pictures, or use `ipgo evaluate`"
+                    )
+            inside = [each for each in below if each.suffix.lower() in PICTURES and each.is_file()]
             if not inside:
                 raise InputError(f"folder {str(place)!r} has no image file ({', '.join(PICTURES)})")
-            found += inside
+            found += sorted(inside, key=lambda file: _in_turn(file.relative_to(place)))
         elif place.suffix.lower() in PICTURES and place.is_file():
             found.append(place)
         else:
@@ -152,10 +156,20 @@ def find_pictures(places: Sequence[Path]) -> list[Path]:
     return found
 
 
-def _in_turn(file: Path) -> list[tuple[bool, int, str]]:
-    """What puts 2.png before 10.png: numbers in names count as such, as in most programs that show folders."""
-    parts = re.findall(r"\d+|\D+", file.name)
-    return [(False, int(part), part) if part.isdecimal() else (True, 0, part) for part in parts]
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _in_turn(path: Path) -> tuple[list[Turn], Turn]:
+    """What puts a.png before b/a.png, and 2.png before 10.png: numbers in names count as such, as in most programs
+    that show folders.
+    """
+
+    def turn(name: str) -> Turn:
+        parts = re.findall(r"\d+|\D+", name)
+        return [(False, int(part), part) if part.isdecimal() else (True, 0, part) for part in parts]
+
+    return [turn(name) for name in path.parent.parts], turn(path.name)
 
 
 def match_prompts(pictures: Sequence[Path], spec: str | None, single: str | None) -> list[str] | None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ipgo.adapters import InsertionAdapter
 from ipgo.backends import Backend
 from ipgo.devices import name_of
+from ipgo.embeds import PromptEmbeds
 from ipgo.errors import InputError, RewardError
 from ipgo.insertion import Insertion
 from ipgo.memory import LiveMemory
@@ -74,7 +75,7 @@ def check_steps(sampling: Sampling, backprop_steps: int) -> None:
 def _follow(
     backend: Backend, reward: Reward, prompt: str, sampling: Sampling, backprop_steps: int
 ) -> Iterator[Finding]:
-    embeds, images, inserted = _draw(backend, prompt, sampling, backprop_steps)
+    leaves, images = _draw(backend, prompt, sampling, backprop_steps)
     drawn = _picture(images, backend)
     yield drawn
     if not drawn.good:
@@ -91,27 +92,46 @@ def _follow(
             f"the ceiling {value:g} is met by this picture: for its prompt there is nothing to gain"
         )
     scale = FLOAT16_SCALE if backend.dtype == torch.float16 else 1.0  # as in a fit
-    (found,) = torch.autograd.grad(images, embeds, wanted * scale)
-    yield _arrival(found.float()[:, inserted] / scale, backend, backprop_steps)
+    found = torch.autograd.grad(
+        images, [each.embeds for each in leaves], wanted * scale, materialize_grads=True
+    )
+    for leaf, gradient in zip(leaves, found, strict=True):
+        arrived = _arrival(gradient.float()[:, leaf.inserted] / scale, leaf.name, backend, backprop_steps)
+        yield arrived
+        if not arrived.good:
+            return
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """What a gradient should reach: a prompt's embeddings (1, L, D), and which of the L are inserted."""
+
+    name: str
+    embeds: Tensor
+    inserted: Tensor
+
+    @classmethod
+    def of(cls, name: str, prompt: PromptEmbeds, insertion: Insertion) -> Leaf:
+        places = torch.arange(prompt.length, device=prompt.embeds.device)
+        inserted = (places < insertion.num_prefix) | (places >= prompt.length - insertion.num_suffix)
+        return cls(name, prompt.embeds.detach().requires_grad_(), inserted)
 
 
 def _draw(
     backend: Backend, prompt: str, sampling: Sampling, backprop_steps: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The prompt's embeddings (1, L, D) as a leaf, the images (1, 3, H, W), and which of the L are inserted."""
-    insertion = Insertion()
-    adapter = InsertionAdapter.start(backend, [prompt], insertion, seed=0, shared=False, sampling=sampling)
+) -> tuple[list[Leaf], Tensor]:
+    """What IPGO's defaults learn, on both sides of guidance where it has two; and the images (1, 3, H, W)."""
+    adapter = InsertionAdapter.start(backend, [prompt], Insertion(), seed=0, shared=False, sampling=sampling)
     with torch.no_grad():
         cond = adapter.condition(backend, [prompt], backend.encode([prompt]))
-    embeds = cond.embeds.detach().requires_grad_()
+        uncond = adapter.unconditional(backend, [prompt], cond, sampling)
+    leaves = [Leaf.of("inserted embeddings", cond, adapter.insertion)]
+    cond = replace(cond, embeds=leaves[0].embeds)
+    if uncond is not None and adapter.learns_unconditional:
+        leaves.append(Leaf.of("inserted embeddings of the negative prompt", uncond, adapter.insertion))
+        uncond = replace(uncond, embeds=leaves[1].embeds)
     noise = backend.noise([0], sampling.noise_steps(backend))
-    uncond = adapter.unconditional(backend, [prompt], cond, sampling)  # with gradient, as much as a fit's
-    images = sample(
-        backend, replace(cond, embeds=embeds), uncond, noise, sampling, backprop_steps=backprop_steps
-    )
-    places = torch.arange(cond.length, device=backend.device)
-    inserted = (places < insertion.num_prefix) | (places >= cond.length - insertion.num_suffix)
-    return embeds, images, inserted
+    return leaves, sample(backend, cond, uncond, noise, sampling, backprop_steps=backprop_steps)
 
 
 def _picture(images: Tensor, backend: Backend) -> Finding:
@@ -174,19 +194,18 @@ def _checked(gradient: Tensor | None, says: str) -> tuple[Tensor | None, Finding
     return gradient, Finding(f"{says}; gradient with respect to the picture: norm {size:.3g}, finite")
 
 
-def _arrival(gradient: Tensor, backend: Backend, backprop_steps: int) -> Finding:
-    """What arrives at the inserted embeddings (1, n, D)."""
+def _arrival(gradient: Tensor, name: str, backend: Backend, backprop_steps: int) -> Finding:
+    """What arrives at the inserted embeddings (1, n, D) of this name."""
     last = f"the last {backprop_steps} steps" if backprop_steps > 1 else "the last step"
     if not gradient.isfinite().all():
-        text = f"the gradient at the inserted embeddings is not finite: {_overflow(backend)}"
-        return Finding(text, _wider(backend))
+        return Finding(f"the gradient at the {name} is not finite: {_overflow(backend)}", _wider(backend))
     if not gradient.any():
-        text = f"the gradient gets through {last}, but is 0 at the inserted embeddings"
+        text = f"the gradient gets through {last}, but is 0 at the {name}"
         advice = "the denoiser does not look at them" if backend.dtype != torch.float16 else _wider(backend)
         return Finding(text, f"{advice}; try more --backprop-steps")
     none = (gradient == 0).float().mean().item()
     size, count = gradient.norm().item(), gradient.shape[1]
-    text = f"gradient at the {count} inserted embeddings, through {last}: norm {size:.3g}, finite"
+    text = f"gradient at the {count} {name}, through {last}: norm {size:.3g}, finite"
     return Finding(text + (f", {none:.0%} of it 0" if none else ""))
 
 

@@ -17,37 +17,33 @@ from ipgo.errors import InputError
 
 
 def resize(images: Tensor, size: int, mode: str = "bicubic") -> Tensor:
-    """Bring the shorter side to `size` (antialiased, kept within [0, 1]); the longer one is rounded down."""
+    """Bring the shorter side to `size`; the longer one is rounded down. See `stretch`."""
     height, width = images.shape[-2:]
     short = min(height, width)
-    if short == size:
-        return images
-    shape = (size * height // short, size * width // short)
-    resized = functional.interpolate(images, shape, mode=mode, antialias=True, align_corners=False)
-    return resized.clamp(0, 1)
+    return stretch(images, size * height // short, size * width // short, mode)
 
 
-def stretch(images: Tensor, size: int, mode: str = "bicubic") -> Tensor:
-    """Bring both sides to `size` (antialiased, kept within [0, 1])."""
-    if images.shape[-2:] == (size, size):
-        return images
-    resized = functional.interpolate(images, (size, size), mode=mode, antialias=True, align_corners=False)
-    return resized.clamp(0, 1)
+def stretch(images: Tensor, height: int, width: int, mode: str = "bicubic") -> Tensor:
+    """Bring the sides to these (antialiased), with the images themselves if they have them.
+
+    As Pillow does for 8 bits, whose pictures the rewards were trained on: the width, then the height, and what the
+    filter overshoots at an edge is cut off to [0, 1] after each. Without that a reward may be followed to whites above
+    1 that it never sees in a file. Only Pillow's rounding to whole levels is left out, which has no gradient.
+    """
+    for shape in ((images.shape[-2], width), (height, width)):
+        if images.shape[-2:] != shape:
+            images = functional.interpolate(images, shape, mode=mode, antialias=True, align_corners=False)
+            images = images.clamp(0, 1)
+    return images
 
 
 def pad_to_square(images: Tensor, size: int) -> Tensor:
-    """Bring the longer side to `size` (bicubic, antialiased), and put the picture in the middle of black.
-
-    The bicubic filter's overshoot stays, as in torchvision's resizing of float tensors.
-    """
+    """Bring the longer side to `size` (bicubic, see `stretch`), and put the picture in the middle of black."""
     factor = size / max(images.shape[-2:])
     height, width = (max(1, round(side * factor)) for side in images.shape[-2:])
-    if images.shape[-2:] != (height, width):
-        images = functional.interpolate(
-            images, (height, width), mode="bicubic", antialias=True, align_corners=False
-        )
     left, top = (size - width) // 2, (size - height) // 2
-    return functional.pad(images, (left, size - width - left, top, size - height - top))
+    around = (left, size - width - left, top, size - height - top)
+    return functional.pad(stretch(images, height, width), around)
 
 
 def center_crop(images: Tensor, size: int) -> Tensor:

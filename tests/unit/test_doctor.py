@@ -40,9 +40,10 @@ def wrong(backend: Backend, function: Any) -> Finding:
     return bad
 
 
-def size_of(found: list[Finding]) -> float:
-    """Of the gradient, which is the last but the memory."""
-    return float(found[-2].text.split("norm ")[1].split(",")[0])
+def sizes_of(found: list[Finding]) -> list[float]:
+    """Of the gradients at the embeddings around the prompt and around the negative one."""
+    arrived = [each.text for each in found if each.text.startswith("gradient at")]
+    return [float(text.split("norm ")[1].split(",")[0]) for text in arrived]
 
 
 def test_a_healthy_pair(backend: Backend) -> None:
@@ -51,7 +52,8 @@ def test_a_healthy_pair(backend: Backend) -> None:
     assert "float32 on cpu" in found[0].text
     assert "reward 'brightness' gives" in found[2].text
     assert "gradient at the 20 inserted embeddings, through the last 2 steps" in found[3].text
-    assert "GiB at most" in found[4].text
+    assert "at the 20 inserted embeddings of the negative prompt, through the last 2 st" in found[4].text
+    assert "GiB at most" in found[5].text
 
 
 @pytest.mark.parametrize(
@@ -72,40 +74,52 @@ def test_every_family_can_be_examined(make: Callable[[], Any]) -> None:
 
 def test_the_size_is_that_of_the_gradient(backend64: Backend) -> None:
     """Against a difference quotient along the gradient itself, with all steps differentiated."""
-    found = findings(backend64, brightness, 3)
-    size = size_of(found)
+    sizes = sizes_of(findings(backend64, brightness, 3))
     start = {"seed": 0, "shared": False, "sampling": SAMPLING}
     adapter = InsertionAdapter.start(backend64, [PROMPT], Insertion(), **start)
     with torch.no_grad():
         cond = adapter.condition(backend64, [PROMPT], backend64.encode([PROMPT]))
         uncond = adapter.unconditional(backend64, [PROMPT], cond, SAMPLING)
+    assert uncond is not None
+    sides = [cond.embeds, uncond.embeds]
 
-    def value(embeds: Tensor) -> Tensor:
-        given = replace(cond, embeds=embeds)
-        return brightness(
-            sample(backend64, given, uncond, backend64.noise([0]), SAMPLING, backprop_steps=3), []
-        )
+    def value(embeds: Tensor, side: int) -> Tensor:
+        given = [replace(cond, embeds=embeds), uncond] if side == 0 else [cond, replace(uncond, embeds=embeds)]
+        return brightness(sample(backend64, *given, backend64.noise([0]), SAMPLING, backprop_steps=3), [])
 
-    leaf = cond.embeds.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(value(leaf).sum(), leaf)
-    gradient[:, 10:-10] = 0
-    along = 1e-5 * gradient / gradient.norm()
-    with torch.no_grad():
-        rise = (value(cond.embeds + along) - value(cond.embeds - along)).item() / 2e-5
-    assert size == pytest.approx(rise, rel=0.01)
+    for side, (embeds, size) in enumerate(zip(sides, sizes, strict=True)):
+        leaf = embeds.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(value(leaf, side).sum(), leaf)
+        gradient[:, 10:-10] = 0
+        along = 1e-5 * gradient / gradient.norm()
+        with torch.no_grad():
+            rise = (value(embeds + along, side) - value(embeds - along, side)).item() / 2e-5
+        assert size == pytest.approx(rise, rel=0.01)
+
+
+def test_a_negative_prompt_that_nothing_reaches_is_named(backend: Backend, monkeypatch: Any) -> None:
+    guided = Backend.guided
+
+    def cut(self: Backend, denoise: Any, latents: Tensor, cond: Any, uncond: Any, scale: float) -> Tensor:
+        uncond = None if uncond is None else replace(uncond, embeds=uncond.embeds.detach())
+        return guided(self, denoise, latents, cond, uncond, scale)
+
+    monkeypatch.setattr(Backend, "guided", cut)
+    (bad,) = [each for each in findings(backend, brightness) if not each.good]
+    assert bad.text.endswith("but is 0 at the inserted embeddings of the negative prompt")
 
 
 def test_a_sums_weights_are_in_the_size_of_its_gradient(backend: Backend) -> None:
     one, four = (
-        size_of(findings(backend, load_reward(spec, device="cpu"), 1)) for spec in ("contrast", "4*contrast")
+        sizes_of(findings(backend, load_reward(spec, device="cpu"), 1)) for spec in ("contrast", "4*contrast")
     )
-    assert four == pytest.approx(4 * one, rel=0.02)
+    assert four == pytest.approx([4 * each for each in one], rel=0.02)
 
 
 def test_the_scale_of_float16_is_taken_back(make_pipe: Any) -> None:
     contrast = load_reward("contrast", device="cpu")
     whole, half = (
-        size_of(findings(load_backend(make_pipe(), device="cpu", dtype=dtype), contrast, 1))
+        sizes_of(findings(load_backend(make_pipe(), device="cpu", dtype=dtype), contrast, 1))
         for dtype in ("float32", "float16")
     )
     assert whole == pytest.approx(half, rel=0.1)

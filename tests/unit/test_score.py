@@ -136,6 +136,17 @@ def test_pictures_of_one_name_have_the_prompts_of_their_folders(folder: Path, tm
     assert [row["prompt"] for row in csv.DictReader(out.read_text().splitlines())] == ["in b", "in a"]
 
 
+def test_folders_within_a_folder_are_scored_too(folder: Path, tmp_path: Path) -> None:
+    for name in ("b.png", "2/1.png", "10/1.png", "2/deeper/1.png", ".thumbnails/1.png", "2/._1.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes((folder / "00.png").read_bytes())
+    found = [str(each.relative_to(tmp_path)) for each in find_pictures([tmp_path])]
+    assert found == ["b.png", "2/1.png", "2/deeper/1.png", "10/1.png"]
+    (tmp_path / "10/run.json").write_text("{}")
+    with pytest.raises(InputError, match=r"10' is a run's folder"):
+        find_pictures([tmp_path])
+
+
 def test_progress_is_shown_on_a_terminal(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,14 +10,18 @@ import argparse
 import hashlib
 import json
 import zlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
+from transformers import CLIPTokenizer
 
 from tools.emoji import arguments, clip, data, export, follow, parts, redraw, scorers, sprites, tokenizer
 from tools.emoji.loop import DEVICE, Figures, Schedule, digest, mixed, renew, train, trained, weights
@@ -31,6 +35,9 @@ SCHEDULES = {
 if DEVICE.type == "cuda":  # three and a half times the samples, in eight minutes on an H100
     SCHEDULES["denoiser"] = Schedule(steps=7_000, batch=768, lr=1.2e-3, warmup=150, ema=0.998)
 PAIRS = 0.6  # share of scenes with two objects: they take the longest to learn
+# Given token ids (B, 77): what the UNet is told of the texts, by argument.
+Reading = Callable[[np.random.Generator, Tensor], dict[str, Any]]
+Loss = Callable[[np.random.Generator, int], tuple[Tensor, Figures]]
 
 LATENTS = BUILD / "latents.npy"
 
@@ -113,8 +120,10 @@ def build_latents() -> None:
 # --------------------------------------------------------------------------------------------------- denoiser
 
 
-def train_denoiser() -> None:
-    """v-prediction at stratified timesteps, on mostly two objects; a tenth of the captions empty, for guidance."""
+def denoising(unet: UNet2DConditionModel, tokens: CLIPTokenizer, read: Reading) -> Loss:
+    """The error of v-prediction at stratified timesteps, on mostly two objects; a tenth of the captions are empty, for
+    guidance.
+    """
     _, scenes = data.load("train")
     latents, captions = (torch.from_numpy(np.load(path)).to(DEVICE) for path in (LATENTS, tokenizer.CAPTIONS))
     for path, rows in ((LATENTS, latents), (tokenizer.CAPTIONS, captions)):
@@ -124,10 +133,8 @@ def train_denoiser() -> None:
                 f"stage {path.stem!r} again"
             )
     scale = json.loads(SCALING.read_text())["scaling_factor"]
-    model, tokens = load_clip()
-    learns_from = f"{digest(weights('vae'))} {digest(model.text_model.state_dict())}"
     empty = tokens("", padding="max_length", return_tensors="pt").input_ids.to(DEVICE)
-    encoder, unet, noising = model.text_model, parts.denoiser(), parts.scheduler()
+    noising = parts.scheduler()
     if DEVICE.type == "cpu":
         # The fused kernel's backward pass is slower there by a third.
         unet.set_attn_processor(AttnProcessor())
@@ -153,13 +160,26 @@ def train_denoiser() -> None:
         t = on_device((rng.permutation(batch) + rng.random(batch)) / batch * levels).long()
         with mixed():
             with torch.no_grad():
-                states = encoder(ids).last_hidden_state
-            predicted = unet(noising.add_noise(x, noise, t), t, states).sample
+                conditions = read(rng, ids)
+            predicted = unet(noising.add_noise(x, noise, t), t, **conditions).sample
         error = (predicted.float() - noising.get_velocity(x, noise, t)).square().mean(dim=(1, 2, 3))
         late = t < levels // 2
         figures = {"late": (error * late).sum() / late.sum(), "early": (error * ~late).sum() / (~late).sum()}
         return error.mean(), figures
 
+    return loss
+
+
+def train_denoiser() -> None:
+    """The UNet, which attends to the last states of CLIP's text tower."""
+    model, tokens = load_clip()
+    learns_from = f"{digest(weights('vae'))} {digest(model.text_model.state_dict())}"
+    unet = parts.denoiser()
+
+    def read(rng: np.random.Generator, ids: Tensor) -> dict[str, Any]:
+        return {"encoder_hidden_states": model.text_model(ids).last_hidden_state}
+
+    loss = denoising(unet, tokens, read)
     train("denoiser", unet, loss, SCHEDULES["denoiser"], learns_from=learns_from)
 
 

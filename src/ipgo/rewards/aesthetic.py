@@ -21,7 +21,7 @@ from ipgo.rewards.checkpoints import (
 )
 from ipgo.rewards.clip import embed, read_clip
 from ipgo.rewards.linear import collapse
-from ipgo.rewards.preprocessing import Preprocessing, read_preprocessing
+from ipgo.rewards.preprocessing import VERSION, Preprocessing, read_preprocessing
 
 
 class Aesthetic(nn.Module):
@@ -68,6 +68,10 @@ def load_aesthetic(device: torch.device, checkpoint: Checkpoint) -> Aesthetic:
     size = model.config.vision_config.image_size
     preprocessing = read_preprocessing(folder, size, checkpoint.notebook)
     about = identity(
-        checkpoint.name, [*weight_files(folder), file], preprocessing, architecture=architecture(model.config)
+        checkpoint.name,
+        [*weight_files(folder), file],
+        preprocessing,
+        VERSION,
+        architecture=architecture(model.config),
     )
     return Aesthetic(checkpoint.spec, model, preprocessing, head, about).to(device)

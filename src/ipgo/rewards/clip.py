@@ -22,7 +22,7 @@ from ipgo.rewards.checkpoints import (
     reading,
     weight_files,
 )
-from ipgo.rewards.preprocessing import Preprocessing, read_preprocessing
+from ipgo.rewards.preprocessing import VERSION, Preprocessing, read_preprocessing
 
 
 class TextTower:
@@ -113,6 +113,7 @@ def _load(device: torch.device, checkpoint: Checkpoint, scaled: bool) -> ClipRew
         checkpoint.name,
         weight_files(folder),
         preprocessing,
+        VERSION,
         tokenizer=reading(tokenizer, text.longest),
         architecture=architecture(model.config),
     )

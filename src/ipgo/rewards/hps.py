@@ -13,7 +13,7 @@ from transformers import CLIPConfig, CLIPModel
 from ipgo.errors import InputError
 from ipgo.rewards.checkpoints import Checkpoint, identity, open_model, read_state, reading
 from ipgo.rewards.clip import ClipReward, TextTower, attention, clip_tokenizer
-from ipgo.rewards.preprocessing import Preprocessing
+from ipgo.rewards.preprocessing import VERSION, Preprocessing
 
 HEAD_WIDTH = {"vision": 80, "text": 64}  # of ViT-H-14; no tensor shows it
 ACTIVATION = "gelu"  # open_clip's ViT-H-14; OpenAI's own towers have quick_gelu
@@ -64,7 +64,7 @@ def load_hps(device: torch.device, checkpoint: Checkpoint) -> ClipReward:
     size = config.vision_config.image_size
     preprocessing = Preprocessing(size, "notebook" if checkpoint.notebook else "pad")
     text = TextTower(model, tokenizer)
-    about = identity(checkpoint.name, [file], preprocessing, tokenizer=reading(tokenizer, text.longest))
+    about = identity(checkpoint.name, [file], preprocessing, VERSION, tokenizer=reading(tokenizer, text.longest))
     return ClipReward(checkpoint.spec, model, text, preprocessing, about).to(device)
 
 

@@ -13,7 +13,7 @@ from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisio
 from ipgo.errors import InputError
 from ipgo.rewards.checkpoints import Checkpoint, identity, open_model, open_tokenizer, read_state, reading
 from ipgo.rewards.linear import collapse
-from ipgo.rewards.preprocessing import Preprocessing
+from ipgo.rewards.preprocessing import VERSION, Preprocessing
 
 BERT = "google-bert/bert-base-uncased"  # its tokenizer
 LONGEST = 35  # tokens that are read of a prompt, as in training
@@ -101,7 +101,7 @@ def load_imagereward(device: torch.device, checkpoint: Checkpoint) -> ImageRewar
     )
     resize = "notebook" if checkpoint.notebook else "crop"
     preprocessing = Preprocessing(vision_config.image_size, resize)
-    about = identity(checkpoint.name, [file], preprocessing, tokenizer=reading(tokenizer, LONGEST))
+    about = identity(checkpoint.name, [file], preprocessing, VERSION, tokenizer=reading(tokenizer, LONGEST))
     return ImageReward(spec, (vision, text), tokenizer, head, preprocessing, about).to(device)
 
 

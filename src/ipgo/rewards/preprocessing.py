@@ -16,6 +16,8 @@ from ipgo.images import center_crop, normalise, pad_to_square, resize, stretch
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
+VERSION = 2  # of how pictures are resized; 1 cut off less of what the filter overshoots
+
 # Keys of a processor's configuration with what it is without them, and Pillow's numbers for its filters.
 STATED, USUAL = ("image_mean", "image_std"), (CLIP_MEAN, CLIP_STD)
 BILINEAR, BICUBIC = 2, 3
@@ -47,7 +49,7 @@ class Preprocessing:
         if self.resize == "pad":
             square = pad_to_square(images, self.size)
         elif self.resize == "square":
-            square = stretch(images, self.size, mode)
+            square = stretch(images, self.size, self.size, mode)
         else:
             square = center_crop(resize(images, self.edge or self.size, mode), self.size)
         return normalise(square, self.mean, self.std)
