@@ -87,6 +87,13 @@ def _advise(args: Any, gpu: str, most: int, footprint: Measure) -> bool:
         )
         return False
     print(f"\n{gpu}: {_words(choice)}, {peak} of {room}\n  {shlex.join(fit_command(args, choice))}")
+    fewer = [depth for depth in args.backprop_steps if depth < choice.backprop_steps]
+    plain = fastest(lambda each: not each.recompute and footprint(each).peak <= most, fewer, args.rows)
+    if choice.recompute and plain is not None:
+        print(
+            f"{gpu}, faster, with gradient through fewer steps: {_words(plain)}, {footprint(plain).peak / GIB:.2f} of "
+            f"{room}\n  {shlex.join(fit_command(args, plain))}"
+        )
     return True
 
 
@@ -97,7 +104,8 @@ def _parser() -> Any:
     parser.add_argument(
         "--backend",
         default="emoji",
-        help="a backend's name, or a diffusers folder (its weights may be missing)",
+        help="a backend's name, a diffusers folder (its weights may be missing), or a hub id (of which the "
+        "configuration is fetched)",
     )
     parser.add_argument("--reward", help="as in fit (default: emoji-preference if bundled, else hpsv2.1)")
     parser.add_argument(

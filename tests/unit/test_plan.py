@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +28,7 @@ from ipgo.memory import LiveMemory, new_sizes
 from ipgo.plan import Choice, Workload, fastest, memory_of, unloaded
 from ipgo.training import first_gradient, maximize
 from tests import tiny_families
-from tests.conftest import brightness, byte_tokenizer, one_sentence, tiny_pipeline
+from tests.conftest import brightness, byte_tokenizer, one_sentence, put_into_cache, tiny_pipeline
 from tests.reward_models import tiny_clip
 
 SAMPLING = ipgo.Sampling(steps=3, fit_steps=None)
@@ -284,6 +287,42 @@ def test_a_few_step_model_is_planned_as_it_is_drawn(
     assert "--method.ascent.backprop_steps=2 " in out
 
 
+def test_hub_ids_are_planned_from_their_configuration(folder: str, tmp_path: Path) -> None:
+    """In a process that cannot reach the hub, and finds no weights in its cache."""
+    bare = Path(shutil.copytree(folder, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors")))
+    tiny_clip().save_pretrained(tmp_path / "clip")
+    put_into_cache(tmp_path / "cache", "owner/tiny", bare)
+    put_into_cache(tmp_path / "cache", "owner/clip", tmp_path / "clip/config.json", "config.json")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "ipgo.cli", "plan", "--gpu", "2GB", "--rows", "1", "--backend"]
+    tables = []
+    for words in (["owner/tiny", "--reward", "clip:owner/clip"], [folder, "--reward", f"clip:{tmp_path}/clip"]):
+        done = subprocess.run(
+            [*command, *words], env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        tables.append([line for line in done.stdout.splitlines() if line.startswith("|")])
+    assert tables[0] == tables[1]
+
+
+def test_what_is_faster_than_recomputing_is_said(
+    folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """K = 3 fits with recomputing alone, and K = 1 without."""
+    monkeypatch.setattr(plan, "RESERVE", 0)
+    sizes = unloaded(folder, "contrast", SAMPLING, torch.float32)
+    room = sizes.footprint(Choice(1, False)).peak / 10**6
+    command = ["plan", "--backend", folder, "--reward", "contrast", "--dtype", "float32", "--steps", "3"]
+    command += ["--gpu", f"{room + 0.001:.6f}MB", "--rows", "1", "--backprop-steps"]
+    assert cli.main([*command, "1", "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "MB: K = 3 recomputing" in lines[-4]
+    assert "faster, with gradient through fewer steps: K = 1 without recomputing" in lines[-2]
+    assert "--method.ascent.backprop_steps=1 --method.ascent.recompute=false" in lines[-1]
+    assert cli.main([*command, "3"]) == 0
+    assert "faster" not in capsys.readouterr().out
+
+
 def test_nothing_fits(
     folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -304,7 +343,14 @@ def test_nothing_fits(
             ["--gpu", "8GB", "--reward", "clip", "--backend", __file__],
             "is not a local folder of diffusers, and its sizes",
         ),
-        (["--gpu", "8GB", "--reward", "clip", "--backend", "some/model"], "its sizes are unknown"),
+        (
+            ["--gpu", "8GB", "--reward", "clip", "--backend", "some/model"],
+            "'some/model' is not here, and cannot be fetched",
+        ),
+        (
+            ["--gpu", "8GB", "--reward", "clip:some/model"],
+            "the config.json of 'some/model' is not here and cannot be fetched",
+        ),
         (["--gpu", "8GB", "--reward", "hpsv3"], "unknown reward 'hpsv3'"),
         (["--gpu", "8GB", "--reward", "cmd:true {image}"], "has no gradient"),
         (["--gpu", "8GB", "--dtype", "half"], "unknown dtype 'half'; choose from bfloat16, float16, float32"),

@@ -11,7 +11,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub import hf_hub_download, list_repo_files
+from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
 from huggingface_hub.errors import GatedRepoError
 from safetensors import SafetensorError, safe_open
 from transformers.utils import logging as transformers_logging
@@ -59,6 +59,15 @@ def pipeline_class(source: str | Path) -> str:
     if not (path / INDEX).is_file():
         raise InputError(f"backend folder {str(path)!r} has no {INDEX}: it is not a diffusers folder")
     return class_name(path / INDEX, source)
+
+
+def configuration(source: str) -> Path:
+    """The folder of the JSON files that say what a hub id's parts are, without weights; `InputError` if that fails."""
+    try:
+        with hub.within_reach(source):
+            return Path(snapshot_download(source, allow_patterns=[INDEX, "*config.json"]))
+    except Exception as error:  # as above
+        raise _cannot_open(source, error) from error
 
 
 def open_pipeline(

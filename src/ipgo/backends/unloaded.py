@@ -11,28 +11,34 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ipgo.backends import BACKENDS, FAMILIES, Backend, few_steps, load_backend, with_own_scale
 from ipgo.backends.blueprint import Blueprint, read_blueprint
 from ipgo.backends.facts import Opening
+from ipgo.backends.folder import configuration, is_local
 from ipgo.backends.published import PUBLISHED
 from ipgo.errors import InputError, unknown
 from ipgo.memory import sizes_only
 
 
 def blueprint_of(source: str) -> Blueprint:
-    """What a name of `BACKENDS`, a hub id that stands behind one, or a local folder is built of.
+    """What a name of `BACKENDS`, a hub id, or a local folder is built of.
+
+    Of a hub id that stands behind a name nothing is fetched, of others the JSON files alone.
 
     Raises:
-        InputError: it is none of these, a file of the folder is missing or damaged, or its family is not known.
+        InputError: it is none of these, a file of the folder is missing or damaged, its family is not known, or the
+            hub is out of reach.
     """
     names = {place: name for name, (_, place) in BACKENDS.items()}
     name = names.get(source, source)
     if name in PUBLISHED:
         return PUBLISHED[name]
     folder = Path(BACKENDS[name][1] if name in BACKENDS else source)
-    if not folder.is_dir():
-        if "/" not in source and source not in BACKENDS and not folder.is_file():
-            raise unknown("backend", source, BACKENDS)
+    if "/" not in source and source not in BACKENDS and not folder.exists():
+        raise unknown("backend", source, BACKENDS)
+    if not is_local(source):
+        folder = configuration(source)
+    elif not folder.is_dir():
         raise InputError(
             f"backend {source!r} is not a local folder of diffusers, and its sizes are unknown; known are those of "
-            f"diffusers folders and of emoji, {', '.join(PUBLISHED)}"
+            f"diffusers folders, of hub ids, and of emoji, {', '.join(PUBLISHED)}"
         )
     found = read_blueprint(folder)
     if found.kind not in FAMILIES:

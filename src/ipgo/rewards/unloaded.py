@@ -20,7 +20,8 @@ from transformers import (
     CLIPModel,
 )
 
-from ipgo.errors import InputError
+from ipgo import hub
+from ipgo.errors import InputError, first_line
 from ipgo.memory import UNBOUNDED, Tokens, build
 from ipgo.rewards import REWARDS, Reward, check_reward, combine, load_reward
 from ipgo.rewards.aesthetic import Aesthetic
@@ -86,11 +87,11 @@ TOWERS = {"clip": VIT_L, "aesthetic": VIT_L, "pickscore": VIT_H, "hpsv2": VIT_H,
 def unloaded_reward(spec: str, sizes: FakeTensorMode | None, device: str = "cpu") -> Reward:
     """As `load_reward`, but published models have sizes and no numbers, or random ones (`ipgo.memory.build`).
 
-    A path to their weights is not followed, but for the folder of a CLIPModel, whose configuration is read. Bundled
-    rewards and those of one's own are loaded.
+    A path to their weights is not followed, but for the folder or the hub id of a CLIPModel, whose configuration is
+    read. Bundled rewards and those of one's own are loaded.
 
     Raises:
-        InputError: as `load_reward`, and for a CLIP of the hub that is not here, whose size is not known.
+        InputError: as `load_reward`, and for a CLIP whose configuration cannot be read.
     """
     return combine(spec, lambda name: _unloaded(name, sizes, device))
 
@@ -121,12 +122,14 @@ def _clip_config(name: str, bare: str) -> Any:
     place = name.partition(":")[2] if bare in ("clip", "pickscore") else ""
     if not place:
         return CLIPConfig(**TOWERS[bare])
-    if not Path(place).is_dir():
+    try:
+        with hub.within_reach(place):
+            return CLIPConfig.from_pretrained(place)
+    except Exception as error:  # no network, or no such file, which libraries say in many ways
         raise InputError(
-            f"reward {name!r}: {place!r} is not a local folder, and its sizes are unknown; "
-            f"known are those of {bare!r} itself"
-        )
-    return CLIPConfig.from_pretrained(place)
+            f"reward {name!r}: the config.json of {place!r} is not here and cannot be fetched "
+            f"({first_line(error)}); without it only {bare!r} itself can be planned"
+        ) from error
 
 
 def _imagereward(name: str, sizes: FakeTensorMode | None, device: str) -> ImageReward:
