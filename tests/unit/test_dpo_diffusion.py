@@ -290,6 +290,28 @@ def test_the_first_step_of_the_gradient(backend64, words):
     assert adapter.negatives == ("", "")
 
 
+def test_the_gradients_steps_are_those_of_rmsprop(backend64, words, monkeypatch):
+    """torch's own, with the published numbers, on slopes that change and are clipped."""
+    search = proposer(DPODiffusion("both", "gradient", words, lr=0.1), Task(backend64, REWARD, PROMPTS, SAMPLING))
+    start = search.memory["logits"].clone().fill_(1.5)
+    search.memory["logits"].copy_(start)
+    torch.manual_seed(0)
+    slopes = 0.02 * torch.randn(4, *start.shape, dtype=start.dtype)
+    monkeypatch.setattr(
+        search, "mixed_rewards", lambda logits, choices, numbers, step: (logits * slopes[step]).sum((1, 2))
+    )
+    leaf = start.clone().requires_grad_()
+    optimizer = torch.optim.RMSprop([leaf], lr=0.1, alpha=0.99, momentum=0.5, eps=1e-8, maximize=True)
+    for step, slope in enumerate(slopes):
+        search._climb([[0] * len(search.allowed[0])] * len(PROMPTS), step)
+        leaf.grad = slope.clamp(-0.025, 0.025)
+        optimizer.step()
+        with torch.no_grad():
+            leaf.clamp_(0, 3)
+        torch.testing.assert_close(search.memory["logits"], leaf.detach())
+    assert ((leaf > 0) & (leaf < 3) & (leaf != start)).any()
+
+
 def test_the_temperature_and_the_window_are_those_that_are_asked_for(backend, words, monkeypatch):
     seen = []
     monkeypatch.setattr(

@@ -178,6 +178,30 @@ def test_whiteness_knows_noise_from_what_is_none():
     assert (whiteness_penalty(strange - 0.01 * down) < penalty).all()
 
 
+def test_whiteness_looks_at_permutations_too():
+    """By numpy, with other permutations: a wave of period 8 has white vectors of four only until they are mixed."""
+    rng = np.random.default_rng(1)
+    noise = rng.normal(size=(600, PATCH)).repeat(2, axis=0).reshape(-1)  # each vector twice
+
+    def bounds(numbers: np.ndarray) -> float:
+        vectors = numbers.reshape(-1, PATCH)
+        n = len(vectors)
+        spread = np.linalg.norm(vectors.T @ vectors / n - np.eye(PATCH), 2)
+        stray = max(math.sqrt(1 + spread) - 1 - math.sqrt(PATCH / n), 0)
+        mean = sum(vectors.mean(0) ** 2)
+        return min(-n * mean / (2 * PATCH), -math.log(2)) + min(-n * stray**2 / 2, -math.log(2))
+
+    def expected(numbers: np.ndarray) -> float:
+        return -bounds(numbers) - np.mean([bounds(rng.permutation(numbers)) for _ in range(400)])
+
+    sine = 1.4 * np.sin(np.arange(4800) * math.pi / 4)  # its vectors are two that take turns
+    for numbers in (noise, sine, rng.normal(1, 1, size=4800)):
+        found = whiteness_penalty(torch.from_numpy(numbers)[None]).item()
+        assert found == pytest.approx(expected(numbers), rel=0.05)
+    # What is wrong with the order alone costs only what it costs unmixed.
+    assert whiteness_penalty(torch.from_numpy(sine)[None]).item() < -1.5 * bounds(sine)
+
+
 def test_dno_is_held_to_white_noise(backend):
     step = next(quick(DNO()).fit(Task(backend, REWARD, PROMPTS[1:], STOCHASTIC)))
     penalty = whiteness_penalty(backend.noise([0], 2).flatten()[None])[0]

@@ -111,6 +111,37 @@ def test_the_recipe_runs_resumes_and_its_model_rewrites(tmp_path, monkeypatch, t
     assert step.rewards.isfinite().all()
 
 
+def test_the_policy_writes_more_of_what_is_rewarded(tmp_path, monkeypatch, tokens):
+    """The number of tokens is the reward: texts grow longer, and shorter where its sign is turned."""
+    monkeypatch.setattr(loop, "BUILD", tmp_path)
+    monkeypatch.setattr(train_promptist, "LONGEST", 8)
+    monkeypatch.setattr(train_promptist, "KL", 0.0)
+    monkeypatch.setattr(ipgo, "load_backend", lambda *given, **options: None)
+    torch.manual_seed(0)
+    model = train_promptist.language_model(tokens)
+    with torch.no_grad():  # ends half of the texts after a token or two
+        model.transformer.ln_f.bias.copy_(5 * model.lm_head.weight[tokens.eos_token_id])
+    loop.keep(train_promptist.SUPERVISED, model.state_dict())
+    lengths = {}
+    for sign in (1, -1):
+        told: list[float] = []
+
+        class Counted:
+            def __init__(self, backend, sign=sign, told=told):
+                self.sign, self.told = sign, told
+
+            def __call__(self, plain, texts, seeds):
+                counts = torch.tensor([float(len(tokens(text).input_ids)) for text in texts])
+                self.told.append(counts.mean().item())
+                return self.sign * counts
+
+        monkeypatch.setattr(train_promptist, "Judged", Counted)
+        loop.renew(train_promptist.FINAL)
+        train_promptist.train_policy(Schedule(steps=30, batch=32, lr=1e-3, warmup=1))
+        lengths[sign] = told[0], sum(told[-8:]) / 8
+    assert lengths[1][1] > lengths[1][0] + 1 > lengths[-1][1] + 1, lengths
+
+
 def test_the_reward_of_a_rewriting_is_that_of_promptist(monkeypatch):
     judged = train_promptist.Judged.__new__(train_promptist.Judged)
     drawn = {"a fox": 0.0, "a fox, sharp": 1.0, "a bus": 2.0}
