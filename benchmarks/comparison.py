@@ -49,7 +49,9 @@ ABOUT = (
     "Gains over raw prompts and the share of images that win, means over the sets, on noise that was not fitted; "
     "held out: the\nmean change of the rewards that were not optimised; objects: points more of the images have "
     "what the judge looks for;\nlikeness, where it was measured: how much more they look like the artwork (1 is that). "
-    "Numbers are those stored for a prompt.\nSeconds and MiB (the peak of memory) compare on one machine alone."
+    "Numbers are those stored for a prompt.\nSeconds and MiB (the peak of memory, "
+    "of all prompts that were\nfitted at once, where that was kept; methods that change the model's weights fit one) "
+    "compare on one machine alone."
 )
 
 MARKS = {"object": (100, 1), "likeness": (1, 3)}  # of the judge: what they are shown in units of, and digits
@@ -229,7 +231,7 @@ def tables(found: Mapping[Cell, Sequence[Row]]) -> str:
             "numbers",
             "calls",
             "seconds",
-            "MiB",
+            "MiB (of so many prompts at once)",
         ]
         lines = [head, ["---"] * len(head)]
         for label in dict.fromkeys(row.label for kind in kinds for row in found[reward, kind]):
@@ -240,6 +242,8 @@ def tables(found: Mapping[Cell, Sequence[Row]]) -> str:
                 f"{mean([getattr(row, each) for row in some]):,.0f}" if some else "–"
                 for each in ("parameters", "weighted", "seconds", "memory")
             ]
+            together = max((row.together for row in some), default=0)
+            cost[-1] += f" ({together})" if together else ""
             lines.append([label, *cells, *cost])
         parts.append(f"## {reward}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
     return "\n\n".join(parts)

@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "TRANSFORMERS_VERBOSITY", "error"
     )  # such as of missing weights, which ipgo refuses itself
     _log_to_stderr()
-    kept = "; finished prompts are kept" if name in RESUMABLE else ""
+    kept = "; finished prompts, if any, are kept" if name in RESUMABLE else ""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal, or a pipe, may not have all letters
             stream.reconfigure(errors="backslashreplace")

@@ -226,13 +226,17 @@ def _read_jsonl(spec: str, text: str) -> list[str]:
     return prompts
 
 
+NEAR = 0.75  # share of letters, as difflib counts: of "lemmon" and "lemon" it is 0.91, of "wizard" and "award" 0.73
 READERS = {".txt": _read_lines, ".csv": _read_csv, ".jsonl": _read_jsonl}
 
 
 def unseen_words(texts: Iterable[str], known: Iterable[str]) -> dict[str, str | None]:
-    """The words in `texts` that a model's vocabulary lacks, each with the nearest word that it has."""
+    """The words in `texts` that a model's vocabulary lacks, each with the nearest word that it has, if one is near.
+
+    Of three letters and fewer there is none: "at" is no misspelt "cat".
+    """
     vocabulary = {word.lower() for word in known}
     words = dict.fromkeys(word for text in texts for word in re.findall(r"[^\W_]+", text.lower()))
     unseen = [word for word in words if word not in vocabulary]
-    nearest = {word: difflib.get_close_matches(word, sorted(vocabulary), n=1) for word in unseen}
-    return {word: near[0] if near else None for word, near in nearest.items()}
+    near = {word: difflib.get_close_matches(word, sorted(vocabulary), n=1, cutoff=NEAR) for word in unseen}
+    return {word: found[0] if found and len(word) > 3 else None for word, found in near.items()}

@@ -211,14 +211,14 @@ def test_costs_are_means_over_prompts() -> None:
             "cost": {
                 "calls": {"denoiser": calls},
                 "parameters": 7,
-                "measured": {"seconds": seconds, "peak_memory_mib": memory},
+                "measured": {"seconds": seconds, "peak_memory_mib": memory, "fitted_together": together},
             }
         }
-        for calls, seconds, memory in ((4, 1.0, 100), (8, 3.0, 300))
+        for calls, seconds, memory, together in ((4, 1.0, 100, 4), (8, 3.0, 300, 2))
     ]
     found = _costs(results, PRICE)
     assert (found["calls"], found["weighted"]) == ({"denoiser": 6}, 6)
-    assert (found["seconds"], found["memory"]) == (2.0, 300)
+    assert (found["seconds"], found["memory"], found["together"]) == (2.0, 300, 4)
 
 
 def test_the_length_that_a_budget_pays_for() -> None:

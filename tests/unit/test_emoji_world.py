@@ -79,6 +79,9 @@ def scene_of(judge: Judge, boxes: dict[tuple[str, str], tuple[int, int, int]]) -
 
 def test_what_is_named_twice_or_is_no_object_does_not_count(judge: Judge) -> None:
     assert judge.read("a fox on an orange background").objects == ("fox",)
+    assert judge.read("an orange fox on a red background").objects == ("fox",)
+    assert judge.read("an orange left of a fox").objects == ("orange", "fox")
+    assert judge.read("orange, 3d").objects == ("orange",)
     assert judge.read("rose background, a fox").objects == ("fox",)
     assert judge.read("a red fox on a blue background, cute fox").objects == ("fox",)
     assert judge.read("a fox to the left of a fox").objects == ("fox", "fox")
@@ -178,7 +181,7 @@ def test_likeness_says_which_prompts_it_cannot_read(
 ) -> None:
     for prompt, why in (
         ("a dragon on a hill", "names no object that there is"),
-        ("a fox and a pear", "does not say how its two objects stand"),
+        ("a fox and a pear", "does not say how its objects stand: of two"),
     ):
         with pytest.raises(InputError, match=f"prompt '{prompt}' {why}"):
             load_reward("emoji-likeness")(torch.rand(1, 3, 64, 64), [prompt])

@@ -330,7 +330,9 @@ def run_cost(run: Run) -> dict[str, Any]:
 
 
 def total_cost(results: Sequence[dict[str, Any]], times: float = 1) -> dict[str, Any]:
-    """Totals over prompts, each of which counts `times`; memory and parameters are not additive."""
+    """Totals over prompts, each of which counts `times`; memory, how many were fitted together, and parameters are not
+    additive.
+    """
     calls: Counter[str] = Counter()
     for result in results:
         calls.update(result["cost"]["calls"])
@@ -339,6 +341,7 @@ def total_cost(results: Sequence[dict[str, Any]], times: float = 1) -> dict[str,
         "calls": {name: round(times * count) for name, count in calls.items()},
         "seconds": times * sum(each["seconds"] for each in measured),
         "memory": max((each["peak_memory_mib"] for each in measured), default=0),
+        "together": max((each["fitted_together"] for each in measured), default=0),
         "parameters": max((result["cost"]["parameters"] for result in results), default=0),
     }
 

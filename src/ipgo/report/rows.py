@@ -42,6 +42,7 @@ class Row:
         final, best: that reward in the fit itself, mean over prompts: of the last step and of the best one, each over
             as many steps as compare; the same where a fit keeps its last step.
         curve: (weighted calls for each prompt, the reward so far), mean over prompts.
+        together: prompts that were fitted at once, at most: the peak is that of all of these.
         calls, weighted: for each prompt, by kind, and their weighted sum.
         seconds, memory, parameters: for each prompt; the peak in MiB; numbers stored of what was learned or chosen.
     """
@@ -71,6 +72,7 @@ class Row:
     parameters: int
     seeds: tuple[int, ...] = ()
     judged: int = 0
+    together: int = 0
 
     @property
     def title(self) -> str:
@@ -210,7 +212,7 @@ def _curve(histories: Sequence[History], price: Price) -> Points:
 
 
 def _costs(results: Sequence[Mapping[str, Any]], price: Price) -> dict[str, Any]:
-    """Means over the finished prompts; memory and parameters are the largest."""
+    """Means over the finished prompts; of memory, prompts fitted together and parameters the largest."""
     total = total_cost([dict(result) for result in results])
     count = max(1, len(results))
     calls = {name: value / count for name, value in total["calls"].items()}
@@ -219,6 +221,7 @@ def _costs(results: Sequence[Mapping[str, Any]], price: Price) -> dict[str, Any]
         "weighted": price.of(calls),
         "seconds": total["seconds"] / count,
         "memory": total["memory"],
+        "together": total["together"],
         "parameters": total["parameters"],
     }
 

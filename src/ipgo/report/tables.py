@@ -107,19 +107,22 @@ def held_out_tables(entries: Sequence[Row], reward: str) -> list[Table]:
 def cost_table(folder: Comparison, entries: Sequence[Row]) -> Table:
     """What a prompt took, and what came of all of them."""
     price = folder.plan.price
-    head = ["entry", *COST.values(), "weighted", "seconds", "peak MiB", "numbers stored", "serves also"]
+    head = ["entry", *COST.values(), "weighted", "seconds", "prompts at once", "peak MiB"]
+    head += ["numbers stored", "serves also"]
     lines = []
     for row in entries:
         calls = [Cell(f"{row.calls.get(name, 0):,.0f}") for name in COST]
         line = [Cell(row.label), *calls, Cell(f"{row.weighted:,.0f}"), Cell(f"{row.seconds:,.1f}")]
-        line += [Cell(f"{row.memory:,}"), Cell(f"{row.parameters:,}"), Cell(row.transfers or "–")]
+        line += [Cell(str(row.together or "–")), Cell(f"{row.memory:,}")]
+        line += [Cell(f"{row.parameters:,}"), Cell(row.transfers or "–")]
         done = f"{row.finished} of {row.prompts}" + (f", {row.failed} failed" if row.failed else "")
         lines.append([*line, Cell(done, "bad" if row.failed else "")])
     weights = f"{price.gradient} (in both halves of guidance {price.both})" if price else "1"
     limit = f", and the budget is {folder.plan.budget:,} of them" if folder.plan.budget else ""
     note = (
         "For each prompt, the fit alone. A denoiser call with gradient, backward pass included, weighs "
-        f"{weights} calls, as given or else measured when the comparison began{limit}."
+        f"{weights} calls, as given or else measured when the comparison began{limit}. The peak is that of all prompts "
+        "at once, which methods that change the model's weights do not fit together; with --chunk 1 none does."
     )
     return Table("Cost", note, [*head, "prompts done"], lines)
 

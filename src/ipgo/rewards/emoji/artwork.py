@@ -115,11 +115,11 @@ def placed(reader: Reader, prompts: Sequence[str]) -> list[Claims]:
             what = (
                 "names no object that there is (see `ipgo list objects`)"
                 if not claims.objects
-                else "does not say how its two objects stand, such as 'above' or 'left of'"
+                else "does not say how its objects stand: of two, 'above' or 'left of', say, and no more are shown"
             )
             raise InputError(
-                f"reward {Likeness.name!r} compares with artwork, and prompt {prompt[:60]!r} {what}; take another "
-                "reward, such as emoji-preference"
+                f"reward {Likeness.name!r} compares with artwork, and prompt {prompt[:60]!r} {what}; change it, or "
+                "follow another reward: --reward emoji-preference"
             )
     return found
 

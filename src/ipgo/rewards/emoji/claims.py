@@ -36,6 +36,9 @@ class Reader:
         self.styles: list[str] = list(labels["styles"])
         self._nouns = {word: name for name, words in labels["objects"].items() for word in (name, *words)}
         self._styles = {word: name for name, words in labels["styles"].items() for word in (name, *words)}
+        both = "|".join(sorted(self._nouns.keys() & set(self.colours)))
+        nouns = "|".join(map(re.escape, sorted(self._nouns, key=len, reverse=True)))
+        self._coloured = re.compile(rf"\b(?:{both})\s+(?=(?:{nouns})\b)" if both else r"(?!)")
         self._relations = {word: name for name, words in labels["relations"].items() for word in words}
 
     def read(self, prompt: str) -> Claims:
@@ -45,7 +48,8 @@ class Reader:
         shows, it takes the first two, and no relation.
         """
         text = prompt.lower()
-        things = re.sub(r"\b[\w-]+\s+background\b", "background", text)  # an orange background is no orange
+        things = re.sub(r"\b[\w-]+\s+background\b", "background", text)  # an orange background is no orange,
+        things = self._coloured.sub("", things)  # nor is an orange cat
         named = [self._nouns[word] for word in _mentions(things, self._nouns)]
         relations = [self._relations[word] for word in _mentions(text, self._relations)]
         objects = tuple(dict.fromkeys(named))
