@@ -89,5 +89,6 @@ def _objects(backend: str) -> list[str]:
         raise InputError(f"backend {backend!r} has no vocabulary.json: it does not say what it can draw")
     lines = [f"{each} ({', '.join(others)})" if others else each for each, others in known["objects"].items()]
     more = ("colours", "styles", "relations", "quality")
-    told = {kind: "; ".join(known[kind]) for kind in more if known.get(kind)}  # some are two words with a comma
+    # Some are two words with a comma.
+    told = {kind: "; ".join(known[kind]) for kind in more if known.get(kind)}
     return [*lines, *(f"-- {kind}: {words}" for kind, words in told.items())]

@@ -36,7 +36,9 @@ PIXELS = 4_000_000  # ... and most pixels of several: rewards take some hundred 
 def score(argv: list[str]) -> int:
     """`ipgo score`: a line per image, and the means."""
     parser = command_parser("score", "Score existing image files by one or more rewards.")
-    parser.add_argument("images", nargs="+", type=path_of, help="image files, and folders of them with all that is below")
+    parser.add_argument(
+        "images", nargs="+", type=path_of, help="image files, and folders of them with all that is below"
+    )
     parser.add_argument("--reward", nargs="+", required=True, help="rewards, as in fit")
     parser.add_argument(
         "--prompts",

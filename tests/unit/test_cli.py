@@ -226,7 +226,8 @@ def test_a_full_disk_is_one_sentence(
     monkeypatch.setitem(cli.COMMANDS, "fit", full)
     assert cli.main(["fit"]) == 1
     expected = (
-        "ipgo: cannot read or write 'runs/a/run.json': No space left on device; finished prompts, if any, are kept\n"
+        "ipgo: cannot read or write 'runs/a/run.json': No space left on device; finished prompts, if any, "
+        "are kept\n"
     )
     assert capsys.readouterr().err == expected
 

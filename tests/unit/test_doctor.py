@@ -84,7 +84,9 @@ def test_the_size_is_that_of_the_gradient(backend64: Backend) -> None:
     sides = [cond.embeds, uncond.embeds]
 
     def value(embeds: Tensor, side: int) -> Tensor:
-        given = [replace(cond, embeds=embeds), uncond] if side == 0 else [cond, replace(uncond, embeds=embeds)]
+        given = (
+            [replace(cond, embeds=embeds), uncond] if side == 0 else [cond, replace(uncond, embeds=embeds)]
+        )
         return brightness(sample(backend64, *given, backend64.noise([0]), SAMPLING, backprop_steps=3), [])
 
     for side, (embeds, size) in enumerate(zip(sides, sizes, strict=True)):

@@ -292,7 +292,9 @@ def test_the_first_step_of_the_gradient(backend64, words):
 
 def test_the_gradients_steps_are_those_of_rmsprop(backend64, words, monkeypatch):
     """torch's own, with the published numbers, on slopes that change and are clipped."""
-    search = proposer(DPODiffusion("both", "gradient", words, lr=0.1), Task(backend64, REWARD, PROMPTS, SAMPLING))
+    search = proposer(
+        DPODiffusion("both", "gradient", words, lr=0.1), Task(backend64, REWARD, PROMPTS, SAMPLING)
+    )
     start = search.memory["logits"].clone().fill_(1.5)
     search.memory["logits"].copy_(start)
     torch.manual_seed(0)

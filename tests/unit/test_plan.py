@@ -296,7 +296,10 @@ def test_hub_ids_are_planned_from_their_configuration(folder: str, tmp_path: Pat
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "cache")}
     command = [sys.executable, "-m", "ipgo.cli", "plan", "--gpu", "2GB", "--rows", "1", "--backend"]
     tables = []
-    for words in (["owner/tiny", "--reward", "clip:owner/clip"], [folder, "--reward", f"clip:{tmp_path}/clip"]):
+    for words in (
+        ["owner/tiny", "--reward", "clip:owner/clip"],
+        [folder, "--reward", f"clip:{tmp_path}/clip"],
+    ):
         done = subprocess.run(
             [*command, *words], env=environment, capture_output=True, text=True, check=False
         )

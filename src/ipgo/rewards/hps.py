@@ -64,7 +64,9 @@ def load_hps(device: torch.device, checkpoint: Checkpoint) -> ClipReward:
     size = config.vision_config.image_size
     preprocessing = Preprocessing(size, "notebook" if checkpoint.notebook else "pad")
     text = TextTower(model, tokenizer)
-    about = identity(checkpoint.name, [file], preprocessing, VERSION, tokenizer=reading(tokenizer, text.longest))
+    about = identity(
+        checkpoint.name, [file], preprocessing, VERSION, tokenizer=reading(tokenizer, text.longest)
+    )
     return ClipReward(checkpoint.spec, model, text, preprocessing, about).to(device)
 
 

@@ -5,7 +5,6 @@ tests/unit/test_published.py compares the numbers of parameters with the publish
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch

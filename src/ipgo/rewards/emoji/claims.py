@@ -36,9 +36,8 @@ class Reader:
         self.styles: list[str] = list(labels["styles"])
         self._nouns = {word: name for name, words in labels["objects"].items() for word in (name, *words)}
         self._styles = {word: name for name, words in labels["styles"].items() for word in (name, *words)}
-        both = "|".join(sorted(self._nouns.keys() & set(self.colours)))
         nouns = "|".join(map(re.escape, sorted(self._nouns, key=len, reverse=True)))
-        self._coloured = re.compile(rf"\b(?:{both})\s+(?=(?:{nouns})\b)" if both else r"(?!)")
+        self._coloured = re.compile(rf"\borange\s+(?=(?:{nouns})\b)")
         self._relations = {word: name for name, words in labels["relations"].items() for word in words}
 
     def read(self, prompt: str) -> Claims:
