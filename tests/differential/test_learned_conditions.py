@@ -122,6 +122,24 @@ def test_gradients_equal_finite_differences(name):
     assert checked == expected | ({"pooled", "negative_pooled"} if name == "sdxl" else set())
 
 
+def test_a_change_of_the_vector_is_in_its_own_units():
+    """So a step goes as far with an encoder whose vectors are ten times as long; of zeros, in those of the prompt."""
+    backend = load_backend(tiny.sdxl(), device="cpu")
+    adapter = loud(InsertionAdapter.start(backend, PROMPTS, BOTH, seed=0, shared=False))
+    plain = backend.encode(PROMPTS)
+    with torch.no_grad():
+        for times in (1, 10):
+            prompt = dataclasses.replace(plain, pooled=times * plain.pooled)
+            unit = prompt.pooled.square().mean(1, keepdim=True).sqrt()
+            changed = adapter.condition(backend, PROMPTS, prompt)
+            torch.testing.assert_close(changed.pooled - prompt.pooled, unit * adapter.pooled)
+        negative = adapter.unconditional(
+            backend, PROMPTS, changed, Sampling(2, 3.0)
+        )  # whose own vector is zeros
+        unit = changed.pooled.square().mean(1, keepdim=True).sqrt()
+        torch.testing.assert_close(negative.pooled, unit * adapter.negative_pooled)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_fit_learns_them_too(name):
     case = CASES[name]

@@ -27,7 +27,7 @@ class InsertionAdapter(Adapter):
 
     kind: ClassVar[str] = "insertion"
 
-    pooled: nn.Parameter | None  # (N, P), starts at 0
+    pooled: nn.Parameter | None  # (N, P), starts at 0; see `_changed`
     negative_pooled: nn.Parameter | None  # (N, P), starts at 0
 
     def __init__(
@@ -136,13 +136,22 @@ class InsertionAdapter(Adapter):
         rows = self.rows(prompts)
         unit = original.norm()
         unit = torch.where(unit > 0, unit, own.norm())  # SDXL's empty negative prompt is nothing but zeros
-        return self._changed(self.insert_negative(rows, original, unit), rows, self.negative_pooled)
+        inserted = self.insert_negative(rows, original, unit)
+        return self._changed(inserted, rows, self.negative_pooled, own.pooled)
 
-    def _changed(self, prompt: PromptEmbeds, rows: Tensor, change: nn.Parameter | None) -> PromptEmbeds:
-        """With `change` (N, P) added to the vectors (B, P)."""
+    def _changed(
+        self, prompt: PromptEmbeds, rows: Tensor, change: nn.Parameter | None, instead: Tensor | None = None
+    ) -> PromptEmbeds:
+        """With `change` (N, P) added to the vectors (B, P), in units of their root mean square.
+
+        So a step goes as far with any text encoder. `instead` (B, P) gives the unit of vectors that are zeros.
+        """
         if change is None or prompt.pooled is None:
             return prompt
-        return replace(prompt, pooled=prompt.pooled + change[rows.to(change.device)].to(prompt.pooled))
+        unit = _spread(prompt.pooled)
+        if instead is not None:
+            unit = torch.where(unit > 0, unit, _spread(instead))
+        return replace(prompt, pooled=prompt.pooled + unit * change[rows.to(change.device)].to(prompt.pooled))
 
     def insert(self, rows: Tensor, original: PromptEmbeds) -> PromptEmbeds:
         """[prefix; original; suffix], by the adapter's rows (B,) for the B rows of `original`."""
@@ -207,6 +216,12 @@ class InsertionAdapter(Adapter):
     def project_(self) -> None:
         for side in self.sides():
             side.project_()
+
+
+def _spread(vectors: Tensor) -> Tensor:
+    """The root mean square (B, 1) of (B, P) numbers."""
+    spread: Tensor = vectors.square().mean(-1, keepdim=True).sqrt()
+    return spread
 
 
 def _vectors(count: int, width: int) -> nn.Parameter | None:
