@@ -46,8 +46,8 @@ class Insertion:
             leaves it at start * sqrt(rank / 3), whatever the prompt's: with start = 1 this is the paper's.
         start: coefficients begin uniform in [-start, start], with this norm: an embedding can grow to 1 / start times
             as much before it meets the bounds. The paper's is 1.
-        pooled: learn a change of the vector for the whole prompt too, where there is one (SDXL, SD3, FLUX.1), in units of
-            its root mean square.
+        pooled: learn a change of the vector for the whole prompt too, where there is one (SDXL, SD3, FLUX.1), in units
+            of its root mean square.
         negative: insert as many embeddings around the negative prompt's too, and with `pooled` change its vector. None:
             where guidance has a negative prompt.
     """
