@@ -215,12 +215,12 @@ def progress(step: int, rewards: Sequence[float] | torch.Tensor = (1.0, 2.0), to
     )
 
 
-def put_into_cache(cache: Path, repo: str, source: Path, *names: str) -> None:
+def put_into_cache(cache: Path, repo: str, source: Path, *names: str, revision: str = "main") -> None:
     """What the hub's client leaves of a repository, for it to find offline: a whole folder, or a file under a name."""
     place = cache / f"models--{repo.replace('/', '--')}"
-    commit = "0" * 40
+    commit = f"{len(revision):040}"
     (place / "refs").mkdir(parents=True, exist_ok=True)
-    (place / "refs/main").write_text(commit)
+    (place / "refs" / revision).write_text(commit)
     snapshot = place / "snapshots" / commit
     if source.is_dir():
         shutil.copytree(source, snapshot, dirs_exist_ok=True)

@@ -14,12 +14,21 @@ from typing import Any
 
 from ipgo.errors import InputError
 
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(?<!\.safetensors)")
+HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*(?<!\.safetensors))(?:@(\w[\w./-]*))?")
 
 
 def is_hub_id(place: str | Path) -> bool:
-    """Does it look like a model of the hub, `owner/name`? A folder may be called so too; `./owner/name` is no model."""
+    """Does it look like a model of the hub, `owner/name` or `owner/name@revision`?
+
+    A folder may be called so too; `./owner/name` is no model.
+    """
     return HUB_ID.fullmatch(str(place)) is not None
+
+
+def hub_id(place: str | Path) -> tuple[str, str | None]:
+    """`owner/name` and the revision (a branch, tag or commit) of what `is_hub_id`; anything else as it is, and None."""
+    found = HUB_ID.fullmatch(str(place))
+    return (found[1], found[2]) if found is not None else (str(place), None)
 
 
 def place(field: str, value: object) -> Path:

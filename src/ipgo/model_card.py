@@ -16,7 +16,7 @@ import yaml
 from ipgo.adapters import Adapter, JointAdapter, NoiseAdapter, TextEncoderAdapter, WeightAdapter
 from ipgo.errors import InputError
 from ipgo.evaluation import Gain, summarise, unlike
-from ipgo.files import is_hub_id
+from ipgo.files import hub_id, is_hub_id
 from ipgo.prompts import Prompt
 from ipgo.rewards.checkpoints import fingerprint
 from ipgo.rewards.spec import read_terms
@@ -78,7 +78,7 @@ def _base(backend: str) -> str | None:
     from ipgo.backends import BACKENDS
 
     place = BACKENDS[backend][1] if backend in BACKENDS else backend
-    return place if is_hub_id(place) and not Path(place).exists() else None
+    return hub_id(place)[0] if is_hub_id(place) and not Path(place).exists() else None
 
 
 def _limits(run: Run, adapter: Adapter) -> str:

@@ -66,7 +66,7 @@ def push_to_hub(run: Run, folder: str | Path, repository: str, *, private: bool 
     """
     from huggingface_hub import HfApi
 
-    if not files.is_hub_id(repository):
+    if not files.is_hub_id(repository) or files.hub_id(repository)[1] is not None:
         raise InputError(f"{repository!r} is not a model name of the hub; write owner/name")
     save_pretrained(run, folder, repository=repository)
     api = HfApi(library_name="ipgo", library_version=version("ipgo"))
@@ -107,14 +107,15 @@ def from_pretrained(source: str | Path) -> Adapter:
 
 
 def fetch(source: str | Path) -> Path:
-    """The folder itself, or where the hub's model `owner/name` was downloaded to."""
+    """The folder itself, or where the hub's model `owner/name` (`@revision`) was downloaded to."""
     if Path(source).exists() or not files.is_hub_id(source):
         return Path(source)
     from huggingface_hub import snapshot_download
 
     try:
         with hub.within_reach(source):
-            return Path(snapshot_download(str(source), allow_patterns=list(FILES)))
+            repo, revision = files.hub_id(source)
+            return Path(snapshot_download(repo, revision=revision, allow_patterns=list(FILES)))
     except Exception as error:  # as above
         raise InputError(
             f"adapter {str(source)!r} is not a folder, and cannot be read from the hub: {first_line(error)}"

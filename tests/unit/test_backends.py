@@ -38,11 +38,15 @@ def folder(pipeline_folder, tmp_path):
     return Path(shutil.copytree(pipeline_folder, tmp_path / "model"))
 
 
-def test_a_hub_id_is_opened_from_what_the_hub_has_given_before(pipeline_folder: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("revision", ["", "@v1.0"])
+def test_a_hub_id_is_opened_from_what_the_hub_has_given_before(
+    pipeline_folder: str, tmp_path: Path, revision: str
+) -> None:
     """By the command, in a process that cannot reach it."""
-    put_into_cache(tmp_path / "cache", "owner/tiny", Path(pipeline_folder))
+    put_into_cache(tmp_path / "cache", "owner/tiny", Path(pipeline_folder), revision=revision[1:] or "main")
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "cache")}
     words = ["generate", str(tmp_path / "one"), "a fox", "--backend", "owner/tiny"]
+    words[-1] += revision
     words += ["--out", str(tmp_path / "drawn")]
     backend = load_backend(pipeline_folder, device="cpu")
     adapter = InsertionAdapter.start(
@@ -238,14 +242,20 @@ def test_a_hub_id_tells_its_family_before_its_weights_are_fetched(monkeypatch, t
     index = tmp_path / "model_index.json"
     index.write_text('{"_class_name": "KandinskyPipeline"}')
     asked = []
-    monkeypatch.setattr(folders, "hf_hub_download", lambda *names: asked.append(names) or str(index))
-    with pytest.raises(InputError, match="'owner/name' holds a KandinskyPipeline; ipgo opens StableDiff"):
-        load_backend("owner/name")
-    assert asked == [("owner/name", "model_index.json")]
+    monkeypatch.setattr(
+        folders, "hf_hub_download", lambda *names, revision: asked.append((*names, revision)) or str(index)
+    )
+    for name in ("owner/name", "owner/name@refs/pr/3"):
+        with pytest.raises(InputError, match=f"'{name}' holds a KandinskyPipeline; ipgo opens StableDiff"):
+            load_backend(name)
+    assert asked == [
+        ("owner/name", "model_index.json", None),
+        ("owner/name", "model_index.json", "refs/pr/3"),
+    ]
 
 
 def test_a_hub_that_cannot_be_reached_is_one_sentence(monkeypatch):
-    def fail(*names):
+    def fail(*names, revision):
         raise OSError("no such repository\nmore")
 
     monkeypatch.setattr(folders, "hf_hub_download", fail)
@@ -256,7 +266,7 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(monkeypatch):
 def test_a_hub_id_of_one_variant_is_asked_for_it(monkeypatch, pipeline_folder):
     names = ["unet/diffusion_pytorch_model.fp16.safetensors", "text_encoder/model.fp16.safetensors"]
     index = str(Path(pipeline_folder) / "model_index.json")
-    monkeypatch.setattr(folders, "hf_hub_download", lambda *names: index)
+    monkeypatch.setattr(folders, "hf_hub_download", lambda *names, revision: index)
     asked = []
     monkeypatch.setattr(
         StableDiffusionPipeline, "from_pretrained", lambda *_, **options: asked.append(options["variant"])
@@ -265,7 +275,7 @@ def test_a_hub_id_of_one_variant_is_asked_for_it(monkeypatch, pipeline_folder):
         names,
         [*names, "unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"],
     ):
-        monkeypatch.setattr(folders, "list_repo_files", lambda source, there=there: there)
+        monkeypatch.setattr(folders, "list_repo_files", lambda source, revision, there=there: there)
         folders.open_pipeline("owner/name", "StableDiffusionPipeline", torch.float32)
     assert asked == ["fp16", None]
 
@@ -275,7 +285,7 @@ def test_a_gated_hub_id_says_what_to_do(monkeypatch):
         def __init__(self):
             """Its own wants the server's answer."""
 
-    def fail(*names):
+    def fail(*names, revision):
         raise LockedError
 
     monkeypatch.setattr(folders, "hf_hub_download", fail)

@@ -292,12 +292,14 @@ def test_hub_ids_are_planned_from_their_configuration(folder: str, tmp_path: Pat
     bare = Path(shutil.copytree(folder, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors")))
     tiny_clip().save_pretrained(tmp_path / "clip")
     put_into_cache(tmp_path / "cache", "owner/tiny", bare)
-    put_into_cache(tmp_path / "cache", "owner/clip", tmp_path / "clip/config.json", "config.json")
+    config = tmp_path / "clip/config.json"
+    put_into_cache(tmp_path / "cache", "owner/clip", config, "config.json", revision="refs")
+    put_into_cache(tmp_path / "cache", "owner/tiny", bare, revision="v2")
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "cache")}
     command = [sys.executable, "-m", "ipgo.cli", "plan", "--gpu", "2GB", "--rows", "1", "--backend"]
     tables = []
     for words in (
-        ["owner/tiny", "--reward", "clip:owner/clip"],
+        ["owner/tiny@v2", "--reward", "clip:owner/clip@refs"],
         [folder, "--reward", f"clip:{tmp_path}/clip"],
     ):
         done = subprocess.run(

@@ -159,7 +159,9 @@ def test_a_repository_without_safetensors_is_said_to_have_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "pytorch_model.bin").touch()
-    monkeypatch.setattr(checkpoints, "snapshot_download", lambda repo, allow_patterns: str(tmp_path))
+    monkeypatch.setattr(
+        checkpoints, "snapshot_download", lambda repo, revision, allow_patterns: str(tmp_path)
+    )
     with pytest.raises(
         InputError,
         match=r"cannot be fetched \(there is no model\*.safetensors\); give a copy as clip:/path/folder \(save_pre",
@@ -338,7 +340,7 @@ def test_an_identity_says_what_decides_a_score(folder: Path) -> None:
     found = identity_of(load_reward(f"clip:{folder}", device="cpu"))
     assert found == {
         "id": "clip",
-        "version": 1,
+        "version": 2,
         "weights": [sha256(folder / "model.safetensors")],
         "preprocessing": "shorter side bicubic to 32, centre crop",
         "tokenizer": found["tokenizer"],

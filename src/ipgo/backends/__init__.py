@@ -109,9 +109,9 @@ def load_backend(
 
     Args:
         source: a name in `BACKENDS`, a local diffusers folder, a .safetensors file of Stable Diffusion or SDXL (or
-            of another denoiser, with the folder of its other parts beside it), a hub id `owner/name`, or a pipeline
-            object (which is used as it is: its parameters are frozen, and it stays where it is if `device` and `dtype`
-            are "auto").
+            of another denoiser, with the folder of its other parts beside it), a hub id `owner/name` (`@revision` if
+            not its newest state), or a pipeline object (which is used as it is: its parameters are frozen, and it stays
+            where it is if `device` and `dtype` are "auto").
         device: auto, cpu, cuda or cuda:N, or a torch.device.
         dtype: auto, float32, bfloat16, float16 or float64, or a torch.dtype.
         image_size: side of the square images in pixels; None is the model's own.

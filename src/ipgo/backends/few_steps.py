@@ -45,6 +45,7 @@ IDS = {"SimianLuo/LCM_Dreamshaper_v7": FewSteps(4, 8.5)}
 
 def by_name(place: str) -> FewSteps | None:
     """What a hub id, a folder or a file is called; "8step" in it is the number of steps. None: it is no such model."""
+    place, _ = files.hub_id(place)
     if place in IDS:
         return IDS[place]
     name = place.rstrip("/").split("/")[-1].lower()

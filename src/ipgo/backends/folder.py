@@ -45,7 +45,8 @@ def pipeline_class(source: str | Path) -> str:
     if not is_local(source):
         try:
             with hub.within_reach(source):
-                file = hf_hub_download(str(source), INDEX)
+                repo, revision = files.hub_id(source)
+                file = hf_hub_download(repo, INDEX, revision=revision)
         except Exception as error:  # also what its HTTP library raises where a connection breaks off
             raise _cannot_open(source, error) from error
         return class_name(Path(file), source)
@@ -65,7 +66,8 @@ def configuration(source: str) -> Path:
     """The folder of the JSON files that say what a hub id's parts are, without weights; `InputError` if that fails."""
     try:
         with hub.within_reach(source):
-            return Path(snapshot_download(source, allow_patterns=[INDEX, "*config.json"]))
+            repo, revision = files.hub_id(source)
+            return Path(snapshot_download(repo, revision=revision, allow_patterns=[INDEX, "*config.json"]))
     except Exception as error:  # as above
         raise _cannot_open(source, error) from error
 
@@ -84,6 +86,7 @@ def open_pipeline(
     options: dict[str, Any] = dict(given or {})
     if "safety_checker" in cls._optional_components:
         options |= {"safety_checker": None, "requires_safety_checker": False}
+    place, revision = (str(source), None) if local else files.hub_id(source)
     if local:
         # Saved without a part, SD3's T5 say: diffusers writes that down, and asks for the part again.
         optional = (*cls._optional_components, *options)
@@ -91,9 +94,9 @@ def open_pipeline(
     try:
         with hub.within_reach(source), only_of_downloads(source, diffusers_logging, transformers_logging):
             if not local:
-                variant = _hub_variant(str(source))
+                variant = _hub_variant(place, revision)
             pipe = cls.from_pretrained(
-                str(source), dtype=dtype, use_safetensors=True, variant=variant, **options
+                place, revision=revision, dtype=dtype, use_safetensors=True, variant=variant, **options
             )
     except Exception as error:  # libraries answer damaged files with errors of many kinds
         raise _cannot_open(source, error) from error
@@ -154,11 +157,11 @@ def check_folder(path: Path, given: Container[str] = ()) -> str | None:
     return variant
 
 
-def _hub_variant(source: str) -> str | None:
+def _hub_variant(repo: str, revision: str | None) -> str | None:
     """As `check_folder` says it of a folder, of a hub id; its weights need not have been fetched."""
-    index = Path(hf_hub_download(source, INDEX))
+    index = Path(hf_hub_download(repo, INDEX, revision=revision))
     try:
-        there: Collection[str] = list_repo_files(source)
+        there: Collection[str] = list_repo_files(repo, revision=revision)
     except Exception:  # without a network, which libraries say in many ways: what was fetched before
         there = _files(index.parent)
     return _variant(there, _parts(files.read_json(index)))
@@ -206,7 +209,7 @@ def _cannot_open(source: str | Path, error: Exception) -> InputError:
     if isinstance(error, GatedRepoError):
         return InputError(
             f"backend {str(source)!r} is given to those alone who accept its licence: do so at "
-            f"https://huggingface.co/{source}, and run `hf auth login`"
+            f"https://huggingface.co/{files.hub_id(source)[0]}, and run `hf auth login`"
         )
     reason = first_line(error).rstrip(".")
     if is_local(source):

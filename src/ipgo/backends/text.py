@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ipgo import hub
 from ipgo.embeds import PromptEmbeds
 from ipgo.errors import InputError
+from ipgo.files import hub_id
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str], length: int, padding: str) -> tuple[Tensor, Tensor]:
@@ -62,7 +63,8 @@ def clip_tokenizer(place: str | Path) -> Any:
 
     try:
         with hub.within_reach(place):
-            return CLIPTokenizer.from_pretrained(str(place), subfolder="tokenizer")
+            repo, revision = hub_id(place)
+            return CLIPTokenizer.from_pretrained(repo, subfolder="tokenizer", revision=revision or "main")
     except Exception:  # opening the pipeline says what is wrong
         return None
 

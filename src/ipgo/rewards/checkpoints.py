@@ -20,7 +20,7 @@ from transformers.utils import logging
 from ipgo import hub
 from ipgo.bars import only_of_downloads
 from ipgo.errors import InputError, first_line
-from ipgo.files import is_hub_id, shards
+from ipgo.files import hub_id, is_hub_id, shards
 
 CLIP_L = "openai/clip-vit-large-patch14"  # its tokenizer is that of open_clip, too
 MODEL = "model*.safetensors"
@@ -165,7 +165,8 @@ def _folder_of(found: Path) -> Path:
 def _snapshot(repo: str, patterns: Sequence[str], needed: str) -> Path:
     """The folder of a hub repository's files; offline it may lack those that nobody has asked for yet."""
     with hub.within_reach(repo):
-        folder = Path(snapshot_download(repo, allow_patterns=list(patterns)))
+        name, revision = hub_id(repo)
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     if not any(folder.glob(needed)):
         raise _LackingError(f"there is no {needed}")
     return folder

@@ -21,6 +21,7 @@ from transformers import (
 
 from ipgo import hub
 from ipgo.errors import InputError, first_line
+from ipgo.files import hub_id
 from ipgo.memory import UNBOUNDED, Tokens, build
 from ipgo.rewards import REWARDS, Reward, check_reward, combine, load_reward
 from ipgo.rewards.aesthetic import Aesthetic
@@ -123,7 +124,8 @@ def _clip_config(name: str, bare: str) -> Any:
         return CLIPConfig(**TOWERS[bare])
     try:
         with hub.within_reach(place):
-            return CLIPConfig.from_pretrained(place)
+            repo, revision = hub_id(place)
+            return CLIPConfig.from_pretrained(repo, revision=revision or "main")
     except Exception as error:  # no network, or no such file, which libraries say in many ways
         raise InputError(
             f"reward {name!r}: the config.json of {place!r} is not here and cannot be fetched "
