@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from tools.emoji import arguments, parts
+from tools.emoji.export import BACKEND
 from tools.emoji.loop import DEVICE, Schedule, train, weights
 from tools.emoji.networks import load_clip, pipeline
 from tools.emoji.sprites import BUILD
@@ -122,6 +123,7 @@ def build(schedule: Schedule = SCHEDULE) -> None:
     )
     shutil.rmtree(FOLDER, ignore_errors=True)
     xl.to("cpu").save_pretrained(FOLDER, safe_serialization=True)
+    shutil.copy(BACKEND / "vocabulary.json", FOLDER)  # so that its rewards and its judge come with it
 
 
 if __name__ == "__main__":

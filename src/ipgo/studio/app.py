@@ -20,7 +20,7 @@ from ipgo.backends import Backend
 from ipgo.defaults import reward_for
 from ipgo.errors import InputError, IpgoError, first_line
 from ipgo.methods import METHODS
-from ipgo.models import BUNDLED_REWARDS
+from ipgo.models import bundled_rewards
 from ipgo.prompts import halves, prompt_sets, read_prompts
 from ipgo.report import charts
 from ipgo.report.build import environment, render
@@ -376,7 +376,7 @@ def _rewards(place: Place) -> list[str]:
 
 def _judges(place: Place) -> list[str]:
     """The rewards that only judge where no others are asked for."""
-    return list(BUNDLED_REWARDS.get(place.backend, ()))
+    return list(bundled_rewards(place.backend))
 
 
 def _examples(backend: str) -> list[str]:
