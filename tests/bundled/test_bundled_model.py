@@ -1,6 +1,7 @@
 """The weights in the package do what the README says of them (figures in full: tools/emoji/evaluate.py)."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,9 @@ import ipgo
 from benchmarks.truncation import cosines
 from ipgo.adapters import Adapter, generate
 from ipgo.backends import Backend
+from ipgo.config import RunConfig
 from ipgo.methods import Promptist
+from ipgo.models import BUNDLED_REWARDS, with_rewards
 from ipgo.prompts import read_prompts
 from ipgo.rewards import REWARDS
 from ipgo.rewards.emoji import load_judge
@@ -89,6 +92,19 @@ def test_rewards_keep_their_contract(name: str, drawn: tuple[list[str], torch.Te
     parameters = reward.parameters() if isinstance(reward, torch.nn.Module) else ()
     assert not any(parameter.requires_grad for parameter in parameters)
     torch.testing.assert_close(reward(pixels[1:2], prompts[1:2]), values[1:2], atol=1e-5, rtol=0)
+
+
+def test_a_folder_that_draws_the_same_world_is_judged_as_the_bundled_model(
+    backend: Backend, tmp_path: Path
+) -> None:
+    """It says so with the vocabulary; another folder has no judge and no rewards of its own."""
+    for name, judged in (("other", False), ("own", True)):
+        (tmp_path / name).mkdir()
+        if judged:
+            shutil.copy(PACKAGE / "backends/emoji/vocabulary.json", tmp_path / name)
+        models = with_rewards(RunConfig(("a fox",), reward="contrast", backend=str(tmp_path / name)), backend)
+        assert (models.judge is not None) == judged
+        assert list(models.rewards) == ["contrast", *(BUNDLED_REWARDS["emoji"] if judged else ())]
 
 
 def test_alignment_prefers_the_right_prompt(drawn: tuple[list[str], torch.Tensor]) -> None:
