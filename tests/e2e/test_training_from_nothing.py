@@ -13,10 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image, ImageDraw
 from safetensors import safe_open
 from safetensors.torch import load_file
+from transformers import CLIPModel
 
+import ipgo
+from ipgo.models import bundled_rewards
 from tools.emoji import world
 from tools.emoji.sprites import PACKAGES, SPRITE_SIZE
 
@@ -100,11 +104,29 @@ def test_every_stage_and_the_way_back(folder: Path) -> None:
         assert ours.keys() == theirs.keys()
         assert {key: value.dtype for key, value in ours.items()} == {k: v.dtype for k, v in theirs.items()}
 
+    # The same as an SDXL: its text encoders know what the bundled one does, and its rewards come with it.
+    run(folder, "-m", "tools.emoji.xl", "--steps", "2")
+    xl, plain = (
+        ipgo.load_backend(str(folder / place)) for place in ("build/emoji/xl", "src/ipgo/backends/emoji")
+    )
+    assert type(xl.pipe).__name__ == "StableDiffusionXLPipeline"
+    prompts = ["a fox on a red background", "a pear"]
+    told, states = xl.encode(prompts), plain.encode(prompts).embeds
+    norm = plain.pipe.text_encoder.final_layer_norm
+    for half in told.embeds.chunk(2, dim=-1):
+        torch.testing.assert_close(norm(half), states, atol=1e-2, rtol=0)  # float16 there
+    clip = CLIPModel.from_pretrained(folder / "src/ipgo/rewards/emoji/clip", dtype=torch.float32)
+    ids = plain.pipe.tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids
+    features = clip.get_text_features(input_ids=ids).pooler_output
+    torch.testing.assert_close(told.pooled, features, atol=1e-2, rtol=0)
+    assert ipgo.generate(xl, prompts, [0, 1], ipgo.Adapter(), ipgo.Sampling(2, 2.5)).isfinite().all()
+    assert bundled_rewards(str(folder / "build/emoji/xl"))
+
     # Nothing is done again, and what was trained last is what the package has.
     again = run(folder, "-c", DRIVER)
     assert "begins again" not in again
     assert not {"data", "tokenizer", "latents", "redraw", "follow"} & set(again.split())
-    assert trained == contents(checkpoints)
+    assert trained == {name: held for name, held in contents(checkpoints).items() if name != "xl.safetensors"}
     assert rounds == sorted((folder / "build/emoji/data").glob("followed-*"))
     last = load_file(checkpoints / "aesthetic-2.safetensors")["model.visual_projection.weight"]
     shown = load_file(folder / "src/ipgo/rewards/emoji/aesthetic/model.safetensors")
