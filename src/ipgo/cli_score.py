@@ -142,7 +142,7 @@ def find_pictures(places: Sequence[Path]) -> list[Path]:
     for place in places:
         if place.is_dir():
             below = [each for each in place.rglob("*") if not _is_hidden(each.relative_to(place))]
-            for folder in (place, *(each.parent for each in below)):
+            for folder in dict.fromkeys((place, *(each.parent for each in below))):
                 if (folder / "run.json").is_file() or (folder / "plan.json").is_file():
                     raise InputError(
                         f"{str(folder)!r} is a run's folder; give the folders of its pictures, or use `ipgo evaluate`"
