@@ -87,9 +87,11 @@ def _advise(args: Any, gpu: str, most: int, footprint: Measure) -> bool:
         )
         return False
     print(f"\n{gpu}: {_words(choice)}, {peak} of {room}\n  {shlex.join(fit_command(args, choice))}")
+    if not choice.recompute:
+        return True
     fewer = [depth for depth in args.backprop_steps if depth < choice.backprop_steps]
     plain = fastest(lambda each: not each.recompute and footprint(each).peak <= most, fewer, args.rows)
-    if choice.recompute and plain is not None:
+    if plain is not None:
         print(
             f"{gpu}, faster, with gradient through fewer steps: {_words(plain)}, {footprint(plain).peak / GIB:.2f} of "
             f"{room}\n  {shlex.join(fit_command(args, plain))}"

@@ -12,14 +12,14 @@ from ipgo.errors import unknown
 from ipgo.methods import METHODS
 from ipgo.sampling import Sampling
 from ipgo.task import Method
-from ipgo.vocabulary import vocabulary
+from ipgo.vocabulary import draws_bundled_world
 
 OTHERS_REWARD = "hpsv2.1"  # the IPGO paper follows HPSv2; this is its second version
 
 
 def reward_for(backend: str) -> str:
     """The reward where none is named: that of the bundled model's world, or else a score of human preference."""
-    return OTHERS_REWARD if vocabulary(backend) is None else DEFAULT_REWARD
+    return DEFAULT_REWARD if draws_bundled_world(backend) else OTHERS_REWARD
 
 
 def usual(backend: str, method: str) -> dict[str, Any]:

@@ -198,6 +198,8 @@ def _in_diffusers(run: Run, adapter: Adapter, base: str, prompt: str) -> str:
             f"image = pipe(**kwargs, {', '.join(asked)}).images[0]",
         ]
     opened, imports = [repr(base)], ["import diffusers"]
+    if (revision := hub_id(config.backend)[1]) is not None:
+        opened.append(f"revision={revision!r}")
     if config.dtype != "auto":
         opened.append(f"dtype=torch.{config.dtype}")
     if config.dtype != "auto" or not learned:

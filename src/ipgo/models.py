@@ -23,7 +23,7 @@ from ipgo.devices import choose_device
 from ipgo.errors import InputError
 from ipgo.evaluation import Judge
 from ipgo.rewards import Reward, identity_of, is_unsettled, load_reward, terms_of
-from ipgo.vocabulary import vocabulary
+from ipgo.vocabulary import draws_bundled_world
 
 BUNDLED_REWARDS = {"emoji": ("emoji-preference", "emoji-clip", "emoji-aesthetic")}
 logger = logging.getLogger("ipgo")
@@ -60,7 +60,7 @@ def load_models(
         begun_in: the format of a run that is continued: its own, where the settings leave it to the device.
     """
     taken = [name for name in (config.reward, *judging_rewards(config)) if re.fullmatch("judge-[a-z]+", name)]
-    if taken and vocabulary(config.backend) is not None:
+    if taken and draws_bundled_world(config.backend):
         raise InputError(f"reward {taken[0]!r} has a name reserved for the judge's verdicts; give it another")
     dtype = begun_in if config.dtype == "auto" and begun_in else config.dtype
     backend = backend or load_backend(
@@ -111,7 +111,7 @@ def with_rewards(config: RunConfig, backend: Backend, given: Mapping[str, Reward
     # Where a backend was given that stays where it is, its pictures are there.
     device = backend.device if config.device == "auto" else choose_device(config.device)
     rewards = _load_rewards(config, device, given or {})
-    judge = None if vocabulary(config.backend) is None else _load_judge(device)
+    judge = _load_judge(device) if draws_bundled_world(config.backend) else None
     models = Models(backend, rewards[config.reward], rewards, judge)
     _ = models.identities  # before a call can change anything
     return models
@@ -142,7 +142,7 @@ def judging_rewards(config: RunConfig) -> tuple[str, ...]:
 
 def bundled_rewards(backend: str) -> tuple[str, ...]:
     """Those that come with a backend: with the bundled model, and with a folder that says it draws its world."""
-    return () if vocabulary(backend) is None else BUNDLED_REWARDS["emoji"]
+    return BUNDLED_REWARDS["emoji"] if draws_bundled_world(backend) else ()
 
 
 def _load_judge(device: torch.device) -> Judge:

@@ -12,7 +12,7 @@ from ipgo.methods import WITHOUT_GRADIENT
 from ipgo.models import judging_rewards
 from ipgo.rewards import check_reward, has_gradient, terms
 from ipgo.store import Run
-from ipgo.vocabulary import vocabulary, warn_of_unseen_words
+from ipgo.vocabulary import draws_bundled_world, warn_of_unseen_words
 
 logger = logging.getLogger("ipgo")
 
@@ -61,7 +61,7 @@ def check_gradient(config: RunConfig) -> None:
 def check_world(config: RunConfig) -> None:
     """Warn of a reward of the bundled model's where another one draws."""
     own = [name for _, name in terms(config.reward) if name.startswith("emoji-")]
-    if own and vocabulary(config.backend) is None:
+    if own and not draws_bundled_world(config.backend):
         logger.warning(
             "%r knows the objects of the bundled model alone, not what %r draws", own[0], config.backend
         )

@@ -83,9 +83,9 @@ def given(value: Any, otherwise: Any) -> Any:
 def followed(reward: str | None, backend: str) -> str:
     """The reward that is asked for; else one of the bundled model's, if that is what draws, or another."""
     from ipgo.defaults import OTHERS_REWARD
-    from ipgo.vocabulary import vocabulary
+    from ipgo.vocabulary import draws_bundled_world
 
-    return reward or (OTHERS_REWARD if vocabulary(backend) is None else "emoji-preference")
+    return reward or ("emoji-preference" if draws_bundled_world(backend) else OTHERS_REWARD)
 
 
 def drawn_in(args: Any, steps: int) -> int:

@@ -12,12 +12,19 @@ from ipgo.backends import BACKENDS
 from ipgo.prompts import unseen_words
 
 logger = logging.getLogger("ipgo")
+BUNDLED = Path(BACKENDS["emoji"][1]) / "vocabulary.json"
 
 
 def vocabulary(backend: str) -> dict[str, Any] | None:
     """What a backend's folder says that it can draw (vocabulary.json); None if it says nothing."""
     file = Path(BACKENDS[backend][1] if backend in BACKENDS else backend) / "vocabulary.json"
     return files.read_json(file, "words") if file.is_file() else None
+
+
+def draws_bundled_world(backend: str) -> bool:
+    """Does it say that it draws what the bundled model draws, so that this one's rewards and judge know its images?"""
+    known = vocabulary(backend)
+    return known is not None and known.get("objects") == files.read_json(BUNDLED, "words")["objects"]
 
 
 def warn_of_unseen_words(backend: str, prompts: Sequence[str]) -> None:

@@ -94,7 +94,7 @@ def test_the_tables_have_every_entry_of_every_set() -> None:
         "numbers",
         "calls",
         "seconds",
-        "MiB",
+        "MiB (of so many prompts at once)",
     ]
     assert lines[2] == f"| {' | '.join(head)} |"
     assert lines[4] == "| raw | 0.500 | 0.500 | 0.500 | 0.500 | 100 | 2,990 | 12 | 900 |"

@@ -80,6 +80,7 @@ def scene_of(judge: Judge, boxes: dict[tuple[str, str], tuple[int, int, int]]) -
 def test_what_is_named_twice_or_is_no_object_does_not_count(judge: Judge) -> None:
     assert judge.read("a fox on an orange background").objects == ("fox",)
     assert judge.read("an orange fox on a red background").objects == ("fox",)
+    assert judge.read("an orange flat fox").objects == ("fox",)
     assert judge.read("an orange left of a fox").objects == ("orange", "fox")
     assert judge.read("orange, 3d").objects == ("orange",)
     assert judge.read("rose background, a fox").objects == ("fox",)

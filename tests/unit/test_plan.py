@@ -291,7 +291,6 @@ def test_hub_ids_are_planned_from_their_configuration(folder: str, tmp_path: Pat
     """In a process that cannot reach the hub, and finds no weights in its cache."""
     bare = Path(shutil.copytree(folder, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors")))
     tiny_clip().save_pretrained(tmp_path / "clip")
-    put_into_cache(tmp_path / "cache", "owner/tiny", bare)
     config = tmp_path / "clip/config.json"
     put_into_cache(tmp_path / "cache", "owner/clip", config, "config.json", revision="refs")
     put_into_cache(tmp_path / "cache", "owner/tiny", bare, revision="v2")

@@ -144,7 +144,8 @@ class InsertionAdapter(Adapter):
     ) -> PromptEmbeds:
         """With `change` (N, P) added to the vectors (B, P), in units of their root mean square.
 
-        So a step goes as far with any text encoder. `instead` (B, P) gives the unit of vectors that are zeros.
+        So a step goes as far with any text encoder. `instead` (B, P) gives the unit of vectors that are zeros: the
+        prompt's, as it has become.
         """
         if change is None or prompt.pooled is None:
             return prompt

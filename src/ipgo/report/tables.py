@@ -122,7 +122,7 @@ def cost_table(folder: Comparison, entries: Sequence[Row]) -> Table:
     note = (
         "For each prompt, the fit alone. A denoiser call with gradient, backward pass included, weighs "
         f"{weights} calls, as given or else measured when the comparison began{limit}. The peak is that of all prompts "
-        "at once, which methods that change the model's weights do not fit together; with --chunk 1 none does."
+        "at once. Methods that change the model's weights fit one at a time; so does every method with --chunk 1."
     )
     return Table("Cost", note, [*head, "prompts done"], lines)
 

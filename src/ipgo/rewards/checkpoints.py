@@ -121,8 +121,8 @@ class Checkpoint:
             what = self.source.file or "config.json, tokenizer and model.safetensors"
             made = " (save_pretrained of a CLIPModel and of its tokenizer make one)"
             raise InputError(
-                f"reward {self.spec!r} needs {what} of huggingface.co/{repo}, which is not here and cannot be "
-                f"fetched ({_reason(error)}); give a copy as {self._copy()}{made * isinstance(error, _LackingError)}"
+                f"reward {self.spec!r} needs {what} of huggingface.co/{hub_id(repo)[0]}, which is not here and cannot "
+                f"be fetched ({_reason(error)}); give a copy as {self._copy()}{made * isinstance(error, _LackingError)}"
             ) from error
 
     def beside(self, repo: str, found: Path, patterns: Sequence[str], needed: str) -> Path:

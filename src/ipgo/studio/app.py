@@ -28,7 +28,7 @@ from ipgo.rewards import REWARDS
 from ipgo.store import Run
 from ipgo.studio import form
 from ipgo.studio.live import Live, View
-from ipgo.vocabulary import vocabulary
+from ipgo.vocabulary import draws_bundled_world, vocabulary
 
 STYLE = Path(__file__).parent / "studio.css"
 PATIENCE = 1.0  # seconds after which a page looks whether anybody still reads it
@@ -369,7 +369,7 @@ def _template(name: str) -> Template:
 
 def _rewards(place: Place) -> list[str]:
     """Those to choose from: the bundled model's for it alone, and those that were named."""
-    bundled = vocabulary(place.backend) is not None
+    bundled = draws_bundled_world(place.backend)
     own = [name for name in REWARDS if bundled or not name.startswith("emoji-")]
     return list(dict.fromkeys([reward_for(place.backend), *place.rewards, *own]))
 

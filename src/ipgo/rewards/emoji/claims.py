@@ -37,7 +37,8 @@ class Reader:
         self._nouns = {word: name for name, words in labels["objects"].items() for word in (name, *words)}
         self._styles = {word: name for name, words in labels["styles"].items() for word in (name, *words)}
         nouns = "|".join(map(re.escape, sorted(self._nouns, key=len, reverse=True)))
-        self._coloured = re.compile(rf"\borange\s+(?=(?:{nouns})\b)")
+        looks = "|".join(map(re.escape, sorted(self._styles, key=len, reverse=True)))
+        self._coloured = re.compile(rf"\borange\s+(?=(?:(?:{looks})\s+)?(?:{nouns})\b)")
         self._relations = {word: name for name, words in labels["relations"].items() for word in words}
 
     def read(self, prompt: str) -> Claims:
