@@ -26,9 +26,12 @@ def is_hub_id(place: str | Path) -> bool:
 
 
 def hub_id(place: str | Path) -> tuple[str, str | None]:
-    """`owner/name` and the revision (a branch, tag or commit) of what `is_hub_id`; anything else as it is, and None."""
+    """`owner/name` and the revision (a branch, tag or commit) of what `is_hub_id`.
+
+    Of anything else, and of what is here under such a name: itself, and None.
+    """
     found = HUB_ID.fullmatch(str(place))
-    return (found[1], found[2]) if found is not None else (str(place), None)
+    return (str(place), None) if found is None or Path(place).exists() else (found[1], found[2])
 
 
 def place(field: str, value: object) -> Path:

@@ -12,7 +12,6 @@ from ipgo.backends import BACKENDS
 from ipgo.prompts import unseen_words
 
 logger = logging.getLogger("ipgo")
-BUNDLED = Path(BACKENDS["emoji"][1]) / "vocabulary.json"
 
 
 def vocabulary(backend: str) -> dict[str, Any] | None:
@@ -23,8 +22,8 @@ def vocabulary(backend: str) -> dict[str, Any] | None:
 
 def draws_bundled_world(backend: str) -> bool:
     """Does it say that it draws what the bundled model draws, so that this one's rewards and judge know its images?"""
-    known = vocabulary(backend)
-    return known is not None and known.get("objects") == files.read_json(BUNDLED, "words")["objects"]
+    known, bundled = vocabulary(backend), vocabulary("emoji")
+    return known is not None and bundled is not None and known.get("objects") == bundled["objects"]
 
 
 def warn_of_unseen_words(backend: str, prompts: Sequence[str]) -> None:

@@ -106,6 +106,7 @@ def test_every_stage_and_the_way_back(folder: Path) -> None:
 
     # The same as an SDXL: its text encoders know what the bundled one does, and its rewards come with it.
     run(folder, "-m", "tools.emoji.xl", "--steps", "2")
+    assert "begins again" not in run(folder, "-m", "tools.emoji.xl", "--steps", "2")
     xl, plain = (
         ipgo.load_backend(str(folder / place)) for place in ("build/emoji/xl", "src/ipgo/backends/emoji")
     )

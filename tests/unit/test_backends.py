@@ -25,6 +25,7 @@ from ipgo.backends.facts import Opening
 from ipgo.backends.weights import fingerprint
 from ipgo.embeds import PromptEmbeds
 from ipgo.errors import InputError
+from ipgo.files import hub_id
 from ipgo.images import from_pil
 from ipgo.insertion import Insertion
 from ipgo.rewards.emoji import load_judge
@@ -59,6 +60,15 @@ def test_a_hub_id_is_opened_from_what_the_hub_has_given_before(
     (file,) = (tmp_path / "drawn").iterdir()
     drawn = generate(backend, ["a fox"], [0], adapter, Sampling(2))
     assert (from_pil(Image.open(file)) - drawn[0]).abs().max() <= 0.5 / 255 + 1e-6
+
+
+def test_a_folder_that_is_called_as_a_revision_is_that_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert hub_id("mine/lcm@4step") == ("mine/lcm", "4step")
+    Path("mine/lcm@4step").mkdir(parents=True)
+    assert hub_id("mine/lcm@4step") == ("mine/lcm@4step", None)
 
 
 def test_a_folder_and_its_pipeline_are_one_backend(pipeline_folder, backend):

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from tools.emoji.sprites import BUILD, replacing
 
 Figures = dict[str, Tensor]  # scalars; read only when they are logged, since a GPU would be waited for
+Loss = Callable[
+    [np.random.Generator, int], tuple[Tensor, Figures]
+]  # of one step, given the size of its batch
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CHECKPOINT_SECONDS = 120
 # A CPU without instructions for it computes in bfloat16 many times slower than in float32.
@@ -103,7 +106,7 @@ def _resume(
 def train(
     name: str,
     module: nn.Module,
-    loss: Callable[[np.random.Generator, int], tuple[Tensor, Figures]],
+    loss: Loss,
     schedule: Schedule,
     seed: int = 0,
     origin: nn.Module | None = None,

@@ -13,11 +13,22 @@ from transformers import CLIPModel, CLIPTokenizer, CLIPVisionModelWithProjection
 from ipgo.rewards.emoji.judge import Network
 from tools.emoji import data, follow, parts, redraw, sprites, world
 from tools.emoji.clip import RADIUS
-from tools.emoji.loop import DEVICE, Figures, Schedule, digest, done, mixed, newest, train, trained, weights
+from tools.emoji.loop import (
+    DEVICE,
+    Figures,
+    Loss,
+    Schedule,
+    digest,
+    done,
+    mixed,
+    newest,
+    train,
+    trained,
+    weights,
+)
 from tools.emoji.networks import attacked, embed_images, embed_texts, graded, load_clip, pixels, shifted
 
 CLEARLY = 0.1  # of two pictures one is clearly better that is so much more like the artwork
-Loss = Callable[[np.random.Generator, int], tuple[Tensor, Figures]]
 # Given a number: so many pairs of pictures (B, 2, 64, 64, 3), the better first, their captions, the weights (B,).
 Made = Callable[[np.random.Generator, int], tuple[np.ndarray, list[str], np.ndarray]]
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from tools.emoji import arguments, clip, data, export, follow, parts, redraw, scorers, sprites, tokenizer
-from tools.emoji.loop import DEVICE, Figures, Schedule, digest, mixed, renew, train, trained, weights
+from tools.emoji.loop import DEVICE, Figures, Loss, Schedule, digest, mixed, renew, train, trained, weights
 from tools.emoji.networks import SCALING, as_bytes, load_clip, pixels
 from tools.emoji.sprites import BUILD, replacing
 
@@ -37,7 +37,6 @@ if DEVICE.type == "cuda":  # three and a half times the samples, in eight minute
 PAIRS = 0.6  # share of scenes with two objects: they take the longest to learn
 # Given token ids (B, 77): what the UNet is told of the texts, by argument.
 Reading = Callable[[np.random.Generator, Tensor], dict[str, Any]]
-Loss = Callable[[np.random.Generator, int], tuple[Tensor, Figures]]
 
 LATENTS = BUILD / "latents.npy"
 

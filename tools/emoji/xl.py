@@ -34,6 +34,7 @@ from tools.emoji.sprites import BUILD
 from tools.emoji.train import denoising
 
 FOLDER = BUILD / "xl"
+SEED = 0
 SCHEDULE = Schedule(steps=1_400, batch=64, lr=4e-4, warmup=100, ema=0.998)
 # What a denoiser of SDXL is told besides: the sizes of the original and of the picture, and where it was cropped.
 SIZES = (64, 64, 0, 0, 64, 64)
@@ -102,14 +103,14 @@ def fitted(encoder: CLIPTextModelWithProjection, schedule: Schedule) -> UNet2DCo
         told = {"text_embeds": vectors, "time_ids": sizes.expand(len(ids), -1)}
         return {"encoder_hidden_states": torch.cat([states, states], dim=-1), "added_cond_kwargs": told}
 
-    origin = nn.ModuleList([encoder, denoiser()])
-    train("xl", unet, denoising(unet, tokens, read), schedule, origin=origin)
+    train("xl", unet, denoising(unet, tokens, read), schedule, origin=nn.ModuleList([encoder, unet]))
     unet.load_state_dict(weights("xl"))
     return unet
 
 
 def build(schedule: Schedule = SCHEDULE) -> None:
     """Train it, and write the folder."""
+    torch.manual_seed(SEED)  # new parts begin at random; others each time would not go on from a checkpoint
     encoder = text_encoder()
     unet, plain = fitted(encoder, schedule), pipeline()
     first = CLIPTextModel(encoder.config)

@@ -86,7 +86,7 @@ def open_pipeline(
     options: dict[str, Any] = dict(given or {})
     if "safety_checker" in cls._optional_components:
         options |= {"safety_checker": None, "requires_safety_checker": False}
-    place, revision = (str(source), None) if local else files.hub_id(source)
+    place, revision = files.hub_id(source)
     if local:
         # Saved without a part, SD3's T5 say: diffusers writes that down, and asks for the part again.
         optional = (*cls._optional_components, *options)

@@ -16,7 +16,9 @@ from ipgo.images import center_crop, normalise, pad_to_square, resize, stretch
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-VERSION = 2  # of how pictures are resized; 1 cut off less of what the filter overshoots
+# Of how pictures are resized; 1 cut off less of what the filter overshoots. The bundled rewards keep 1: pictures of the
+# bundled model have their size, and are not resized.
+VERSION = 2
 
 # Keys of a processor's configuration with what it is without them, and Pillow's numbers for its filters.
 STATED, USUAL = ("image_mean", "image_std"), (CLIP_MEAN, CLIP_STD)

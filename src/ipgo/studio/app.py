@@ -28,7 +28,7 @@ from ipgo.rewards import REWARDS
 from ipgo.store import Run
 from ipgo.studio import form
 from ipgo.studio.live import Live, View
-from ipgo.vocabulary import draws_bundled_world, vocabulary
+from ipgo.vocabulary import draws_bundled_world
 
 STYLE = Path(__file__).parent / "studio.css"
 PATIENCE = 1.0  # seconds after which a page looks whether anybody still reads it
@@ -381,15 +381,15 @@ def _judges(place: Place) -> list[str]:
 
 def _examples(backend: str) -> list[str]:
     """Prompts that the model can draw, where that is known."""
-    if vocabulary(backend) is None:
+    if not draws_bundled_world(backend):
         return []
     return [read_prompts(f"{name}:train")[0] for name in prompt_sets() if "train" in halves(name)]
 
 
 def _placeholder(backend: str) -> str:
-    return "a lemon on a blue background" if vocabulary(backend) is not None else "a lighthouse at dawn"
+    return "a lemon on a blue background" if draws_bundled_world(backend) else "a lighthouse at dawn"
 
 
 def _about(backend: Backend, name: str) -> str:
-    what = "the bundled model" if vocabulary(name) is not None else f"`{name}`"
+    what = "the bundled model" if draws_bundled_world(name) else f"`{name}`"
     return f"{what}, {backend.image_size} pixels, on {backend.device}"

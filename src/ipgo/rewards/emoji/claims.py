@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,8 @@ class Reader:
         self.styles: list[str] = list(labels["styles"])
         self._nouns = {word: name for name, words in labels["objects"].items() for word in (name, *words)}
         self._styles = {word: name for name, words in labels["styles"].items() for word in (name, *words)}
-        nouns = "|".join(map(re.escape, sorted(self._nouns, key=len, reverse=True)))
-        looks = "|".join(map(re.escape, sorted(self._styles, key=len, reverse=True)))
-        self._coloured = re.compile(rf"\borange\s+(?=(?:(?:{looks})\s+)?(?:{nouns})\b)")
+        noun, style = _any_of(self._nouns), _any_of(self._styles)
+        self._coloured = re.compile(rf"\borange\s+(?=({style}\s+)?{noun}\b)")
         self._relations = {word: name for name, words in labels["relations"].items() for word in words}
 
     def read(self, prompt: str) -> Claims:
@@ -67,8 +66,12 @@ class Reader:
 
 def _mentions(text: str, words: Mapping[str, str]) -> list[str]:
     """The known words in the order of the text, the longest first where several fit."""
-    longest = sorted(words, key=len, reverse=True)
-    return re.findall(rf"\b({'|'.join(map(re.escape, longest))})\b", text)
+    return re.findall(rf"\b{_any_of(words)}\b", text)
+
+
+def _any_of(words: Iterable[str]) -> str:
+    """A group of a pattern: one of the words, the longest first where several fit."""
+    return f"({'|'.join(map(re.escape, sorted(words, key=len, reverse=True)))})"
 
 
 def load_labels() -> dict[str, Any]:
