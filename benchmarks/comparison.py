@@ -34,7 +34,7 @@ from ipgo.report.rows import Row, rows
 from ipgo.report.tables import span
 from ipgo.rewards import optimised, terms
 
-REWARDS = BUNDLED_REWARDS["emoji"]
+REWARDS = BUNDLED_REWARDS
 SETS = ("one", "two", "styled")
 FOLDER = Path("build/benchmarks/comparison")
 KEPT = Path("docs/comparison")

@@ -36,7 +36,7 @@ from ipgo.rewards.emoji import load_judge
 from ipgo.runner import peak_memory
 from ipgo.task import Task
 
-REWARDS = BUNDLED_REWARDS["emoji"]
+REWARDS = BUNDLED_REWARDS
 TRUTH = "emoji-likeness"  # which the judge says of every picture
 SETS = ("one", "two", "styled")
 FOLDER = Path("build/benchmarks/end-to-end")

@@ -27,7 +27,7 @@ from ipgo.models import BUNDLED_REWARDS
 from ipgo.prompts import read_prompts
 from ipgo.rewards import optimised
 
-REWARDS = BUNDLED_REWARDS["emoji"]
+REWARDS = BUNDLED_REWARDS
 TRUTH = "emoji-likeness"
 FITTED = (0, 1, 2, 3)
 STRENGTHS = {  # steps, learning rate of the coefficients

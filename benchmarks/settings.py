@@ -97,7 +97,7 @@ class Outcome:
 
 
 def held_out(reward: str) -> list[str]:
-    return [name for name in BUNDLED_REWARDS["emoji"] if name not in optimised(reward)]
+    return [name for name in BUNDLED_REWARDS if name not in optimised(reward)]
 
 
 def told(changes: Sequence[float | None]) -> str:

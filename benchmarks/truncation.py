@@ -112,7 +112,7 @@ def table(options: argparse.Namespace) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--backend", default="emoji")
-    parser.add_argument("--rewards", nargs="+", default=list(BUNDLED_REWARDS["emoji"]))
+    parser.add_argument("--rewards", nargs="+", default=list(BUNDLED_REWARDS))
     parser.add_argument(
         "--prompts",
         nargs="+",

@@ -75,9 +75,9 @@ def escape(text: str) -> str:
 
 
 def _base(backend: str) -> str | None:
-    from ipgo.backends import BACKENDS
+    from ipgo.backends import place_of
 
-    place = BACKENDS[backend][1] if backend in BACKENDS else backend
+    place = place_of(backend)
     return hub_id(place)[0] if is_hub_id(place) and not Path(place).exists() else None
 
 

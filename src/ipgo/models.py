@@ -25,7 +25,7 @@ from ipgo.evaluation import Judge
 from ipgo.rewards import Reward, identity_of, is_unsettled, load_reward, terms_of
 from ipgo.vocabulary import draws_bundled_world
 
-BUNDLED_REWARDS = {"emoji": ("emoji-preference", "emoji-clip", "emoji-aesthetic")}
+BUNDLED_REWARDS = ("emoji-preference", "emoji-clip", "emoji-aesthetic")
 logger = logging.getLogger("ipgo")
 
 
@@ -142,7 +142,7 @@ def judging_rewards(config: RunConfig) -> tuple[str, ...]:
 
 def bundled_rewards(backend: str) -> tuple[str, ...]:
     """Those that come with a backend: with the bundled model, and with a folder that says it draws its world."""
-    return BUNDLED_REWARDS["emoji"] if draws_bundled_world(backend) else ()
+    return BUNDLED_REWARDS if draws_bundled_world(backend) else ()
 
 
 def _load_judge(device: torch.device) -> Judge:

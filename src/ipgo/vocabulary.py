@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from ipgo import files
-from ipgo.backends import BACKENDS
+from ipgo.backends import place_of, world
 from ipgo.prompts import unseen_words
 
 logger = logging.getLogger("ipgo")
@@ -16,14 +14,12 @@ logger = logging.getLogger("ipgo")
 
 def vocabulary(backend: str) -> dict[str, Any] | None:
     """What a backend's folder says that it can draw (vocabulary.json); None if it says nothing."""
-    file = Path(BACKENDS[backend][1] if backend in BACKENDS else backend) / "vocabulary.json"
-    return files.read_json(file, "words") if file.is_file() else None
+    return world.vocabulary(place_of(backend))
 
 
 def draws_bundled_world(backend: str) -> bool:
-    """Does it say that it draws what the bundled model draws, so that this one's rewards and judge know its images?"""
-    known, bundled = vocabulary(backend), vocabulary("emoji")
-    return known is not None and bundled is not None and known.get("objects") == bundled["objects"]
+    """Does it say that it draws the bundled model's world, whose rewards, judge and words then suit it?"""
+    return world.draws_bundled_world(place_of(backend))
 
 
 def warn_of_unseen_words(backend: str, prompts: Sequence[str]) -> None:

@@ -22,7 +22,7 @@ from ipgo.training import maximize
 
 HERE = Path(__file__).parent
 VALUES = HERE / "values.json"
-REWARDS = (*BUNDLED_REWARDS["emoji"], "emoji-likeness")
+REWARDS = (*BUNDLED_REWARDS, "emoji-likeness")
 PROMPTS = (
     "a lemon on a blue background",
     "a fox on a white background, flat style",

@@ -14,7 +14,8 @@ from diffusers import StableDiffusionPipeline
 
 import ipgo
 from ipgo import backends, cli
-from ipgo.backends import BACKENDS, GUIDANCE, FewSteps, few_steps
+from ipgo.backends import BACKENDS, FewSteps, few_steps
+from ipgo.backends.world import GUIDANCE
 from ipgo.cli_compare import entries_of
 from ipgo.config import RunConfig
 from ipgo.defaults import for_backend, method_and_sampling
@@ -205,7 +206,7 @@ def test_a_model_known_by_its_name_has_a_guidance_of_its_own(turbo: str, pipelin
     """That of its few steps, or the one that the bundled model draws best with; others have their pipeline's."""
     assert ipgo.Sampling().scale(ipgo.load_backend(turbo, device="cpu")) == 1
     assert ipgo.Sampling().scale(ipgo.load_backend(pipeline_folder, device="cpu")) == 7.5
-    assert ipgo.Sampling().scale(ipgo.load_backend("emoji", device="cpu")) == GUIDANCE["emoji"]
+    assert ipgo.Sampling().scale(ipgo.load_backend("emoji", device="cpu")) == GUIDANCE
     assert ipgo.Sampling(guidance_scale=3.0).scale(ipgo.load_backend("emoji", device="cpu")) == 3
 
 

@@ -430,6 +430,7 @@ def test_a_draw_that_the_encoder_does_not_take_is_drawn_again(backend, tmp_path,
 
 def test_the_word_list_is_that_of_the_backend():
     assert DPODiffusion().words_for("emoji") == "emoji"
+    assert DPODiffusion().words_for(BACKENDS["emoji"][1]) == "emoji"
     assert DPODiffusion().words_for("sd15") == "wordnet"
     assert DPODiffusion(word_list="general").words_for("emoji") == "general"
 

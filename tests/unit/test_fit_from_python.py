@@ -1,5 +1,6 @@
 """What `ipgo.fit` and its loaders take from Python, where things are objects and not words."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from ipgo import cli
 from ipgo.adapters import TextEncoderAdapter, WeightAdapter
 from ipgo.adapters.weights import LoRA
 from ipgo.ascent import Ascent
-from ipgo.backends import BACKENDS, GUIDANCE
+from ipgo.backends import BACKENDS
 from ipgo.backends.text import expanded
+from ipgo.backends.world import GUIDANCE
 from ipgo.errors import RewardError
 from ipgo.images import from_pil
 from ipgo.rewards import Ceiling, WeightedSum, identity_of, terms_of
@@ -449,13 +451,16 @@ def test_a_text_encoder_in_another_format_is_read(pipeline_folder: str) -> None:
     torch.testing.assert_close(plain.embeds, other.embeds)
 
 
-def test_the_bundled_model_keeps_its_guidance_by_whatever_way_it_is_opened() -> None:
-    place = Path(BACKENDS["emoji"][1])
+def test_the_bundled_model_keeps_its_guidance_by_whatever_way_it_is_opened(tmp_path: Path) -> None:
+    """And so does a folder that says that it draws the same."""
+    place, copied = Path(BACKENDS["emoji"][1]), tmp_path / "copied"
     pipe = StableDiffusionPipeline.from_pretrained(place, dtype=torch.float32)
-    scales = {
-        ipgo.load_backend(each, device="cpu").guidance_scale for each in ("emoji", place, str(place), pipe)
-    }
-    assert scales == {GUIDANCE["emoji"]}
+    pipe.save_pretrained(copied)
+    assert ipgo.load_backend(copied, device="cpu").guidance_scale == 7.5
+    shutil.copy(place / "vocabulary.json", copied)
+    ways = ("emoji", place, str(place), pipe, copied)
+    scales = {ipgo.load_backend(each, device="cpu").guidance_scale for each in ways}
+    assert scales == {GUIDANCE}
 
 
 def test_a_text_is_no_list_of_prompts(backend: ipgo.Backend) -> None:

@@ -9,7 +9,7 @@ from ipgo import chat as chat_module
 from ipgo import cli
 from ipgo.adapters import Adapter, TextAdapter, generate
 from ipgo.adapters.text import from_bytes
-from ipgo.backends import load_backend
+from ipgo.backends import BACKENDS, load_backend
 from ipgo.chat import Chat, parse_text, parse_texts
 from ipgo.errors import InputError, MissingExtraError, ResumeError
 from ipgo.methods import ChatGPT, LLMSearch, Promptist
@@ -426,6 +426,11 @@ def test_promptists_beams_and_length_are_those_that_are_asked_for(rewriter, back
 def test_promptist_says_what_it_lacks(rewriter, pipe, backend, tmp_path, monkeypatch, caplog):
     assert Promptist()._places("sd15") == ("microsoft/Promptist", "gpt2")
     assert Promptist(model="x/y")._places("emoji") == ("x/y", "x/y")
+    assert (
+        Promptist()._places("emoji")
+        == Promptist()._places(BACKENDS["emoji"][1])
+        != ("microsoft/Promptist", "gpt2")
+    )
     with pytest.raises(InputError, match=r"method\.model .* cannot be opened"):
         list(Promptist(model=str(tmp_path)).fit(Task(backend, COLOUR, ("sun",), SAMPLING)))
     with pytest.raises(InputError, match="beams is 0"):

@@ -17,7 +17,8 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from ipgo import Reward, backends
+from ipgo import Reward
+from ipgo.backends.world import GUIDANCE
 from ipgo.images import to_pil
 from ipgo.prompts import read_prompts
 from ipgo.rewards import uses_prompts
@@ -27,7 +28,6 @@ from tools.emoji import arguments, scorers, sprites, world
 from tools.emoji.export import BACKEND, PACKAGE
 
 STEPS = 20
-GUIDANCE = backends.GUIDANCE["emoji"]
 BATCH = 50
 FEWEST = 10  # captions: with fewer some figures have nothing to compare
 

@@ -17,12 +17,13 @@ import numpy as np
 import torch
 
 from ipgo import IPGO, Adapter, Backend, Reward, Sampling, Task, as_reward, load_backend
+from ipgo.backends.world import GUIDANCE
 from ipgo.rewards.emoji.artwork import Artwork
 from ipgo.rewards.emoji.claims import Claims
 from tools.emoji import arguments, data, parts, sprites, world
 from tools.emoji.loop import DEVICE, HALF, mixed, newest, trained
 from tools.emoji.networks import as_bytes, embed_images, embed_texts, graded, load_clip, pipeline, pixels
-from tools.emoji.redraw import GUIDANCE, redrawn
+from tools.emoji.redraw import redrawn
 from tools.emoji.sprites import replacing
 
 REWARDS = ("preference", "aesthetic")  # that can be followed too far

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 
-from ipgo import backends
+from ipgo.backends.world import GUIDANCE
 from tools.emoji import data, world
 from tools.emoji.loop import DEVICE, mixed
 from tools.emoji.networks import as_bytes, pipeline, pixels
@@ -21,7 +21,6 @@ TEXTS = PAIRS.with_suffix(".json")
 COUNT = 4_000
 BATCH = 100
 STEPS = 10
-GUIDANCE = backends.GUIDANCE["emoji"]
 # Share of the noise that the artwork's latents get; 1: nothing of it is left.
 STRENGTHS = (0.4, 0.6, 0.8, 1.0)
 # Standard deviations of the text's states, at most: from half of one on details go, then objects.

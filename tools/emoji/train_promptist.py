@@ -217,7 +217,7 @@ def evaluate(count: int = 4, seeds: Sequence[int] = (0, 1)) -> None:
     Beside it the words that it could simply have added.
     """
     backend, judge = ipgo.load_backend("emoji", device=str(DEVICE)), load_judge(DEVICE)
-    rewards = [ipgo.load_reward(name, device=str(DEVICE)) for name in BUNDLED_REWARDS["emoji"]]
+    rewards = [ipgo.load_reward(name, device=str(DEVICE)) for name in BUNDLED_REWARDS]
     prompts = [each for kind in ("one", "two", "styled") for each in read_prompts(f"{kind}:train")[:count]]
     task = Task(backend, rewards[0], tuple(prompts), ipgo.Sampling(steps=1))
     (written,) = Promptist().fit(task)

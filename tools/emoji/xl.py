@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 import ipgo
-from ipgo.backends import GUIDANCE
 from ipgo.prompts import read_prompts
 from ipgo.sampling import sample
 from tools.emoji import arguments, parts
@@ -134,7 +133,7 @@ def build(schedule: Schedule = SCHEDULE) -> None:
 @torch.no_grad()
 def reading(count: int = 8) -> dict[str, float]:
     """How much pictures change (root mean square of pixels in [0, 1]) with a part of another prompt's condition."""
-    backend, sampling = ipgo.load_backend(FOLDER), ipgo.Sampling(20, GUIDANCE["emoji"])
+    backend, sampling = ipgo.load_backend(FOLDER), ipgo.Sampling(20)
     prompts = read_prompts("one:train")[:count]
     noise, told, empty = backend.noise([0] * count), backend.encode(prompts), backend.encode([""] * count)
     others = told.select(torch.arange(count).roll(1))

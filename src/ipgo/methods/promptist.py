@@ -19,8 +19,9 @@ from ipgo.rewriting import Rewrites, fitted
 from ipgo.search import search
 from ipgo.task import Method, Progress, Task
 from ipgo.typed import check_types
+from ipgo.vocabulary import draws_bundled_world
 
-BUNDLED = {"emoji": Path(__file__).parents[1] / "rewriters/emoji"}  # backend: the folder of its own rewriter
+BUNDLED = Path(__file__).parents[1] / "rewriters/emoji"  # trained for the bundled model's world
 PUBLISHED = "microsoft/Promptist"
 PUBLISHED_TOKENIZER = "gpt2"  # that of the published examples
 ASK = " Rephrase:"  # what follows a prompt, and comes before its rewritten form
@@ -59,7 +60,7 @@ class Promptist(Method):
 
     def _search(self, task: Task, resume: Mapping[str, Tensor] | None) -> Iterator[Progress]:
         adapter = TextAdapter.start(task.backend, task.prompts, shared=task.shared)
-        places = self._places(task.backend.name)
+        places = self._places(task.backend.origin)
 
         def write(table: Rewrites, step: int) -> list[list[str]]:
             model, tokenizer = _load(*places, task.backend.device)
@@ -98,7 +99,7 @@ class Promptist(Method):
 
     def _places(self, backend: str) -> tuple[str, str]:
         """Where the model and the tokenizer are."""
-        model = self.model or str(BUNDLED.get(backend, PUBLISHED))
+        model = self.model or (str(BUNDLED) if draws_bundled_world(backend) else PUBLISHED)
         return model, self.tokenizer or (PUBLISHED_TOKENIZER if model == PUBLISHED else model)
 
 
