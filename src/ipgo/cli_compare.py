@@ -29,6 +29,7 @@ def compare(argv: list[str]) -> int:
     from ipgo.comparison import Comparison
     from ipgo.config import merge, parse
     from ipgo.defaults import usual
+    from ipgo.tracking import check_tracker
 
     for word in argv:
         if word.startswith("--method."):
@@ -53,6 +54,7 @@ def compare(argv: list[str]) -> int:
     place = Path(
         chosen.out or parsed.out or Path("runs") / f"compare-{slug(parsed.prompts or plan.prompts[0])}"
     ).expanduser()
+    check_tracker(parsed.track, place)
     folder = Comparison.open(place, plan)
     whole = folder.plan  # with the entries of earlier commands
     if parsed.unseen_prompts and not any(whole.config(label).shared for label in whole.entries):
@@ -68,7 +70,7 @@ def compare(argv: list[str]) -> int:
     check(folder, plan.entries)  # what is there from other commands may fail by itself
     warn_of_unseen_words(some.backend, some.prompts)
     loading(some.backend)
-    run_all(folder)
+    run_all(folder, parsed.track)
     return show_comparison(place)
 
 
@@ -111,6 +113,9 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--config", help=f"a YAML file with entries, or one of {', '.join(comparisons())}")
     parser.add_argument(
         "--out", type=str, help="the comparison's folder (default: runs/compare- and the prompts)"
+    )
+    parser.add_argument(
+        "--track", type=str, help="tell a tracker of each step too: tensorboard, wandb or trackio"
     )
     parser.add_argument(
         "--redraw", action="store_true", help="only rewrite the table of --out; loads no model"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import gc
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,9 +36,10 @@ from ipgo.models import Models, facts, judging_rewards, load_models
 from ipgo.preflight import check_gradient, check_method, check_settings, check_world
 from ipgo.prompts import Prompt
 from ipgo.rewards import check_reward
-from ipgo.runner import finish_chunk, fit_chunk, forget_peak_memory, try_rewards
+from ipgo.runner import Limit, finish_chunk, fit_chunk, forget_peak_memory, try_rewards
 from ipgo.store import LOCK, Run
 from ipgo.task import Progress
+from ipgo.tracking import tracked
 
 # Settings that decide which models are in memory, and those that decide what a bare prompt looks like.
 BACKEND = ("backend", "device", "dtype", "image_size", "padding", "scheduler", "long_prompts", "text_device")
@@ -74,10 +76,13 @@ def check(folder: Comparison, labels: Iterable[str]) -> None:
         check_world(config)
 
 
-def compare(folder: Comparison) -> None:
+def compare(folder: Comparison, track: str | None = None) -> None:
     """Run every entry that is not finished. Safe to stop at any moment, and to call again.
 
     What fails, be it an entry or a prompt, is remembered and tried again the next time; the rest goes on.
+
+    Args:
+        track: a tracker that is told of each step of every entry (`ipgo.tracking.TRACKERS`).
 
     Raises:
         InputError: the models of the first entry cannot be loaded.
@@ -104,7 +109,7 @@ def compare(folder: Comparison) -> None:
         for label in left:
             logger.info("%s (%d of %d)", label, labels.index(label) + 1, len(labels))
             try:
-                done, whole = _run_entry(folder, label, shelf, tried[label])
+                done, whole = _run_entry(folder, label, shelf, tried[label], track)
             except Exception as error:
                 if _full_disk(error):
                     raise
@@ -150,7 +155,11 @@ def _full_disk(error: Exception) -> bool:
 
 
 def _run_entry(
-    folder: Comparison, label: str, shelf: dict[tuple[Any, ...], Models], tried: set[Chunk]
+    folder: Comparison,
+    label: str,
+    shelf: dict[tuple[Any, ...], Models],
+    tried: set[Chunk],
+    track: str | None,
 ) -> tuple[int, bool]:
     """Fit what no other process is at: the number of prompts that are done by it, and whether that was all.
 
@@ -167,7 +176,7 @@ def _run_entry(
     try:
         for chunk in run.claimed(tried):
             ours += [prompt for prompt in chunk.prompts if not run.done(prompt)]
-            _run_chunk(folder, label, run, models, chunk, twins)
+            _run_chunk(folder, label, run, models, chunk, twins, tracked(track, run))
     finally:
         run.release()
     pending, judged = run.pending(), True
@@ -205,12 +214,18 @@ def within_budget(plan: Plan, label: str, config: RunConfig, models: Models) -> 
 
 
 def _run_chunk(
-    folder: Comparison, label: str, run: Run, models: Models, chunk: Chunk, twins: Sequence[Run]
+    folder: Comparison,
+    label: str,
+    run: Run,
+    models: Models,
+    chunk: Chunk,
+    twins: Sequence[Run],
+    told: Limit | None,
 ) -> None:
     """Fit some prompts together; if that fails, each by itself, so that one does not take the others along."""
     forget_peak_memory(models.backend.device)  # of drawing and scoring the chunk before
     try:
-        progress, cost = _fit(folder.plan, label, run, models, chunk)
+        progress, cost = _fit(folder.plan, label, run, models, chunk, told)
         finish_chunk(run, models, chunk, progress, cost, twins)
     except Exception as error:
         if _full_disk(error):
@@ -224,23 +239,29 @@ def _run_chunk(
     gc.collect()  # only now: until here the error held the frames, and so the graph, of what failed
     for prompt in chunk.prompts:
         if not run.done(prompt):
-            _run_chunk(folder, label, run, models, Chunk((prompt,)), twins)
+            _run_chunk(folder, label, run, models, Chunk((prompt,)), twins, told)
 
 
-def _fit(plan: Plan, label: str, run: Run, models: Models, chunk: Chunk) -> tuple[Progress, Cost]:
+def _fit(
+    plan: Plan, label: str, run: Run, models: Models, chunk: Chunk, told: Limit | None
+) -> tuple[Progress, Cost]:
     """`fit_chunk` within the budget, which prompts that are fitted together share.
 
     A method without a length, which the budget could set, may in any case draw once on each seed.
+
+    Args:
+        told: sees each step that is kept.
     """
     config, price = run.config, plan.price
     if plan.budget is None or price is None:
-        return fit_chunk(run, models, chunk)
+        return fit_chunk(run, models, chunk, told)
     calls = plan.budget
     if length_of(config.method, plan.length(label)) is None:
         image = calls_of_an_image(models.backend, config.sampling.for_fit(models.backend))
         calls = max(calls, image * max(1, len(config.seeds)))
 
-    def limit(search: Iterator[Progress], chunk: Chunk, earlier: Mapping[str, float]) -> Iterator[Progress]:
+    def limit(search: Iterator[Progress], chunk: Chunk, earlier: Counter[str]) -> Iterator[Progress]:
+        search = search if told is None else told(search, chunk, earlier)
         return watch(search, models.backend, price, calls * len(chunk.prompts), earlier)
 
     for again in (True, False):

@@ -131,15 +131,16 @@ class _Fit:
         self.failed = False
 
     def attempt(self, action: Callable[[], None]) -> None:
-        if self.failed:
-            return
         try:
             action()
         except Exception as error:
+            if not self.failed:
+                logger.warning("%s failed: %s; this fit goes on without it", self.name, first_line(error))
             self.failed = True
-            logger.warning("%s failed: %s; this fit goes on without it", self.name, first_line(error))
 
     def tell(self, progress: Progress) -> None:
+        if self.failed:
+            return
         if self.tracker is None:
             self.tracker = TRACKERS[self.name](self.name, self.title, self.folder, progress.step)
         self.tracker.tell(progress.step, self.numbers(progress), self.pictures(progress))

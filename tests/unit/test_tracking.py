@@ -16,6 +16,7 @@ import ipgo
 from ipgo import cli, runner, tracking
 from ipgo.ascent import Ascent
 from ipgo.chunks import Chunk, Cost
+from ipgo.comparison import Comparison
 from ipgo.store import Run
 from ipgo.task import Progress
 
@@ -77,6 +78,36 @@ def test_a_shared_fit_is_told_as_one(pipeline_folder: str, tmp_path: Path) -> No
     assert found.Tags()["images"] == []
 
 
+def test_a_comparison_tells_of_each_entry_within_its_budget(pipeline_folder: str, tmp_path: Path) -> None:
+    words = [
+        "compare",
+        "a fox",
+        "--methods",
+        "ipgo,best-of-n",
+        "--backend",
+        pipeline_folder,
+        "--device",
+        "cpu",
+    ]
+    words += [
+        "--reward",
+        "colorfulness",
+        "--held-out",
+        "contrast",
+        "--sampling.steps",
+        "2",
+        "--unseen-seeds",
+        "1",
+    ]
+    budget = ["--budget", "12", "--price", "2", "3", "--out", str(tmp_path / "table")]
+    assert cli.main([*words, *budget, "--track", "tensorboard"]) == 0
+    for label in ("ipgo", "best-of-n"):
+        run = Run.open(Comparison.open(tmp_path / "table").folder(label))
+        (told,) = (run.path / "tensorboard").iterdir()
+        assert scalars(events(told), "reward") == history(run, 0, "reward")
+        assert len(run.history(run.prompts[0])) > 1
+
+
 def test_steps_that_were_lost_are_taken_back(
     pipeline_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,7 +166,7 @@ def test_a_tracker_that_fails_costs_no_fit(
         called
         == {
             "start": ["start"],
-            "tell": ["start", "tell"],
+            "tell": ["start", "tell", "close"],
             "close": ["start", "tell", "tell", "tell", "close"],
         }[broken]
     )
@@ -160,6 +191,11 @@ def test_what_cannot_be_tracked_is_refused_before_a_model_loads(
         ipgo.fit("a fox", out=tmp_path / "run", track="wandb")
     assert cli.main(["fit", "a fox", "--out", str(tmp_path / "run"), "--track", "tensorboard"]) == 2
     assert 'pip install "ipgo[track]"' in capsys.readouterr().err
+    assert (
+        cli.main(["compare", "a fox", "--methods", "raw", "--out", str(tmp_path / "run"), "--track", "x"])
+        == 2
+    )
+    assert "unknown tracker 'x'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
