@@ -31,8 +31,8 @@ def list_(argv: list[str]) -> int:
 def _names(kind: str, name: str | None) -> list[str]:
     if name is not None and kind not in ("prompts", "objects"):
         lines = _names(kind, None)
-        if kind in ("presets", "comparisons") and name in lines:  # the folder is called so, too
-            return (Path(__file__).parent / kind / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+        if kind in ("presets", "comparisons") and name in (line.split()[0] for line in lines):
+            return _settings_file(kind, name).read_text(encoding="utf-8").splitlines()
         # Further lines of one thing are indented.
         at = [place for place, line in enumerate(lines) if not line.startswith(" ")]
         named = {lines[a].split()[0]: lines[a:b] for a, b in zip(at, [*at[1:], len(lines)], strict=True)}
@@ -53,7 +53,7 @@ def _names(kind: str, name: str | None) -> list[str]:
     if kind == "methods":
         return [f"{each:<16}{(method.__doc__ or '').splitlines()[0]}" for each, method in METHODS.items()]
     if kind == "comparisons":
-        return comparisons()
+        return [_described(kind, each) for each in comparisons()]
     if kind == "rewards":
         return [f"{each:<18}{known}" for each, known in REWARDS.items()]
     if kind == "backends":
@@ -62,7 +62,18 @@ def _names(kind: str, name: str | None) -> list[str]:
             for each, (family, place) in BACKENDS.items()
             for line in _backend(each, "bundled" if Path(place).is_dir() else place, FAMILIES[family].facts)
         ]
-    return presets()
+    return [_described(kind, each) for each in presets()]
+
+
+def _settings_file(kind: str, name: str) -> Path:
+    return Path(__file__).parent / kind / f"{name}.yaml"
+
+
+def _described(kind: str, name: str) -> str:
+    """A name with the first line of its file, which says what it is for."""
+    with _settings_file(kind, name).open(encoding="utf-8") as file:
+        line = file.readline().strip("# .:\n")
+    return f"{name:<14}{line}"
 
 
 def _backend(name: str, place: str, facts: Facts) -> list[str]:

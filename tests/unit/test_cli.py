@@ -70,6 +70,7 @@ def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     for name in ("one:train", "emoji-clip", "sd15", "ipgo", "paper-code"):
         assert name in out
+    assert "fast          A first look in a few seconds: " in out
     assert cli.main(["list", "prompts", "two:test"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 31
 
