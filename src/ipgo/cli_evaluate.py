@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from ipgo.store import Run
 
 EVALUATION_SEEDS = tuple(range(2000, 2008))  # not those that `fit` judges on
+EVERY = 10.0  # seconds from one time that scores are stored to the next
 
 
 def evaluate(argv: list[str]) -> int:
@@ -71,7 +74,16 @@ def evaluate(argv: list[str]) -> int:
             name,
         )
     scores: list[Score] = []
-    with bar_of_images(len(prompts) * len(args.seeds) * len(adapters)) as bar:
+    waiting: list[Score] = []
+
+    def keep() -> None:
+        folder.judge_again(waiting, models.identities, models.backend.identity)
+        waiting.clear()
+
+    images = bar_of_images(len(prompts) * len(args.seeds) * len(adapters))
+    with images as bar, contextlib.ExitStack() as ending:
+        ending.callback(keep)  # also if a prompt fails
+        kept = time.monotonic()
         for prompt in prompts:
             found = evaluate(
                 models.backend,
@@ -84,10 +96,11 @@ def evaluate(argv: list[str]) -> int:
                 models.judge,
                 bar,
             )
-            folder.judge_again(
-                found, models.identities, models.backend.identity
-            )  # also if the next one fails
             scores += found
+            waiting += found
+            if time.monotonic() - kept > EVERY:  # each time writes all that is there
+                keep()
+                kept = time.monotonic()
     _show_evaluation(folder, prompts, args.seeds, scores)
     return 0
 

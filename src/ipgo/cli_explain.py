@@ -62,7 +62,7 @@ def explain(argv: list[str]) -> int:
     config = None if stored.run is None else stored.run.config
     spec = args.reward or (config.reward if config is not None else None)
     if spec is None:
-        raise InputError(f"{str(args.adapter)!r} is not in a run's folder; name a reward with --reward")
+        raise InputError(f"{args.adapter!r} is not in a run's folder; name a reward with --reward")
     texts = stored.prompts(args.text, args.prompts)
     check_reward(spec, texts)
     seeds = tuple(args.seeds or (config.seeds if config is not None else ()) or (0,))
@@ -84,7 +84,7 @@ def explain(argv: list[str]) -> int:
     if args.out is not None:
         content = {
             "schema": 1,
-            "adapter": str(args.adapter),
+            "adapter": args.adapter,
             "rewards": {spec: identity_of(reward)},
             "prompts": [dataclasses.asdict(x) for x in found],
         }

@@ -57,8 +57,9 @@ def generate(argv: list[str]) -> int:
         files.check_out(args.out, folder=True)
     stored = open_stored(args.adapter)
     # Two adapters draw the same prompt from the same seed: their images have the same names.
-    name = args.adapter.resolve().name or "adapter"
-    if stored.run is not None and stored.run.path.resolve() != args.adapter.resolve():
+    place = Path(args.adapter).resolve()
+    name = place.name or "adapter"
+    if stored.run is not None and stored.run.path.resolve() != place:
         name = f"{stored.run.path.resolve().name}-{name}"
     out = given(args.out, Path("images") / name)
     files.check_out(out, folder=True)

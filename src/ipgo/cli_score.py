@@ -263,7 +263,7 @@ def score_pictures(
     from PIL import Image
 
     from ipgo.images import from_pil, reading
-    from ipgo.rewards import score as checked
+    from ipgo.rewards import score_each
 
     def opened() -> Iterator[tuple[Path, str, torch.Tensor]]:
         for file, prompt in zip(pictures, prompts, strict=True):
@@ -277,7 +277,9 @@ def score_pictures(
                 names, texts, images = zip(*part, strict=True)
                 batch = torch.stack(images).to(device)
                 with torch.no_grad():
-                    columns = {spec: checked(each, batch, texts).tolist() for spec, each in rewards.items()}
+                    columns = {
+                        spec: each.tolist() for spec, each in score_each(rewards, batch, texts).items()
+                    }
                 for row, (name, text) in enumerate(zip(names, texts, strict=True)):
                     values = {spec: column[row] for spec, column in columns.items()}
                     # A name that is not UTF-8 could not be written into a table.

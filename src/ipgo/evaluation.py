@@ -19,8 +19,7 @@ from ipgo.adapters import Adapter, generate
 from ipgo.backends import Backend
 from ipgo.devices import own_numbers
 from ipgo.errors import InputError
-from ipgo.rewards import Reward, RewardFunction, as_reward, identity_of, optimised
-from ipgo.rewards import score as checked
+from ipgo.rewards import Reward, RewardFunction, as_reward, identity_of, optimised, score_each
 from ipgo.sampling import Sampling
 from ipgo.seeding import plain
 
@@ -124,8 +123,14 @@ class Judge(Protocol):
 
     made: ClassVar[Mapping[str, Sequence[str]]]
 
-    def marks(self, images: Tensor, prompts: Sequence[str]) -> Mapping[str, Tensor]:
-        """(B,) in [0, 1] for "object", "colour", "likeness" and so on; NaN where the prompt states none."""
+    def marks(
+        self, images: Tensor, prompts: Sequence[str], without: Collection[str] = ()
+    ) -> Mapping[str, Tensor]:
+        """(B,) in [0, 1] for "object", "colour", "likeness" and so on; NaN where the prompt states none.
+
+        Args:
+            without: marks that nobody looks at, and that may be left out.
+        """
         ...
 
 
@@ -183,8 +188,8 @@ def score_drawings(
         part = drawings[start : start + BATCH]
         images, prompts = torch.stack([each.image for each in part]), [each.prompt for each in part]
         with torch.no_grad():
-            columns = {name: checked(reward, images, prompts) for name, reward in rewards.items()}
-            verdicts = judge.marks(images, prompts) if judge is not None else {}
+            columns = score_each(rewards, images, prompts)
+            verdicts = judge.marks(images, prompts, followed) if judge is not None else {}
         columns.update({f"judge-{name}": marks for name, marks in verdicts.items() if name not in followed})
         for name, column in columns.items():
             for each, value in zip(part, column.tolist(), strict=True):

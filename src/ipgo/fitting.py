@@ -207,11 +207,13 @@ def _several(name: str, values: Any) -> tuple[Any, ...]:
 def result_of(folder: Run, path: Path | None = None) -> Result:
     """Read a finished run back."""
     config, scores = folder.config, folder.scores()
-    fitted = []
+    fitted, learned = [], None
     for prompt, stored in zip(folder.judged, folder.results(), strict=True):
         before, after = (folder.pictures(prompt, when) for when in ("before", "after"))
         own = folder.scores_of(stored)
-        adapter, history = folder.load_adapter(prompt), folder.history(prompt)
+        if learned is None or not config.shared:
+            learned = folder.load_adapter(prompt), folder.history(prompt)
+        adapter, history = learned
         fitted.append(Fitted(prompt.text, adapter, before, after, history, own, stored["status"] == "failed"))
     return Result(
         tuple(fitted),

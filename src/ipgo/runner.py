@@ -34,6 +34,9 @@ from ipgo.store import Run
 from ipgo.task import Progress, Task
 
 CHECKPOINT_SECONDS = 10.0
+# Seconds of writing one beyond which they are written less often: those of a text encoder's weights are gigabytes.
+LONG = 0.5
+
 # What ends a process, and how it does so unless somebody has decided otherwise: Ctrl-C, and what Slurm, systemd and
 # Docker send before they kill.
 ENDING = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
@@ -139,28 +142,32 @@ def fit_chunk(folder: Run, models: Models, chunk: Chunk, limit: Limit | None = N
     found = folder.checkpoint(chunk)
     earlier = found.cost if found is not None else Cost()
     started = saved = time.monotonic()
+    pause = CHECKPOINT_SECONDS
     counted, about = Counter(backend.calls), facts(models)
     progress = None
     search = config.method.fit(task, found.state if found is not None else None)
     if limit is not None:
         search = limit(search, chunk, earlier.calls)
+    # What a limit has changed is put back before anything else is done.
+    closing = contextlib.closing(search)  # type: ignore[type-var]  # they are generators
 
     def so_far() -> Cost:
         calls = earlier.calls + (backend.calls - counted)
         memory = max(earlier.peak_memory, peak_memory(backend.device))
         return Cost(calls, earlier.seconds + time.monotonic() - started, memory, earlier.sessions)
 
-    with progress_bar(chunk, folder) as bar, whole_steps() as stopping:
+    with closing, progress_bar(chunk, folder) as bar, whole_steps() as stopping:
         try:
             for progress in search:
                 folder.start(about)  # not sooner: settings that the method refuses leave no run behind
                 cost = so_far()
                 folder.record(chunk, progress, cost)
                 last = progress.step == progress.total or bool(progress.failed.all())
-                due = time.monotonic() - saved > CHECKPOINT_SECONDS or stopping()
-                if due and not last:
+                now = time.monotonic()
+                if (now - saved > pause or stopping()) and not last:
                     folder.save_checkpoint(chunk, progress, cost)
                     saved = time.monotonic()
+                    pause = CHECKPOINT_SECONDS * max(1.0, (saved - now) / LONG)
                 show(bar, progress)
                 if stopping():
                     raise KeyboardInterrupt
@@ -214,10 +221,12 @@ def finish_chunk(
     judged = set(folder.judged)
     total = len(judged & set(chunk.prompts)) * len(seeds) * (1 if config.method_name == "raw" else 2)
     with tqdm(total=total, desc="before and after", unit="image", disable=None, leave=False) as bar:
-        for row, prompt in enumerate(chunk.prompts):
-            if prompt not in judged or folder.done(prompt):
-                continue
-            folder.save_adapter(prompt, progress.adapter if config.shared else progress.adapter.row(row))
+        left = [each for each in enumerate(chunk.prompts) if each[1] in judged and not folder.done(each[1])]
+        if config.shared and left:
+            folder.save_adapter(left[0][1], progress.adapter)
+        for row, prompt in left:
+            if not config.shared:
+                folder.save_adapter(prompt, progress.adapter.row(row))
             scores = taken_over(folder, models, prompt, twins)
             if scores:
                 bar.update(len(seeds))

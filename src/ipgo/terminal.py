@@ -8,6 +8,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import re
 import shlex
 import sys
@@ -37,7 +38,8 @@ def path_of(words: str) -> Path:
 
 def add_adapter_flags(parser: argparse.ArgumentParser) -> None:
     """The adapter to draw with, and what to draw."""
-    parser.add_argument("adapter", type=path_of, help="an adapter's folder, or a run's")
+    # Not a Path, which forgets the ./ that tells a folder from a model of the hub.
+    parser.add_argument("adapter", type=os.path.expanduser, help="an adapter's folder, or a run's")
     parser.add_argument(
         "text", nargs="*", default=[], help="prompts, each in quotes (default: the fitted ones)"
     )
@@ -246,13 +248,13 @@ class Stored(NamedTuple):
             )
 
 
-def open_stored(path: Path) -> Stored:
-    """The adapter in a folder, or all of a run's as one; `path` may also be the hub's `owner/name`."""
+def open_stored(source: str | Path) -> Stored:
+    """The adapter in a folder, or all of a run's as one; `source` may also be the hub's `owner/name`."""
     from ipgo.artefacts import adapter_facts, load_adapter
     from ipgo.publish import fetch
     from ipgo.store import Run
 
-    path = fetch(path)
+    path = fetch(source)
     places = [place for place in (path, *path.resolve().parents[:2]) if (place / "run.json").is_file()]
     run = Run.open(places[0]) if places else None
     if run is not None and places[0] == path:

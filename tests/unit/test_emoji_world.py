@@ -134,6 +134,7 @@ def test_likeness_falls_with_all_that_the_artwork_is_not(judge: Judge) -> None:
     assert judge.marks(broken, [prompt])["likeness"].isnan().all()
     assert judge.likeness(picture, ["a fox and a pear"]).isnan().all()  # who stands where?
     assert list(judge.marks(picture, [prompt])) == ["object", "colour", "style", "relation", "likeness"]
+    assert "likeness" not in judge.marks(picture, [prompt], without={"likeness"})
 
 
 def test_likeness_can_be_followed(judge: Judge) -> None:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import ClassVar
 
 import pytest
@@ -94,7 +94,9 @@ class Sharp:
 
     made: ClassVar = {"sharpness": ("edges",)}
 
-    def marks(self, images: torch.Tensor, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+    def marks(
+        self, images: torch.Tensor, prompts: Sequence[str], without: Collection[str] = ()
+    ) -> dict[str, torch.Tensor]:
         return {"edges": images.mean((1, 2, 3)), "object": torch.ones(len(images))}
 
 

@@ -27,7 +27,7 @@ from diffusers.hooks import apply_group_offloading, apply_pyramid_attention_broa
 
 import ipgo
 from ipgo.adapters import Adapter, InsertionAdapter, LoRA, NoiseAdapter, WeightAdapter, generate
-from ipgo.backends import load_backend, put
+from ipgo.backends import load_backend, open_to_draw, put
 from ipgo.backends.packed import pack, unpack
 from ipgo.backends.qwen_image import compact
 from ipgo.embeds import PromptEmbeds
@@ -335,6 +335,8 @@ def test_distilled_guidance_has_no_negative_prompt(build):
 
 def test_flux_is_differentiated_without_the_kernel_that_crashes():
     torch.backends.cuda.enable_cudnn_sdp(True)
+    open_to_draw(tiny.flux())  # which takes no backward pass, and so changes nothing for other models
+    assert torch.backends.cuda.cudnn_sdp_enabled()
     load_backend(tiny.flux(), device="cpu")
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 

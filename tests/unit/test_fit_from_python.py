@@ -463,6 +463,24 @@ def test_the_bundled_model_keeps_its_guidance_by_whatever_way_it_is_opened(tmp_p
     assert scales == {GUIDANCE}
 
 
+def test_what_all_prompts_share_is_stored_and_read_once(
+    pipeline_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored, plain = [], ipgo.Run.save_adapter
+    monkeypatch.setattr(
+        ipgo.Run, "save_adapter", lambda self, *given: (stored.append(1), plain(self, *given))
+    )
+    method = ipgo.IPGO(ascent=Ascent(steps=1))
+    settings = {"method": method, "sampling": ipgo.Sampling(steps=2), "unseen_seeds": 0, "held_out": []}
+    prompts = ["a fox", "a lemon", "a cake"]
+    result = ipgo.fit(
+        prompts, backend=pipeline_folder, reward="contrast", shared=True, out=tmp_path / "run", **settings
+    )
+    assert stored == [1]
+    assert [each.prompt for each in result] == prompts
+    assert len({id(each.adapter) for each in result}) == 1
+
+
 def test_a_text_is_no_list_of_prompts(backend: ipgo.Backend) -> None:
     reward = ipgo.as_reward(brightness)
     with pytest.raises(ipgo.InputError, match=r"task\.prompts is 'cat'; it must be tuple"):

@@ -22,6 +22,7 @@ from ipgo.rewards import (
     WeightedSum,
     as_reward,
     check_reward,
+    combine,
     has_gradient,
     identity_of,
     is_unsettled,
@@ -29,7 +30,9 @@ from ipgo.rewards import (
     needs_prompts,
     parts,
     score,
+    score_each,
     terms,
+    terms_of,
 )
 from ipgo.rewards.own import read_function
 
@@ -81,6 +84,26 @@ def test_a_weighted_sum():
     torch.testing.assert_close(reward(IMAGES, PROMPTS), parts[0] + 0.5 * parts[1])
     assert reward.name == "colorfulness+0.5*contrast"
     assert reward.differentiable
+
+
+def test_what_a_sum_adds_up_is_asked_once_with_it():
+    asked = []
+
+    def mine(images, prompts):
+        asked.append(len(images))
+        return images.mean((1, 2, 3))
+
+    def load(name):
+        return as_reward(mine, "mine") if name == "mine" else load_reward(name)
+
+    whole = combine("0.5*mine<=0.4+contrast", load)
+    rewards = {whole.name: whole, **terms_of(whole)}
+    images, prompts = torch.rand(3, 3, 8, 8), ["a", "b", "c"]
+    found = score_each(rewards, images, prompts)
+    assert asked == [3]
+    assert list(found) == ["0.5*mine<=0.4+contrast", "mine", "contrast"]
+    for name, reward in rewards.items():
+        torch.testing.assert_close(found[name], score(reward, images, prompts), rtol=0, atol=0)
 
 
 def test_a_sum_follows_prompts_and_gradients_as_its_terms_do():

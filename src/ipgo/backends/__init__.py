@@ -133,8 +133,12 @@ def load_backend(
     """
     opening = Opening(image_size, padding, scheduler, long_prompts, str(text_device))
     if isinstance(source, str | Path):
-        return _from_place(source, opening, device, dtype)
-    return _from_pipeline(source, opening, device, dtype)
+        backend = _from_place(source, opening, device, dtype)
+    else:
+        backend = _from_pipeline(source, opening, device, dtype)
+    if not backend.cudnn_attention:  # for the whole process: recomputed blocks choose in the backward pass
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    return backend
 
 
 def _from_place(

@@ -63,6 +63,7 @@ class Backend(ABC):
 
     facts: ClassVar[Facts]
     optional: ClassVar[tuple[str, ...]] = ()  # text encoders that a pipeline may lack
+    cudnn_attention: ClassVar[bool] = True  # whether its backward pass bears cuDNN's kernel
 
     max_tokens: int
     guidance: Guidance = "classifier-free"

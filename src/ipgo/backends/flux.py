@@ -36,11 +36,12 @@ class Flux(PackedBackend):
         prediction="flow",
     )
 
+    # An illegal memory access on an H100 (docs/benchmarks-gpu.md); PyTorch's other kernels work.
+    cudnn_attention = False
+
     def __init__(self, pipe: Any, name: str, opening: Opening) -> None:
         super().__init__(pipe, name, opening)
         self.guidance = "distilled" if pipe.transformer.config.guidance_embeds else "none"
-        # Its backward pass made an illegal memory access on an H100 (docs/benchmarks-gpu.md); PyTorch's others do not.
-        torch.backends.cuda.enable_cudnn_sdp(False)
 
     @property
     def tokenizer(self) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ipgo import hub
+from ipgo import files, hub
 from ipgo.adapters import TextAdapter
 from ipgo.bars import only_of_downloads
 from ipgo.errors import InputError, first_line
@@ -100,20 +101,26 @@ class Promptist(Method):
     def _places(self, backend: str) -> tuple[str, str]:
         """Where the model and the tokenizer are."""
         model = self.model or (str(BUNDLED) if draws_bundled_world(backend) else PUBLISHED)
-        return model, self.tokenizer or (PUBLISHED_TOKENIZER if model == PUBLISHED else model)
+        published = files.hub_id(model)[0] == PUBLISHED
+        return model, self.tokenizer or (PUBLISHED_TOKENIZER if published else model)
 
 
+@functools.lru_cache(maxsize=1)  # every chunk of prompts asks for it
 def _load(model: str, tokenizer: str, device: torch.device) -> tuple[Any, Any]:
     """The language model, frozen, and its tokenizer; `InputError` if they cannot be opened."""
     from transformers import AutoModelForCausalLM, AutoTokenizer  # here, because they take a second
     from transformers.utils import logging as transformers_logging
 
     # The published one is a torch checkpoint, of which transformers reads nothing but tensors.
-    safe = None if model == PUBLISHED else True
+    safe = None if files.hub_id(model)[0] == PUBLISHED else True
     try:
         with hub.within_reach(model, tokenizer), only_of_downloads(model, transformers_logging):
-            tokens = AutoTokenizer.from_pretrained(tokenizer)
-            network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, use_safetensors=safe)
-    except (OSError, ValueError, RuntimeError) as error:
+            place, revision = files.hub_id(tokenizer)
+            tokens = AutoTokenizer.from_pretrained(place, revision=revision)
+            place, revision = files.hub_id(model)
+            network = AutoModelForCausalLM.from_pretrained(
+                place, revision=revision, dtype=torch.float32, use_safetensors=safe
+            )
+    except Exception as error:  # the hub's client has many
         raise InputError(f"method.model {model!r} cannot be opened: {first_line(error)}") from error
     return network.to(device).eval().requires_grad_(False), tokens

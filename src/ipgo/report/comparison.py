@@ -19,7 +19,7 @@ from ipgo.report import charts
 from ipgo.report.build import VISIBLE, environment, picture_uri
 from ipgo.report.identity import strangers, told
 from ipgo.report.rows import Row, own_scores, strange_to
-from ipgo.report.tables import span, tables
+from ipgo.report.tables import Table, span, tables
 from ipgo.rewards import optimised
 from ipgo.store import Run
 
@@ -41,15 +41,16 @@ class Sheet:
 
 def write_comparison(folder: Comparison, entries: Sequence[Row]) -> dict[str, Path]:
     """Write comparison.html, .md and .csv from what is stored; what is unfinished is left out."""
+    found = tables(folder, entries)  # once: every pair of entries is resampled for them
     return {
-        "report": folder.write("comparison.html", render(folder, entries)),
-        "table": folder.write("comparison.md", markdown(folder, entries)),
+        "report": folder.write("comparison.html", render(folder, entries, found)),
+        "table": folder.write("comparison.md", markdown(folder, entries, found)),
         "numbers": folder.write("comparison.csv", numbers(entries, folder.plan.reward)),
     }
 
 
-def render(folder: Comparison, entries: Sequence[Row]) -> str:
-    """The page as text."""
+def render(folder: Comparison, entries: Sequence[Row], found: Sequence[Table]) -> str:
+    """The page as text, with the tables that were `found`."""
     plan, reward = folder.plan, folder.plan.reward
     raw = next((row for row in entries if row.method == "raw"), None)  # drawn as the fits draw
     hues = {row.label: charts.hue(number) for number, row in enumerate(entries)}  # the same in every chart
@@ -62,7 +63,7 @@ def render(folder: Comparison, entries: Sequence[Row]) -> str:
         lead=lead(entries, reward),
         failures={row.label: row.errors for row in entries if row.errors},
         strange=incomparable(entries),
-        tables=tables(folder, entries),
+        tables=found,
         curve=charts.lines(
             {row.label: row.curve for row in shown}, hues, "calls", None if raw is None else raw.final
         ),
@@ -103,14 +104,14 @@ def incomparable(entries: Sequence[Row]) -> list[str]:
     return told(strangers([(row.label, row.rewards) for row in entries]))
 
 
-def markdown(folder: Comparison, entries: Sequence[Row]) -> str:
-    """The tables for a document."""
+def markdown(folder: Comparison, entries: Sequence[Row], found: Sequence[Table]) -> str:
+    """The tables that were `found`, for a document."""
     plan = folder.plan
     budget = f", {plan.budget:,} weighted denoiser calls a prompt" if plan.budget else ""
     counts = [f"{len(entries)} {'entry' if len(entries) == 1 else 'entries'}"]
     counts.append(f"{len(plan.prompts)} {'prompt' if len(plan.prompts) == 1 else 'prompts'}")
     parts = [f"# {' on '.join(counts)}: {_plain(folder.plan.reward)}{budget}"]
-    for table in tables(folder, entries):
+    for table in found:
         lines = [
             table.head,
             ["---"] * len(table.head),

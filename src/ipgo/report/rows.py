@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -234,12 +235,13 @@ def matrices(entries: Sequence[Row], reward: str) -> list[Matrix]:
         chosen = {
             row.label: own_scores(row, reward, bool(place)) for row in entries if row.means[place] is not None
         }
+        drawn = {label: {(each.prompt, each.seed) for each in own} for label, own in chosen.items()}
         wins = {}
-        for ours, a in chosen.items():
-            for theirs, b in chosen.items():
-                shared = {(each.prompt, each.seed) for each in a} & {(each.prompt, each.seed) for each in b}
-                if ours != theirs and shared and comparable(scored[ours], scored[theirs]):
-                    wins[ours, theirs] = win_rate([*a, *b], ours, theirs, reward)
+        for ours, theirs in itertools.combinations(chosen, 2):
+            if drawn[ours] & drawn[theirs] and comparable(scored[ours], scored[theirs]):
+                rate = win_rate([*chosen[ours], *chosen[theirs]], ours, theirs, reward)
+                wins[ours, theirs] = rate
+                wins[theirs, ours] = replace(rate, value=1 - rate.value, low=1 - rate.high, high=1 - rate.low)
         if wins:
             found.append(Matrix(noise, tuple(chosen), wins))
     return found

@@ -23,6 +23,7 @@ from ipgo.rewards.base import (
     is_unsettled,
     parts,
     score,
+    score_each,
     score_with_gradient,
     uses_prompts,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "optimised",
     "parts",
     "score",
+    "score_each",
     "score_with_gradient",
     "terms",
     "terms_of",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -89,10 +89,12 @@ class WeightedSum:
         return {"id": "sum", "terms": [{"weight": w, "reward": identity_of(each)} for w, each in terms]}
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        values = [score(reward, images, prompts) for reward in self.rewards]
-        return torch.stack([weight * value for weight, value in zip(self.weights, values, strict=True)]).sum(
-            0
-        )
+        return self.add([score(reward, images, prompts) for reward in self.rewards])
+
+    def add(self, values: Sequence[Tensor]) -> Tensor:
+        """The sum (B,) of what its rewards said, each (B,)."""
+        terms = [weight * value for weight, value in zip(self.weights, values, strict=True)]
+        return torch.stack(terms).sum(0)
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,11 @@ class Ceiling(_Around):
         return {"id": "ceiling", "most": self.most, "reward": identity_of(self.reward)}
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return score(self.reward, images, prompts).float().clamp(max=self.most)
+        return self.cut_off(score(self.reward, images, prompts))
+
+    def cut_off(self, values: Tensor) -> Tensor:
+        """What is left (B,) of what its reward said."""
+        return values.float().clamp(max=self.most)
 
 
 @dataclass(frozen=True)
@@ -248,6 +254,24 @@ def _leads_to(start: Any, end: Any) -> bool:
         seen |= new
         open_ += new
     return False
+
+
+def score_each(rewards: Mapping[str, Reward], images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+    """`score` of several rewards; one that others add up or cut off is asked once."""
+    known: dict[int, Tensor] = {}
+
+    def ask(reward: Reward) -> Tensor:
+        if id(reward) not in known:
+            if isinstance(reward, WeightedSum):
+                values = reward.add([ask(each) for each in reward.rewards])
+            elif isinstance(reward, Ceiling):
+                values = reward.cut_off(ask(reward.reward))
+            else:
+                values = score(reward, images, prompts)
+            known[id(reward)] = values
+        return known[id(reward)]
+
+    return {name: ask(reward) for name, reward in rewards.items()}
 
 
 def score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
