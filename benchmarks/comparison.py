@@ -342,7 +342,7 @@ def bar(found: Mapping[Cell, Sequence[Row]]) -> str:
         [
             f"On unseen noise {OURS} has the largest gain among methods that change the prompt (its own variants and "
             f"`joint` do not count) in {best} of {len(found)} cells; "
-            f"the goal of {math.ceil(ENOUGH * len(found) - 1e-9)} {verdict} reached."
+            f"the bar, {math.ceil(ENOUGH * len(found) - 1e-9)} of {len(found)}, {verdict} reached."
             if rivalled
             else f"{OURS} has no rival yet among methods that change the prompt.",
             *([""] if lines else []),

@@ -44,19 +44,19 @@ CELL = [
 
 def test_the_bar_is_about_methods_that_change_the_prompt() -> None:
     text = comparison.bar({("r", "one"): CELL})
-    assert "in 1 of 1 cells; the goal of 1 is reached" in text
+    assert "in 1 of 1 cells; the bar, 1 of 1, is reached" in text
     assert "- r on one: judge-object -0.020 (-0.120 to +0.080), perhaps below raw." in text
     assert comparison.bar({("r", "one"): [*CELL, row("ipgo-strong", "ipgo", {"r": 0.9})]}) == text
     better = [*CELL, row("promptist", "promptist", {"r": 0.35})]
     cells = {("r", str(number)): CELL for number in range(7)} | {("r", "7"): better, ("r", "8"): better}
     text = comparison.bar(cells)
-    assert "in 7 of 9 cells; the goal of 8 is not reached" in text
+    assert "in 7 of 9 cells; the bar, 8 of 9, is not reached" in text
     assert "- r on 8: promptist +0.350 (+0.250 to +0.450) is above ipgo +0.300" in text
-    assert "the goal of 8 is reached" in comparison.bar({**cells, ("r", "7"): CELL})
+    assert "the bar, 8 of 9, is reached" in comparison.bar({**cells, ("r", "7"): CELL})
     assert "- r on one: ipgo has no result." in comparison.bar({("r", "one"): CELL[:1]})
     alone = comparison.bar({("r", "one"): CELL[:2]})
     assert "ipgo has no rival yet" in alone
-    assert "the goal of" not in alone
+    assert "the bar" not in alone
     assert "- r on one: no other method that changes the prompt has a result yet." in alone
 
 
