@@ -324,6 +324,9 @@ def test_imagereward_is_blips_first_state_through_the_head(tmp_path: Path) -> No
     torch.save(original.state_dict(), file)
     bert_tokenizer().save_pretrained(tmp_path / "bert-base-uncased")
     reward = load_reward(f"imagereward:{file}", device="cpu")
+    assert (
+        reward.vision.config.layer_norm_eps == 1e-6
+    )  # timm's; what another does is below the tolerance here
     images = torch.stack([from_pil(each) for each in pictures(32, 32)])
     pixels = processor()(pictures(32, 32), return_tensors="pt").pixel_values
     with torch.no_grad():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
 from huggingface_hub.errors import GatedRepoError
 from peft import LoraConfig
 from PIL import Image
@@ -386,3 +386,41 @@ def test_a_folder_says_how_wide_its_embeddings_are(pipeline_folder, tmp_path):
     shutil.copytree(pipeline_folder, tmp_path / "damaged")
     (tmp_path / "damaged/unet/config.json").write_text("{")
     assert check_backend(tmp_path / "damaged", Opening()) is None  # whoever opens it says what is wrong
+
+
+# What stable-diffusion-v1-5's scheduler_config.json says.
+PUBLISHED = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "steps_offset": 1,
+    "set_alpha_to_one": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs", "place"),
+    [
+        ("ddim", DDIMScheduler(**PUBLISHED, clip_sample=False), -1),
+        ("pndm", PNDMScheduler(**PUBLISHED, skip_prk_steps=True), 0),
+    ],
+)
+def test_a_named_scheduler_is_the_published_one(pipe, name, theirs, place):
+    ours = load_backend(pipe, device="cpu", scheduler=name).scheduler(50, torch.zeros(1))
+    theirs.set_timesteps(50)
+    assert torch.equal(ours.timesteps, theirs.timesteps)
+    assert torch.equal(ours.alphas_cumprod, theirs.alphas_cumprod)
+    latents, noise = 4 * torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8)  # more than clipping would leave
+    step, expected = (each.step(noise, each.timesteps[place], latents) for each in (ours, theirs))
+    torch.testing.assert_close(step.prev_sample, expected.prev_sample)
+
+
+def test_the_last_step_of_ddim_by_hand(pipe):
+    scheduler = load_backend(pipe, device="cpu", scheduler="ddim").scheduler(50, torch.zeros(1))
+    assert scheduler.timesteps[[0, 1, -2, -1]].tolist() == [981, 961, 21, 1]
+    latents, noise = 4 * torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8)
+    kept, end = scheduler.alphas_cumprod[1], scheduler.alphas_cumprod[0]
+    clean = (latents - (1 - kept).sqrt() * noise) / kept.sqrt()
+    expected = end.sqrt() * clean + (1 - end).sqrt() * noise
+    torch.testing.assert_close(scheduler.step(noise, torch.tensor(1), latents).prev_sample, expected)

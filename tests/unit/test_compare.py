@@ -31,6 +31,7 @@ from ipgo import (
     Run,
     Score,
     Task,
+    budget,
     cli,
     files,
     generate,
@@ -946,6 +947,9 @@ def test_whose_bare_prompts_are_the_same(tmp_path: Path) -> None:
         "seeds": {"seeds": [0, 1]},
         "bare": {"padding": "none"},
         "fewer": {"sampling": {"fit_steps": 3}},
+        "guided": {"sampling": {"guidance_scale": 2.0}},
+        "noisy": {"sampling": {"eta": 1.0}},
+        "sampler": {"scheduler": "lms"},
     }
     folder = begun(tmp_path / "table", entries)
     for label in entries:
@@ -1219,3 +1223,53 @@ def test_bad_input_is_one_sentence_before_a_model_is_loaded(
     assert cli.main([*words, *shlex.split(flags)]) == 2
     assert message in one_sentence(capsys)
     assert not (tmp_path / "table").exists()
+
+
+def test_a_price_has_the_backward_pass_and_what_reaches_the_latents_in_it(
+    pipeline_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that counts: 1 for a forward pass, 2 more for the backward one, 4 more through the latents."""
+    backend, clock = load_backend(pipeline_folder, device="cpu"), [0.0]
+
+    class Work(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, embeds: Tensor, latents: Tensor) -> Tensor:
+            ctx.shape = embeds.shape
+            clock[0] += 1
+            return latents.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+            clock[0] += 2 + 4 * ctx.needs_input_grad[1]
+            return torch.zeros(ctx.shape), grads[0]
+
+    monkeypatch.setattr(backend, "predict", lambda latents, time, cond, *_: Work.apply(cond.embeds, latents))
+    monkeypatch.setattr(budget, "_now", lambda _: clock[0])
+    assert budget.measure(backend, ("a fox", "sun"), Sampling(2)) == Price(3, 7)
+
+
+def test_a_budget_pays_for_the_steps_that_a_fit_draws_in(pipeline_folder: str) -> None:
+    config = RunConfig(("a",), BestOfN(), sampling=Sampling(6, 3.0, fit_steps=2), seeds=(0,))
+    entry = {"method": {"name": "best-of-n"}, "length": "n"}
+    plan = Plan(("a",), common_settings(config), {"best": entry}, 20, Price(2, 3))
+    models: Any = SimpleNamespace(backend=load_backend(pipeline_folder, device="cpu"))
+    found: Any = work.within_budget(plan, "best", config, models).method
+    assert found.n == 10
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"backend": "sd15"},
+        {"device": "cpu"},
+        {"dtype": "float64"},
+        {"image_size": 64},
+        {"padding": "none"},
+        {"scheduler": "lms"},
+        {"long_prompts": "truncate"},
+        {"text_device": "cpu"},
+    ],
+)
+def test_an_entry_with_a_backend_opened_otherwise_has_models_of_its_own(own: dict[str, Any]) -> None:
+    config = RunConfig(("a",))
+    assert work._needs(dataclasses.replace(config, **own)) != work._needs(config)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ipgo import DNO, IPGO, BestOfN, DRaFT, Embedding, Insertion, Raw, ReNO, Sampling
+from ipgo import DNO, IPGO, Ascent, BestOfN, DRaFT, Embedding, Insertion, Raw, ReNO, Sampling
 from ipgo.config import RunConfig, build, flatten, merge, method_of, parse, presets, read_settings, run_parser
 from ipgo.errors import InputError
 from ipgo.methods import DDPO, BlackBoxIPGO, DPODiffusion, Joint, TextCraftor
@@ -136,6 +136,16 @@ def test_presets_are_valid(name: str) -> None:
 
 def test_paper_code_is_the_notebook() -> None:
     config = read(read_settings("paper-code", None))
+    assert config.method.ascent == Ascent(
+        steps=50,
+        lr=1e-3,
+        lr_basis=None,
+        lr_decay=0.9,
+        decay_every=10,
+        max_grad_norm=1.0,
+        backprop_steps=2,
+        penalty_weight=1e-3,
+    )
     insertion = config.method.insertion  # type: ignore[attr-defined]
     assert insertion == Insertion(
         10,

@@ -342,3 +342,10 @@ def test_settings_that_cannot_work(backend, pipe):
         DDPO().fit(Task(euler, BRIGHT, PROMPTS[:1], SAMPLING))
     with pytest.raises(InputError, match="these 2 prompts have their own"):
         next(quick().fit(Task(backend, BRIGHT, PROMPTS, SAMPLING)))
+
+
+def test_a_prompt_is_compared_with_its_own_history_when_that_is_long_enough(backend, monkeypatch):
+    seen = []
+    monkeypatch.setattr("ipgo.policy.advantages", lambda *given: seen.append(given[-1]) or advantages(*given))
+    next(quick(min_history=3).fit(Task(backend, BRIGHT, PROMPTS[:1], SAMPLING)))
+    assert seen == [3]

@@ -674,3 +674,17 @@ def test_a_folder_that_is_gone_is_no_place(tmp_path: Path) -> None:
     assert pipe.name_or_path
     short_fit(backend=pipe, method="raw", out=tmp_path / "run")
     assert ipgo.Run.open(tmp_path / "run").config.backend == "StableDiffusionPipeline"
+
+
+def test_a_fit_draws_in_its_own_steps_and_is_judged_in_all(pipeline_folder: str, tmp_path: Path) -> None:
+    sampling, method = ipgo.Sampling(4, 3.0, fit_steps=2), ipgo.IPGO(ascent=Ascent(steps=1))
+    settings: dict[str, Any] = {"backend": pipeline_folder, "reward": "colorfulness", "held_out": ()}
+    settings |= {"method": method, "sampling": sampling, "seeds": (0,), "unseen_seeds": 0, "device": "cpu"}
+    ipgo.fit("sun", **settings, out=tmp_path / "run")
+    run, reward = ipgo.Run.open(tmp_path / "run"), ipgo.load_reward("colorfulness", device="cpu")
+    assert run.results()[0]["cost"]["calls"]["denoiser"] == 2
+    backend = ipgo.load_backend(pipeline_folder, device="cpu")
+    for name, adapter in (("raw", None), ("ipgo", run.load_adapter(run.prompts[0]))):
+        images = ipgo.generate(backend, ["sun"], [0], adapter, ipgo.Sampling(4, 3.0))
+        (own,) = [each.value for each in run.scores() if each.method == name]
+        assert own == pytest.approx(reward(images, ["sun"]).item(), abs=1e-5)

@@ -505,3 +505,20 @@ def test_the_ends_of_text_by_hand():
     mask = torch.tensor([[sign == "1" for sign in row] for row in rows])
     ends = PromptEmbeds(torch.zeros(5, 6, 2), mask).ends()
     assert [each.tolist() for each in ends] == [[1, 4], [5], [5], [0, 2, 4], []]
+
+
+def test_methods_begin_with_the_settings_that_were_published():
+    """What their papers and repositories have (NOTICE and the docstrings say where); the tables call them so."""
+    reno, dno = ReNO().ascent, DNO().ascent
+    assert (reno.optimizer, reno.lr, reno.max_grad_norm, reno.steps) == ("sgd", 5.0, 0.1, 50)
+    assert (reno.penalty_weight, reno.lr_decay) == (0.01, 1.0)
+    assert (dno.optimizer, dno.lr, dno.max_grad_norm, dno.steps) == ("adam", 0.01, 1.0, 100)
+    assert (dno.penalty_weight, dno.lr_decay) == (1.0, 1.0)
+
+
+def test_a_lora_begins_as_a_linear_layer_of_its_inputs_does(backend):
+    adapter = WeightAdapter.start(backend, ["sun"], LoRA(rank=4), seed=0, shared=True)
+    for name, (inputs, _) in adapter.layers.items():
+        down = adapter.down[name.replace(".", "/")]
+        assert down.abs().max() <= inputs**-0.5
+        assert down.std().item() == pytest.approx((3 * inputs) ** -0.5, rel=0.2)

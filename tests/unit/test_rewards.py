@@ -72,6 +72,13 @@ def test_flat_images_have_no_contrast_but_a_gradient():
     assert flat.grad.isfinite().all()
 
 
+def test_contrast_weighs_the_channels_as_luma_does():
+    for channel, weight in enumerate((0.2126, 0.7152, 0.0722)):
+        images = torch.zeros(1, 3, 4, 4)
+        images[:, channel, :, :2] = 1
+        assert load_reward("contrast")(images, ["a"]).item() == pytest.approx(weight / 2, rel=1e-5)
+
+
 def test_half_black_half_white_has_contrast_one_half():
     images = torch.zeros(1, 3, 4, 4)
     images[..., :2] = 1

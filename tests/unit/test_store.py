@@ -491,7 +491,8 @@ def test_adapters_round_trip(tmp_path: Path) -> None:
 
 
 def test_an_adapter_says_how_its_backend_was_opened(tmp_path: Path) -> None:
-    opened = {"dtype": "bfloat16", "scheduler": "euler", "padding": "none"}
+    opened: dict[str, Any] = {"dtype": "bfloat16", "scheduler": "euler", "padding": "none"}
+    opened |= {"image_size": 64, "long_prompts": "truncate"}
     run = Run.open(tmp_path / "run", replace(CONFIG, **opened))
     run.start({"device": "test"})
     run.save_adapter(run.prompts[0], Adapter(("a fox",)))

@@ -14,6 +14,7 @@ from ipgo.methods import TextCraftor
 from ipgo.rewards import load_reward, score
 from ipgo.sampling import Sampling, decode
 from ipgo.task import Task
+from tests import tiny_families as tiny
 from tests.conftest import assert_same_state, difference_quotient
 
 PROMPTS = ("a red cat", "sun")
@@ -187,3 +188,18 @@ def test_it_refuses_what_it_cannot_do(backend, pipe):
         generate(backend, PROMPTS, [0, 0], other, SAMPLING)
     with pytest.raises(InputError, match="not fitted to prompt 'moon'"):
         generate(backend, ["moon"], [0], adapter, SAMPLING)
+
+
+def test_a_tuned_clip_reaches_flux_through_its_vector():
+    backend, other = (load_backend(tiny.flux(), device="cpu", image_size=16) for _ in range(2))
+    adapter = TextEncoderAdapter.start(backend, ["sun"], 1.0, shared=False)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for change in adapter.changes.values():
+            change.normal_().mul_(0.05)
+        for name, weight in other.modules["text_encoder"].named_parameters():
+            weight.add_(adapter.changes[name.replace(".", "/")][0])
+        raw = backend.encode(["sun"])
+        tuned, expected = adapter.condition(backend, ["sun"], raw), other.encode(["sun"])
+    torch.testing.assert_close(tuned.pooled, expected.pooled)
+    assert not torch.allclose(tuned.pooled, raw.pooled, atol=1e-3)

@@ -448,3 +448,27 @@ def test_raw_scores_the_prompts_as_they_are(backend):
     expected = torch.stack([REWARD(each, PROMPTS) for each in images]).mean(0)
     torch.testing.assert_close(progress.rewards, expected)
     assert progress.state() == {}
+
+
+def test_an_unpadded_fit_climbs_what_is_drawn_afterwards(pipe):
+    """Its unconditional half is as long as with what was inserted, in the fit as in the final image."""
+    backend = load_backend(pipe, device="cpu", padding="none")
+    unpadded = Task(backend, REWARD, PROMPTS[1:], Sampling(2, 7.5))
+    *_, last = IPGO(Insertion(8, 8, rank=8, negative=False), Ascent(steps=2)).fit(unpadded)
+    images = generate(backend, PROMPTS[1:], [0, 0], last.adapter, unpadded.sampling)
+    torch.testing.assert_close(score(REWARD, images, PROMPTS[1:]), last.best, atol=1e-5, rtol=0)
+
+
+def test_a_shared_gradient_is_a_mean_over_what_was_drawn(backend):
+    alone = Task(backend, REWARD, ("sun",), SAMPLING, seeds=(5,), shared=True)
+    one, three = (next(fit(alone, batch_size=1, accumulate=count)).grad_norm for count in (1, 3))
+    torch.testing.assert_close(three, one)
+
+
+def test_a_row_that_goes_back_has_no_momentum_left_with_sgd_either(backend):
+    calls = iter(range(100))
+    bad = nan_gradient_for(lambda prompt: prompt == "sun" and next(calls) >= 2)
+    options = {"optimizer": "sgd", "lr": 0.5, "lr_basis": 0.5, "keep_best": False}
+    state = list(fit(task(backend, bad), steps=4, **options))[2].state()
+    assert state["optimizer.momentum_buffer.prefix.coefficients"][2].abs().max() == 0
+    assert torch.equal(state["adapter.prefix.coefficients"][2], state["kept.prefix.coefficients"][2])
