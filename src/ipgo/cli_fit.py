@@ -66,9 +66,12 @@ def _fit_parser(method: str) -> ArgumentParser:
     from ipgo.methods import METHODS
 
     parser = run_parser(method)
-    parser.usage = "ipgo fit PROMPT... [options]"
+    parser.usage = "ipgo fit PROMPT... [--method NAME] [options]"
     parser.description = "Learn embeddings for one or more prompts, and evaluate them on unseen noise."
-    parser.epilog = f"--method NAME is one of {', '.join(METHODS)}; --method.* are its options."
+    parser.epilog = (
+        f"--method NAME is one of {', '.join(METHODS)}; --method.* are its options, of which `ipgo fit --method NAME "
+        "--help` has those of another. Flags may be written with - or _. Docs: docs/usage.md."
+    )
     parser.add_argument("text", nargs="*", default=[], metavar="PROMPT", help="prompts, each in quotes")
     parser.add_argument("--preset", type=str, help=f"bundled settings: {', '.join(presets())}")
     parser.add_argument(

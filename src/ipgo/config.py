@@ -350,6 +350,10 @@ def run_parser(method: str, prog: str = "ipgo fit") -> ArgumentParser:
 class _Help(DefaultHelpFormatter):  # type: ignore[misc]
     """Options as they are written in flags and files: `--seed INT`, and null for None."""
 
+    def format_help(self) -> str:
+        """With hyphens in flags, as those of the other commands; `_` works as well."""
+        return re.sub(r"--[a-z][\w.]*", lambda flag: flag[0].replace("_", "-"), super().format_help())
+
     def _get_default_metavar_for_optional(self, action: Action) -> str:
         written = self._get_type_str(action) or ""
         kind = next((kind for kind in ("int", "float") if kind in written), None)
