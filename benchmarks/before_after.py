@@ -3,10 +3,11 @@
     python benchmarks/before_after.py --out docs/before-after.png
 
 The prompts are a seeded draw from a set's test half, not chosen by hand; so is the seed, the first unseen one. Each
-reward has a row: the default, and one of a single line, `warmth`, that the reader could have written.
+reward has a row: the default, and the same with a term of one line, `warmth`, that the reader could have written.
 """
 
 import argparse
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ import ipgo
 from ipgo.prompts import read_prompts
 
 SIDE, GAP, LEFT = 160, 8, 90
+USUAL = "emoji-likeness+emoji-preference"
 WRAP, NAME, LINES, LINE = 27, 14, 6, 15  # letters of a line, of a name's; lines at most, and their height
 
 
@@ -48,17 +50,15 @@ def sheet(prompts: Sequence[str], rows: Mapping[str, Sequence[Image.Image]]) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--prompts", default="styled:test?n=6")
-    parser.add_argument(
-        "--rewards", nargs="+", default=["emoji-likeness+emoji-preference", f"{__file__}:warmth"]
-    )
+    parser.add_argument("--prompts", default="two:test?n=6")
+    parser.add_argument("--rewards", nargs="+", default=[USUAL, f"{USUAL}+{__file__}:warmth<=0.2"])
     parser.add_argument("--backend", default="emoji")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2, 3], help="those that are fitted")
     parser.add_argument("--out", type=Path, default=Path("docs/before-after.png"))
     options = parser.parse_args()
     prompts, rows = read_prompts(options.prompts), dict[str, list[Image.Image]]()
     for reward in options.rewards:
-        name = reward.rpartition(":")[2].replace("+", " + ")
+        name = re.sub(r"[^+]*:", "", reward).replace("+", " + ")  # without the places of files
         result = ipgo.fit(
             prompts, reward=reward, backend=options.backend, seeds=options.seeds, unseen_seeds=1
         )

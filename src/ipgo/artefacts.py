@@ -67,7 +67,11 @@ def load_adapter(folder: Path | str) -> Adapter:
         with own_numbers():
             adapter = ADAPTERS[about["kind"]](prompts, **about["options"])
         adapter.load_state_dict(state)
-    except (SafetensorError, OSError, RuntimeError, KeyError, TypeError) as error:
+    except RuntimeError:
+        raise InputError(
+            f"adapter {str(folder)!r} is damaged: its adapter.json and its weights do not belong together"
+        ) from None
+    except (SafetensorError, OSError, KeyError, TypeError) as error:
         raise InputError(f"adapter {str(file)!r} cannot be read: {first_line(error)}") from None
     if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
         raise InputError(f"adapter {str(file)!r} holds numbers that are not finite")
@@ -77,6 +81,7 @@ def load_adapter(folder: Path | str) -> Adapter:
 def adapter_facts(folder: Path) -> dict[str, Any]:
     """adapter.json; `InputError` if it is missing or damaged."""
     if not (folder / "adapter.json").is_file():
+        files.check_folder(folder, "an adapter or a run")
         run = (folder / "run.json").is_file()
         hint = "; it is a run's folder, and adapters are in its folders prompts/ID or shared" if run else ""
         raise InputError(f"{str(folder)!r} is not an adapter folder: it has no adapter.json{hint}")

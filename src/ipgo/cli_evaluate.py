@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ipgo import files
 from ipgo.errors import InputError
-from ipgo.printed import levels, span, table
+from ipgo.printed import NOTE, levels, span, table
 from ipgo.terminal import add_device_flags, backend_of, command_parser, loading, open_stored, path_of
 
 if TYPE_CHECKING:
@@ -120,7 +120,8 @@ def _show_evaluation(
     fitted = f" (fitted to: {span(known)})" if known else ""
     gains = summarise(scores)
     # Prompts as they are have learned nothing that could be compared.
-    print(f"{count}{unseen}, seeds {span(seeds)}{fitted}\n{table(gains) if gains else levels(scores)}")
+    found = f"{table(gains)}\n{NOTE}\n" if gains else levels(scores)
+    print(f"{count}{unseen}, seeds {span(seeds)}{fitted}\n{found}")
     print(f"scores: {folder.path / EVALUATION}\nreport: {write_report(folder)[0]}")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ipgo.errors import InputError
-from ipgo.printed import levels, span, table
+from ipgo.printed import NOTE, levels, span, table
 from ipgo.prompts import slug
 from ipgo.terminal import loading, peek, read_texts
 
@@ -52,12 +52,17 @@ def fit(argv: list[str]) -> int:
         )
     config = build(parsed, tuple(texts))
     check(config)
+    if parsed.out == "":
+        raise InputError("out is empty; give a folder")
     place = Path(parsed.out or Path("runs") / (slug(parsed.prompts or texts[0]) or "run")).expanduser()
     check_tracker(parsed.track, place)
     folder = Run.open(place, config)
     check_method(folder)
-    loading(config.backend)
+    nothing_left = folder.begun and not folder.pending()
+    loading(config.backend)  # also then: a reward or a backend that has changed meanwhile is refused
     left = run(folder, load_models(config, begun_in=folder.dtype), tracked(parsed.track, folder))
+    if nothing_left:
+        logging.getLogger("ipgo").info("all of it was fitted before; this is what came out")
     return 0 if left else show_run(folder)  # the last process shows all of it
 
 
@@ -94,7 +99,7 @@ def _fit_parser(method: str) -> ArgumentParser:
 def show_run(folder: Run) -> int:
     """Write the report, and print what came out and where it is."""
     from ipgo.evaluation import summarise
-    from ipgo.report import run_cost, write_report
+    from ipgo.report import run_cost, verdict, write_report
 
     page, curve = write_report(folder)
     config, scores = folder.config, folder.scores()
@@ -105,9 +110,12 @@ def show_run(folder: Run) -> int:
         if gains:
             print(f"\n{title}\n{table(gains)}")
         elif config.method_name == "raw" and seeds:
-            print(f"\n{title}\n{levels([each for each in scores if each.seed in seeds])}\n")
+            print(f"\n{title}\n{levels([each for each in scores if each.seed in seeds])}")
+    if config.method_name != "raw":
+        print(NOTE)
     if tied:
-        print("\nunseen seeds: as raw, since what was learned belongs to the noise of its seed\n")
+        print("\nunseen seeds: as raw, since what was learned belongs to the noise of its seed")
+    print(f"\n{verdict(folder)}\n")
     alone = len(folder.prompts) == 1
     if alone:
         seed = config.judged_seeds[0]

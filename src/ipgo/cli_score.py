@@ -6,18 +6,19 @@ import csv
 import io
 import itertools
 import json
+import logging
 import os
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from ipgo import files
-from ipgo.errors import InputError
+from ipgo.errors import InputError, IpgoError
 from ipgo.prompts import check_prompts
 from ipgo.terminal import check_replaced, command_parser, loading, path_of
 
@@ -74,31 +75,42 @@ def score(argv: list[str]) -> int:
         _check_picture(file)
     loading(", ".join(args.reward))
     rewards = {spec: load_reward(spec, device=args.device) for spec in args.reward}
-    rows = score_pictures(pictures, prompts or [""] * len(pictures), rewards, device)
-    if args.out is None:
-        _print(rows, rewards)
-    else:
-        _put_out(args.out, list(rows), rewards)
+    done: list[dict[str, Any]] = []
+    try:
+        for row in score_pictures(pictures, prompts or [""] * len(pictures), rewards, device):
+            done.append(row)
+            if args.out is None:
+                _print(row, rewards, head=len(done) == 1)
+    finally:  # a reward that fails, or Ctrl-C, takes nothing away
+        if done:
+            means = {spec: sum(each[spec] for each in done) / len(done) for spec in rewards}
+            if args.out is not None:
+                _put_out(args.out, done, means, rewards)
+            place = sys.stderr if args.out is None else sys.stdout  # the table itself is on stdout
+            for spec, mean in means.items():
+                print(f"{spec}: {mean:.4f}, the mean of {len(done)}", file=place)
+            if args.out is not None:
+                print(args.out)
     return 0
 
 
-def _print(rows: Iterable[dict[str, Any]], rewards: dict[str, Reward]) -> None:
-    """The table row by row: a reward that fails, or Ctrl-C, takes nothing away."""
+def _print(row: dict[str, Any], rewards: dict[str, Reward], *, head: bool) -> None:
+    """A line of the table, after its head if it is the first."""
     from ipgo.rewards import identity_of
 
     identities = {spec: identity_of(reward) for spec, reward in rewards.items()}
-    for number, row in enumerate(rows):
-        head, line = as_csv(with_fingerprints([row], identities)).split("\n", 1)
-        tqdm.write(line.rstrip("\n") if number else f"{head}\n{line}".rstrip("\n"), file=sys.stdout)
+    lines = as_csv(with_fingerprints([row], identities)).split("\n", 1)
+    tqdm.write("\n".join(lines if head else lines[1:]).rstrip("\n"), file=sys.stdout)
 
 
-def _put_out(out: Path, rows: Sequence[dict[str, Any]], rewards: dict[str, Reward]) -> None:
-    """Write the scores, and print their means."""
+def _put_out(
+    out: Path, rows: Sequence[dict[str, Any]], means: Mapping[str, float], rewards: dict[str, Reward]
+) -> None:
+    """Write the scores."""
     from ipgo.rewards import identity_of
 
     identities = {spec: identity_of(reward) for spec, reward in rewards.items()}
     table = as_csv(with_fingerprints(rows, identities))
-    means = {spec: sum(row[spec] for row in rows) / len(rows) for spec in rewards}
     if out.suffix == ".csv":
         files.write(out, table.encode())
         files.write_json(
@@ -106,8 +118,6 @@ def _put_out(out: Path, rows: Sequence[dict[str, Any]], rewards: dict[str, Rewar
         )  # the table has their digits alone
     else:
         files.write_json(out, {"rewards": identities, "means": means, "images": rows})
-    print("\n".join(f"{spec}: {mean:.4f}, the mean of {len(rows)}" for spec, mean in means.items()))
-    print(out)
 
 
 def _check_out(out: Path | None) -> None:
@@ -155,7 +165,7 @@ def find_pictures(places: Sequence[Path]) -> list[Path]:
             found.append(place)
         else:
             raise InputError(f"{str(place)!r} is neither a folder nor an image file ({', '.join(PICTURES)})")
-    return found
+    return list({file.resolve(): file for file in reversed(found)}.values())[::-1]  # each once
 
 
 def _is_hidden(path: Path) -> bool:
@@ -246,6 +256,10 @@ def _matched(pictures: Sequence[Path], lines: Sequence[tuple[Path, str]], spec: 
                 "name its files with enough of their folders"
             )
         found.append(best.pop())
+    spare = [str(file) for (file, _), shared in zip(lines, most, strict=True) if not shared]
+    if spare:
+        text = "prompt file %r has lines of no picture here: %d, such as %r"
+        logging.getLogger("ipgo").warning(text, spec, len(spare), spare[0])
     return found
 
 
@@ -263,7 +277,8 @@ def score_pictures(
     from PIL import Image
 
     from ipgo.images import from_pil, reading
-    from ipgo.rewards import score_each
+    from ipgo.rewards import parts, score_each
+    from ipgo.rewards.spec import EXTERNAL
 
     def opened() -> Iterator[tuple[Path, str, torch.Tensor]]:
         for file, prompt in zip(pictures, prompts, strict=True):
@@ -271,21 +286,31 @@ def score_pictures(
                 pixels = from_pil(picture)
             yield file, prompt, pixels
 
+    def scored(part: Sequence[tuple[Path, str, torch.Tensor]]) -> Iterator[dict[str, Any]]:
+        names, texts, images = zip(*part, strict=True)
+        try:
+            with torch.no_grad():
+                found = score_each(rewards, torch.stack(images).to(device), texts)
+        except IpgoError as error:
+            if len(part) == 1:
+                raise type(error)(f"{error} (picture {str(names[0])!r})") from error
+            for each in part:  # to know which it is, and to lose none of the others
+                yield from scored([each])
+            return
+        columns = {spec: values.tolist() for spec, values in found.items()}
+        for row, (name, text) in enumerate(zip(names, texts, strict=True)):
+            values = {spec: column[row] for spec, column in columns.items()}
+            # A name that is not UTF-8 could not be written into a table.
+            yield {"file": os.fsencode(name).decode(errors="replace"), "prompt": text, **values}
+            bar.update()
+
+    # A command or a person is asked about one at a time anyway, and not twice about any.
+    names = [part.name for reward in rewards.values() for part in parts(reward)]
+    most = 1 if any(name.startswith(tuple(EXTERNAL)) for name in names) else BATCH
     with tqdm(total=len(pictures), desc="scoring", unit="image", disable=None, leave=False) as bar:
         for shape, alike in itertools.groupby(opened(), key=lambda each: each[2].shape):
-            for part in _batched(alike, max(1, min(BATCH, PIXELS // shape[-2:].numel()))):
-                names, texts, images = zip(*part, strict=True)
-                batch = torch.stack(images).to(device)
-                with torch.no_grad():
-                    columns = {
-                        spec: each.tolist() for spec, each in score_each(rewards, batch, texts).items()
-                    }
-                for row, (name, text) in enumerate(zip(names, texts, strict=True)):
-                    values = {spec: column[row] for spec, column in columns.items()}
-                    # A name that is not UTF-8 could not be written into a table.
-                    readable = os.fsencode(name).decode(errors="replace")
-                    yield {"file": readable, "prompt": text, **values}
-                bar.update(len(part))
+            for part in _batched(alike, max(1, min(most, PIXELS // shape[-2:].numel()))):
+                yield from scored(part)
 
 
 def _batched(rows: Iterator[Any], size: int) -> Iterator[tuple[Any, ...]]:

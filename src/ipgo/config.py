@@ -122,6 +122,8 @@ class RunConfig:
                 f"judged_prompts is {self.judged_prompts}; it must be at least 1, and needs shared: "
                 "prompt-wise results are judged on every prompt"
             )
+        if self.backend.startswith("~"):
+            object.__setattr__(self, "backend", str(Path(self.backend).expanduser()))
         # A folder, which is looked up on the hub wherever there is none of that name.
         if is_hub_id(self.backend) and Path(self.backend).is_dir():
             object.__setattr__(self, "backend", f"./{self.backend}")
@@ -284,7 +286,7 @@ def read_settings(preset: str | None, file: str | None) -> dict[str, Any]:
     Raises:
         InputError: an unknown preset, or a file that is missing or is not a YAML mapping of settings.
     """
-    over = _read_yaml(Path(file)) if file is not None else {}
+    over = _read_yaml(Path(file).expanduser()) if file is not None else {}
     stated = over.pop("preset", None)
     name = preset if preset is not None else stated
     if name is None:
@@ -438,7 +440,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         settings = yaml.load(path.read_text(encoding="utf-8"), _OnceEach)
     except FileNotFoundError:
         raise InputError(f"config file {str(path)!r} does not exist") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except UnicodeDecodeError:
+        raise InputError(f"config file {str(path)!r} is not UTF-8 text") from None
+    except (OSError, yaml.YAMLError) as error:
         raise InputError(f"config file {str(path)!r} cannot be read: {_reason(error)}") from None
     if not isinstance(settings or {}, dict):
         raise InputError(f"config file {str(path)!r} holds no 'key: value' settings")
@@ -500,7 +504,7 @@ def _reason(error: Exception) -> str:
     mark = getattr(error, "problem_mark", None)
     if mark is not None:
         return f"{getattr(error, 'problem', None) or 'invalid YAML'} in line {mark.line + 1}"
-    return first_line(error)
+    return getattr(error, "strerror", None) or first_line(error)
 
 
 def method_settings(given: Any) -> dict[str, Any]:

@@ -41,6 +41,13 @@ def place(field: str, value: object) -> Path:
     return Path(value).expanduser()
 
 
+def check_folder(place: Path, what: str) -> None:
+    """Raise `InputError` for a place that should be the folder of something, and is not there or is a file."""
+    if not place.is_dir():
+        state = "is a file" if place.exists() else "does not exist"
+        raise InputError(f"{str(place)!r} {state}; give the folder of {what}")
+
+
 def check_out(out: Path, *, folder: bool, name: str = "out") -> None:
     """Raise `InputError` for a place, of this name, that a file, or a folder, cannot be put at. Makes nothing."""
     if folder and out.is_file():

@@ -9,6 +9,12 @@ if TYPE_CHECKING:
     from ipgo.evaluation import Gain, Score
 
 
+# Under tables of gains.
+NOTE = (
+    "* the reward that was optimised, or a part of it; all others are held out. A tie counts as half a win."
+)
+
+
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of columns, each as wide as its widest cell."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -16,7 +22,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def table(gains: Sequence[Gain]) -> str:
-    """One line per reward; a star marks the optimised one and its parts."""
+    """One line per reward; a star marks the optimised one and its parts, as `NOTE` says."""
     from ipgo.evaluation import unlike
 
     first = gains[0].gain
@@ -34,8 +40,7 @@ def table(gains: Sequence[Gain]) -> str:
                 f"{each.wins.value:.0%}" + (f" ({each.wins.bounds('.0%')})" if some else ""),
             )
         )
-    note = "* the reward that was optimised, or a part of it; all others are held out. A tie counts as half a win."
-    return "\n".join([*aligned(rows), note, ""])
+    return "\n".join(aligned(rows))
 
 
 def levels(scores: Sequence[Score]) -> str:

@@ -78,6 +78,7 @@ class Run:
         found = path / "run.json"
         if not found.is_file():
             if config is None:
+                files.check_folder(path, "a run")
                 raise InputError(f"{str(path)!r} is not a run folder: it has no run.json{_instead(path)}")
             try:
                 files.check_new(path, left_over)

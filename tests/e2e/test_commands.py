@@ -157,8 +157,12 @@ def test_what_is_called_unseen_is_unseen(
 
 
 def test_the_same_command_again_does_nothing(
-    fitted: Path, pipeline_folder: str, capsys: pytest.CaptureFixture[str]
+    fitted: Path,
+    pipeline_folder: str,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """And says so."""
     before = {file: file.read_bytes() for file in fitted.rglob("*.safetensors")}
     assert fit(pipeline_folder, fitted, PROMPTS) == 0
     assert {file: file.read_bytes() for file in fitted.rglob("*.safetensors")} == before
@@ -166,6 +170,7 @@ def test_the_same_command_again_does_nothing(
     assert "colorfulness *" in out
     assert "unseen seeds" in out
     assert str(fitted / "report.html") in out
+    assert "all of it was fitted before" in caplog.text
 
 
 def test_another_setting_is_refused_with_its_name(
@@ -331,7 +336,7 @@ def test_a_function_is_a_reward(pipeline_folder: str, tmp_path: Path) -> None:
         (
             ["x"],
             ["--sampling.steps", "5000", "--sampling.fit_steps", "2"],
-            "sampling.steps is 5000; the model's",
+            "sampling.steps is 5000; this model has 1000 steps",
         ),
         (
             ["x"],

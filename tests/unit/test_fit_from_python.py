@@ -315,7 +315,7 @@ def test_a_pipeline_from_inference_mode_is_refused(pipeline_folder: str) -> None
 
 
 def test_more_steps_than_a_scheduler_has(backend: ipgo.Backend) -> None:
-    with pytest.raises(ipgo.InputError, match=r"^sampling.steps is 1001; the model's scheduler refuses it"):
+    with pytest.raises(ipgo.InputError, match=r"^sampling.steps is 1001; this model has 1000 steps"):
         ipgo.generate(backend, ["a fox"], [0], sampling=ipgo.Sampling(steps=1001))
 
 

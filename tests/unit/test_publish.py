@@ -296,7 +296,7 @@ def test_the_code_for_a_plain_pipeline_has_the_guidance_of_the_model_that_drew(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["/nowhere"], "'/nowhere' is not a run folder: it has no run.json"),
+        (["/nowhere"], "'/nowhere' does not exist; give the folder of a run"),
         (["{run}", "--private"], "private needs --push OWNER/NAME"),
         (["{run}", "--push", "just-a-name"], "'just-a-name' is not a model name of the hub"),
         (["{run}", "--out", "{run}/prompts"], "holds something else; give a new or empty one"),

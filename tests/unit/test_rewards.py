@@ -594,8 +594,13 @@ def test_a_function_is_a_reward():
     reward = as_reward(warmth)
     assert (reward.name, reward.differentiable) == ("warmth", True)
     assert as_reward(reward) is reward
-    with pytest.raises(InputError, match="not int"):
-        as_reward(3)
+    for wrong, message in (
+        (3, "reward 'int' is 3; it must be a function of"),
+        (dict, "reward 'dict' is a class; give an object of it"),
+        (lambda images: images, r"reward '<lambda>' takes \(images\); it must take \(images, prompts\)"),
+    ):
+        with pytest.raises(InputError, match=message):
+            as_reward(wrong)
 
 
 def test_a_ceiling_ends_what_can_be_gained() -> None:

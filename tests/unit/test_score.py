@@ -136,6 +136,51 @@ def test_pictures_of_one_name_have_the_prompts_of_their_folders(folder: Path, tm
     assert [row["prompt"] for row in csv.DictReader(out.read_text().splitlines())] == ["in b", "in a"]
 
 
+@pytest.mark.parametrize("spec", ["{tmp}/mine.py:fussy", "cmd:sh {tmp}/fussy.sh {{image}} {{prompt}}"])
+def test_what_was_scored_is_kept_when_a_reward_fails(
+    spec: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And the picture at which it fails is named, though pictures come in batches."""
+    (tmp_path / "mine.py").write_text(
+        "def fussy(images, prompts):\n    if 'no' in prompts:\n        raise ValueError('no')\n"
+        "    return images.mean((1, 2, 3))\n"
+    )
+    (tmp_path / "fussy.sh").write_text('test "$2" != no && echo 1\n')
+    for name in "abcd":
+        (tmp_path / f"{name}.png").write_bytes((folder / "01.png").read_bytes())
+    rows = "".join(f"{name}.png,{'no' if name == 'c' else 'yes'}\n" for name in "abcd")
+    (tmp_path / "prompts.csv").write_text(f"file,prompt\n{rows}")
+    words = [
+        "score",
+        str(tmp_path),
+        "--reward",
+        spec.format(tmp=tmp_path),
+        "--out",
+        str(tmp_path / "out.csv"),
+    ]
+    assert cli.main([*words, "--prompts", str(tmp_path / "prompts.csv")]) != 0
+    said = capsys.readouterr()
+    with (tmp_path / "out.csv").open() as lines:
+        kept = [Path(row["file"]).name for row in csv.DictReader(lines)]
+    assert "c.png')" in said.err
+    assert kept == ["a.png", "b.png"]
+    assert "the mean of 2" in said.out
+
+
+def test_a_picture_counts_once_and_a_line_without_one_is_said(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert find_pictures([folder / "02.png", folder]) == find_pictures(
+        [folder / "02.png", *find_pictures([folder])]
+    )
+    assert len(find_pictures([folder / "02.png", folder])) == BATCH + 3
+    (tmp_path / "p.csv").write_text("file,prompt\n00.png,a\nlost.png,b\n")
+    words = ["score", str(folder / "00.png"), "--reward", "contrast", "--prompts", str(tmp_path / "p.csv")]
+    assert cli.main(words) == 0
+    assert "has lines of no picture here: 1, such as 'lost.png'" in caplog.text
+    assert "contrast: " in capsys.readouterr().err  # the mean; the table is on stdout
+
+
 def test_folders_within_a_folder_are_scored_too(folder: Path, tmp_path: Path) -> None:
     for name in ("b.png", "2/1.png", "10/1.png", "2/deeper/1.png", ".thumbnails/1.png", "2/._1.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -228,7 +273,7 @@ def test_bad_input_is_one_sentence(
         whole = io.BytesIO()
         Image.effect_noise((64, 64), 90).save(whole, "JPEG")
         (tmp_path / "half.jpg").write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
-        names = sorted(file.name for file in folder.iterdir())
+        names = sorted(file.name for file in folder.glob("*.png"))
         (tmp_path / "blank.csv").write_text("file,prompt\n" + "".join(f"{name}, \n" for name in names))
         (tmp_path / "latin.csv").write_bytes(b"file,prompt\n00.png,caf\xe9\n")
         (tmp_path / "p.csv").write_text("file,prompt\nzz.png,a\n")

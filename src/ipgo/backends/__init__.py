@@ -132,6 +132,8 @@ def load_backend(
             features from step to step (a cache), has an IP-Adapter, or was made in torch.inference_mode.
     """
     opening = Opening(image_size, padding, scheduler, long_prompts, str(text_device))
+    if isinstance(source, str) and source.startswith("~"):
+        source = Path(source).expanduser()
     if isinstance(source, str | Path):
         backend = _from_place(source, opening, device, dtype)
     else:

@@ -51,7 +51,7 @@ def check_lengths(
             allowed = '"truncate" or "chunk"' if chunked else '"truncate"'
             raise InputError(
                 f"{what} {prompt[:60]!r} has {length} tokens and the encoder takes {most}; "
-                f"shorten it, or allow long_prompts={allowed}"
+                f"shorten it, or set long_prompts to {allowed}"
             )
 
 

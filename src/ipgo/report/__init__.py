@@ -1,5 +1,5 @@
 """One self-contained page that shows a run."""
 
-from ipgo.report.build import run_cost, write_report
+from ipgo.report.build import run_cost, verdict, write_report
 
-__all__ = ["run_cost", "write_report"]
+__all__ = ["run_cost", "verdict", "write_report"]

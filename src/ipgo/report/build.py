@@ -72,8 +72,7 @@ def render(run: Run, curve: Curve | None = None) -> str:
     """
     config, results, scores = run.config, run.results(), run.scores()
     seeds = _judging(run, config.new_seeds)  # of what it is worth
-    fitted = summarise(scores, seeds=config.seeds)
-    unseen = summarise(scores, seeds=seeds) if seeds != config.seeds else []
+    fitted, unseen = _gains(run, scores)
     later = run.told(load_scores(run.path / EVALUATION))
     scored_by = load_identities(run.path / EVALUATION)
     name, rewards, bold, before = curve or _mean_curve(run)
@@ -102,6 +101,27 @@ def render(run: Run, curve: Curve | None = None) -> str:
         facts=run.facts,
         scorers={name: fingerprint(identity) for name, identity in run.identities.items()},
         missing=len(run.judged) - len(results),
+    )
+
+
+def verdict(run: Run) -> str:
+    """The result in words, and what surely fell meanwhile, for a terminal."""
+    fitted, unseen = _gains(run, run.scores())
+    fell = [each.text for each in fallen(run.config.reward, unseen or fitted) if each.sure]
+    hint = (
+        f" Look twice: held-out measures fell, beyond what chance explains ({'; '.join(fell)})."
+        if fell
+        else ""
+    )
+    return summary(run, fitted, unseen) + hint
+
+
+def _gains(run: Run, scores: Sequence[Score]) -> tuple[list[Gain], list[Gain]]:
+    """On the fitted noise, and on unseen noise unless that is the same."""
+    seeds = _judging(run, run.config.new_seeds)
+    return (
+        summarise(scores, seeds=run.config.seeds),
+        summarise(scores, seeds=seeds) if seeds != run.config.seeds else [],
     )
 
 

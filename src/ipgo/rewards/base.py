@@ -180,9 +180,17 @@ def as_reward(
     """
     if isinstance(function, Reward):
         return function if name in (None, function.name) else Renamed(function, str(name))
-    if not callable(function) or isinstance(function, type) or not _takes_two(function):
-        given = getattr(function, "__name__", type(function).__name__)
-        raise InputError(f"a reward must be a function of (images, prompts), not {given}")
+    label = name or getattr(function, "__name__", type(function).__name__)
+    if not callable(function):
+        raise InputError(f"reward {label!r} is {function!r}; it must be a function of (images, prompts)")
+    if isinstance(function, type):
+        raise InputError(
+            f"reward {label!r} is a class; give an object of it, or a function of (images, prompts)"
+        )
+    if not _takes_two(function):
+        raise InputError(
+            f"reward {label!r} takes {inspect.signature(function)}; it must take (images, prompts)"
+        )
     own_name = getattr(function, "__name__", type(function).__name__)
     return FunctionReward(function, name or str(own_name), differentiable)
 

@@ -35,9 +35,9 @@ def read_function(spec: str, *, look: bool = False) -> Function:
         InputError: no such file, one that does not run, or one without that function.
     """
     place, _, name = spec.rpartition(":")
-    path = Path(place)
+    path = Path(place).expanduser()
     if not path.is_file():
-        raise InputError(f"reward file {place!r} does not exist")
+        raise InputError(f"reward file {place!r} {'is a folder' if path.is_dir() else 'does not exist'}")
     own_name = f"ipgo_user_reward_{path.stem}_{digest(str(path.resolve()).encode())[:8]}"
     content = _content(path)
     known, module, in_use = _RUN.get(own_name, ("", None, set()))
