@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ipgo.cli_compare import comparisons
 from ipgo.errors import InputError, unknown
+from ipgo.prompt_sources import SOURCES
 from ipgo.prompts import halves, prompt_sets, read_prompts
 from ipgo.terminal import command_parser
 
@@ -19,7 +20,11 @@ def list_(argv: list[str]) -> int:
     parser = command_parser("list", "List the names that other commands take.")
     kinds = ("objects", "prompts", "rewards", "backends", "methods", "presets", "comparisons")
     parser.add_argument("kind", nargs="?", help=f"{', '.join(kinds)} (default: all except objects)")
-    parser.add_argument("name", nargs="?", help="show this one in full, such as `ipgo list prompts one:test`")
+    parser.add_argument(
+        "name",
+        nargs="?",
+        help="show this one in full, such as `ipgo list prompts one:test`; of objects: those of this backend",
+    )
     args = parser.parse_args(argv)
     if args.kind not in (None, *kinds):
         raise unknown("kind", args.kind, kinds)
@@ -42,7 +47,8 @@ def _names(kind: str, name: str | None) -> list[str]:
     if kind == "prompts":
         if name:
             return read_prompts(name)
-        return ["  ".join(f"{each}:{half}" for half in halves(each)) for each in prompt_sets()]
+        own = ["  ".join((each, *(f"{each}:{half}" for half in halves(each)))) for each in prompt_sets()]
+        return [*own, *(f"{each}:...  published prompts (docs/prompts.md)" for each in SOURCES)]
     if kind == "objects":
         return _objects(name or "emoji")
     from ipgo.backends import BACKENDS, FAMILIES

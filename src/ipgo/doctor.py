@@ -164,15 +164,20 @@ def _judge(reward: Reward, images: Tensor, prompt: str) -> tuple[Tensor | None, 
     try:
         values = score(reward, images, [prompt])
     except RewardError as error:
-        if error.__cause__ is None:
+        if "not a finite number" in str(error):
+            advice = "look for log, sqrt or division at 0 in it"
+        elif error.__cause__ is None:
             advice = (
                 "return a torch tensor, no array of numpy's, with one number a row (.squeeze(-1) makes (B,) of "
-                "(B, 1)); where one is not finite, look for log, sqrt or division at 0"
+                "(B, 1))"
             )
         else:  # it raised something, for a picture that carries a gradient
             advice = f"compute it in torch alone, without numpy and PIL, if that is what fails; or {_other_method()}"
         return None, Finding(str(error), advice)
     if not values.requires_grad:
+        if torch.equal(values, score(reward, 1 - images.detach(), [prompt])):
+            text = f"{name} gives {values.item():.4f} for the picture and for its negative: it does not look at it"
+            return None, Finding(text, "it must be computed from `images`, all the way in torch")
         text = f"{name} gives {values.item():.4f}, but the number has no gradient: it was cut off inside"
         advice = "look for .detach(), .item(), .numpy(), torch.no_grad() and new torch.tensor(...) in it"
         return None, Finding(text, f"{advice}; or {_other_method()}")

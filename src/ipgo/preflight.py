@@ -30,6 +30,11 @@ def check(config: RunConfig, given: Container[str] = (), *, loaded: bool = False
     warn_of_unseen_words(config.backend, config.prompts)
     if config.reward not in given:
         check_world(config)
+    own = (
+        {config.reward, *(name for _, name in terms(config.reward))} if config.reward not in given else set()
+    )
+    for name in (each for each in config.held_out or () if each in own):
+        logger.warning("held_out names %r, which is optimised and so judges nothing", name)
     for name in dict.fromkeys((config.reward, *judging_rewards(config))):
         if name not in given:
             check_reward(name, config.prompts)

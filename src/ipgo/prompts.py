@@ -236,7 +236,9 @@ def unseen_words(texts: Iterable[str], known: Iterable[str]) -> dict[str, str | 
     Of three letters and fewer there is none: "at" is no misspelt "cat".
     """
     vocabulary = {word.lower() for word in known}
-    words = dict.fromkeys(word for text in texts for word in re.findall(r"[^\W_]+", text.lower()))
+    # A text without any, such as of emoji, is a word itself.
+    found = (re.findall(r"[^\W_]+", text.lower()) or [text.strip()] for text in texts)
+    words = dict.fromkeys(word for each in found for word in each)
     unseen = [word for word in words if word not in vocabulary]
     near = {word: difflib.get_close_matches(word, sorted(vocabulary), n=1, cutoff=NEAR) for word in unseen}
     return {word: found[0] if found and len(word) > 3 else None for word, found in near.items()}

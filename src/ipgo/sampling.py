@@ -71,11 +71,6 @@ class Sampling:
 
     def check(self, backend: Backend) -> None:
         """Raise `InputError` for what the backend's scheduler cannot do: so many steps, or noise at each of them."""
-        most = backend.pipe.scheduler.config.get("num_train_timesteps")
-        if most is not None and self.steps > most:
-            raise InputError(
-                f"sampling.steps is {self.steps}; this model has {most} steps, and no more can be made"
-            )
         scheduler = backend.scheduler(self.steps, backend.noise([0])[:, 0])
         if self.eta > 0:
             need_ddim(scheduler, "sampling.eta")

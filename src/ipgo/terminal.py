@@ -107,8 +107,10 @@ def check_image(guidance_scale: float | None, image_size: int | None) -> None:
     """Raise `InputError` for what no backend can draw with; flags that were left out are None."""
     if guidance_scale is not None and not math.isfinite(guidance_scale):
         raise InputError(f"guidance_scale is {guidance_scale}; it must be a finite number")
-    if image_size is not None and image_size < 1:
-        raise InputError(f"image_size is {image_size}; it must be at least 1")
+    if image_size is not None:
+        from ipgo.backends.facts import Opening
+
+        Opening(image_size)
 
 
 def read_texts(texts: Sequence[str], spec: str | None) -> list[str]:

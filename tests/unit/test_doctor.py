@@ -131,6 +131,10 @@ def detached(images: Tensor, prompts: Sequence[str]) -> Tensor:
     return images.detach().mean((1, 2, 3))
 
 
+def ones(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    return torch.ones(len(images))
+
+
 def constant(images: Tensor, prompts: Sequence[str]) -> Tensor:
     return torch.ones(len(images), requires_grad=True) * 2
 
@@ -168,6 +172,7 @@ def one_number(images: Tensor, prompts: Sequence[str]) -> Tensor:
     [
         (detached, "the number has no gradient: it was cut off inside", ".detach()"),
         (constant, "which does not depend on the picture", "computed from `images`"),
+        (ones, "for the picture and for its negative: it does not look at it", "computed from `images`"),
         (rounded, "is 0 everywhere", "rounding"),
         (broken, "is not a finite number for 1 of 1 images", "division at 0"),
         (steep, "its gradient with respect to the picture is not finite", "sqrt"),
@@ -314,7 +319,7 @@ def test_the_command_reads_prompts_and_draws_as_a_fit_is_told_to(
         (["--prompt", " "], "prompt is empty"),
         (["--dtype", "half"], "unknown dtype 'half'"),
         (["--guidance-scale", "nan"], "guidance_scale is nan; it must be a finite number"),
-        (["--image-size", "-8"], "image_size is -8; it must be at least 1"),
+        (["--image-size", "-8"], "image_size is -8; it must be between 1 and 8192"),
         (["--device", "cuda:99"], "device 'cuda:99' is not there"),
     ],
 )

@@ -264,7 +264,10 @@ def test_numbers_of_numpy_are_numbers(pipeline_folder: str, tmp_path: Path) -> N
         ),
         (lambda: ipgo.IPGO(ascent={"steps": 3}), r"ascent is \{'steps': 3\}; it must be Ascent"),  # type: ignore[arg-type]
         (lambda: ipgo.fit(None), r"prompts is None; it must be a sequence"),  # type: ignore[arg-type]
-        (lambda: ipgo.fit("a", held_out=[3]), r"a reward must be a function of \(images, prompts\), not int"),  # type: ignore[list-item]
+        (
+            lambda: ipgo.fit("a", held_out=[3]),
+            r"reward .int. is 3; it must be a function of \(images, prompts\)",
+        ),  # type: ignore[list-item]
         (
             lambda: ipgo.fit("a", reward=brightness, held_out=[ipgo.as_reward(darkness, "brightness")]),
             r"two rewards are called 'brightness'",
@@ -274,10 +277,13 @@ def test_numbers_of_numpy_are_numbers(pipeline_folder: str, tmp_path: Path) -> N
         (lambda: ipgo.fit([3]), r"prompt 1 is 3; a prompt must be text"),  # type: ignore[list-item]
         (
             lambda: ipgo.fit("a", reward=lambda images: images),
-            r"a function of \(images, prompts\), not <lambda>",
+            r"reward .<lambda>. takes \(images\); it must take \(images, prompts\)",
         ),
-        (lambda: ipgo.fit("a", reward=torch.nn.Identity), r"not Identity"),
-        (lambda: ipgo.fit("a", reward=torch.nn.Flatten()), r"not Flatten"),  # type: ignore[arg-type]
+        (
+            lambda: ipgo.fit("a", reward=torch.nn.Identity),
+            r"reward .Identity. is a class; give an object of it",
+        ),
+        (lambda: ipgo.fit("a", reward=torch.nn.Flatten()), r"reward .Flatten. takes "),  # type: ignore[arg-type]
         (lambda: ipgo.load_reward(brightness), r"loaded by its name"),  # type: ignore[arg-type]
         (lambda: ipgo.load_backend(""), r"backend is empty"),
         (lambda: ipgo.load_backend("emoji", padding=None), r"padding is None; it must be str"),  # type: ignore[arg-type]

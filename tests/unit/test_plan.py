@@ -362,7 +362,7 @@ def test_nothing_fits(
         (["--gpu", "8GB", "--backprop-steps", "0", "2"], "backprop_steps is [0, 2]; it must be at least 1"),
         (["--gpu", "8GB", "--backprop-steps", "9"], "backprop_steps is 9; steps allows at most 8"),
         (["--gpu", "8GB", "--guidance-scale", "inf"], "guidance_scale is inf; it must be a finite number"),
-        (["--gpu", "8GB", "--image-size", "-8"], "image_size is -8; it must be at least 1"),
+        (["--gpu", "8GB", "--image-size", "-8"], "image_size is -8; it must be between 1 and 8192"),
         (["--gpu", "8GB", "--image-size", "50"], "image_size 50 must be a positive multiple of"),
     ],
 )

@@ -133,6 +133,9 @@ def test_unseen_words_come_with_the_nearest_known_one() -> None:
     known = ["a", "fox", "lemon", "on", "blue", "background"]
     assert unseen_words(["a lemmon on a blue background"], known) == {"lemmon": "lemon"}
     assert unseen_words(["A Fox, xylophone!"], known) == {"xylophone": None}
+    assert unseen_words([" 🍋🍋", "a fox 🍋"], known) == {
+        "🍋🍋": None
+    }  # of an emoji beside words nobody is told
     assert unseen_words(["lemo bl and a fx"], known) == {"lemo": "lemon", "bl": None, "and": None, "fx": None}
 
 

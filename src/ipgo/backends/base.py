@@ -327,10 +327,14 @@ class Backend(ABC):
         try:
             with np.errstate(invalid="ignore"):  # said below
                 scheduler.set_timesteps(**self._timesteps(steps, latents), device=latents.device)
-        except ValueError as error:  # more steps than it was trained with
-            raise InputError(
-                f"sampling.steps is {steps}; the model's scheduler refuses it: {error}"
-            ) from None
+        except ValueError as error:
+            most = self.pipe.scheduler.config.get("num_train_timesteps", steps)
+            reason = (
+                f"the model's scheduler refuses it: {error}"
+                if steps <= most
+                else f"this model has {most} steps"
+            )
+            raise InputError(f"sampling.steps is {steps}; {reason}") from None
         except TypeError as error:
             raise InputError(
                 f"the pipeline's scheduler is {type(scheduler).__name__}, which does not take what a pipeline of this "

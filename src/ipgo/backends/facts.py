@@ -15,6 +15,7 @@ from ipgo.typed import check_types
 PADDINGS = ("max_length", "none")
 LONG_PROMPTS = ("refuse", "truncate", "chunk")
 TEXT_DEVICES = ("auto", "cpu")
+LARGEST = 8192  # pixels of a side: no model draws so much, and the mask of its attention alone would fill the memory
 
 Guidance = Literal["classifier-free", "distilled", "none"]
 Time = Literal["t", "t / 1000", "1 - t / 1000", "share of noise"]
@@ -99,6 +100,8 @@ class Opening:
         ):
             if value not in allowed:
                 raise unknown(option, value, allowed)
+        if self.image_size is not None and not 1 <= self.image_size <= LARGEST:
+            raise InputError(f"image_size is {self.image_size}; it must be between 1 and {LARGEST}")
 
     def check(self, facts: Facts, name: str) -> None:
         """Raise `InputError` for an option that no model of the family `name` has."""

@@ -187,24 +187,21 @@ def as_reward(
         raise InputError(
             f"reward {label!r} is a class; give an object of it, or a function of (images, prompts)"
         )
-    if not _takes_two(function):
-        raise InputError(
-            f"reward {label!r} takes {inspect.signature(function)}; it must take (images, prompts)"
-        )
+    _check_arguments(function, str(label))
     own_name = getattr(function, "__name__", type(function).__name__)
     return FunctionReward(function, name or str(own_name), differentiable)
 
 
-def _takes_two(function: RewardFunction) -> bool:
-    """Can it be called so? A builtin may not say, and is believed."""
-    called = function.forward if isinstance(function, nn.Module) else function
+def _check_arguments(function: RewardFunction, label: str) -> None:
+    """Raise `InputError` for a function that cannot be called with images and prompts."""
     try:
-        inspect.signature(called).bind(None, None)
+        takes = inspect.signature(function.forward if isinstance(function, nn.Module) else function)
+    except ValueError:  # a builtin may not say, and is believed
+        return
+    try:
+        takes.bind(None, None)
     except TypeError:
-        return False
-    except ValueError:
-        pass
-    return True
+        raise InputError(f"reward {label!r} takes {takes}; it must take (images, prompts)") from None
 
 
 def identity_of(reward: Reward) -> dict[str, Any]:
