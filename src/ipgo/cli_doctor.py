@@ -6,7 +6,7 @@ from argparse import ArgumentParser
 
 from ipgo.errors import InputError
 from ipgo.prompts import check_prompts
-from ipgo.terminal import add_device_flags, check_image, command_parser, drawn_in, followed, given, loading
+from ipgo.terminal import add_device_flags, check_image, command_parser, drawn_in, given, loading
 
 
 def doctor(argv: list[str]) -> int:
@@ -18,13 +18,14 @@ def doctor(argv: list[str]) -> int:
     check_image(args.guidance_scale, args.image_size)
 
     from ipgo.backends import load_backend
+    from ipgo.defaults import reward_for
     from ipgo.devices import choose_device, choose_dtype
     from ipgo.doctor import check_steps, examine
     from ipgo.rewards import check_reward, load_reward
     from ipgo.sampling import Sampling
 
     drawn_in(args, 4)
-    args.reward = followed(args.reward, args.backend)
+    args.reward = args.reward or reward_for(args.backend)
     sampling = Sampling(steps=args.steps, guidance_scale=args.guidance_scale, fit_steps=None)
     backprop_steps = given(args.backprop_steps, min(2, args.steps))
     check_steps(sampling, backprop_steps)
@@ -61,7 +62,7 @@ def _parser() -> ArgumentParser:
         "doctor", "Run one small step, and check that the reward's gradient reaches inserted embeddings."
     )
     parser.add_argument("--backend", default="emoji", help="as in fit (default: emoji)")
-    parser.add_argument("--reward", help="as in fit (default: emoji-preference if bundled, else hpsv2.1)")
+    parser.add_argument("--reward", help="as in fit (default: what a fit follows)")
     parser.add_argument("--prompt", default="a lemon on a blue background", help="prompt to draw")
     drawn = "or those of a few-step model"
     parser.add_argument(

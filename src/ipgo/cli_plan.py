@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from ipgo.errors import InputError, unknown
-from ipgo.terminal import check_image, command_parser, drawn_in, followed
+from ipgo.terminal import check_image, command_parser, drawn_in
 
 if TYPE_CHECKING:
     from ipgo.plan import Choice, Footprint, Workload
@@ -67,7 +67,12 @@ def plan(argv: list[str]) -> int:
 
 def _settled(args: Any) -> Any:
     """With values for the flags that were left out: those of a fit, which differ for a model of few steps."""
-    args.reward = followed(args.reward, args.backend)
+    from ipgo.config import DEFAULT_REWARD
+    from ipgo.defaults import reward_for
+
+    usual = reward_for(args.backend)
+    # Of the bundled model's sum only this term can be planned; the other has no network.
+    args.reward = args.reward or ("emoji-preference" if usual == DEFAULT_REWARD else usual)
     few = drawn_in(args, 8)
     if args.backprop_steps is None:
         args.backprop_steps = sorted({min(depth, max(args.steps, 1)) for depth in (1, 2, few or 1)})

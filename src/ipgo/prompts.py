@@ -18,6 +18,7 @@ from ipgo.prompt_sources import SOURCES
 
 PROMPT_SETS = Path(__file__).parent / "prompt_sets"  # {name}.{half}.txt, one prompt a line
 COMMON = ("n", "seed", "exclude")  # options that every source has
+SLUG = 40  # characters of a folder's name
 HALVES = ("train", "test")  # a set has one of them or both
 
 
@@ -39,10 +40,10 @@ def number(texts: Sequence[str]) -> tuple[Prompt, ...]:
     return tuple(prompts)
 
 
-def slug(text: str, limit: int = 40) -> str:
-    """Lower-case ASCII words joined by hyphens, at most `limit` characters; empty if there are none."""
+def slug(text: str) -> str:
+    """Lower-case ASCII words joined by hyphens, at most 40 characters; empty if there are none."""
     ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
-    return "-".join(re.findall(r"[a-z0-9]+", ascii_text.lower()))[:limit].strip("-")
+    return "-".join(re.findall(r"[a-z0-9]+", ascii_text.lower()))[:SLUG].strip("-")
 
 
 def check_prompts(texts: Sequence[str], *, distinct: bool = True) -> None:

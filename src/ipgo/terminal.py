@@ -82,14 +82,6 @@ def given(value: Any, otherwise: Any) -> Any:
     return otherwise if value is None else value
 
 
-def followed(reward: str | None, backend: str) -> str:
-    """The reward that is asked for; else one of the bundled model's, if that is what draws, or another."""
-    from ipgo.defaults import OTHERS_REWARD
-    from ipgo.vocabulary import draws_bundled_world
-
-    return reward or ("emoji-preference" if draws_bundled_world(backend) else OTHERS_REWARD)
-
-
 def drawn_in(args: Any, steps: int) -> int:
     """Fill in `steps` where they were left out: a few-step model's own, or these.
 

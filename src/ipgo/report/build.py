@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import logging
 import math
@@ -163,6 +164,7 @@ def _settings(run: Run) -> dict[str, Any]:
     return found
 
 
+@functools.cache  # the studio fills a template at every step
 def environment(package: str = "ipgo.report") -> Environment:
     """The templates of a package, which escape whatever is put into them."""
     made = Environment(
