@@ -107,22 +107,22 @@ def length_of(method: Method, path: str) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def step_cost(config: RunConfig, image: int, price: Price, guided: bool = True) -> float:
+def step_cost(config: RunConfig, image_calls: int, price: Price, guided: bool = True) -> float:
     """Weighted calls for each prompt that one step of a search takes at least, as far as its settings tell.
 
     A search by gradient draws one image for each prompt and differentiates its last K calls; any other draws one
     on each seed. Where a method works otherwise, `watch` alone holds it to the budget.
 
     Args:
-        image: denoiser calls of one image.
+        image_calls: denoiser calls of one image.
         guided: whether guidance has a negative prompt.
     """
     ascent = config.method.ascent
     if ascent is None:
-        return float(image * max(1, len(config.seeds)))
+        return float(image_calls * max(1, len(config.seeds)))
     every = ascent.backprop_steps is None or ascent.backprop_steps >= config.sampling.fitting.steps
-    depth = float(image if every else ascent.backprop_steps or 0)
-    late = config.method.differentiable_calls(image)
+    depth = float(image_calls if every else ascent.backprop_steps or 0)
+    late = config.method.differentiable_calls(image_calls)
     if ascent.random_backprop:  # the mean over all depths up to this one
         depth = sum(min(each, late) for each in range(1, int(depth) + 1)) / int(depth)
     depth = min(depth, late)
@@ -130,7 +130,7 @@ def step_cost(config: RunConfig, image: int, price: Price, guided: bool = True) 
     first = price.both if config.method.both_halves(guided) else price.gradient
     differentiated = first - 1 + (price.both - 1) * (depth - 1)
     again = depth + ascent.renoised if ascent.recompute else 0
-    cost = image + differentiated + again + first * ascent.renoised
+    cost = image_calls + differentiated + again + first * ascent.renoised
     return cost * ascent.batch_size * ascent.accumulate / len(config.prompts) if config.shared else cost
 
 

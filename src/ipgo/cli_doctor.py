@@ -6,7 +6,7 @@ from argparse import ArgumentParser
 
 from ipgo.errors import InputError
 from ipgo.prompts import check_prompts
-from ipgo.terminal import add_device_flags, check_image, command_parser, drawn_in, given, loading
+from ipgo.terminal import add_device_flags, check_image, command_parser, fill_steps, given, loading
 
 
 def doctor(argv: list[str]) -> int:
@@ -24,7 +24,7 @@ def doctor(argv: list[str]) -> int:
     from ipgo.rewards import check_reward, load_reward
     from ipgo.sampling import Sampling
 
-    drawn_in(args, 4)
+    fill_steps(args, 4)
     args.reward = args.reward or reward_for(args.backend)
     sampling = Sampling(steps=args.steps, guidance_scale=args.guidance_scale, fit_steps=None)
     backprop_steps = given(args.backprop_steps, min(2, args.steps))

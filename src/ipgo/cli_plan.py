@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from ipgo.errors import InputError, unknown
-from ipgo.terminal import check_image, command_parser, drawn_in
+from ipgo.terminal import check_image, command_parser, fill_steps
 
 if TYPE_CHECKING:
     from ipgo.plan import Choice, Footprint, Workload
@@ -73,7 +73,7 @@ def _settled(args: Any) -> Any:
     usual = reward_for(args.backend)
     # Of the bundled model's sum only this term can be planned; the other has no network.
     args.reward = args.reward or ("emoji-preference" if usual == DEFAULT_REWARD else usual)
-    few = drawn_in(args, 8)
+    few = fill_steps(args, 8)
     if args.backprop_steps is None:
         args.backprop_steps = sorted({min(depth, max(args.steps, 1)) for depth in (1, 2, few or 1)})
     return args

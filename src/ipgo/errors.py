@@ -19,11 +19,11 @@ class RewardError(InputError):
 
 
 class ResumeError(InputError):
-    """A run folder cannot be continued with the settings at hand."""
+    """What was begun, a run's folder or a fit's state, cannot be continued with the settings or models at hand."""
 
 
 class InUseError(ResumeError):
-    """Another process works on this run."""
+    """Another process, or another fit of this one, works on the run or the pipeline."""
 
 
 class Stopped(IpgoError):  # noqa: N818  # somebody wanted it

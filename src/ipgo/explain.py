@@ -140,7 +140,7 @@ def explain(
     shares, negative_shares = look.attention()  # (T, n + L + m) each, or (0, n + L + m)
     value = look.value(reward)
 
-    def told(half: str, whole: PromptEmbeds, own: PromptEmbeds, shares: Tensor) -> list[Inserted]:
+    def inserted_of(half: str, whole: PromptEmbeds, own: PromptEmbeds, shares: Tensor) -> list[Inserted]:
         """What is inserted around these states, for which `half` stands in the names of its sides."""
         before, length = adapter.insertion.num_prefix, own.length
         places = [*range(before), *range(before + length, whole.length)]
@@ -158,9 +158,9 @@ def explain(
             for place, vector, nearest in zip(places, vectors, words.nearest(vectors, top), strict=True)
         ]
 
-    inserted = told("", look.cond, look.original, shares)
+    inserted = inserted_of("", look.cond, look.original, shares)
     if adapter.insertion.negative and look.uncond is not None and look.negative is not None:
-        inserted += told(NEGATIVE, look.uncond, look.negative, negative_shares)
+        inserted += inserted_of(NEGATIVE, look.uncond, look.negative, negative_shares)
     prefix, length = adapter.insertion.num_prefix, look.original.length
     own, text = shares[:, prefix : prefix + length], look.original.mask[0].cpu()
     center = look.original.mean()[0]

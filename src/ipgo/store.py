@@ -1,4 +1,4 @@
-"""The folder of one run, in safetensors and JSON: the only code that knows its file names."""
+"""The folder of one run, in safetensors and JSON."""
 
 from __future__ import annotations
 
@@ -455,13 +455,13 @@ class Run:
 
     def scores(self) -> list[Score]:
         """The scores of all results."""
-        return self.told(Score.read(each) for result in self.results() for each in result["scores"])
+        return self.with_held_out(Score.read(each) for result in self.results() for each in result["scores"])
 
     def scores_of(self, result: Mapping[str, Any]) -> list[Score]:
         """The scores of a result.json."""
-        return self.told([Score.read(each) for each in result["scores"]])
+        return self.with_held_out([Score.read(each) for each in result["scores"]])
 
-    def told(self, scores: Iterable[Score]) -> list[Score]:
+    def with_held_out(self, scores: Iterable[Score]) -> list[Score]:
         """Scores of this run's images, with what is held out as it is said now: it may have been written otherwise."""
         known = {**load_identities(self.path / EVALUATION), **self.identities}
         own = optimised(self.config.reward, known)

@@ -216,9 +216,9 @@ class Method:
         """
         return self.insertion is not None and bool(self.insertion.decided(guided).negative)
 
-    def differentiable_calls(self, image: int) -> int:
-        """Of the denoiser calls of an image: how many what it learns takes part in, the last ones."""
-        return image
+    def differentiable_calls(self, image_calls: int) -> int:
+        """How many of an image's denoiser calls, the last ones, what it learns takes part in."""
+        return image_calls
 
     def check(self, request: Request) -> None:
         """Raise `InputError`, before a model is loaded, for what it cannot do."""

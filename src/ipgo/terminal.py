@@ -82,7 +82,7 @@ def given(value: Any, otherwise: Any) -> Any:
     return otherwise if value is None else value
 
 
-def drawn_in(args: Any, steps: int) -> int:
+def fill_steps(args: Any, steps: int) -> int:
     """Fill in `steps` where they were left out: a few-step model's own, or these.
 
     Returns:

@@ -926,7 +926,9 @@ def test_what_is_made_of_the_optimised_reward_is_not_held_out(pipeline_folder: s
     again = ["evaluate", str(tmp_path / "run"), "--seeds", "7", "--rewards", "3*colorfulness", "contrast"]
     assert cli.main(again) == 0
     run = Run.open(tmp_path / "run")
-    later = {each.reward: each.held_out for each in run.told(load_scores(run.path / "evaluation.jsonl"))}
+    later = {
+        each.reward: each.held_out for each in run.with_held_out(load_scores(run.path / "evaluation.jsonl"))
+    }
     assert later == {"colorfulness": False, "3*colorfulness": False, "contrast": True}
 
 

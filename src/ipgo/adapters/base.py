@@ -112,7 +112,7 @@ class Adapter(nn.Module):
         """Bring the parameters back into their constraints, after an optimiser step."""
 
     @staticmethod
-    def alike(adapters: Sequence[Adapter]) -> Sequence[Adapter]:
+    def with_equal_options(adapters: Sequence[Adapter]) -> Sequence[Adapter]:
         """Adapters of this kind, with equal options where these differ with the length of prompts alone."""
         return adapters
 
@@ -153,7 +153,7 @@ class Adapter(nn.Module):
 def stack(adapters: Sequence[Adapter]) -> Adapter:
     """One adapter with the rows of all; they must be of one kind with equal options."""
     if len({adapter.kind for adapter in adapters}) == 1:
-        adapters = adapters[0].alike(adapters)
+        adapters = adapters[0].with_equal_options(adapters)
     first = adapters[0]
     prompts: list[str] = []
     for adapter in adapters:

@@ -65,7 +65,7 @@ class EmbeddingAdapter(Adapter):
         return replace(original, embeds=learned.to(original.embeds))
 
     @staticmethod
-    def alike(adapters: Sequence[Adapter]) -> Sequence[Adapter]:
+    def with_equal_options(adapters: Sequence[Adapter]) -> Sequence[Adapter]:
         """Those of prompts that were read in windows, filled up with zeros to the length of the longest."""
         found = [each for each in adapters if isinstance(each, EmbeddingAdapter)]
         if any(each.long_prompts != "chunk" for each in found):

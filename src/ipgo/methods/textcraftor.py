@@ -54,8 +54,8 @@ class TextCraftor(Method):
     def both_halves(self, guided: bool) -> bool:
         return guided
 
-    def differentiable_calls(self, image: int) -> int:
-        return late_steps(image, self.late_share)
+    def differentiable_calls(self, image_calls: int) -> int:
+        return late_steps(image_calls, self.late_share)
 
     def _search(self, task: Task, resume: Mapping[str, Tensor] | None) -> Iterator[Progress]:
         adapter = TextEncoderAdapter.start(task.backend, task.prompts, self.late_share, shared=task.shared)

@@ -17,7 +17,7 @@ from ipgo.evaluation import average
 from ipgo.prompts import Prompt
 from ipgo.report import charts
 from ipgo.report.build import VISIBLE, environment, picture_uri
-from ipgo.report.identity import strangers, told
+from ipgo.report.identity import sentences, strangers
 from ipgo.report.rows import Row, own_scores, strange_to
 from ipgo.report.tables import Table, span, tables
 from ipgo.rewards import optimised
@@ -101,7 +101,7 @@ def lead(entries: Sequence[Row], reward: str) -> str:
 
 def incomparable(entries: Sequence[Row]) -> list[str]:
     """In words, whose scores are not comparable with those of the others."""
-    return told(strangers([(row.label, row.rewards) for row in entries]))
+    return sentences(strangers([(row.label, row.rewards) for row in entries]))
 
 
 def markdown(folder: Comparison, entries: Sequence[Row], found: Sequence[Table]) -> str:

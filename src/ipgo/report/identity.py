@@ -41,7 +41,7 @@ def strangers(entries: Sequence[tuple[str, Fingerprints]]) -> dict[str, tuple[st
     return found
 
 
-def told(found: Mapping[str, tuple[str, tuple[str, ...]]]) -> list[str]:
+def sentences(found: Mapping[str, tuple[str, tuple[str, ...]]]) -> list[str]:
     """`strangers` in words, one sentence for each reward."""
     return [
         f"{', '.join(others)}: not scored by the {reward} that scored {first} (weights, preprocessing or version "
