@@ -115,6 +115,16 @@ class PromptEmbeds:
         present = None if self.present is None else self.present[rows]
         return PromptEmbeds(self.embeds[rows], self.mask[rows], pooled, early, self.late_share, present)
 
+    def repeated(self, count: int) -> PromptEmbeds:
+        """A single prompt as so many rows, which share its memory."""
+
+        def rows(tensor: Tensor) -> Tensor:
+            return tensor.expand(count, *tensor.shape[1:])
+
+        pooled, present = (None if each is None else rows(each) for each in (self.pooled, self.present))
+        early = None if self.early is None else self.early.repeated(count)
+        return PromptEmbeds(rows(self.embeds), rows(self.mask), pooled, early, self.late_share, present)
+
 
 def concatenate(prompts: Sequence[PromptEmbeds]) -> PromptEmbeds:
     """The rows of all as one batch; shorter prompts are filled up with zeros. All have a pooled vector, or none."""

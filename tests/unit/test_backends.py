@@ -359,6 +359,13 @@ def test_the_ledger_counts_rows(backend):
     assert dict(backend.calls) == {"denoiser": 6, "denoiser_grad": 4, "denoiser_grad_both": 2, "decoder": 2}
 
 
+def test_the_unconditional_half_of_many_prompts_is_kept_once(backend):
+    one, three = (backend.unconditional("blurry", backend.encode(["sun"] * count)) for count in (1, 3))
+    assert torch.equal(three.embeds, one.embeds.repeat(3, 1, 1))
+    assert torch.equal(three.mask, one.mask.repeat(3, 1))
+    assert three.embeds.untyped_storage().nbytes() == one.embeds.untyped_storage().nbytes()
+
+
 def test_the_unconditional_half_builds_no_graph_where_it_carries_none(backend):
     """With K = 1 the latents are constants, so only the conditional half may keep activations.
 

@@ -249,7 +249,7 @@ class Backend(ABC):
             )
         self.check_prompts([negative_prompt], "negative_prompt")
         full = self._negative(negative_prompt, cond.length).to(self.device, self.dtype)
-        full = full.select(torch.zeros(len(cond.mask), dtype=torch.long, device=self.device))
+        full = full.repeated(len(cond.mask))
         if self.padding == "max_length":
             return full
         own = self._encode([negative_prompt], "longest").length if negative_prompt else 0
