@@ -244,7 +244,7 @@ def test_the_command_line(pipeline_folder, tmp_path, capsys):
     words += ["--held-out", "colorfulness", "--out", str(tmp_path / "run")]
     assert cli.main(words) == 2
     assert (
-        'has 155 tokens and the encoder takes 77; shorten it, or allow long_prompts="truncate" or "chunk"'
+        'has 155 tokens and the encoder takes 77; shorten it, or set long_prompts to "truncate" or "chunk"'
         in (capsys.readouterr().err)
     )
     assert cli.main([*words, "--long-prompts", "chunk"]) == 0
@@ -289,5 +289,5 @@ def test_what_cannot_be_read_in_windows_is_refused():
     backend = chunked(tiny_pipeline())
     with pytest.raises(InputError, match="the gradient of words reads one window"):
         Relaxation(backend)
-    with pytest.raises(InputError, match='allow long_prompts="truncate" or "chunk"'):
+    with pytest.raises(InputError, match='set long_prompts to "truncate" or "chunk"'):
         load_backend(tiny_pipeline(), device="cpu").encode([LONG])
