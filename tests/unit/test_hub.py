@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +12,13 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
+from transformers import CLIPImageProcessor
 
+import ipgo
 from ipgo import InputError, from_pretrained, hub, load_backend, load_reward
+from ipgo.methods.promptist import BUNDLED
+from tests.conftest import byte_tokenizer, put_into_cache
+from tests.reward_models import tiny_clip
 
 
 class Line:
@@ -92,3 +100,36 @@ def test_who_wants_no_connection_is_not_given_one(line: Line, monkeypatch: pytes
         huggingface_hub.hf_hub_download("owner/model", "model_index.json")
     assert not line.asked
     assert constants.HF_HUB_OFFLINE
+
+
+PINNED = """
+import torch
+import ipgo
+from ipgo.methods.promptist import _load
+
+print(ipgo.from_pretrained("owner/adapter@v2").prompts)
+print(ipgo.load_reward("clip:owner/clip@v2", device="cpu").name)
+network, tokenizer = _load("owner/writer@v2", "owner/writer@v2", torch.device("cpu"))
+print(network.config.model_type, len(tokenizer) > 0)
+"""
+
+
+def test_a_revision_pins_adapters_rewards_and_rewriters_too(tmp_path: Path) -> None:
+    """Each from what the hub has given before, where only that revision is."""
+    place, cache = tmp_path / "clip", tmp_path / "cache"
+    tiny_clip().save_pretrained(place)
+    byte_tokenizer().save_pretrained(place)
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(
+        place
+    )
+    ipgo.save_adapter(
+        ipgo.InsertionAdapter(("a fox",), 16, ipgo.Insertion(1, 1, rank=4)), tmp_path / "adapter"
+    )
+    sources = {"clip": place, "adapter": tmp_path / "adapter", "writer": BUNDLED}
+    for name, source in sources.items():
+        put_into_cache(cache, f"owner/{name}", source, revision="v2")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache)}
+    command = [sys.executable, "-c", PINNED]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.splitlines() == ["('a fox',)", "clip:owner/clip@v2", "gpt2 True"]
