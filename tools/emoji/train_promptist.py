@@ -201,7 +201,7 @@ def train_policy(schedule: Schedule = SCHEDULES[FINAL]) -> None:
     train(FINAL, model, loss, schedule, origin=before)
 
 
-def export(folder: Path = BUNDLED["emoji"]) -> None:
+def export(folder: Path = BUNDLED) -> None:
     """The final model in half precision, with its tokenizer, into the package."""
     tokens = tokenizer()
     model = trained(FINAL, language_model(tokens))
