@@ -396,9 +396,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         for cell, label in itertools.product(cells, options.entries):
             keep(options.kept, label, cell, run(label, cell, options), settings)
     found = stored(options.kept, options.entries, cells, settings)
-    document = (
-        "\n\n".join([ABOUT, *(part(found) for part in (summary, bar, tables, selection, against_raw))]) + "\n"
-    )
+    parts = (summary, bar, tables, selection, against_raw)
+    if OURS not in options.entries:
+        parts = (summary, tables, selection)
+    document = "\n\n".join([ABOUT, *(part(found) for part in parts)]) + "\n"
     print(document)
     if options.out:
         words = " ".join(
