@@ -77,6 +77,8 @@ def evaluate(argv: list[str]) -> int:
     waiting: list[Score] = []
 
     def keep() -> None:
+        if not waiting:  # where the first prompt has failed, nothing is to be set aside or written
+            return
         folder.judge_again(waiting, models.identities, models.backend.identity)
         waiting.clear()
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ipgo.rewards import Reward
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+Identities = Mapping[str, Mapping[str, Any]]
 Turn = list[tuple[bool, int, str]]  # what a name is sorted by
 IDENTITIES = ".rewards.json"  # of the file beside a table
 BATCH = 16  # most pictures of one size that are scored at once ...
@@ -52,7 +53,7 @@ def score(argv: list[str]) -> int:
     args = parser.parse_args(argv)
 
     from ipgo.devices import choose_device
-    from ipgo.rewards import check_reward, load_reward, needs_prompts
+    from ipgo.rewards import check_reward, identity_of, load_reward, needs_prompts
 
     _check_out(args.out)
     pictures = find_pictures(args.images)
@@ -75,17 +76,18 @@ def score(argv: list[str]) -> int:
         _check_picture(file)
     loading(", ".join(args.reward))
     rewards = {spec: load_reward(spec, device=args.device) for spec in args.reward}
+    identities = {spec: identity_of(reward) for spec, reward in rewards.items()}
     done: list[dict[str, Any]] = []
     try:
         for row in score_pictures(pictures, prompts or [""] * len(pictures), rewards, device):
             done.append(row)
             if args.out is None:
-                _print(row, rewards, head=len(done) == 1)
+                _print(row, identities, head=len(done) == 1)
     finally:  # a reward that fails, or Ctrl-C, takes nothing away
         if done:
             means = {spec: sum(each[spec] for each in done) / len(done) for spec in rewards}
             if args.out is not None:
-                _put_out(args.out, done, means, rewards)
+                _put_out(args.out, done, means, identities)
             place = sys.stderr if args.out is None else sys.stdout  # the table itself is on stdout
             for spec, mean in means.items():
                 print(f"{spec}: {mean:.4f}, the mean of {len(done)}", file=place)
@@ -94,22 +96,16 @@ def score(argv: list[str]) -> int:
     return 0
 
 
-def _print(row: dict[str, Any], rewards: dict[str, Reward], *, head: bool) -> None:
+def _print(row: dict[str, Any], identities: Identities, *, head: bool) -> None:
     """A line of the table, after its head if it is the first."""
-    from ipgo.rewards import identity_of
-
-    identities = {spec: identity_of(reward) for spec, reward in rewards.items()}
     lines = as_csv(with_fingerprints([row], identities)).split("\n", 1)
     tqdm.write("\n".join(lines if head else lines[1:]).rstrip("\n"), file=sys.stdout)
 
 
 def _put_out(
-    out: Path, rows: Sequence[dict[str, Any]], means: Mapping[str, float], rewards: dict[str, Reward]
+    out: Path, rows: Sequence[dict[str, Any]], means: Mapping[str, float], identities: Identities
 ) -> None:
     """Write the scores."""
-    from ipgo.rewards import identity_of
-
-    identities = {spec: identity_of(reward) for spec, reward in rewards.items()}
     table = as_csv(with_fingerprints(rows, identities))
     if out.suffix == ".csv":
         files.write(out, table.encode())

@@ -175,7 +175,7 @@ def _judge(reward: Reward, images: Tensor, prompt: str) -> tuple[Tensor | None, 
             advice = f"compute it in torch alone, without numpy and PIL, if that is what fails; or {_other_method()}"
         return None, Finding(str(error), advice)
     if not values.requires_grad:
-        if torch.equal(values, score(reward, 1 - images.detach(), [prompt])):
+        if _same_for_the_negative(reward, images.detach(), prompt, values):
             text = f"{name} gives {values.item():.4f} for the picture and for its negative: it does not look at it"
             return None, Finding(text, "it must be computed from `images`, all the way in torch")
         text = f"{name} gives {values.item():.4f}, but the number has no gradient: it was cut off inside"
@@ -183,6 +183,14 @@ def _judge(reward: Reward, images: Tensor, prompt: str) -> tuple[Tensor | None, 
         return None, Finding(text, f"{advice}; or {_other_method()}")
     (gradient,) = torch.autograd.grad(values.sum(), images, retain_graph=True, allow_unused=True)
     return _checked(gradient, f"{name} gives {values.item():.4f}")
+
+
+def _same_for_the_negative(reward: Reward, images: Tensor, prompt: str, values: Tensor) -> bool:
+    """Does it say of another picture what it said of this one?"""
+    try:
+        return torch.equal(values, score(reward, 1 - images, [prompt]))
+    except RewardError:  # which shows that it looks
+        return False
 
 
 def _checked(gradient: Tensor | None, says: str) -> tuple[Tensor | None, Finding]:

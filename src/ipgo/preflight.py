@@ -10,7 +10,7 @@ from ipgo.config import RunConfig
 from ipgo.errors import InputError
 from ipgo.methods import WITHOUT_GRADIENT
 from ipgo.models import judging_rewards
-from ipgo.rewards import check_reward, has_gradient, terms
+from ipgo.rewards import check_reward, has_gradient, optimised, terms
 from ipgo.store import Run
 from ipgo.vocabulary import draws_bundled_world, warn_of_unseen_words
 
@@ -30,9 +30,7 @@ def check(config: RunConfig, given: Container[str] = (), *, loaded: bool = False
     warn_of_unseen_words(config.backend, config.prompts)
     if config.reward not in given:
         check_world(config)
-    own = (
-        {config.reward, *(name for _, name in terms(config.reward))} if config.reward not in given else set()
-    )
+    own = optimised(config.reward) if config.reward not in given else ()
     for name in (each for each in config.held_out or () if each in own):
         logger.warning("held_out names %r, which is optimised and so judges nothing", name)
     for name in dict.fromkeys((config.reward, *judging_rewards(config))):

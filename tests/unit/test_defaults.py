@@ -273,3 +273,11 @@ def test_a_turbo_of_another_name_is_suspected(
     caplog.clear()
     load_models(replace(config, sampling=ipgo.Sampling(steps=4)), ipgo.load_backend(make()))
     assert not caplog.text
+
+
+def test_a_place_may_begin_at_home(turbo: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where its defaults are looked up."""
+    monkeypatch.setenv("HOME", str(Path(turbo).parent))
+    place = f"~/{Path(turbo).name}"
+    assert few_steps(place) == few_steps(turbo) is not None
+    assert ipgo.load_backend(place, device="cpu").origin == str(Path(turbo).resolve())

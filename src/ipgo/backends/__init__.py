@@ -93,8 +93,10 @@ BACKENDS: dict[str, tuple[str, str]] = {
 
 
 def place_of(backend: str) -> str:
-    """Where a backend is that goes by a name of `BACKENDS`; others are their own place."""
-    return BACKENDS[backend][1] if backend in BACKENDS else backend
+    """Where a backend is that goes by a name of `BACKENDS`; others are their own place, "~" written out."""
+    if backend in BACKENDS:
+        return BACKENDS[backend][1]
+    return str(Path(backend).expanduser()) if backend.startswith("~") else backend
 
 
 def load_backend(
@@ -132,8 +134,8 @@ def load_backend(
             features from step to step (a cache), has an IP-Adapter, or was made in torch.inference_mode.
     """
     opening = Opening(image_size, padding, scheduler, long_prompts, str(text_device))
-    if isinstance(source, str) and source.startswith("~"):
-        source = Path(source).expanduser()
+    if isinstance(source, str) and source not in BACKENDS:
+        source = place_of(source)
     if isinstance(source, str | Path):
         backend = _from_place(source, opening, device, dtype)
     else:

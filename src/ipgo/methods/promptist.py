@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -105,7 +104,6 @@ class Promptist(Method):
         return model, self.tokenizer or (PUBLISHED_TOKENIZER if published else model)
 
 
-@functools.lru_cache(maxsize=1)  # every chunk of prompts asks for it
 def _load(model: str, tokenizer: str, device: torch.device) -> tuple[Any, Any]:
     """The language model, frozen, and its tokenizer; `InputError` if they cannot be opened."""
     from transformers import AutoModelForCausalLM, AutoTokenizer  # here, because they take a second
