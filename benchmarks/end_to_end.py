@@ -27,13 +27,14 @@ from ipgo import files
 from ipgo.adapters import Adapter
 from ipgo.artefacts import load_adapter, load_scores, save_adapter, save_scores
 from ipgo.backends import Backend
-from ipgo.config import RunConfig, build, parse, read_settings, run_parser
+from ipgo.config import RunConfig, build, parse, run_parser
 from ipgo.evaluation import Gain, Score, evaluate, summarise
 from ipgo.models import BUNDLED_REWARDS
 from ipgo.prompts import read_prompts
 from ipgo.rewards import identity_of, optimised
 from ipgo.rewards.emoji import load_judge
 from ipgo.runner import peak_memory
+from ipgo.settings import read_settings
 from ipgo.task import Task
 
 REWARDS = BUNDLED_REWARDS

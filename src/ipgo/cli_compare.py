@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ipgo.errors import InputError, unknown
 from ipgo.printed import aligned
 from ipgo.prompts import halves, read_prompts, slug
-from ipgo.terminal import loading, peek, read_texts
+from ipgo.terminal import given, loading, peek, read_texts
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -27,8 +27,9 @@ Settings = dict[str, Any]
 def compare(argv: list[str]) -> int:
     """`ipgo compare`: settings from a file, then flags; every entry is checked before a model is loaded."""
     from ipgo.comparison import Comparison
-    from ipgo.config import merge, parse
+    from ipgo.config import parse
     from ipgo.defaults import usual
+    from ipgo.settings import merge
     from ipgo.tracking import check_tracker
 
     for word in argv:
@@ -51,9 +52,10 @@ def compare(argv: list[str]) -> int:
     settings = merge(usual(str(settings.get("backend", "emoji")), "raw"), settings)
     parsed = parse(_parser(), settings, rest)
     plan = plan_of(parsed, entries, method)
-    place = Path(
-        chosen.out or parsed.out or Path("runs") / f"compare-{slug(parsed.prompts or plan.prompts[0])}"
-    ).expanduser()
+    out = given(chosen.out, parsed.out)
+    if out == "":
+        raise InputError("out is empty; give a folder")
+    place = Path(out or Path("runs") / f"compare-{slug(parsed.prompts or plan.prompts[0])}").expanduser()
     check_tracker(parsed.track, place)
     folder = Comparison.open(place, plan)
     whole = folder.plan  # with the entries of earlier commands
@@ -130,7 +132,7 @@ def comparisons() -> list[str]:
 
 def read_comparison(spec: str) -> Settings:
     """The settings of a bundled comparison or a YAML file."""
-    from ipgo.config import read_settings
+    from ipgo.settings import read_settings
 
     if Path(spec).suffix in (".yaml", ".yml"):
         return read_settings(None, spec)
@@ -189,8 +191,8 @@ def entries_of(
         InputError: nothing to compare, or a name that is neither.
     """
     from ipgo.backends import few_steps
-    from ipgo.config import merge, method_settings, read_settings
     from ipgo.methods import METHODS
+    from ipgo.settings import merge, method_settings, read_settings
 
     if not isinstance(entries, Mapping):
         raise InputError("entries must be a mapping of labels to settings")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -24,18 +25,7 @@ EVERY = 10.0  # seconds from one time that scores are stored to the next
 
 def evaluate(argv: list[str]) -> int:
     """`ipgo evaluate`: more seeds, other rewards, other prompts."""
-    parser = command_parser(
-        "evaluate", "Evaluate a finished run on more seeds, with other rewards, or on prompts it never saw."
-    )
-    parser.add_argument("run", type=path_of, help="a run's folder")
-    parser.add_argument(
-        "--seeds", type=int, nargs="+", default=EVALUATION_SEEDS, help="default: 2000 to 2007"
-    )
-    parser.add_argument("--rewards", nargs="+", help="default: those that the run was scored with")
-    parser.add_argument("--prompts", help="other prompts from a file or a set, for a run with --shared")
-    parser.add_argument("--backend", help="where the backend is, if it has moved or the run does not say")
-    add_device_flags(parser)
-    args = parser.parse_args(argv)
+    args = _parser().parse_args(argv)
 
     from ipgo.adapters import Adapter
     from ipgo.evaluation import bar_of_images, evaluate
@@ -105,6 +95,21 @@ def evaluate(argv: list[str]) -> int:
                 kept = time.monotonic()
     _show_evaluation(folder, prompts, args.seeds, scores)
     return 0
+
+
+def _parser() -> ArgumentParser:
+    parser = command_parser(
+        "evaluate", "Evaluate a finished run on more seeds, with other rewards, or on prompts it never saw."
+    )
+    parser.add_argument("run", type=path_of, help="a run's folder")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=EVALUATION_SEEDS, help="default: 2000 to 2007"
+    )
+    parser.add_argument("--rewards", nargs="+", help="default: those that the run was scored with")
+    parser.add_argument("--prompts", help="other prompts from a file or a set, for a run with --shared")
+    parser.add_argument("--backend", help="where the backend is, if it has moved or the run does not say")
+    add_device_flags(parser)
+    return parser
 
 
 def _show_evaluation(

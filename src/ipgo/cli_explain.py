@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -28,18 +29,7 @@ if TYPE_CHECKING:
 
 def explain(argv: list[str]) -> int:
     """`ipgo explain`: a table per prompt, and all numbers as JSON."""
-    parser = command_parser(
-        "explain", "Show the words nearest to learned embeddings, and what each one contributes."
-    )
-    add_adapter_flags(parser)
-    parser.add_argument(
-        "--seeds", type=int, nargs="+", help="noise seeds (default: the run's fitted ones, or 0)"
-    )
-    parser.add_argument("--reward", help="reward that measures each one's effect (default: the run's)")
-    parser.add_argument("--top", type=int, default=3, help="number of nearest words (default: 3)")
-    parser.add_argument("--out", type=path_of, help="a JSON file for all numbers, including each step's")
-    add_device_flags(parser)
-    args = parser.parse_args(argv)
+    args = _parser().parse_args(argv)
 
     from ipgo import files
     from ipgo.backends import load_backend
@@ -91,6 +81,21 @@ def explain(argv: list[str]) -> int:
         files.write_json(args.out, content)
         print(f"numbers: {args.out}")
     return 0
+
+
+def _parser() -> ArgumentParser:
+    parser = command_parser(
+        "explain", "Show the words nearest to learned embeddings, and what each one contributes."
+    )
+    add_adapter_flags(parser)
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", help="noise seeds (default: the run's fitted ones, or 0)"
+    )
+    parser.add_argument("--reward", help="reward that measures each one's effect (default: the run's)")
+    parser.add_argument("--top", type=int, default=3, help="number of nearest words (default: 3)")
+    parser.add_argument("--out", type=path_of, help="a JSON file for all numbers, including each step's")
+    add_device_flags(parser)
+    return parser
 
 
 def show(found: Explanation) -> str:

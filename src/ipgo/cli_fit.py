@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 
 def fit(argv: list[str]) -> int:
     """`ipgo fit`: settings from a preset, then a file, then flags, checked as early as possible."""
-    from ipgo.config import build, flatten, merge, method_of, parse, read_settings, settings_for
+    from ipgo.config import build, parse
     from ipgo.defaults import for_backend, usual
     from ipgo.models import load_models
     from ipgo.preflight import check, check_method
     from ipgo.runner import run
+    from ipgo.settings import flatten, merge, method_of, read_settings, settings_for
     from ipgo.store import Run
     from ipgo.tracking import check_tracker, tracked
 
@@ -67,8 +68,9 @@ def fit(argv: list[str]) -> int:
 
 
 def _fit_parser(method: str) -> ArgumentParser:
-    from ipgo.config import presets, run_parser
+    from ipgo.config import run_parser
     from ipgo.methods import METHODS
+    from ipgo.settings import presets
 
     parser = run_parser(method)
     parser.usage = "ipgo fit PROMPT... [--method NAME] [options]"
@@ -104,8 +106,8 @@ def show_run(folder: Run) -> int:
     page, curve = write_report(folder)
     config, scores = folder.config, folder.scores()
     fitted = f"fitted seeds: {span(config.seeds)}"
-    tied = folder.transfers == "nothing"
-    for title, seeds in ((fitted, config.seeds), ("unseen seeds", () if tied else config.new_seeds)):
+    new = () if folder.transfers == "nothing" else config.new_seeds  # the verdict says it
+    for title, seeds in ((fitted, config.seeds), ("unseen seeds", new)):
         gains = summarise(scores, seeds=seeds)
         if gains:
             print(f"\n{title}\n{table(gains)}")
@@ -113,8 +115,6 @@ def show_run(folder: Run) -> int:
             print(f"\n{title}\n{levels([each for each in scores if each.seed in seeds])}")
     if config.method_name != "raw":
         print(NOTE)
-    if tied:
-        print("\nunseen seeds: as raw, since what was learned belongs to the noise of its seed")
     print(f"\n{verdict(folder)}\n")
     alone = len(folder.prompts) == 1
     if alone:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from argparse import ArgumentParser
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,25 +25,7 @@ from ipgo.terminal import (
 
 def generate(argv: list[str]) -> int:
     """`ipgo generate`: draw prompts with a stored adapter."""
-    parser = command_parser("generate", "Draw prompts with what was learned.")
-    add_adapter_flags(parser)
-    parser.add_argument(
-        "--seeds",
-        type=int,
-        nargs="+",
-        help="noise seeds (default: 0, or the seed of what is tied to its noise)",
-    )
-    parser.add_argument(
-        "--out",
-        type=path_of,
-        help="folder for the images (default: images/NAME, of the run and the adapter's folder)",
-    )
-    parser.add_argument("--steps", type=int, help="denoising steps (default: those of the run)")
-    parser.add_argument(
-        "--guidance-scale", type=float, help="as sampling.guidance_scale in fit (default: that of the run)"
-    )
-    add_device_flags(parser)
-    args = parser.parse_args(argv)
+    args = _parser().parse_args(argv)
 
     from ipgo.backends import load_backend
     from ipgo.evaluation import draw
@@ -91,3 +74,25 @@ def generate(argv: list[str]) -> int:
                 bar.write(str(file), file=sys.stdout)
                 bar.update()
     return 0
+
+
+def _parser() -> ArgumentParser:
+    parser = command_parser("generate", "Draw prompts with what was learned.")
+    add_adapter_flags(parser)
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        help="noise seeds (default: 0, or the seed of what is tied to its noise)",
+    )
+    parser.add_argument(
+        "--out",
+        type=path_of,
+        help="folder for the images (default: images/NAME, of the run and the adapter's folder)",
+    )
+    parser.add_argument("--steps", type=int, help="denoising steps (default: those of the run)")
+    parser.add_argument(
+        "--guidance-scale", type=float, help="as sampling.guidance_scale in fit (default: that of the run)"
+    )
+    add_device_flags(parser)
+    return parser

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ipgo.cli_compare import comparisons
 from ipgo.errors import InputError, unknown
 from ipgo.prompt_sources import SOURCES
 from ipgo.prompts import halves, prompt_sets, read_prompts
 from ipgo.terminal import command_parser
-
-if TYPE_CHECKING:
-    from ipgo.backends import Facts
 
 
 def list_(argv: list[str]) -> int:
@@ -38,12 +34,10 @@ def _names(kind: str, name: str | None) -> list[str]:
         lines = _names(kind, None)
         if kind in ("presets", "comparisons") and name in (line.split()[0] for line in lines):
             return _settings_file(kind, name).read_text(encoding="utf-8").splitlines()
-        # Further lines of one thing are indented.
-        at = [place for place, line in enumerate(lines) if not line.startswith(" ")]
-        named = {lines[a].split()[0]: lines[a:b] for a, b in zip(at, [*at[1:], len(lines)], strict=True)}
+        named = {line.split()[0]: line for line in lines}
         if name not in named:
             raise unknown(kind.removesuffix("s"), name, named)
-        return named[name]
+        return [named[name], *(_declared(name) if kind == "backends" else ())]
     if kind == "prompts":
         if name:
             return read_prompts(name)
@@ -51,10 +45,10 @@ def _names(kind: str, name: str | None) -> list[str]:
         return [*own, *(f"{each}:...  published prompts (docs/prompts.md)" for each in SOURCES)]
     if kind == "objects":
         return _objects(name or "emoji")
-    from ipgo.backends import BACKENDS, FAMILIES
-    from ipgo.config import presets
+    from ipgo.backends import BACKENDS
     from ipgo.methods import METHODS
     from ipgo.rewards import REWARDS
+    from ipgo.settings import presets
 
     if kind == "methods":
         return [f"{each:<16}{(method.__doc__ or '').splitlines()[0]}" for each, method in METHODS.items()]
@@ -63,11 +57,8 @@ def _names(kind: str, name: str | None) -> list[str]:
     if kind == "rewards":
         return [f"{each:<18}{known}" for each, known in REWARDS.items()]
     if kind == "backends":
-        return [
-            line
-            for each, (family, place) in BACKENDS.items()
-            for line in _backend(each, "bundled" if Path(place).is_dir() else place, FAMILIES[family].facts)
-        ]
+        places = {each: "bundled" if Path(place).is_dir() else place for each, (_, place) in BACKENDS.items()}
+        return [f"{each:<18}{place}" for each, place in places.items()]
     return [_described(kind, each) for each in presets()]
 
 
@@ -82,19 +73,19 @@ def _described(kind: str, name: str) -> str:
     return f"{name:<14}{line}"
 
 
-def _backend(name: str, place: str, facts: Facts) -> list[str]:
-    """Its name and where its weights are, then what its family declares."""
-    from ipgo.backends import few_steps
+def _declared(backend: str) -> list[str]:
+    """What the family of a backend declares, and the steps of a few-step model."""
+    from ipgo.backends import BACKENDS, FAMILIES, few_steps
 
-    few = few_steps(name)
-    lines = list(facts.lines())
+    few = few_steps(backend)
+    lines = list(FAMILIES[BACKENDS[backend][0]].facts.lines())
     if few is not None:
         steps = f"{few.steps} step{'s' if few.steps > 1 else ''}"
         scale = f"a guidance scale of {few.guidance_scale:g}" if few.guidance_scale > 1 else "no guidance"
         lines.append(
             f"drawn in {steps} with {scale}, and fitted with gradient in all of them, unless told otherwise"
         )
-    return [f"{name:<18}{place}", *(f"{'':<18}{line}" for line in lines)]
+    return [f"  {line}" for line in lines]
 
 
 def _objects(backend: str) -> list[str]:

@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import sys
+from argparse import ArgumentParser
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -37,20 +38,7 @@ PIXELS = 4_000_000  # ... and most pixels of several: rewards take some hundred 
 
 def score(argv: list[str]) -> int:
     """`ipgo score`: a line per image, and the means."""
-    parser = command_parser("score", "Score existing image files by one or more rewards.")
-    parser.add_argument(
-        "images", nargs="+", type=path_of, help="image files, and folders of them with all that is below"
-    )
-    parser.add_argument("--reward", nargs="+", required=True, help="rewards, as in fit")
-    parser.add_argument(
-        "--prompts",
-        help="a file with one prompt per image, in the order given (a folder's by name, 2.png before 10.png), or a "
-        ".csv or .jsonl file with columns file and prompt",
-    )
-    parser.add_argument("--prompt", help="one prompt for all images")
-    parser.add_argument("--out", type=path_of, help="a .csv or .json file (default: the terminal)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    args = parser.parse_args(argv)
+    args = _parser().parse_args(argv)
 
     from ipgo.devices import choose_device
     from ipgo.rewards import check_reward, identity_of, load_reward, needs_prompts
@@ -94,6 +82,23 @@ def score(argv: list[str]) -> int:
             if args.out is not None:
                 print(args.out)
     return 0
+
+
+def _parser() -> ArgumentParser:
+    parser = command_parser("score", "Score existing image files by one or more rewards.")
+    parser.add_argument(
+        "images", nargs="+", type=path_of, help="image files, and folders of them with all that is below"
+    )
+    parser.add_argument("--reward", nargs="+", required=True, help="rewards, as in fit")
+    parser.add_argument(
+        "--prompts",
+        help="a file with one prompt per image, in the order given (a folder's by name, 2.png before 10.png), or a "
+        ".csv or .jsonl file with columns file and prompt",
+    )
+    parser.add_argument("--prompt", help="one prompt for all images")
+    parser.add_argument("--out", type=path_of, help="a .csv or .json file (default: the terminal)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    return parser
 
 
 def _print(row: dict[str, Any], identities: Identities, *, head: bool) -> None:

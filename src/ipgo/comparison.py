@@ -17,11 +17,12 @@ from filelock import FileLock
 from ipgo import files
 from ipgo.artefacts import load_identities, load_scores
 from ipgo.budget import LENGTH, Price, length_of
-from ipgo.config import NOT_RESULTS, RunConfig, flatten, merge
+from ipgo.config import NOT_RESULTS, RunConfig
 from ipgo.continuing import check_models, differences, with_judges_of
 from ipgo.errors import InputError, IpgoError, ResumeError, unknown
 from ipgo.evaluation import Score
 from ipgo.prompts import check_prompts
+from ipgo.settings import flatten, merge
 from ipgo.store import LOCK, LOCKING, Run, left_over, unlockable
 
 SCHEMA = 1

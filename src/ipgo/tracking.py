@@ -14,10 +14,10 @@ from typing import Any, Protocol
 from PIL import Image
 
 from ipgo.chunks import Chunk
-from ipgo.config import flatten
 from ipgo.errors import InputError, MissingExtraError, first_line, unknown
 from ipgo.images import to_pil
 from ipgo.runner import Limit
+from ipgo.settings import flatten
 from ipgo.store import Run
 from ipgo.task import Progress
 

@@ -1044,6 +1044,15 @@ def test_an_evaluation_that_is_stopped_keeps_what_it_has(
         return whole(backend, adapters, rewards, prompts, *rest)
 
     monkeypatch.setattr(evaluation, "evaluate", stopping)
+    asked.append("stops at the first prompt, before there is anything to keep")
+    before = (
+        files.read_lines(fitted / "evaluation.jsonl") if (fitted / "evaluation.jsonl").is_file() else None
+    )
+    assert cli.main(["evaluate", str(fitted), "--seeds", "55"]) == 130
+    assert before == (files.read_lines(fitted / "evaluation.jsonl") if before else None)
+    assert before or not (fitted / "evaluation.jsonl").exists()
+    capsys.readouterr()
+    asked.clear()
     assert cli.main(["evaluate", str(fitted), "--seeds", "55"]) == 130
     assert "stopped; what was evaluated is kept" in one_sentence(capsys)
     kept = [each for each in load_scores(fitted / "evaluation.jsonl") if each.seed == 55]

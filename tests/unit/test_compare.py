@@ -1159,6 +1159,7 @@ class RunPrice:
             "'--method.ascent.lr' is an option of one method; set it under",
         ),
         ("--methods ,", "methods is empty"),
+        ("--methods raw --out ''", "out is empty; give a folder"),
         ("--redraw", "is not a comparison's folder: it has no plan.json"),
         ("--redraw --methods raw --bugdet 3", "unknown option '--bugdet'; did you mean '--budget'?"),
         (

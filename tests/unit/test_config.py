@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from ipgo import DNO, IPGO, Ascent, BestOfN, DRaFT, Embedding, Insertion, Raw, ReNO, Sampling
-from ipgo.config import RunConfig, build, flatten, merge, method_of, parse, presets, read_settings, run_parser
+from ipgo.config import RunConfig, build, parse, run_parser
 from ipgo.errors import InputError
 from ipgo.methods import DDPO, BlackBoxIPGO, DPODiffusion, Joint, TextCraftor
 from ipgo.ppo import PPO
+from ipgo.settings import flatten, merge, method_of, presets, read_settings
 
 PROMPTS = ("a fox", "a lemon")
 

@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import distributed
@@ -54,7 +53,11 @@ def fitted(prompts, batch_size, troubled=None):
 
 def in_two_processes(folder, troubled=""):
     """What each of two processes holds that have half of the prompts each."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
+    }
     workers = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.unit.test_processes", str(rank), str(folder), troubled],

@@ -18,7 +18,6 @@ from markupsafe import Markup
 from PIL import Image
 
 from ipgo.artefacts import load_drawn_by, load_identities, load_scores
-from ipgo.config import flatten
 from ipgo.continuing import differing_in
 from ipgo.errors import InputError
 from ipgo.evaluation import Gain, Score, levels, summarise, unlike
@@ -26,6 +25,7 @@ from ipgo.images import as_png, reading
 from ipgo.prompts import Prompt
 from ipgo.report import charts
 from ipgo.rewards.checkpoints import fingerprint
+from ipgo.settings import flatten
 from ipgo.store import EVALUATION, Run
 
 logger = logging.getLogger("ipgo")

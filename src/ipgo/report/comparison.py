@@ -12,7 +12,6 @@ from typing import Any
 from markupsafe import Markup
 
 from ipgo.comparison import Comparison
-from ipgo.config import flatten
 from ipgo.evaluation import average
 from ipgo.prompts import Prompt
 from ipgo.report import charts
@@ -21,6 +20,7 @@ from ipgo.report.identity import sentences, strangers
 from ipgo.report.rows import Row, own_scores, strange_to
 from ipgo.report.tables import Table, span, tables
 from ipgo.rewards import optimised
+from ipgo.settings import flatten
 from ipgo.store import Run
 
 SHEET_PROMPTS = 24  # of the contact sheet: a page must open

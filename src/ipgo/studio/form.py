@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from dataclasses import fields as dataclass_fields
 from typing import Any
 
-from ipgo.config import RunConfig, build, flatten, merge, parse, run_parser
+from ipgo.config import RunConfig, build, parse, run_parser
 from ipgo.defaults import usual
 from ipgo.errors import InputError
 from ipgo.rewards import REWARDS, terms
+from ipgo.settings import flatten, merge
 
 # Settings that are fields besides the method's; the rest belongs to the page, or to the backend.
 COMMON = ("sampling.", "seed", "unseen_seeds")
