@@ -28,8 +28,9 @@ def evaluate(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
 
     from ipgo.adapters import Adapter
-    from ipgo.evaluation import bar_of_images, evaluate
+    from ipgo.evaluation import bar_of_images, counted, draw, score_drawings
     from ipgo.models import load_models
+    from ipgo.rewards import optimised
     from ipgo.seeding import check_seeds
     from ipgo.store import Run
     from ipgo.vocabulary import warn_of_unseen_words
@@ -63,6 +64,7 @@ def evaluate(argv: list[str]) -> int:
             "scores cannot be compared with the old ones",
             name,
         )
+    own = optimised(folder.config.reward, models.identities)
     scores: list[Score] = []
     waiting: list[Score] = []
 
@@ -77,17 +79,8 @@ def evaluate(argv: list[str]) -> int:
         ending.callback(keep)  # also if a prompt fails
         kept = time.monotonic()
         for prompt in prompts:
-            found = evaluate(
-                models.backend,
-                adapters,
-                models.rewards,
-                [prompt],
-                args.seeds,
-                config.sampling,
-                folder.config.reward,
-                models.judge,
-                bar,
-            )
+            drawings = counted(draw(models.backend, adapters, prompt, args.seeds, config.sampling), bar)
+            found = score_drawings(drawings, models.rewards, own, models.judge)
             scores += found
             waiting += found
             if time.monotonic() - kept > EVERY:  # each time writes all that is there

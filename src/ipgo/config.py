@@ -108,7 +108,6 @@ class RunConfig:
         if type(self.method) not in METHODS.values():
             kinds = ", ".join(kind.__name__ for kind in METHODS.values())
             raise InputError(f"method is {self.method!r}; it must be an instance of one of {kinds}")
-        check_types(self.method, "method.")
         if self.seeds is None:
             object.__setattr__(self, "seeds", default_seeds(self.method))
         check_types(self)

@@ -31,8 +31,13 @@ def for_backend(backend: str, method: str) -> dict[str, Any]:
     """Nested settings, as a preset has them, by the backend's name or folder; empty for models of many steps.
 
     Its steps and guidance scale, and gradient through all of its steps for a method that has the choice.
+
+    Raises:
+        InputError: an unknown method.
     """
     few = few_steps(backend)
+    if method not in METHODS:
+        raise unknown("method", method, METHODS)
     if few is None:
         return {}
     chosen: dict[str, Any] = {"sampling": asdict(few)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 from collections import defaultdict
@@ -187,7 +186,7 @@ def score_drawings(
     for start in range(0, len(drawings), BATCH):
         part = drawings[start : start + BATCH]
         images, prompts = torch.stack([each.image for each in part]), [each.prompt for each in part]
-        with torch.no_grad():
+        with own_numbers(), torch.no_grad():
             columns = score_each(rewards, images, prompts)
             verdicts = judge.marks(images, prompts, followed) if judge is not None else {}
         columns.update({f"judge-{name}": marks for name, marks in verdicts.items() if name not in followed})
@@ -207,7 +206,6 @@ def evaluate(
     sampling: Sampling,
     trained_on: str,
     judge: Judge | None = None,
-    bar: tqdm[Any] | None = None,
 ) -> list[Score]:
     """Score every adapter on every prompt and seed.
 
@@ -219,7 +217,6 @@ def evaluate(
         sampling: how images are sampled.
         trained_on: spec of the optimised reward; it and the rewards it is made of do not count as held out.
         judge: adds scores named judge-object, judge-colour, ...; None: none.
-        bar: counts the images; None: one of its own, where a person looks.
 
     Returns:
         One score per adapter, prompt, seed and reward, and the judge's verdicts.
@@ -237,20 +234,25 @@ def evaluate(
     own = optimised(trained_on, {name: identity_of(reward) for name, reward in judges.items()})
     scores = []
     count = len(prompts) * len(seeds) * len(adapters)
-    with bar_of_images(count) if bar is None else contextlib.nullcontext(bar) as counted:
+    with bar_of_images(count) as bar:
         for prompt in prompts:
-            drawings = []
-            for drawing in draw(backend, adapters, prompt, seeds, sampling):
-                drawings.append(drawing)
-                counted.update()
-            with own_numbers():
-                scores += score_drawings(drawings, judges, own, judge)
+            drawings = counted(draw(backend, adapters, prompt, seeds, sampling), bar)
+            scores += score_drawings(drawings, judges, own, judge)
     return scores
 
 
 def bar_of_images(count: int) -> tqdm[Any]:
     """A bar on a terminal, for `evaluate`; nothing elsewhere."""
     return tqdm(total=count, desc="evaluating", unit="image", disable=None, leave=False)
+
+
+def counted(drawings: Iterable[Drawing], bar: tqdm[Any]) -> list[Drawing]:
+    """All of them, each of which moves the bar."""
+    found = []
+    for drawing in drawings:
+        found.append(drawing)
+        bar.update()
+    return found
 
 
 def win_rate(scores: Iterable[Score], method: str, baseline: str, reward: str) -> Interval:

@@ -73,7 +73,7 @@ class Batch:
     cond: PromptEmbeds
     uncond: PromptEmbeds | None
     transitions: list[Transition]
-    images: Tensor  # (B, 3, H, W)
+    image: Tensor  # (1, 3, H, W), of the first trajectory
     rewards: Tensor  # (B,) float32, on the CPU
 
 
@@ -127,7 +127,7 @@ class _Training:
                 self._go_back(overflow=drawn and bool(self.memory["loss_scale"] > 1))
             self.memory["epoch"] += 1
             self.ready.load_state_dict(self.adapter.state_dict())
-            yield self._progress(sum(norms) / len(norms), batches[0].images[:1])
+            yield self._progress(sum(norms) / len(norms), batches[0].image)
             if self.memory["misses"] >= self.patience:
                 return
 
@@ -163,7 +163,7 @@ class _Training:
                 transitions.append(Transition(step.timestep, step.latents, step.next_latents, chance))
         images = decode(self.backend, step.next_latents)
         rewards = score(self.task.reward, images, prompts).cpu().float()
-        return Batch(numbers, cond, uncond, transitions, images, rewards)
+        return Batch(numbers, cond, uncond, transitions, images[:1].clone(), rewards)
 
     def _remember(self, batches: list[Batch]) -> bool:
         """Note the mean reward of each prompt; keep the parameters, and say so, if all rewards are finite."""

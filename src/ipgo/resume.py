@@ -1,4 +1,4 @@
-"""The state that a training loop resumes from."""
+"""The state that a fit resumes from."""
 
 from __future__ import annotations
 
@@ -12,12 +12,17 @@ from ipgo.errors import ResumeError
 
 
 def all_tensors(
-    memory: Mapping[str, Tensor], adapter: Adapter, kept: Adapter, optimizer: torch.optim.Optimizer
+    memory: Mapping[str, Tensor],
+    adapter: Adapter,
+    kept: Adapter,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> dict[str, Tensor]:
     """Everything that a fit resumes from, by name; not copied."""
     tensors = {f"memory.{name}": value for name, value in memory.items()}
     for prefix, each in (("adapter", adapter), ("kept", kept)):
         tensors |= {f"{prefix}.{name}": value for name, value in each.state_dict().items()}
+    if optimizer is None:
+        return tensors
     for name, parameter in adapter.named_parameters():
         tensors |= {f"optimizer.{key}.{name}": value for key, value in optimizer.state[parameter].items()}
     return tensors

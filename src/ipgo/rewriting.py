@@ -31,7 +31,6 @@ class Rewrites:
     ) -> None:
         self.prompts = tuple(prompts)
         self.write = write
-        self.step = 0
         self.written = torch.zeros((), dtype=torch.long)
         self.texts = torch.zeros(total, len(prompts), BYTES, dtype=torch.uint8)
         self.rewards = torch.full((total, len(prompts)), torch.nan)
@@ -39,15 +38,14 @@ class Rewrites:
 
     def propose(self, adapter: Adapter, step: int) -> None:
         assert isinstance(adapter, TextAdapter)
-        self.step = step
         if step >= self.written:
             for texts in self.write(self, step):
                 self.texts[self.written] = to_bytes(texts)
                 self.written += 1
         adapter.text_bytes.copy_(self.texts[step])
 
-    def tell(self, adapter: Adapter, rewards: Tensor) -> None:
-        self.rewards[self.step] = rewards
+    def tell(self, step: int, rewards: Tensor) -> None:
+        self.rewards[step] = rewards
 
     def history(self, row: int, steps: int) -> list[tuple[str, float]]:
         """A prompt's texts of the first `steps` steps, with their rewards; those that were not finite are left out."""

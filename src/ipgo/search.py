@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ipgo.adapters import Adapter
-from ipgo.resume import copied, fill
+from ipgo.resume import all_tensors, copied, fill
 from ipgo.task import Progress, Task
 
 
@@ -26,8 +26,8 @@ class Proposer(Protocol):
         """Write the candidate of `step` (0 is the first) into the rows of `adapter`, over the one before."""
         ...
 
-    def tell(self, adapter: Adapter, rewards: Tensor) -> None:
-        """Learn the scores (N,) of the candidate in `adapter`: on the CPU, NaN where an image was not finite."""
+    def tell(self, step: int, rewards: Tensor) -> None:
+        """Learn the scores (N,) of the candidate of `step`: on the CPU, NaN where an image was not finite."""
         ...
 
     def resumed(self) -> None:
@@ -91,7 +91,7 @@ class _Search:
                 self.proposer.propose(self.adapter, self.step)
                 rewards, images = self._draw()
                 self._keep(rewards)
-                self.proposer.tell(self.adapter, self._by_row(rewards))
+                self.proposer.tell(self.step, self._by_row(rewards))
             self.memory["step"] += 1
             total = self.step if self._at_the_ceiling() else self.total
             yield Progress(
@@ -130,21 +130,15 @@ class _Search:
         scores = self._by_row(rewards)
         better = scores.isfinite() & ~(scores <= self._by_row(self.best))
         self.best.copy_(torch.where(better, rewards, self.best))
-        rows = better.to(self.task.backend.device)
-        pairs = zip(self.adapter.state_dict().values(), self.kept.state_dict().values(), strict=True)
-        for theirs, ours in pairs:
-            ours[rows] = theirs[rows]
+        self.kept.take_rows_(self.adapter, better)
 
     def _by_row(self, rewards: Tensor) -> Tensor:
         """(P,) to the (N,) scores of the adapter's rows."""
         return rewards.mean(0, keepdim=True) if self.adapter.prompts is None else rewards
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Everything that it resumes from, by name; not copied."""
-        tensors = dict(self.memory)
-        for prefix, adapter in (("adapter", self.adapter), ("kept", self.kept)):
-            tensors |= {f"{prefix}.{name}": value for name, value in adapter.state_dict().items()}
-        return tensors | {f"proposer.{name}": value for name, value in self.proposer.memory.items()}
+        own = all_tensors(self.memory, self.adapter, self.kept)
+        return own | {f"proposer.{name}": value for name, value in self.proposer.memory.items()}
 
     def state(self) -> dict[str, Tensor]:
         return copied(self._tensors())

@@ -116,9 +116,9 @@ class _Climb:
 
     def run(self) -> Iterator[Progress]:
         for step in range(int(self.memory["step"]), self.ascent.steps):
-            images = self.ascend(step)
+            drawn, images = self.ascend(step)
             norms, finite = self._clip()
-            good = self._remember(finite)
+            good = self._remember(drawn, finite)
             self._update(step, good)
             if not self._keeps_best:
                 self.result.load_state_dict(self.adapter.state_dict())
@@ -135,15 +135,15 @@ class _Climb:
         whole = (self.memory["recent"] >= self.task.most).all(1)
         return bool(whole.any()) and bool((whole | self._failed()).all())
 
-    def ascend(self, step: int) -> Tensor | None:
-        """Draw, score and differentiate the prompts of this step; return the images if all were drawn."""
+    def ascend(self, step: int) -> tuple[Tensor, Tensor | None]:
+        """Draw, score and differentiate the prompts of this step: their numbers, and the images if all were drawn."""
         with torch.enable_grad(), self.adapter.attached(self.task.backend, self.task.prompts):
             return self._ascend(step)
 
-    def _ascend(self, step: int) -> Tensor | None:
+    def _ascend(self, step: int) -> tuple[Tensor, Tensor | None]:
         self.optimizer.zero_grad()
         batches = self._batches(step)
-        drawn = sum(len(batch) for batch in batches) if self.task.shared else 1
+        averaged = sum(len(batch) for batch in batches) if self.task.shared else 1
         visits: Counter[int] = Counter()
         for number, batch in enumerate(batches):
             before = []
@@ -155,11 +155,10 @@ class _Climb:
             scale = self.memory["loss_scale"].to(objective)
             # To these alone: a reward of the user's may have parameters that want a gradient too.
             own = [each for each in self.parameters.values() if each.requires_grad]
-            torch.autograd.backward(-(objective * scale).sum() / drawn, inputs=own)
+            torch.autograd.backward(-(objective * scale).sum() / averaged, inputs=own)
             self.memory["rewards"][batch] = rewards.detach().cpu().float()
             self.memory["penalty"][batch] = penalty.detach().cpu().float()
-        self.drawn = torch.unique(torch.cat(batches))
-        return None if self.task.shared else images.detach()
+        return torch.unique(torch.cat(batches)), None if self.task.shared else images.detach()
 
     def _backprop_steps(self, step: int, number: int) -> int:
         """K of the trajectories of a step's batch."""
@@ -254,12 +253,17 @@ class _Climb:
         distributed.all_reduce(least, distributed.ReduceOp.MIN)
         return least.cpu().bool()
 
-    def _remember(self, finite: Tensor) -> Tensor:
-        """Count failures and keep what is best; which rows (N,) may go on from where they are."""
+    def _remember(self, drawn: Tensor, finite: Tensor) -> Tensor:
+        """Count failures and keep what is best; which rows (N,) may go on from where they are.
+
+        Args:
+            drawn: the numbers of the prompts of this step.
+            finite: (N,) whether a row's gradient is.
+        """
         memory = self.memory
         scored = memory["rewards"].isfinite()  # (P,)
         if self.task.shared:
-            scored = self._everywhere(scored[self.drawn].all()[None])  # (1,)
+            scored = self._everywhere(scored[drawn].all()[None])  # (1,)
         good = finite & scored & ~self._failed()
         overflow = ~finite & scored & (memory["loss_scale"] > 1)
         memory["misses"] = torch.where(good, 0, memory["misses"] + ~overflow)
@@ -267,14 +271,14 @@ class _Climb:
         self._report()
         if not self._keeps_best:
             memory["best"] = torch.where(good, memory["rewards"], memory["best"])
-            self._copy(self.adapter, self.kept, good)
+            self.kept.take_rows_(self.adapter, good)
             return good
         recent = torch.cat([memory["recent"], memory["rewards"][:, None]], dim=1)[:, 1:]
         memory["recent"] = torch.where(good[:, None], recent, math.nan)
         scores = memory["recent"].mean(1)  # NaN until there is a reward for each seed
         improved = scores.isfinite() & ~(scores <= memory["best"])
         memory["best"] = torch.where(improved, scores, memory["best"])
-        self._copy(self.adapter, self.kept, improved)
+        self.kept.take_rows_(self.adapter, improved)
         return good
 
     def _report(self) -> None:
@@ -294,7 +298,7 @@ class _Climb:
         Adam's second moments stay: from zeros, which its correction by the number of steps takes for a mean over all of
         them, the next steps would be several times as long.
         """
-        self._copy(self.kept, self.adapter, ~good)
+        self.adapter.take_rows_(self.kept, ~good)
         bad = ~good.to(self.task.backend.device)
         for group in self.optimizer.param_groups:
             (parameter,) = group["params"]
@@ -304,12 +308,6 @@ class _Climb:
                 rows[bad] = 0
         self.optimizer.step()
         self.adapter.project_()
-
-    @torch.no_grad()
-    def _copy(self, source: Adapter, target: Adapter, rows: Tensor) -> None:
-        rows = rows.to(self.task.backend.device)
-        for theirs, ours in zip(source.parameters(), target.parameters(), strict=True):
-            ours[rows] = theirs[rows]
 
     def _failed(self) -> Tensor:
         """Rows whose last steps, or all of a fit that has fewer, were not finite."""

@@ -1035,15 +1035,15 @@ def test_an_evaluation_that_is_stopped_keeps_what_it_has(
 ) -> None:
     from ipgo import evaluation
 
-    whole, asked = evaluation.evaluate, []
+    whole, asked = evaluation.draw, []
 
-    def stopping(backend: Any, adapters: Any, rewards: Any, prompts: Sequence[str], *rest: Any) -> Any:
-        asked.extend(prompts)
+    def stopping(backend: Any, adapters: Any, prompt: str, *rest: Any) -> Any:
+        asked.append(prompt)
         if len(asked) == 2:
             raise KeyboardInterrupt
-        return whole(backend, adapters, rewards, prompts, *rest)
+        return whole(backend, adapters, prompt, *rest)
 
-    monkeypatch.setattr(evaluation, "evaluate", stopping)
+    monkeypatch.setattr(evaluation, "draw", stopping)
     asked.append("stops at the first prompt, before there is anything to keep")
     before = (
         files.read_lines(fitted / "evaluation.jsonl") if (fitted / "evaluation.jsonl").is_file() else None

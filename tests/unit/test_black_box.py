@@ -189,7 +189,7 @@ def test_a_point_is_coefficients_and_angles(backend):
         points.propose(adapter, step)
         parts = [parameter.flatten(1) / most for parameter, most in searched(adapter)]
         assert [part.shape[1] for part in parts] == [3, 2, 3, 2]
-        points.tell(adapter, -(torch.cat(parts, dim=1) - tops).square().sum(1))
+        points.tell(step, -(torch.cat(parts, dim=1) - tops).square().sum(1))
     best = points.rewards.argmax(1)
     found = points.points[torch.arange(2), best]
     torch.testing.assert_close(found, tops.double().expand(2, size), atol=0.1, rtol=0)

@@ -53,7 +53,7 @@ def play(search, adapter, total, value):
     for step in range(total):
         search.propose(adapter, step)
         seen.append(list(zip(adapter.texts, adapter.negatives, strict=True)))
-        search.tell(adapter, torch.tensor([value(*pair) for pair in seen[-1]]))
+        search.tell(step, torch.tensor([value(*pair) for pair in seen[-1]]))
     return [list(row) for row in zip(*seen, strict=True)]
 
 

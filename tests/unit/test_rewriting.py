@@ -329,7 +329,7 @@ def test_history_leaves_out_what_was_not_finite():
     adapter = TextAdapter(("sun",))
     for step, reward in enumerate((0.5, torch.nan, 0.25)):
         table.propose(adapter, step)
-        table.tell(adapter, torch.tensor([reward]))
+        table.tell(step, torch.tensor([reward]))
     assert table.history(0, 3) == [("sun", 0.5), ("a cat", 0.25)]
     assert table.history(0, 1) == [("sun", 0.5)]
 
@@ -338,7 +338,7 @@ def test_the_history_is_that_of_the_prompt():
     table = Rewrites(PROMPTS, 1, lambda table, step: [["a dog", "a cat"]])
     adapter = TextAdapter(PROMPTS)
     table.propose(adapter, 0)
-    table.tell(adapter, torch.tensor([0.5, 0.25]))
+    table.tell(0, torch.tensor([0.5, 0.25]))
     assert [table.history(row, 1) for row in (0, 1)] == [[("a dog", 0.5)], [("a cat", 0.25)]]
 
 

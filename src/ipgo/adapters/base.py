@@ -108,6 +108,14 @@ class Adapter(nn.Module):
         """
         return original.embeds.new_zeros(len(original.embeds))
 
+    @torch.no_grad()
+    def take_rows_(self, other: Adapter, rows: Tensor) -> None:
+        """Copy the rows (N,) bool of an adapter of the same kind, options and device."""
+        theirs = other.state_dict()
+        for name, own in self.state_dict().items():
+            chosen = rows.to(own.device)
+            own[chosen] = theirs[name][chosen]
+
     def project_(self) -> None:
         """Bring the parameters back into their constraints, after an optimiser step."""
 

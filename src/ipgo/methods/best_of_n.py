@@ -13,7 +13,6 @@ from ipgo.errors import InputError
 from ipgo.search import search
 from ipgo.seeding import derive
 from ipgo.task import Method, Progress, Task
-from ipgo.typed import check_types
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class BestOfN(Method):
     n: int = 16
 
     def __post_init__(self) -> None:
-        check_types(self)
+        super().__post_init__()
         if self.n < 1:
             raise InputError(f"n is {self.n}; it must be at least 1")
 
@@ -57,7 +56,7 @@ class _Noises:
         ]
         adapter.latents.copy_(task.backend.noise(seeds, task.sampling.noise_steps(task.backend)))
 
-    def tell(self, adapter: Adapter, rewards: Tensor) -> None:
+    def tell(self, step: int, rewards: Tensor) -> None:
         """Nothing is learned: candidates do not depend on one another."""
 
     def resumed(self) -> None:

@@ -17,7 +17,6 @@ from ipgo.optimizers import CMA, Optimizer, TuRBO, need
 from ipgo.search import search
 from ipgo.seeding import derive
 from ipgo.task import Method, Progress, Request, Task
-from ipgo.typed import check_types
 
 Search = Literal["cma", "bayes"]
 
@@ -54,7 +53,7 @@ class BlackBoxIPGO(Method):
     initial: int | None = None
 
     def __post_init__(self) -> None:
-        check_types(self)
+        super().__post_init__()
         if self.insertion.basis == "free":
             raise InputError(
                 "insertion.basis is 'free'; this method searches the coefficients of a fixed basis, "
@@ -130,10 +129,10 @@ class _Points:
             parameter.copy_(most * points[:, start : start + count].reshape(parameter.shape))
             start += count
 
-    def tell(self, adapter: Adapter, rewards: Tensor) -> None:
-        self.rewards[:, self.told] = rewards.double()
+    def tell(self, step: int, rewards: Tensor) -> None:
+        self.rewards[:, step] = rewards.double()
         for row, optimizer in enumerate(self.optimizers):
-            optimizer.tell(self.points[row, self.told], float(self.rewards[row, self.told]))
+            optimizer.tell(self.points[row, step], float(self.rewards[row, step]))
         self.told += 1
 
     def resumed(self) -> None:

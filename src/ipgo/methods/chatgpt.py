@@ -15,7 +15,6 @@ from ipgo.rewards import terms
 from ipgo.rewriting import Rewrites, ask_texts
 from ipgo.search import search
 from ipgo.task import Method, Progress, Request, Task
-from ipgo.typed import check_types
 
 # What each reward values, by its name without "emoji-"; the others get GENERAL.
 ALIGNMENT = "how faithfully the picture shows what the prompt says: every object, colour, number and relation"
@@ -66,7 +65,7 @@ class ChatGPT(Method):
     chat: Chat = Chat()
 
     def __post_init__(self) -> None:
-        check_types(self)
+        super().__post_init__()
         for field, value in (("n", self.n), ("max_words", self.max_words)):
             if value < 1:
                 raise InputError(f"{field} is {value}; it must be at least 1")

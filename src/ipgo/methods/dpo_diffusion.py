@@ -23,7 +23,6 @@ from ipgo.substitution import PLAIN, Choice, Space, negative_slots, synonym_slot
 from ipgo.task import Method, Progress, Request, Task
 from ipgo.thesaurus import WORDNET, check_word_list, word_list_of
 from ipgo.training import FLOAT16_SCALE
-from ipgo.typed import check_types
 from ipgo.vocabulary import draws_bundled_world
 from ipgo.word_gradient import MixedWords
 
@@ -79,7 +78,7 @@ class DPODiffusion(Method):
     chat: Chat = Chat()
 
     def __post_init__(self) -> None:
-        check_types(self)
+        super().__post_init__()
         for field, allowed in (("target", Target), ("solver", Solver)):
             if getattr(self, field) not in get_args(allowed):
                 raise unknown(field, getattr(self, field), get_args(allowed))
@@ -208,7 +207,7 @@ class _Words:
                         f"the tokens of {whose} are cut off, or not those of its words one by one; "
                         "use solver='evolutionary'"
                     )
-        self.step, self.used_up = 0, set[int]()
+        self.used_up: set[int] = set()
         slots = max(len(space.slots) for space in spaces)
         options = max(len(slot) for space in spaces for slot in space.slots)
         self.allowed = torch.zeros(len(spaces), slots, options, dtype=torch.bool)
@@ -234,7 +233,6 @@ class _Words:
 
     def propose(self, adapter: Adapter, step: int) -> None:
         assert isinstance(adapter, TextAdapter)
-        self.step = step
         choices = [self._choose(row, step) for row in range(len(self.spaces))]
         if step < self.method.climbs:
             self._climb(choices, step)
@@ -353,8 +351,8 @@ class _Words:
 
     # -- the loop's side --------------------------------------------------------------------------------
 
-    def tell(self, adapter: Adapter, rewards: Tensor) -> None:
-        self.memory["rewards"][:, self.step] = rewards
+    def tell(self, step: int, rewards: Tensor) -> None:
+        self.memory["rewards"][:, step] = rewards
 
     def resumed(self) -> None:
         """The memory is all there is."""

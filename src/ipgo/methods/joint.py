@@ -14,7 +14,6 @@ from ipgo.errors import InputError
 from ipgo.insertion import Insertion
 from ipgo.task import Method, Progress, Task
 from ipgo.training import maximize
-from ipgo.typed import check_types
 
 # What gains most on the noise that is learned (docs/settings.md): four times IPGO's rate, which the noise shares, twice
 # that of its basis, `start` twice as large, and the gradient through every step, which the noise wants: a budget of 400
@@ -43,7 +42,7 @@ class Joint(Method):
     ascent: Ascent = DEFAULT
 
     def __post_init__(self) -> None:
-        check_types(self)
+        super().__post_init__()
         if not self.noise_weight >= 0:
             raise InputError(f"noise_weight is {self.noise_weight}; it must be at least 0")
 

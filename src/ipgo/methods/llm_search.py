@@ -14,7 +14,6 @@ from ipgo.errors import InputError
 from ipgo.rewriting import Rewrites, ask_texts
 from ipgo.search import search
 from ipgo.task import Method, Progress, Request, Task
-from ipgo.typed import check_types
 
 INSTRUCTION = (
     "You improve prompts for a text-to-image model. The pictures of each prompt are scored against the user's "
@@ -57,7 +56,7 @@ class LLMSearch(Method):
     chat: Chat = Chat(temperature=1.0)
 
     def __post_init__(self) -> None:
-        check_types(self)
+        super().__post_init__()
         for field in ("rounds", "n", "shown", "max_words"):
             if getattr(self, field) < 1:
                 raise InputError(f"{field} is {getattr(self, field)}; it must be at least 1")

@@ -18,7 +18,6 @@ from ipgo.errors import InputError, first_line
 from ipgo.rewriting import Rewrites, fitted
 from ipgo.search import search
 from ipgo.task import Method, Progress, Task
-from ipgo.typed import check_types
 from ipgo.vocabulary import draws_bundled_world
 
 BUNDLED = Path(__file__).parents[1] / "rewriters/emoji"  # trained for the bundled model's world
@@ -53,7 +52,7 @@ class Promptist(Method):
     length_penalty: float = -1.0
 
     def __post_init__(self) -> None:
-        check_types(self)
+        super().__post_init__()
         for field in ("beams", "max_new_tokens"):
             if getattr(self, field) < 1:
                 raise InputError(f"{field} is {getattr(self, field)}; it must be at least 1")

@@ -14,7 +14,6 @@ from ipgo.embeds import late_steps
 from ipgo.errors import InputError
 from ipgo.task import Method, Progress, Task
 from ipgo.training import maximize
-from ipgo.typed import check_types
 
 # As published (5 of 25 steps carry gradient, no clipping), but for the rate: 1e-6 is meant for 10,000 steps of
 # 32 prompts. The published weight decay of 0.01 would take 1e-7 of each weight a step, and is left out.
@@ -47,7 +46,7 @@ class TextCraftor(Method):
     ascent: Ascent = DEFAULT
 
     def __post_init__(self) -> None:
-        check_types(self)
+        super().__post_init__()
         if not 0 < self.late_share <= 1:
             raise InputError(f"late_share is {self.late_share}; it must be above 0 and at most 1")
 
