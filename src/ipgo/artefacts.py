@@ -65,7 +65,7 @@ def load_adapter(folder: Path | str) -> Adapter:
             state = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
         prompts = None if about["prompts"] is None else tuple(about["prompts"])
         with own_numbers():
-            adapter = ADAPTERS[about["kind"]](prompts, **about["options"])
+            adapter = ADAPTERS[about["kind"]].empty(prompts, about["options"])
         adapter.load_state_dict(state)
     except RuntimeError:
         raise InputError(

@@ -120,7 +120,7 @@ def show_run(folder: Run) -> int:
     if alone:
         seed = config.judged_seeds[0]
         for when in ("before", "after"):
-            file = folder.image(folder.prompts[0], when, seed)
+            file = folder.image_file(folder.prompts[0], when, seed)
             if file.is_file():
                 print(f"{when + ':':<12}{file}")
     else:

@@ -36,7 +36,7 @@ from ipgo.models import Models, facts, judging_rewards, load_models
 from ipgo.preflight import check_gradient, check_method, check_settings, check_world
 from ipgo.prompts import Prompt
 from ipgo.rewards import check_reward
-from ipgo.runner import Limit, finish_chunk, fit_chunk, forget_peak_memory, try_rewards
+from ipgo.runner import Limit, finish_chunk, fit_chunk, try_rewards
 from ipgo.store import LOCK, Run
 from ipgo.task import Progress
 from ipgo.tracking import tracked
@@ -223,7 +223,6 @@ def _run_chunk(
     told: Limit | None,
 ) -> None:
     """Fit some prompts together; if that fails, each by itself, so that one does not take the others along."""
-    forget_peak_memory(models.backend.device)  # of drawing and scoring the chunk before
     try:
         progress, cost = _fit(folder.plan, label, run, models, chunk, told)
         finish_chunk(run, models, chunk, progress, cost, twins)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -99,35 +99,35 @@ class PromptEmbeds:
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> PromptEmbeds:
         """The same on `device`, and in another format where one is asked for."""
-        return replace(
-            self,
-            embeds=self.embeds.to(device, dtype),
-            mask=self.mask.to(device),
-            pooled=None if self.pooled is None else self.pooled.to(device, dtype),
-            early=None if self.early is None else self.early.to(device, dtype),
-            present=None if self.present is None else self.present.to(device),
-        )
+        return self._each(lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None))
 
     def select(self, rows: Tensor) -> PromptEmbeds:
         """The prompts at `rows` (B',), which may repeat."""
-        pooled = None if self.pooled is None else self.pooled[rows]
-        early = None if self.early is None else self.early.select(rows)
-        present = None if self.present is None else self.present[rows]
-        return PromptEmbeds(self.embeds[rows], self.mask[rows], pooled, early, self.late_share, present)
+        return self._each(lambda tensor: tensor[rows])
 
     def repeated(self, count: int) -> PromptEmbeds:
         """A single prompt as so many rows, which share its memory."""
+        return self._each(lambda tensor: tensor.expand(count, *tensor.shape[1:]))
 
-        def rows(tensor: Tensor) -> Tensor:
-            return tensor.expand(count, *tensor.shape[1:])
-
-        pooled, present = (None if each is None else rows(each) for each in (self.pooled, self.present))
-        early = None if self.early is None else self.early.repeated(count)
-        return PromptEmbeds(rows(self.embeds), rows(self.mask), pooled, early, self.late_share, present)
+    def _each(self, change: Callable[[Tensor], Tensor]) -> PromptEmbeds:
+        """With every tensor changed, those of `early` too."""
+        early = None if self.early is None else self.early._each(change)
+        pooled, present = (None if each is None else change(each) for each in (self.pooled, self.present))
+        return replace(
+            self,
+            embeds=change(self.embeds),
+            mask=change(self.mask),
+            pooled=pooled,
+            early=early,
+            present=present,
+        )
 
 
 def concatenate(prompts: Sequence[PromptEmbeds]) -> PromptEmbeds:
-    """The rows of all as one batch; shorter prompts are filled up with zeros. All have a pooled vector, or none."""
+    """The rows of all as one batch; shorter prompts are filled up with zeros. All have a pooled vector, or none.
+
+    They are what is given at one step: of `early` nothing is kept.
+    """
     length = max(prompt.length for prompt in prompts)
     pooled = [prompt.pooled for prompt in prompts if prompt.pooled is not None]
     whole = all(prompt.length == length and prompt.present is None for prompt in prompts)

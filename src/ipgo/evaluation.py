@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ipgo.adapters import Adapter, generate
+from ipgo.adapters import Adapter, draw_batch
 from ipgo.backends import Backend
 from ipgo.devices import own_numbers
+from ipgo.embeds import PromptEmbeds
 from ipgo.errors import InputError
+from ipgo.prompts import check_prompts
 from ipgo.rewards import Reward, RewardFunction, as_reward, identity_of, optimised, score_each
 from ipgo.sampling import Sampling
-from ipgo.seeding import plain
+from ipgo.seeding import check_seeds, plain
 
 BATCH = 8  # images made at once
 RESAMPLES = 2000  # of the bootstrap
@@ -142,11 +144,16 @@ def draw(
     not enough for a batch, smaller ones are drawn: a fit that fits has room for one image.
     """
     size = BATCH
+    check_prompts([prompt])
+    check_seeds(seeds, distinct=False)
+    backend.check_current()
+    with own_numbers(), torch.no_grad():
+        original = backend.encode([prompt])
     for method, adapter in adapters.items():
         left = list(seeds)
         while left:
             part = left[:size]
-            images = _drawn(backend, prompt, part, adapter, sampling)
+            images = _drawn(backend, prompt, part, adapter, sampling, original)
             if images is None:
                 size = len(part) // 2
                 continue
@@ -157,12 +164,18 @@ def draw(
 
 
 def _drawn(
-    backend: Backend, prompt: str, seeds: Sequence[int], adapter: Adapter, sampling: Sampling
+    backend: Backend,
+    prompt: str,
+    seeds: Sequence[int],
+    adapter: Adapter,
+    sampling: Sampling,
+    original: PromptEmbeds,
 ) -> Tensor | None:
     """Images (B, 3, H, W), one for each seed; None if they are too many for the memory."""
+    prompts, states = [prompt] * len(seeds), original.repeated(len(seeds))
     try:
-        with torch.no_grad():
-            return generate(backend, [prompt] * len(seeds), seeds, adapter, sampling).float()
+        with own_numbers(), torch.no_grad():
+            return draw_batch(backend, prompts, seeds, adapter, sampling, states).float()
     except torch.OutOfMemoryError:
         if len(seeds) == 1:
             raise

@@ -38,16 +38,17 @@ class Fitted:
     Attributes:
         prompt: its text.
         adapter: what was learned for it; shared: for all prompts.
-        before, after: its pictures by seed, fitted and unseen; with the method raw, `after` is empty.
+        before, after: its images by seed, fitted and unseen, each read when it is asked for; with the method raw,
+            `after` is empty.
         history: one dict per step: step, reward, penalty, grad_norm, best, over, seconds and calls (see `Run.record`).
-        scores: those of its pictures.
+        scores: those of its images.
         failed: whether it was given up because its reward or gradient was not finite.
     """
 
     prompt: str
     adapter: Adapter = field(repr=False)
-    before: dict[int, Image.Image] = field(repr=False)
-    after: dict[int, Image.Image] = field(repr=False)
+    before: Mapping[int, Image.Image] = field(repr=False)
+    after: Mapping[int, Image.Image] = field(repr=False)
     history: list[dict[str, Any]] = field(repr=False)
     scores: list[Score] = field(repr=False)
     failed: bool
@@ -59,7 +60,9 @@ class Result(Sequence[Fitted]):
 
     Attributes:
         fitted: one for each prompt, in their order.
-        on_fitted_seeds, on_unseen_seeds: gains by reward; the second are the honest ones.
+        on_fitted_seeds, on_unseen_seeds: gains by reward; the second are the honest ones. Of a method whose result is
+            tied to its noise (reno, dno, best-of-n) these are 0, since other noise is drawn as it is; on fresh noise
+            (no seeds) the first are empty.
         rewards: what decides the scores, by reward: scores of another reward are not comparable with these.
         path: the run's folder, or None if it was not kept.
     """
@@ -209,7 +212,9 @@ def result_of(folder: Run, path: Path | None = None) -> Result:
     config, scores = folder.config, folder.scores()
     fitted, learned = [], None
     for prompt, stored in zip(folder.judged, folder.results(), strict=True):
-        before, after = (folder.pictures(prompt, when) for when in ("before", "after"))
+        before, after = (folder.images(prompt, when) for when in ("before", "after"))
+        if path is None:  # the folder will be gone
+            before, after = before.held(), after.held()
         own = folder.scores_of(stored)
         if learned is None or not config.shared:
             learned = folder.load_adapter(prompt), folder.history(prompt)

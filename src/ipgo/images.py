@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,34 @@ from torch import Tensor
 from torch.nn import functional
 
 from ipgo.errors import InputError
+
+
+class StoredImages(Mapping[int, Image.Image]):
+    """Images by seed, each of which is read when it is looked at: a run may have more than memory holds."""
+
+    def __init__(self, files: Mapping[int, Path | bytes]) -> None:
+        """`files` are their places, or what stands in them."""
+        self.files = dict(files)
+
+    def __getitem__(self, seed: int) -> Image.Image:
+        file = self.files[seed]
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+            return image.copy()
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def held(self) -> StoredImages:
+        """The same, as they are stored, without their files."""
+        return StoredImages(
+            {
+                seed: file if isinstance(file, bytes) else file.read_bytes()
+                for seed, file in self.files.items()
+            }
+        )
 
 
 def resize(images: Tensor, size: int, mode: str = "bicubic") -> Tensor:

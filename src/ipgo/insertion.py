@@ -115,9 +115,9 @@ class Insertion:
 class InsertedEmbeddings(nn.Module):
     """N independent sets of n embeddings: scale * rotate(coefficients @ basis.T + bias).
 
-    The basis is the Q of `raw_basis`, |coefficients| <= 1. Row i is drawn from seeds[i] and does not depend
-    on its neighbours. All parameters are float32 and have N rows. Unless `insertion.norm` is None, lengths are in
-    units of the norm of a prompt's states (`attend`).
+    The basis is the Q of `raw_basis`, |coefficients| <= 1. Row i is drawn from seeds[i] (None: zeros, to be filled in)
+    and does not depend on its neighbours. All parameters are float32 and have N rows. Unless `insertion.norm` is None,
+    lengths are in units of the norm of a prompt's states (`attend`).
     """
 
     raw_basis: nn.Parameter | None  # (N, D, r), starts orthonormal
@@ -127,12 +127,15 @@ class InsertedEmbeddings(nn.Module):
     angles: nn.Parameter | None  # (N, n, 2)
     queries: Tensor | None  # (N, n, D), the embeddings at the start, for cross_attention="fixed"
 
-    def __init__(self, seeds: Sequence[int], count: int, width: int, insertion: Insertion) -> None:
+    def __init__(self, seeds: Sequence[int | None], count: int, width: int, insertion: Insertion) -> None:
         super().__init__()
         insertion.check(width)
         self.insertion = insertion
         self.rank = rank = insertion.rank_of(count, width)
-        raw_basis = orthonormal(_draw(seeds, "basis", (width, rank), normal=True))
+        drawn = None not in seeds
+        raw_basis = _draw(seeds, "basis", (width, rank), normal=True)
+        if drawn:  # what is to be filled in needs no values, and the decomposition takes as long as reading a hundred
+            raw_basis = orthonormal(raw_basis)
         coefficients = _draw(seeds, "coefficients", (count, rank)) * insertion.start
         free = insertion.basis == "free"
         self.raw_basis = None if free else nn.Parameter(raw_basis)
@@ -147,8 +150,10 @@ class InsertedEmbeddings(nn.Module):
         # Uniform coefficients have a mean norm of start * sqrt(rank / 3).
         own = insertion.start * math.sqrt(rank / 3)
         self.scale = 1.0 if insertion.norm is None else insertion.norm / own
-        with torch.no_grad():
-            start = self(torch.arange(len(seeds))) if insertion.cross_attention == "fixed" else None
+        start = None
+        if insertion.cross_attention == "fixed":
+            with torch.no_grad():
+                start = self(torch.arange(len(seeds))) if drawn else torch.zeros(len(seeds), count, width)
         self.register_buffer("queries", start)
 
     def forward(self, rows: Tensor) -> Tensor:
@@ -195,10 +200,13 @@ class InsertedEmbeddings(nn.Module):
             self.angles.copy_((self.angles + math.pi).remainder(2 * math.pi) - math.pi)
 
 
-def _draw(seeds: Sequence[int], name: str, shape: tuple[int, ...], *, normal: bool = False) -> Tensor:
-    """(N, *shape): each row from its own seed, N(0, 1) or uniform in [-1, 1)."""
+def _draw(seeds: Sequence[int | None], name: str, shape: tuple[int, ...], *, normal: bool = False) -> Tensor:
+    """(N, *shape): each row from its own seed, N(0, 1) or uniform in [-1, 1); zeros where that is None."""
     rows = [torch.empty(0, *shape)]
     for seed in seeds:
+        if seed is None:
+            rows.append(torch.zeros(1, *shape))
+            continue
         source = generator(derive(seed, name))
         draw = torch.randn(shape, generator=source) if normal else torch.rand(shape, generator=source) * 2 - 1
         rows.append(draw[None])

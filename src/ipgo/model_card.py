@@ -121,7 +121,7 @@ def picture_name(prompt: Prompt, when: str) -> str:
 
 def _pictures(run: Run, done: Sequence[Prompt]) -> str:
     seed = shown_seed(run)
-    shown = [prompt for prompt in done[:MOST] if run.image(prompt, "after", seed).is_file()]
+    shown = [prompt for prompt in done[:MOST] if run.image_file(prompt, "after", seed).is_file()]
     if not shown:
         return ""
     kind = "unseen" if seed in run.config.new_seeds else "fitted"

@@ -48,7 +48,7 @@ def save_pretrained(run: Run | str | Path, folder: str | Path, *, repository: st
             picture.unlink()
     for prompt in run.finished[:MOST]:
         for when in ("before", "after"):
-            source = run.image(prompt, when, shown_seed(run))
+            source = run.image_file(prompt, when, shown_seed(run))
             if source.is_file():
                 files.write(folder / picture_name(prompt, when), source.read_bytes())
     files.write(folder / "README.md", card.encode())

@@ -135,6 +135,7 @@ def fit_chunk(folder: Run, models: Models, chunk: Chunk, limit: Limit | None = N
             before a stop. It raises `Stopped` between two steps to keep the first of them.
     """
     config, backend = folder.config, models.backend
+    forget_peak_memory(backend.device)  # that of loading, or of drawing and scoring the chunk before
     sampling = config.sampling.for_fit(backend)
     task = Task(
         backend, models.reward, chunk.texts, sampling, config.seeds, config.seed, config.shared, config.chunk
@@ -260,7 +261,7 @@ def taken_over(folder: Run, models: Models, prompt: Prompt, twins: Sequence[Run]
         result = twin.result(prompt)
         if result is None or result["rewards"] != models.identities:
             continue
-        missing = not all(twin.image(prompt, "before", seed).is_file() for seed in config.judged_seeds)
+        missing = not all(twin.image_file(prompt, "before", seed).is_file() for seed in config.judged_seeds)
         if missing or differing_in(twin.drawn_by, models.backend.identity) is not None:
             continue
         for seed in config.judged_seeds:

@@ -38,6 +38,13 @@ def derive(seed: int, *keys: str | int) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
+def row_seeds(seed: int | None, prompts: Sequence[str] | None) -> list[int | None]:
+    """A seed for each prompt's row, or for the one that all share; of None they are None."""
+    if prompts is None or seed is None:
+        return [seed] * (1 if prompts is None else len(prompts))
+    return [derive(seed, prompt) for prompt in prompts]
+
+
 def repeated(seed: int, times: int) -> int:
     """The seed of a draw that was made `times` times before: its own at first."""
     return derive(seed, "again", times) if times else seed

@@ -28,7 +28,7 @@ from ipgo.config import RunConfig
 from ipgo.continuing import check_models, differences, differing_in, with_judges_of
 from ipgo.errors import InputError, InUseError, ResumeError
 from ipgo.evaluation import Score
-from ipgo.images import as_png
+from ipgo.images import StoredImages, as_png
 from ipgo.prompts import Prompt, number, slug
 from ipgo.rewards import optimised
 from ipgo.rewards.checkpoints import fingerprint
@@ -270,7 +270,7 @@ class Run:
         """The folder of a prompt's images and result."""
         return self.path / "prompts" / prompt.id
 
-    def image(self, prompt: Prompt, when: str, seed: int) -> Path:
+    def image_file(self, prompt: Prompt, when: str, seed: int) -> Path:
         """The file of an image; `when` is before or after."""
         return self.folder(prompt) / f"{when}-{seed}.png"
 
@@ -401,18 +401,18 @@ class Run:
         settings = dict(adapter_facts(self.adapter_folder(some[0]))["settings"])
         return (adapters[0] if adapters[0].prompts is None else stack(adapters)), settings
 
-    def save_image(self, prompt: Prompt, when: str, seed: int, picture: Image.Image) -> None:
+    def save_image(self, prompt: Prompt, when: str, seed: int, image: Image.Image) -> None:
         """Store an image as PNG; `when` is before or after."""
-        files.write(self.image(prompt, when, seed), as_png(picture))
+        files.write(self.image_file(prompt, when, seed), as_png(image))
 
-    def pictures(self, prompt: Prompt, when: str) -> dict[int, Image.Image]:
+    def images(self, prompt: Prompt, when: str) -> StoredImages:
         """The stored images by seed; `when` is before or after."""
-        files = {seed: self.image(prompt, when, seed) for seed in self.config.judged_seeds}
-        return {seed: Image.open(file).copy() for seed, file in files.items() if file.is_file()}
+        found = {seed: self.image_file(prompt, when, seed) for seed in self.config.judged_seeds}
+        return StoredImages({seed: file for seed, file in found.items() if file.is_file()})
 
     def copy_image(self, other: Run, prompt: Prompt, when: str, seed: int) -> None:
         """Take over an image that another run has drawn."""
-        files.write(self.image(prompt, when, seed), other.image(prompt, when, seed).read_bytes())
+        files.write(self.image_file(prompt, when, seed), other.image_file(prompt, when, seed).read_bytes())
 
     def finish(
         self,

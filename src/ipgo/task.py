@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ipgo.adapters import Adapter, draw
+from ipgo.adapters import Adapter, draw_batch
 from ipgo.ascent import Ascent
 from ipgo.backends import Backend
 from ipgo.devices import own_numbers
@@ -92,7 +92,9 @@ class Task:
         for part in self._parts():
             prompts = list(self.prompts[part])
             rows = torch.arange(part.start, part.start + len(prompts), device=self.backend.device)
-            drawn = draw(self.backend, prompts, seeds[part], adapter, self.sampling, original.select(rows))
+            drawn = draw_batch(
+                self.backend, prompts, seeds[part], adapter, self.sampling, original.select(rows)
+            )
             rewards.append(score(self.reward, drawn, prompts).detach().cpu().float())
             images.append(drawn)
         return torch.cat(rewards), torch.cat(images)

@@ -108,7 +108,7 @@ def test_images_and_scores_are_those_of_the_stored_adapter(fitted: Path, pipelin
     for when, adapter in (("before", ipgo.Adapter()), ("after", run.load_adapter(prompt))):
         seeds = [0, 1000, 1001]
         images = ipgo.generate(backend, [prompt.text] * 3, seeds, adapter, run.config.sampling)
-        stored = [Image.open(run.image(prompt, when, seed)) for seed in seeds]
+        stored = [Image.open(run.image_file(prompt, when, seed)) for seed in seeds]
         pixels = torch.stack(
             [torch.frombuffer(bytearray(each.tobytes()), dtype=torch.uint8) for each in stored]
         )
@@ -199,7 +199,7 @@ def test_generate_draws_what_fit_drew(
     assert len(capsys.readouterr().out.splitlines()) == 6
     for prompt in run.prompts:
         ours = Image.open(tmp_path / f"{prompt.id}-1001.png").tobytes()
-        assert ours == Image.open(run.image(prompt, "after", 1001)).tobytes()
+        assert ours == Image.open(run.image_file(prompt, "after", 1001)).tobytes()
     folder = run.folder(run.prompts[0])
     assert cli.main(["generate", str(folder), "a fox", "--out", str(tmp_path / "one")]) == 0
     assert cli.main(["generate", str(folder), "a dog", "--out", str(tmp_path / "none")]) == 2

@@ -937,7 +937,7 @@ def test_an_entry_is_added_and_bare_prompts_are_drawn_once(
     assert ours is not None
     assert others is not None
     for prompt, seed in itertools.product(ours.prompts, (0, 1000, 1001)):
-        pictures = [run.image(prompt, "before", seed).read_bytes() for run in (ours, others)]
+        pictures = [run.image_file(prompt, "before", seed).read_bytes() for run in (ours, others)]
         assert pictures[0] == pictures[1]
 
 
@@ -972,7 +972,7 @@ def test_the_bare_prompt_is_drawn_again_where_another_reward_or_backend_did(tmp_
     ):
         twin = Run.open(tmp_path / f"twin{number}", config)
         twin.start({"rewards": rewards, "weights": weights, "dtype": "float32"})
-        files.write(twin.image(prompt, "before", 0), b"png")
+        files.write(twin.image_file(prompt, "before", 0), b"png")
         twin.finish(prompt, scores, {}, False, rewards)
         assert [each.method for each in runner.taken_over(own, models, prompt, [twin])] == taken
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ipgo import InputError, Score, as_reward, load_reward, summarise, win_rate
-from ipgo.adapters import Adapter
+from ipgo.adapters import Adapter, generate
 from ipgo.backends import Backend
+from ipgo.embeds import PromptEmbeds
 from ipgo.evaluation import Drawing, Interval, average, draw, evaluate, levels, score_drawings
 from ipgo.printed import table
 from ipgo.rewards import optimised
@@ -112,7 +113,7 @@ def test_a_mark_that_was_followed_judges_nothing() -> None:
 
 
 class Small(nn.Module):
-    """Stands in for `generate` on a card that has memory for two images."""
+    """Stands in for `draw_batch` on a card that has memory for two images."""
 
     def __init__(self, most: int) -> None:
         super().__init__()
@@ -125,17 +126,37 @@ class Small(nn.Module):
         return torch.tensor([float(seed) for seed in seeds]).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
 
 
-def test_where_memory_is_short_smaller_batches_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_is_encoded_once_for_all_its_images(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, encoded = backend.encode, list[str]()
+
+    def counting(prompts: Sequence[str]) -> PromptEmbeds:
+        encoded.extend(prompts)
+        return whole(prompts)
+
+    monkeypatch.setattr(backend, "encode", counting)
+    both, sampling = {"raw": Adapter(), "again": Adapter()}, Sampling(2, 3.0)
+    found = list(draw(backend, both, "a fox", range(9), sampling))
+    assert len(found) == 18
+    assert encoded.count("a fox") == 1
+    expected = generate(backend, ["a fox"] * 9, range(9), sampling=sampling)
+    torch.testing.assert_close(torch.stack([each.image for each in found[:9]]), expected)
+
+
+def test_where_memory_is_short_smaller_batches_are_drawn(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
     small, both = Small(2), {"raw": Adapter(), "ipgo": Adapter()}
-    monkeypatch.setattr("ipgo.evaluation.generate", small)
-    found = list(draw(None, both, "a fox", range(7), Sampling()))  # type: ignore[arg-type]
+    monkeypatch.setattr("ipgo.evaluation.draw_batch", small)
+    found = list(draw(backend, both, "a fox", range(7), Sampling()))
     assert [(each.method, each.seed) for each in found] == [(m, s) for m in both for s in range(7)]
     assert all((each.image == each.seed).all() for each in found)
     assert small.asked[:3] == [7, 3, 1]  # then what was found to fit
     assert max(small.asked[3:]) <= 2
-    monkeypatch.setattr("ipgo.evaluation.generate", Small(0))
+    monkeypatch.setattr("ipgo.evaluation.draw_batch", Small(0))
     with pytest.raises(torch.OutOfMemoryError):
-        list(draw(None, both, "a fox", range(7), Sampling()))  # type: ignore[arg-type]
+        list(draw(backend, both, "a fox", range(7), Sampling()))
 
 
 def test_a_tie_is_one_of_any_scale() -> None:

@@ -57,7 +57,7 @@ def test_what_is_published_draws_what_the_run_drew(
             for each in (adapter, run.load_adapter(prompt))
         )
         assert torch.equal(ours, theirs)
-        assert (folder / f"images/{prompt.id}-after.png").read_bytes() == run.image(
+        assert (folder / f"images/{prompt.id}-after.png").read_bytes() == run.image_file(
             prompt, "after", 1000
         ).read_bytes()
     ipgo.save_pretrained(run, folder)  # again, over itself

@@ -187,7 +187,7 @@ def test_a_fit_shows_its_steps_and_is_the_run_of_the_same_settings(
     assert run.path == tmp_path / "a-red-fox"
     assert [line["reward"] for line in run.history(run.prompts[0])] == pytest.approx(list(last.rewards))
     assert set(last.before) == set(last.now) == {0, 1}
-    assert last.now[1].image.tobytes() == run.pictures(run.prompts[0], "after")[1].tobytes()
+    assert last.now[1].image.tobytes() == run.images(run.prompts[0], "after")[1].tobytes()
     assert last.raw is not None
     assert set(last.gains) == {"contrast"}
     assert [step for step, _ in last.gains["contrast"]] == [2, 4]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ipgo.adapters.base import Adapter, draw, generate, stack
+from ipgo.adapters.base import Adapter, draw_batch, generate, stack
 from ipgo.adapters.embedding import EmbeddingAdapter
 from ipgo.adapters.insertion import InsertionAdapter
 from ipgo.adapters.joint import JointAdapter
@@ -22,7 +22,7 @@ __all__ = [
     "TextAdapter",
     "TextEncoderAdapter",
     "WeightAdapter",
-    "draw",
+    "draw_batch",
     "generate",
     "shorten",
     "stack",

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,11 @@ class Adapter(nn.Module):
             raise InputError(f"prompts is {prompts!r}; it must be a list of prompts, or None for any")
         self.prompts = None if prompts is None else tuple(prompts)
         self.options = {}
+
+    @classmethod
+    def empty(cls, prompts: Sequence[str] | None, options: Mapping[str, Any]) -> Self:
+        """One whose tensors are yet to be filled in: no initial values are drawn."""
+        return cls(prompts, **options)
 
     def rows(self, prompts: Sequence[str]) -> Tensor:
         """(B,) row numbers; `InputError` for a prompt that was never fitted."""
@@ -127,7 +132,7 @@ class Adapter(nn.Module):
     def row(self, number: int) -> Adapter:
         """A copy that holds the row of one prompt."""
         prompts = None if self.prompts is None else self.prompts[number : number + 1]
-        alone = type(self)(prompts, **self.options)
+        alone = self.empty(prompts, self.options)
         alone.load_state_dict({name: rows[number : number + 1] for name, rows in self.state_dict().items()})
         return alone
 
@@ -170,7 +175,7 @@ def stack(adapters: Sequence[Adapter]) -> Adapter:
                 "only adapters of one kind, with equal options and prompts of their own, can be stacked"
             )
         prompts += adapter.prompts
-    whole = type(first)(prompts, **first.options)
+    whole = first.empty(prompts, first.options)
     states = [adapter.state_dict() for adapter in adapters]
     whole.load_state_dict({name: torch.cat([state[name] for state in states]) for name in states[0]})
     return whole
@@ -220,10 +225,10 @@ def generate(
         distinct = list(dict.fromkeys(prompts))  # often one prompt with many seeds
         places = torch.tensor([distinct.index(prompt) for prompt in prompts], device=backend.device)
         original = backend.encode(distinct).select(places)
-        return draw(backend, prompts, seeds, adapter, sampling, original, backprop_steps=backprop_steps)
+        return draw_batch(backend, prompts, seeds, adapter, sampling, original, backprop_steps=backprop_steps)
 
 
-def draw(
+def draw_batch(
     backend: Backend,
     prompts: Sequence[str],
     seeds: Sequence[int],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from ipgo.embeds import PromptEmbeds
 from ipgo.errors import InputError
 from ipgo.insertion import InsertedEmbeddings, Insertion
 from ipgo.sampling import Sampling
-from ipgo.seeding import derive
+from ipgo.seeding import derive, row_seeds
 
 
 class InsertionAdapter(Adapter):
@@ -36,7 +36,7 @@ class InsertionAdapter(Adapter):
         width: int,
         insertion: Insertion | Mapping[str, Any],
         padding: str = "max_length",
-        seed: int = 0,
+        seed: int | None = 0,
         long_prompts: str = "refuse",
         pooled_width: int = 0,
     ) -> None:
@@ -47,7 +47,7 @@ class InsertionAdapter(Adapter):
             width: D, the width of the backend's prompt embeddings.
             insertion: what is inserted; `negative` left open (None) is false here.
             padding, long_prompts: the backend's; images are drawn with the same padding only.
-            seed: random seed of the initial values; each prompt's row derives its own.
+            seed: random seed of the initial values; each prompt's row derives its own. None: zeros instead.
             pooled_width: P, the width of the backend's vector for the whole prompt; 0 where none is learned.
         """
         super().__init__(prompts)
@@ -63,7 +63,7 @@ class InsertionAdapter(Adapter):
             "pooled_width": pooled_width,
         }
         self.learns_unconditional = bool(self.insertion.negative)
-        seeds = [seed] if prompts is None else [derive(seed, prompt) for prompt in prompts]
+        seeds = row_seeds(seed, prompts)
         self.prefix = _side(seeds, "prefix", self.insertion.num_prefix, width, self.insertion)
         self.suffix = _side(seeds, "suffix", self.insertion.num_suffix, width, self.insertion)
         before, after = self.insertion.num_prefix, self.insertion.num_suffix
@@ -107,6 +107,10 @@ class InsertionAdapter(Adapter):
         own = None if shared else prompts
         width = _pooled_width(backend, prompts[0]) if insertion.pooled else 0
         return cls(own, backend.embed_dim, insertion, backend.padding, seed, backend.long_prompts, width)
+
+    @classmethod
+    def empty(cls, prompts: Sequence[str] | None, options: Mapping[str, Any]) -> Self:
+        return cls(prompts, **options, seed=None)
 
     def sides(self) -> list[InsertedEmbeddings]:
         """The prefix and the suffix, and those of the negative prompt, as far as there are any."""
@@ -237,8 +241,9 @@ def _pooled_width(backend: Backend, prompt: str) -> int:
 
 
 def _side(
-    seeds: Sequence[int], name: str, count: int, width: int, insertion: Insertion
+    seeds: Sequence[int | None], name: str, count: int, width: int, insertion: Insertion
 ) -> InsertedEmbeddings | None:
     if count == 0:
         return None
-    return InsertedEmbeddings([derive(seed, name) for seed in seeds], count, width, insertion)
+    own = [None if seed is None else derive(seed, name) for seed in seeds]
+    return InsertedEmbeddings(own, count, width, insertion)

@@ -31,9 +31,9 @@ class JointAdapter(Adapter):
         initial: Mapping[str, Any],
         noise_weight: float,
     ) -> None:
-        """`inserted` and `initial` are the `options` of the two parts."""
+        """`inserted` and `initial` are the `options` of the two parts, which are yet to be filled in."""
         super().__init__(prompts)
-        self.inserted = InsertionAdapter(prompts, **inserted)
+        self.inserted = InsertionAdapter.empty(prompts, inserted)
         self.initial = NoiseAdapter(prompts, **initial)
         self.noise_weight = noise_weight
         self.padding, self.long_prompts = self.inserted.padding, self.inserted.long_prompts

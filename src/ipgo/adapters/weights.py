@@ -17,7 +17,7 @@ from ipgo.backends import Backend, open_to_draw
 from ipgo.backends.base import denoiser_of
 from ipgo.backends.weights import uncompiled
 from ipgo.errors import InputError
-from ipgo.seeding import derive, generator
+from ipgo.seeding import derive, generator, row_seeds
 from ipgo.typed import check_types
 
 
@@ -59,7 +59,7 @@ class WeightAdapter(Adapter):
         prompts: Sequence[str] | None,
         layers: Mapping[str, Sequence[int]],
         lora: LoRA | Mapping[str, Any],
-        seed: int = 0,
+        seed: int | None = 0,
     ) -> None:
         super().__init__(prompts)
         self.layers = {name: (inputs, outputs) for name, (inputs, outputs) in layers.items()}
@@ -68,7 +68,7 @@ class WeightAdapter(Adapter):
             "layers": {name: list(widths) for name, widths in self.layers.items()},
             "lora": {**asdict(self.lora), "targets": list(self.lora.targets)},
         }
-        seeds = [seed] if prompts is None else [derive(seed, prompt) for prompt in prompts]
+        seeds = row_seeds(seed, prompts)
         rank = self.lora.rank
         down = {name: _uniform(seeds, name, (rank, inputs)) for name, (inputs, _) in self.layers.items()}
         up = {name: torch.zeros(len(seeds), outputs, rank) for name, (_, outputs) in self.layers.items()}
@@ -92,6 +92,10 @@ class WeightAdapter(Adapter):
         if not layers:
             raise InputError(f"lora.targets is {list(lora.targets)}; no linear layer of the denoiser ends so")
         return cls(None if shared else prompts, layers, lora, seed)
+
+    @classmethod
+    def empty(cls, prompts: Sequence[str] | None, options: Mapping[str, Any]) -> Self:
+        return cls(prompts, **options, seed=None)
 
     @contextmanager
     def attached(self, backend: Backend | object, prompts: Sequence[str]) -> Iterator[None]:
@@ -164,7 +168,12 @@ class _Factor(nn.Module):
         return F.linear(inputs, self.weight.to(inputs.device))
 
 
-def _uniform(seeds: Sequence[int], name: str, shape: tuple[int, int]) -> Tensor:
-    """(N, *shape): A of peft's initial LoRA, uniform within 1 / sqrt(inputs); each row from its own seed."""
-    rows = [torch.rand(shape, generator=generator(derive(seed, name))) for seed in seeds]
-    return (torch.stack(rows) * 2 - 1) / math.sqrt(shape[1])
+def _uniform(seeds: Sequence[int | None], name: str, shape: tuple[int, int]) -> Tensor:
+    """(N, *shape): A of peft's initial LoRA, uniform within 1 / sqrt(inputs), from each seed; zeros for None."""
+    rows = [
+        torch.zeros(shape)
+        if seed is None
+        else (torch.rand(shape, generator=generator(derive(seed, name))) * 2 - 1) / math.sqrt(shape[1])
+        for seed in seeds
+    ]
+    return torch.stack(rows)

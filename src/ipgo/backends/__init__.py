@@ -125,7 +125,7 @@ def load_backend(
         long_prompts: refuse, truncate to the encoder's length, or chunk (SD 1 and 2, SDXL): read them in windows
             of that length, each with its own marks of begin and end.
         text_device: where the text encoders are: auto (with the rest), or cpu, which leaves a GPU's memory to the rest;
-            a prompt is encoded once for a fit.
+            a fit encodes a prompt a few times, and not at every step.
 
     Raises:
         InputError: an unknown name or option, a family that is not known or does not have the option, or a

@@ -276,8 +276,8 @@ def _card(run: Run, prompt: Prompt, result: dict[str, Any]) -> Card:
         Pair(
             seed,
             seed in result["seeds"],
-            picture_uri(run.image(prompt, "before", seed)) or "",
-            picture_uri(run.image(prompt, "after", seed)),
+            picture_uri(run.image_file(prompt, "before", seed)) or "",
+            picture_uri(run.image_file(prompt, "after", seed)),
             (values.get((True, seed)), values.get((False, seed))),
         )
         for seed in seeds

@@ -229,7 +229,7 @@ def _sheet(runs: dict[str, Run], title: str, seed: int) -> Sheet:
 
 
 def _picture(run: Run, prompt: Prompt, when: str, seed: int) -> str | None:
-    return picture_uri(run.image(prompt, when, seed), SHEET_PIXELS)
+    return picture_uri(run.image_file(prompt, when, seed), SHEET_PIXELS)
 
 
 def _plain(text: str) -> str:

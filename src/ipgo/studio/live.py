@@ -326,7 +326,7 @@ def ended(view: View, folder: Run) -> View:
     prompt, seeds = folder.prompts[0], folder.config.seeds or folder.config.new_seeds
     lines = folder.history(prompt)
     failed = any(result["status"] == "failed" for result in folder.results())
-    before, after = (folder.pictures(prompt, when) for when in ("before", "after"))
+    before, after = (folder.images(prompt, when) for when in ("before", "after"))
     return replace(
         view,
         stage="failed" if failed else "done",
