@@ -136,10 +136,9 @@ class RunConfig:
             )
         if self.method.one_seed:
             check_one_seed(self.seeds, self.shared)
-        ascent, steps = self.method.ascent, self.sampling.fitting.steps
-        if ascent is not None:
+        if self.method.ascent is not None:
             with _of_the_method():
-                ascent.check_depth(steps, "steps" if steps == self.sampling.steps else "fit_steps")
+                self.method.ascent.check_depth(self.sampling.steps)
 
     def check_fit(self) -> None:
         """Raise `InputError` for settings of the method that do not go with the others, before a fit begins.
@@ -149,10 +148,13 @@ class RunConfig:
         if self.shared and self.method.prompt_wise:
             raise InputError(f"shared is true; method {self.method_name!r} fits each prompt by itself")
         ascent = self.method.ascent
-        if ascent is not None:
+        # The model's own scheduler may draw noise, and then a fit takes all steps; of those with a name none does.
+        least = self.sampling.fitting.steps
+        if self.scheduler is not None:
+            self.check_steps(least)
+        elif ascent is not None:
             with _of_the_method():
-                steps, whole = self.sampling.fitting.steps, self.method.one_seed
-                ascent.check_task(steps, len(self.seeds), self.shared, whole)
+                ascent.check_task(least, len(self.seeds), self.shared, self.method.one_seed)
         insertion, scale = self.method.insertion, self.sampling.guidance_scale
         if scale is not None and scale <= 1 and self.sampling.negative_prompt:
             raise InputError(
@@ -169,6 +171,14 @@ class RunConfig:
         for field, value in ddim.items():
             if value > 0 and self.scheduler not in (None, "ddim"):
                 raise InputError(f"{field} above 0 needs the ddim scheduler, not {self.scheduler!r}")
+
+    def check_steps(self, steps: int) -> None:
+        """Raise `InputError` if the method's gradient does not go with the denoising steps that a fit draws in."""
+        ascent = self.method.ascent
+        if ascent is not None:
+            with _of_the_method():
+                ascent.check_depth(steps, "steps" if steps == self.sampling.steps else "fit_steps")
+                ascent.check_task(steps, len(self.seeds), self.shared, self.method.one_seed)
 
     def check_width(self, width: int | None) -> None:
         """Raise `InputError` if the method does not fit prompt embeddings of `width`; None is not known."""

@@ -13,7 +13,7 @@ from ipgo.adapters import InsertionAdapter
 from ipgo.backends import Backend
 from ipgo.devices import name_of
 from ipgo.embeds import PromptEmbeds
-from ipgo.errors import InputError, RewardError
+from ipgo.errors import InputError, NotFiniteError, RewardError
 from ipgo.insertion import Insertion
 from ipgo.memory import LiveMemory
 from ipgo.methods import WITHOUT_GRADIENT
@@ -163,10 +163,10 @@ def _judge(reward: Reward, images: Tensor, prompt: str) -> tuple[Tensor | None, 
         return None, Finding(text, "call .eval() on the module")
     try:
         values = score(reward, images, [prompt])
+    except NotFiniteError as error:
+        return None, Finding(str(error), "look for log, sqrt or division at 0 in it")
     except RewardError as error:
-        if "not a finite number" in str(error):
-            advice = "look for log, sqrt or division at 0 in it"
-        elif error.__cause__ is None:
+        if error.__cause__ is None:
             advice = (
                 "return a torch tensor, no array of numpy's, with one number a row (.squeeze(-1) makes (B,) of "
                 "(B, 1))"

@@ -18,6 +18,10 @@ class RewardError(InputError):
     """A reward broke its contract: a wrong shape, NaN, or no gradient where one is needed."""
 
 
+class NotFiniteError(RewardError):
+    """A reward is NaN or infinite for an image that is finite."""
+
+
 class ResumeError(InputError):
     """What was begun, a run's folder or a fit's state, cannot be continued with the settings or models at hand."""
 

@@ -87,6 +87,7 @@ def check_loaded(config: RunConfig, backend: Backend) -> None:
             text[:60],
         )
     config.check_width(backend.embed_dim)
+    config.check_steps(config.sampling.for_fit(backend).steps)
     few = backend.few_steps  # of a hub id that did not say so: its defaults were those of other models
     if few is not None and config.sampling.steps > 2 * few.steps:
         logger.warning(

@@ -185,13 +185,22 @@ def test_a_file_overrides_the_preset(tmp_path: Path) -> None:
         ({"seeds": (1001,)}, "reserved for judging"),
         ({"seeds": (), "unseen_seeds": 0}, "at least one seed"),
         ({"sampling": Sampling(steps=1)}, "backprop_steps is .*; sampling.steps allows at most 1"),
-        ({"sampling": Sampling(fit_steps=1)}, "backprop_steps is .*; sampling.fit_steps allows at most 1"),
         ({"prompts": ()}, "prompts is empty"),
     ],
 )
 def test_settings_that_cannot_work(values: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         RunConfig(**{"prompts": PROMPTS, **values})
+
+
+def test_a_schedulers_name_says_in_how_many_steps_a_fit_draws() -> None:
+    short = RunConfig(PROMPTS, sampling=Sampling(fit_steps=1))
+    short.check_fit()  # the model's own may draw noise, and then it takes all steps
+    message = "method.ascent.backprop_steps is .*; sampling.fit_steps allows at most 1"
+    with pytest.raises(InputError, match=message):
+        short.check_steps(1)
+    with pytest.raises(InputError, match=message):
+        replace(short, scheduler="euler").check_fit()
 
 
 @pytest.mark.parametrize(

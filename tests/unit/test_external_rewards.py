@@ -5,6 +5,7 @@ import io
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,21 @@ def test_a_command_that_fails_is_named(script, monkeypatch, body, message):
     reward = load_reward(f"cmd:{script(body)} {{image}}", device="cpu")
     with pytest.raises(RewardError, match=message):
         score(reward, IMAGES, PROMPTS)
+
+
+def test_a_command_that_takes_too_long_leaves_nothing_running(script, monkeypatch, tmp_path):
+    monkeypatch.setattr(external, "PATIENCE", 1)
+    reward = load_reward(
+        f"cmd:{script(f'sleep 60 & echo $! > {tmp_path}/child; wait')} {{image}}", device="cpu"
+    )
+    with pytest.raises(RewardError, match="took more than 1 seconds"):
+        score(reward, IMAGES, PROMPTS)
+    child = int((tmp_path / "child").read_text())
+    for _ in range(50):  # it ends a moment after the signal, and then whoever inherits it has to look
+        if not Path(f"/proc/{child}").exists() or "State:\tZ" in Path(f"/proc/{child}/status").read_text():
+            return
+        time.sleep(0.1)
+    pytest.fail("the command's own child goes on")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+)
 from PIL import Image
 
 import ipgo
@@ -56,6 +61,18 @@ def test_a_pipeline_object_is_fitted_where_it_is(
     own.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     with pytest.raises(ipgo.ResumeError, match=r"with the scheduler EulerDiscreteScheduler-\w{8}, not DDIM"):
         ipgo.fit("a fox", backend=own, reward=brightness, method="raw", out=tmp_path / "own", **SHORT)
+
+
+def test_gradient_goes_through_as_many_steps_as_a_fit_draws_in() -> None:
+    """All of them where the scheduler draws noise at each, and else `fit_steps`."""
+    deep = ipgo.IPGO(ipgo.Insertion(1, 1, rank=4), Ascent(steps=1, backprop_steps=3))
+    settings: dict[str, Any] = {**SHORT, "sampling": ipgo.Sampling(3, 3.0, fit_steps=2), "reward": brightness}
+    pipe = tiny_pipeline()
+    with pytest.raises(ipgo.InputError, match=r"backprop_steps is 3; sampling\.fit_steps allows at most 2"):
+        ipgo.fit("a fox", backend=pipe, method=deep, **settings)
+    pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)
+    (line,) = ipgo.fit("a fox", backend=pipe, method=deep, **settings)[0].history
+    assert line["calls"]["denoiser"] == 3
 
 
 def test_a_pipeline_that_was_changed_is_noticed(

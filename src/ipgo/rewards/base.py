@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from ipgo.errors import InputError, IpgoError, RewardError
+from ipgo.errors import InputError, IpgoError, NotFiniteError, RewardError
 from ipgo.rewards.own import said, same_folder
 from ipgo.rewards.written import parts_of, unsettled
 
@@ -305,7 +305,7 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
     finite_images = images.detach().flatten(1).isfinite().all(1)
     broken = ~values.detach().isfinite() & finite_images.to(values.device)
     if broken.any():
-        raise RewardError(
+        raise NotFiniteError(
             f"reward {reward.name!r} is not a finite number for {broken.sum()} of {len(images)} images"
         )
     return values.to(images.device)

@@ -7,6 +7,7 @@ import math
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -86,28 +87,43 @@ class Command(External):
         # The prompt comes last, since it may hold anything.
         words = [word.replace("{image}", str(file)).replace("{prompt}", prompt) for word in self.words]
         try:
-            done = subprocess.run(
-                words,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=PATIENCE,
-                check=False,
-                process_group=0 if os.name == "posix" else None,  # Ctrl-C lets the step end first
-            )
+            status, printed, complaint = _run(words)
         except subprocess.TimeoutExpired:
             raise RewardError(f"reward {self.name!r} took more than {PATIENCE} seconds") from None
         except OSError as error:
             raise RewardError(f"reward {self.name!r} cannot be run: {error.strerror}") from None
-        if done.returncode != 0:
-            said = (done.stderr.strip().splitlines() or ["nothing on stderr"])[-1]
-            raise RewardError(f"reward {self.name!r} failed with exit status {done.returncode}: {said}")
+        if status != 0:
+            said = (complaint.strip().splitlines() or ["nothing on stderr"])[-1]
+            raise RewardError(f"reward {self.name!r} failed with exit status {status}: {said}")
         try:
-            return float(done.stdout)
+            return float(printed)
         except ValueError:
             raise RewardError(
-                f"reward {self.name!r} printed {done.stdout.strip()[:60]!r}; it must print one number"
+                f"reward {self.name!r} printed {printed.strip()[:60]!r}; it must print one number"
             ) from None
+
+
+def _run(words: Sequence[str]) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr; where it takes too long or we are stopped, all that it has started ends too."""
+    own_group = os.name == "posix"  # in which a Ctrl-C of ours does not reach it: the step ends first
+    with subprocess.Popen(
+        words,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        process_group=0 if own_group else None,
+    ) as process:
+        try:
+            printed, complaint = process.communicate(timeout=PATIENCE)
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                if own_group:
+                    os.killpg(process.pid, signal.SIGKILL)
+                else:
+                    process.kill()
+            raise
+    return process.returncode, printed, complaint
 
 
 class Question(External):
