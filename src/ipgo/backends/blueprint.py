@@ -17,6 +17,7 @@ from ipgo.memory import UNBOUNDED, Tokens, build
 
 LIBRARIES = ("diffusers", "transformers")
 OPTIONS = ("force_zeros_for_empty_prompt", "is_distilled")  # of a pipeline, besides its parts
+INDEX = "model_index.json"
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 
 
@@ -81,18 +82,9 @@ def read_blueprint(folder: Path) -> Blueprint:
     Raises:
         InputError: a file is missing or damaged, or a part comes from another library.
     """
-    index = _read(folder, "model_index.json")
+    index = _read(folder, INDEX)
     parts, longest = {}, {}
-    for name, value in index.items():
-        if not isinstance(value, list) or name in UNUSED:
-            continue
-        if len(value) != 2:
-            raise InputError(
-                f"backend folder {str(folder)!r} has a damaged model_index.json: {name} is {value}"
-            )
-        library, kind = value
-        if library is None:
-            continue
+    for name, (library, kind) in used_parts(index, folder).items():
         if name.startswith("tokenizer"):
             tokens = _read(folder, f"{name}/tokenizer_config.json").get("model_max_length", UNBOUNDED)
             longest[name] = int(min(tokens, UNBOUNDED))
@@ -106,6 +98,22 @@ def read_blueprint(folder: Path) -> Blueprint:
         parts[name] = Part(library, kind, _read(folder, f"{name}/{file}"))
     options = {key: value for key, value in index.items() if key in OPTIONS}
     return Blueprint(str(index.get("_class_name")), parts, longest, options)
+
+
+def used_parts(index: Mapping[str, Any], source: str | Path) -> dict[str, tuple[str, str]]:
+    """The parts that a model_index.json says are there, with library and class; those that ipgo never looks at are not.
+
+    Raises:
+        InputError: an entry is damaged.
+    """
+    lists = {name: value for name, value in index.items() if isinstance(value, list) and name not in UNUSED}
+    for name, value in lists.items():
+        if len(value) != 2:
+            raise InputError(
+                f"backend folder {str(source)!r} has a damaged {INDEX}: {name} is {value!r}; it must be a library and "
+                "a class"
+            )
+    return {name: (value[0], value[1]) for name, value in lists.items() if value[0] is not None}
 
 
 def _read(folder: Path, name: str) -> dict[str, Any]:

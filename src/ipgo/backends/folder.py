@@ -17,17 +17,16 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import logging as transformers_logging
 
 from ipgo import files, hub
+from ipgo.backends.blueprint import INDEX, used_parts
 from ipgo.bars import only_of_downloads
 from ipgo.errors import InputError, first_line
 
-INDEX = "model_index.json"
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 # What a library calls the file of a model's weights.
 WEIGHTS = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
 TOKENIZERS = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model", "vocab.txt")  # one of them
 PLAINLY_NAMED = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
 PREFIX = "text_model."
-UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 
 
 def is_local(source: str | Path) -> bool:
@@ -138,7 +137,7 @@ def check_folder(path: Path, given: Container[str] = ()) -> str | None:
     Returns:
         The variant of weights that are there in one alone, as "fp16"; None: they have their usual names.
     """
-    parts = _parts(files.read_json(path / INDEX))
+    parts = _libraries(path / INDEX, path)
     variant = _variant(_files(path), parts)
     weights = []
     for part, library in parts.items():
@@ -164,7 +163,7 @@ def _hub_variant(repo: str, revision: str | None) -> str | None:
         there: Collection[str] = list_repo_files(repo, revision=revision)
     except Exception:  # without a network, which libraries say in many ways: what was fetched before
         there = _files(index.parent)
-    return _variant(there, _parts(files.read_json(index)))
+    return _variant(there, _libraries(index, repo))
 
 
 def _files(folder: Path) -> list[str]:
@@ -188,13 +187,9 @@ def _variant(there: Collection[str], parts: Mapping[str, str]) -> str | None:
     return None
 
 
-def _parts(index: Mapping[str, Any]) -> dict[str, str]:
-    """The parts of a pipeline that are there and used, with the library that each comes from."""
-    pairs = {part: value for part, value in index.items() if isinstance(value, list) and part not in UNUSED}
-    for part, value in pairs.items():
-        if len(value) != 2:
-            raise InputError(f"{INDEX} is damaged: {part} is {value!r}; it must be a library and a class")
-    return {part: value[0] for part, value in pairs.items() if value[0] is not None}
+def _libraries(index: Path, source: str | Path) -> dict[str, str]:
+    """The library that each part of a pipeline comes from."""
+    return {part: library for part, (library, _) in used_parts(files.read_json(index), source).items()}
 
 
 def class_name(index: Path, source: str | Path) -> str:

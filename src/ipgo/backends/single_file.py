@@ -12,7 +12,8 @@ from safetensors import safe_open
 from transformers.utils import logging as transformers_logging
 
 from ipgo import files
-from ipgo.backends.folder import INDEX, check_weights, class_name, open_pipeline
+from ipgo.backends.blueprint import INDEX
+from ipgo.backends.folder import check_weights, class_name, open_pipeline
 from ipgo.bars import only_of_downloads
 from ipgo.errors import InputError, first_line
 
