@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
     from ipgo.rewards import Reward
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 Identities = Mapping[str, Mapping[str, Any]]
 Turn = list[tuple[bool, int, str]]  # what a name is sorted by
 IDENTITIES = ".rewards.json"  # of the file beside a table
-BATCH = 16  # most pictures of one size that are scored at once ...
+BATCH = 16  # most images of one size that are scored at once ...
 PIXELS = 4_000_000  # ... and most pixels of several: rewards take some hundred bytes for each
 
 
@@ -44,15 +44,15 @@ def score(argv: list[str]) -> int:
     from ipgo.rewards import check_reward, identity_of, load_reward, needs_prompts
 
     _check_out(args.out)
-    pictures = find_pictures(args.images)
-    prompts = match_prompts(pictures, args.prompts, args.prompt)
+    images = find_images(args.images)
+    prompts = match_prompts(images, args.prompts, args.prompt)
     lacking = (
         []
         if prompts is None
-        else [file for file, text in zip(pictures, prompts, strict=True) if not text.strip()]
+        else [file for file, text in zip(images, prompts, strict=True) if not text.strip()]
     )
     if lacking:
-        raise InputError(f"the prompt of picture {str(lacking[0])!r} is empty; it needs at least one word")
+        raise InputError(f"the prompt of image {str(lacking[0])!r} is empty; it needs at least one word")
     check_prompts(prompts or ["-"], distinct=False)
     blind = [spec for spec in args.reward if prompts is None and needs_prompts(spec)]
     if blind:
@@ -60,14 +60,14 @@ def score(argv: list[str]) -> int:
     for spec in args.reward:
         check_reward(spec, prompts or ())
     device = choose_device(args.device)
-    for file in tqdm(pictures, "checking", unit="image", disable=None, leave=False):
-        _check_picture(file)
+    for file in tqdm(images, "checking", unit="image", disable=None, leave=False):
+        _check_image(file)
     loading(", ".join(args.reward))
     rewards = {spec: load_reward(spec, device=args.device) for spec in args.reward}
     identities = {spec: identity_of(reward) for spec, reward in rewards.items()}
     done: list[dict[str, Any]] = []
     try:
-        for row in score_pictures(pictures, prompts or [""] * len(pictures), rewards, device):
+        for row in score_images(images, prompts or [""] * len(images), rewards, device):
             done.append(row)
             if args.out is None:
                 _print(row, identities, head=len(done) == 1)
@@ -133,19 +133,19 @@ def _check_out(out: Path | None) -> None:
         check_replaced(out.with_suffix(IDENTITIES), "rewards")
 
 
-def _check_picture(file: Path) -> None:
+def _check_image(file: Path) -> None:
     """Raise `InputError` for a file that is not an image or is cut off."""
     from PIL import Image
 
     from ipgo.images import check_range, reading
 
-    with reading(file), Image.open(file) as picture:
-        check_range(picture)
-        picture.load()  # all of it: `verify` does not notice where a JPEG breaks off
+    with reading(file), Image.open(file) as image:
+        check_range(image)
+        image.load()  # all of it: `verify` does not notice where a JPEG breaks off
 
 
-def find_pictures(places: Sequence[Path]) -> list[Path]:
-    """The files, and the pictures in the folders and all below them (but for hidden ones).
+def find_images(places: Sequence[Path]) -> list[Path]:
+    """The files, and the images in the folders and all below them (but for hidden ones).
 
     A folder's own come before those of the folders in it, each in the order of the names, 2.png before 10.png.
     """
@@ -156,16 +156,16 @@ def find_pictures(places: Sequence[Path]) -> list[Path]:
             for folder in dict.fromkeys((place, *(each.parent for each in below))):
                 if (folder / "run.json").is_file() or (folder / "plan.json").is_file():
                     raise InputError(
-                        f"{str(folder)!r} is a run's folder; give the folders of its pictures, or use `ipgo evaluate`"
+                        f"{str(folder)!r} is a run's folder; give the folders of its images, or use `ipgo evaluate`"
                     )
-            inside = [each for each in below if each.suffix.lower() in PICTURES and each.is_file()]
+            inside = [each for each in below if each.suffix.lower() in SUFFIXES and each.is_file()]
             if not inside:
-                raise InputError(f"folder {str(place)!r} has no image file ({', '.join(PICTURES)})")
+                raise InputError(f"folder {str(place)!r} has no image file ({', '.join(SUFFIXES)})")
             found += sorted(inside, key=lambda file: _in_turn(file.relative_to(place)))
-        elif place.suffix.lower() in PICTURES and place.is_file():
+        elif place.suffix.lower() in SUFFIXES and place.is_file():
             found.append(place)
         else:
-            raise InputError(f"{str(place)!r} is neither a folder nor an image file ({', '.join(PICTURES)})")
+            raise InputError(f"{str(place)!r} is neither a folder nor an image file ({', '.join(SUFFIXES)})")
     return list({file.resolve(): file for file in reversed(found)}.values())[::-1]  # each once
 
 
@@ -185,24 +185,24 @@ def _in_turn(path: Path) -> tuple[list[Turn], Turn]:
     return [turn(name) for name in path.parent.parts], turn(path.name)
 
 
-def match_prompts(pictures: Sequence[Path], spec: str | None, single: str | None) -> list[str] | None:
-    """A prompt for each picture, or None."""
+def match_prompts(images: Sequence[Path], spec: str | None, single: str | None) -> list[str] | None:
+    """A prompt for each image, or None."""
     from ipgo.prompts import read_prompts
 
     if spec is not None and single is not None:
         raise InputError("prompts and prompt are both given; give one of them")
     if single is not None:
-        return [single] * len(pictures)
+        return [single] * len(images)
     if spec is None:
         return None
     readers = {".csv": _table, ".jsonl": _objects}
     reader = readers.get(Path(spec).suffix.lower())
     table = reader(Path(spec)) if reader is not None and Path(spec).is_file() else None
     if table is not None:
-        return _matched(pictures, table, spec)
+        return _matched(images, table, spec)
     prompts = read_prompts(spec)
-    if len(prompts) != len(pictures):
-        raise InputError(f"prompts has {len(prompts)} lines for {len(pictures)} pictures; give one for each")
+    if len(prompts) != len(images):
+        raise InputError(f"prompts has {len(prompts)} lines for {len(images)} images; give one for each")
     return prompts
 
 
@@ -230,36 +230,36 @@ def _objects(path: Path) -> list[tuple[Path, str]] | None:
     return [(Path(str(line["file"])), str(line["prompt"])) for line in lines] if whole else None
 
 
-def _matched(pictures: Sequence[Path], lines: Sequence[tuple[Path, str]], spec: str) -> list[str]:
-    """For each picture the prompt of the line whose file shares most with its path, seen from the end.
+def _matched(images: Sequence[Path], lines: Sequence[tuple[Path, str]], spec: str) -> list[str]:
+    """For each image the prompt of the line whose file shares most with its path, seen from the end.
 
-    A line of which another picture's path shares more is that picture's.
+    A line of which another image's path shares more is that image's.
     """
-    paths = [picture.resolve() for picture in pictures]
+    paths = [image.resolve() for image in images]
     ends_of_paths = {end for path in paths for end in _ends(path)}
     by_end: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for number, (file, _) in enumerate(lines):
         for end in _ends(file):
             by_end[end].append(number)
-    # How much of each line's file some picture shares.
+    # How much of each line's file some image shares.
     most = [max((len(end) for end in _ends(file) if end in ends_of_paths), default=0) for file, _ in lines]
     found = []
-    for picture, path in zip(pictures, paths, strict=True):
+    for image, path in zip(images, paths, strict=True):
         longest = max((end for end in _ends(path) if end in by_end), key=len, default=())
         if not longest:
-            raise InputError(f"prompt file {spec!r} has no line for picture {picture.name!r}")
+            raise InputError(f"prompt file {spec!r} has no line for image {image.name!r}")
         if all(most[number] > len(longest) for number in by_end[longest]):
-            raise InputError(f"prompt file {spec!r} has no line for picture {str(picture)!r}")
+            raise InputError(f"prompt file {spec!r} has no line for image {str(image)!r}")
         best = {lines[number][1] for number in by_end[longest]}
         if len(best) > 1:
             raise InputError(
-                f"prompt file {spec!r} has several prompts for picture {str(picture)!r}; "
+                f"prompt file {spec!r} has several prompts for image {str(image)!r}; "
                 "name its files with enough of their folders"
             )
         found.append(best.pop())
     spare = [str(file) for (file, _), shared in zip(lines, most, strict=True) if not shared]
     if spare:
-        text = "prompt file %r has lines of no picture here: %d, such as %r"
+        text = "prompt file %r has lines of no image here: %d, such as %r"
         logging.getLogger("ipgo").warning(text, spec, len(spare), spare[0])
     return found
 
@@ -270,10 +270,10 @@ def _ends(path: Path) -> Iterator[tuple[str, ...]]:
     return (parts[: count + 1] for count in range(len(parts)))
 
 
-def score_pictures(
-    pictures: Sequence[Path], prompts: Sequence[str], rewards: dict[str, Reward], device: torch.device
+def score_images(
+    images: Sequence[Path], prompts: Sequence[str], rewards: dict[str, Reward], device: torch.device
 ) -> Iterator[dict[str, Any]]:
-    """{"file", "prompt", reward: score, ...} for each picture, which is put on `device` as in a fit."""
+    """{"file", "prompt", reward: score, ...} for each image, which is put on `device` as in a fit."""
     import torch
     from PIL import Image
 
@@ -282,19 +282,19 @@ def score_pictures(
     from ipgo.rewards.spec import EXTERNAL
 
     def opened() -> Iterator[tuple[Path, str, torch.Tensor]]:
-        for file, prompt in zip(pictures, prompts, strict=True):
-            with reading(file), Image.open(file) as picture:
-                pixels = from_pil(picture)
+        for file, prompt in zip(images, prompts, strict=True):
+            with reading(file), Image.open(file) as image:
+                pixels = from_pil(image)
             yield file, prompt, pixels
 
     def scored(part: Sequence[tuple[Path, str, torch.Tensor]]) -> Iterator[dict[str, Any]]:
-        names, texts, images = zip(*part, strict=True)
+        names, texts, pixels = zip(*part, strict=True)
         try:
             with torch.no_grad():
-                found = score_each(rewards, torch.stack(images).to(device), texts)
+                found = score_each(rewards, torch.stack(pixels).to(device), texts)
         except IpgoError as error:
             if len(part) == 1:
-                raise type(error)(f"{error} (picture {str(names[0])!r})") from error
+                raise type(error)(f"{error} (image {str(names[0])!r})") from error
             for each in part:  # to know which it is, and to lose none of the others
                 yield from scored([each])
             return
@@ -308,7 +308,7 @@ def score_pictures(
     # A command or a person is asked about one at a time anyway, and not twice about any.
     names = [part.name for reward in rewards.values() for part in parts(reward)]
     most = 1 if any(name.startswith(tuple(EXTERNAL)) for name in names) else BATCH
-    with tqdm(total=len(pictures), desc="scoring", unit="image", disable=None, leave=False) as bar:
+    with tqdm(total=len(images), desc="scoring", unit="image", disable=None, leave=False) as bar:
         for shape, alike in itertools.groupby(opened(), key=lambda each: each[2].shape):
             for part in _batched(alike, max(1, min(most, PIXELS // shape[-2:].numel()))):
                 yield from scored(part)

@@ -127,7 +127,7 @@ def fit(
     given_backend = backend if isinstance(backend, Backend) else None
     if not isinstance(backend, str | Path | Backend):
         given_backend = load_backend(backend, device=device)
-    name = str(backend) if given_backend is None else place_of(given_backend)
+    name = str(backend) if given_backend is None else _origin_of(given_backend)
     reward = reward_for(name) if reward is None else reward
     judges = None if held_out is None else _several("held_out", held_out)
     given = _own_rewards((reward, *(judges or ())))
@@ -190,7 +190,7 @@ def _check_names(own: Mapping[str, Reward], asked: Iterable[str | RewardFunction
             )
 
 
-def place_of(backend: Backend) -> str:
+def _origin_of(backend: Backend) -> str:
     """Where a backend can be opened again, if its pipeline says so; else what it is."""
     if backend.name in BACKENDS:
         return backend.name

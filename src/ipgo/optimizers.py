@@ -22,7 +22,7 @@ from ipgo.seeding import derive
 REPRODUCED = 1e-6  # how far an optimiser that is run again may stray from the points that it asked for
 
 
-class Optimizer(Protocol):
+class AskTell(Protocol):
     """Higher is better. Points are float64 (D,) on the CPU."""
 
     def ask(self) -> Tensor:

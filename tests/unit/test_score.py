@@ -18,7 +18,7 @@ from PIL import Image
 import ipgo
 import ipgo.rewards
 from ipgo import cli
-from ipgo.cli_score import BATCH, find_pictures, match_prompts
+from ipgo.cli_score import BATCH, find_images, match_prompts
 from ipgo.errors import InputError
 from ipgo.images import from_pil
 from ipgo.rewards import identity_of, load_reward
@@ -170,14 +170,14 @@ def test_what_was_scored_is_kept_when_a_reward_fails(
 def test_a_picture_counts_once_and_a_line_without_one_is_said(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert find_pictures([folder / "02.png", folder]) == find_pictures(
-        [folder / "02.png", *find_pictures([folder])]
+    assert find_images([folder / "02.png", folder]) == find_images(
+        [folder / "02.png", *find_images([folder])]
     )
-    assert len(find_pictures([folder / "02.png", folder])) == BATCH + 3
+    assert len(find_images([folder / "02.png", folder])) == BATCH + 3
     (tmp_path / "p.csv").write_text("file,prompt\n00.png,a\nlost.png,b\n")
     words = ["score", str(folder / "00.png"), "--reward", "contrast", "--prompts", str(tmp_path / "p.csv")]
     assert cli.main(words) == 0
-    assert "has lines of no picture here: 1, such as 'lost.png'" in caplog.text
+    assert "has lines of no image here: 1, such as 'lost.png'" in caplog.text
     assert "contrast: " in capsys.readouterr().err  # the mean; the table is on stdout
 
 
@@ -185,11 +185,11 @@ def test_folders_within_a_folder_are_scored_too(folder: Path, tmp_path: Path) ->
     for name in ("b.png", "2/1.png", "10/1.png", "2/deeper/1.png", ".thumbnails/1.png", "2/._1.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes((folder / "00.png").read_bytes())
-    found = [str(each.relative_to(tmp_path)) for each in find_pictures([tmp_path])]
+    found = [str(each.relative_to(tmp_path)) for each in find_images([tmp_path])]
     assert found == ["b.png", "2/1.png", "2/deeper/1.png", "10/1.png"]
     (tmp_path / "10/run.json").write_text("{}")
     with pytest.raises(InputError, match=r"10' is a run's folder"):
-        find_pictures([tmp_path])
+        find_images([tmp_path])
 
 
 def test_progress_is_shown_on_a_terminal(
@@ -225,7 +225,7 @@ def test_who_looks_at_prompts_is_known_without_loading(spec: str) -> None:
         (["{folder}/notes.txt", "--reward", "contrast"], "is neither a folder nor an image file"),
         (["{tmp}", "--reward", "contrast"], "has no image file"),
         (["{folder}", "--reward", "contrast", "--out", "x.txt"], "must end in .csv or .json"),
-        (["{folder}", "--reward", "contrast", "--prompts", "one:test"], "has 30 lines for 19 pictures"),
+        (["{folder}", "--reward", "contrast", "--prompts", "one:test"], "has 30 lines for 19 images"),
         (["{folder}", "--reward", "contrast", "--prompts", "one", "--prompt", "a"], "both given"),
         (["{folder}", "--reward", "clip"], "reward 'clip' may look at prompts"),
         (["{tmp}/broken.png", "--reward", "contrast"], "cannot be read"),
@@ -240,11 +240,11 @@ def test_who_looks_at_prompts_is_known_without_loading(spec: str) -> None:
         (["{folder}", "--reward", "contrast", "--out", "{folder}/00.png/x.csv"], "which cannot be written"),
         (
             ["{folder}", "--reward", "contrast", "--prompts", "{tmp}/twice.csv"],
-            "has several prompts for picture",
+            "has several prompts for image",
         ),
         (
             ["{folder}", "--reward", "contrast", "--prompts", "{tmp}/p.csv"],
-            "has no line for picture '00.png'",
+            "has no line for image '00.png'",
         ),
         (
             ["{folder}", "--reward", "contrast", "--prompts", "{tmp}/blank.csv"],
@@ -294,12 +294,12 @@ def test_a_prompt_goes_to_the_picture_that_its_line_names(tmp_path: Path, name: 
     (tmp_path / name).write_text(table)
     assert match_prompts(pictures, str(tmp_path / name), None) == ["one", "two"]
     (tmp_path / name).write_text("\n".join(line for line in table.splitlines() if "b/x.png" not in line))
-    with pytest.raises(InputError, match=r"has no line for picture '.*b/x.png'"):
+    with pytest.raises(InputError, match=r"has no line for image '.*b/x.png'"):
         match_prompts(pictures, str(tmp_path / name), None)
 
 
 def test_numbers_in_names_count_as_such(tmp_path: Path) -> None:
     for name in ("10.png", "2.png", "1.png", "a10-3.png", "a9-20.png", "b.png"):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
-    found = [file.name for file in find_pictures([tmp_path])]
+    found = [file.name for file in find_images([tmp_path])]
     assert found == ["1.png", "2.png", "10.png", "a9-20.png", "a10-3.png", "b.png"]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ipgo.adapters import Adapter, InsertionAdapter
 from ipgo.errors import InputError, unknown
 from ipgo.insertion import Insertion
-from ipgo.optimizers import CMA, Optimizer, TuRBO, need
+from ipgo.optimizers import CMA, AskTell, TuRBO, need
 from ipgo.search import search
 from ipgo.seeding import derive
 from ipgo.task import Method, Progress, Request, Task
@@ -90,7 +90,7 @@ class BlackBoxIPGO(Method):
         optimizers = [self.make(size, derive(task.seed, "optimizer", key)) for key in keys]
         return search(task, adapter, _Points(optimizers, size, self.candidates), self.candidates, resume)
 
-    def make(self, size: int, seed: int) -> Optimizer:
+    def make(self, size: int, seed: int) -> AskTell:
         """A fresh optimiser of `size` numbers."""
         if self.optimizer == "cma":
             return CMA(size, seed, spread=self.spread, population=self.population)
@@ -112,7 +112,7 @@ def searched(adapter: InsertionAdapter) -> list[tuple[nn.Parameter, float]]:
 class _Points:
     """One optimiser for each row, and all that it was told: a checkpoint holds that, and is replayed."""
 
-    def __init__(self, optimizers: list[Optimizer], size: int, total: int) -> None:
+    def __init__(self, optimizers: list[AskTell], size: int, total: int) -> None:
         self.optimizers = optimizers
         self.told = torch.zeros((), dtype=torch.long)
         self.points = torch.full((len(optimizers), total, size), math.nan, dtype=torch.float64)
