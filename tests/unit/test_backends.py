@@ -22,7 +22,7 @@ from ipgo.artefacts import save_adapter
 from ipgo.backends import FAMILIES, check_backend, load_backend
 from ipgo.backends import folder as folders
 from ipgo.backends.facts import Opening
-from ipgo.backends.weights import fingerprint
+from ipgo.backends.weights import check_numbers, fingerprint
 from ipgo.embeds import PromptEmbeds
 from ipgo.errors import InputError
 from ipgo.files import hub_id
@@ -30,7 +30,7 @@ from ipgo.images import from_pil
 from ipgo.insertion import Insertion
 from ipgo.rewards.emoji import load_judge
 from ipgo.sampling import Sampling, sample
-from tests.conftest import put_into_cache
+from tests.conftest import brightness, put_into_cache, quantised
 
 
 @pytest.fixture
@@ -112,6 +112,25 @@ def test_what_changes_pictures_without_being_a_weight_is_known(make_pipe):
         change()
         found.append(load_backend(pipe, device="cpu").identity["weights"])
     assert len(set(found)) == 5
+
+
+def test_quantised_weights_are_read_by_what_they_are_made_of(make_pipe):
+    pipe, other = quantised(make_pipe()), quantised(make_pipe())
+    with torch.no_grad():
+        weight = next(w for w in other.unet.parameters() if hasattr(w, "scale"))
+        weight.scale[-1] *= 2
+    found = [load_backend(each).identity["weights"] for each in (pipe, quantised(make_pipe()), other)]
+    assert found[0] == found[1] != found[2]
+    check_numbers([("unet", pipe.unet)], "mine")
+    weight.scale[0] = math.nan
+    with pytest.raises(InputError, match="not finite"):
+        check_numbers([("unet", other.unet)], "mine")
+    method = ipgo.IPGO(insertion=Insertion(2, 2), ascent=ipgo.Ascent(steps=1))
+    short = Sampling(2, fit_steps=2)
+    (fitted,) = ipgo.fit(
+        "a fox", backend=pipe, reward=brightness, method=method, sampling=short, seeds=[0], held_out=[]
+    )
+    assert fitted.history[-1]["grad_norm"] > 0
 
 
 def test_a_pipeline_that_was_changed_since_is_opened_again(make_pipe):
