@@ -24,6 +24,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.hooks import apply_group_offloading, apply_pyramid_attention_broadcast
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
 import ipgo
 from ipgo.adapters import Adapter, InsertionAdapter, LoRA, NoiseAdapter, WeightAdapter, generate
@@ -531,6 +532,24 @@ def test_a_cache_that_a_function_put_on_is_refused():
     apply_pyramid_attention_broadcast(pipe.transformer, config)
     with pytest.raises(InputError, match=r"the pipeline's transformer keeps features .*or load the pipeline"):
         load_backend(pipe, device="cpu")
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_kernel_without_a_backward_pass_is_refused(alone, monkeypatch):
+    """As `set_attention_backend("sage")` sets it, where that is installed, or DIFFUSERS_ATTN_BACKEND."""
+    pipe, name = tiny.flux(), AttentionBackendName("_sage_qk_int8_pv_fp16_cuda")
+    if alone:
+        pipe.transformer.transformer_blocks[0].attn.processor._attention_backend = name
+    else:
+        monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", name)
+    with pytest.raises(
+        InputError, match=r"the pipeline's transformer attends .*`pipe\.transformer\.set_attent"
+    ):
+        load_backend(pipe, device="cpu")
+    open_to_draw(pipe)
+    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", AttentionBackendName("native"))
+    pipe.transformer.set_attention_backend("native")
+    load_backend(pipe, device="cpu")
 
 
 def test_a_lora_is_not_put_onto_fused_attention():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +131,8 @@ def load_backend(
         InputError: an unknown name or option, a family that is not known or does not have the option, or a
             folder that is incomplete, damaged or holds a pickle. Or a pipeline object through which nothing can be
             learned: a part of it is missing, is offloaded or spread over devices, is cast layer by layer, keeps
-            features from step to step (a cache), has an IP-Adapter, or was made in torch.inference_mode.
+            features from step to step (a cache), attends without a backward pass, has an IP-Adapter, or was made in
+            torch.inference_mode.
     """
     opening = Opening(image_size, padding, scheduler, long_prompts, str(text_device))
     if isinstance(source, str) and source not in BACKENDS:
@@ -230,6 +231,11 @@ def _check_parts(pipe: Any) -> None:
                 f"the pipeline's {part} has an IP-Adapter, which wants an image besides the prompt; unload it "
                 "(`pipe.unload_ip_adapter()`)"
             )
+        if _attends_forward_only(module):
+            raise InputError(
+                f"the pipeline's {part} attends with a kernel of SageAttention, which has no backward pass; give it "
+                f"another (`pipe.{part}.set_attention_backend('native')`)"
+            )
         if isinstance(module, nn.Module) and any(each.is_inference() for each in module.parameters()):
             raise InputError(
                 f"the pipeline's {part} was made in torch.inference_mode, through which nothing can be learned; "
@@ -253,9 +259,22 @@ def _hooked(module: object, name: str) -> bool:
 
 
 def _hooks(module: object) -> set[str]:
-    parts = module.modules() if isinstance(module, nn.Module) else ()
-    found = (getattr(getattr(part, "_diffusers_hook", None), "hooks", {}) for part in parts)
+    found = (getattr(getattr(part, "_diffusers_hook", None), "hooks", {}) for part in _modules(module))
     return set().union(*found)
+
+
+def _modules(module: object) -> Iterable[nn.Module]:
+    return module.modules() if isinstance(module, nn.Module) else ()
+
+
+def _attends_forward_only(module: object) -> bool:
+    """Does it attend with a kernel of SageAttention, which was set for it, or for all that have none of their own?"""
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+    processors: list[Any] = [getattr(each, "processor", None) for each in _modules(module)]
+    own = {each._attention_backend for each in processors if hasattr(each, "_attention_backend")}
+    default = _AttentionBackendRegistry.get_active_backend()[0]
+    return any("sage" in (name or default) for name in own)
 
 
 def _around(pipe: Any, kind: str, opening: Opening) -> Backend:
