@@ -15,16 +15,19 @@ from diffusers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EDMEulerScheduler,
+    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FirstBlockCacheConfig,
     FlowMatchHeunDiscreteScheduler,
     FlowMatchLCMScheduler,
     IPNDMScheduler,
+    LTXEulerAncestralRFScheduler,
     PyramidAttentionBroadcastConfig,
     UniPCMultistepScheduler,
 )
 from diffusers.hooks import apply_group_offloading, apply_pyramid_attention_broadcast
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from peft import LoraConfig
 
 import ipgo
 from ipgo.adapters import Adapter, InsertionAdapter, LoRA, NoiseAdapter, WeightAdapter, generate
@@ -293,13 +296,35 @@ def test_schedules_of_few_steps_begin_at_pure_noise():
 
 
 @pytest.mark.parametrize(
-    "scheduler", [FlowMatchLCMScheduler, DDPMParallelScheduler, CMStochasticIterativeScheduler]
+    "scheduler",
+    [
+        FlowMatchLCMScheduler,
+        DDPMParallelScheduler,
+        CMStochasticIterativeScheduler,
+        LTXEulerAncestralRFScheduler,
+        type("Mine", (DDPMScheduler,), {}),
+    ],
 )
 def test_schedulers_with_noise_of_their_own_are_refused(scheduler):
-    pipe = tiny.sd3() if scheduler is FlowMatchLCMScheduler else tiny_pipeline()
+    flow = scheduler in (FlowMatchLCMScheduler, LTXEulerAncestralRFScheduler)
+    pipe = tiny.sd3() if flow else tiny_pipeline()
     pipe.scheduler = scheduler()
     with pytest.raises(InputError, match=f"the model's own, {scheduler.__name__}, draws noise itself"):
         generate(load_backend(pipe, device="cpu"), ["a red cat"], [3], Adapter(), Sampling(2, 1.0))
+
+
+def test_a_scheduler_of_the_users_own_is_known_by_what_it_is_made_of():
+    drawn = []
+    for kind, options in ((EulerAncestralDiscreteScheduler, {}), (DDIMScheduler, {"eta": 0.5})):
+        for own in (kind, type("Mine", (kind,), {})):
+            pipe = tiny_pipeline()
+            pipe.scheduler = own.from_config(pipe.scheduler.config)
+            backend = load_backend(pipe, device="cpu")
+            drawn.append([generate(backend, ["sun"], [3], None, Sampling(2, **options)) for _ in range(2)])
+            assert torch.equal(*drawn[-1])
+            assert backend.stochastic == (kind is not DDIMScheduler)
+    assert torch.equal(drawn[0][0], drawn[1][0])
+    assert torch.equal(drawn[2][0], drawn[3][0])
 
 
 def test_qwen_image_is_known_by_its_folder(tmp_path):
@@ -550,6 +575,18 @@ def test_a_kernel_without_a_backward_pass_is_refused(alone, monkeypatch):
     monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", AttentionBackendName("native"))
     pipe.transformer.set_attention_backend("native")
     load_backend(pipe, device="cpu")
+
+
+def test_a_lora_is_not_put_onto_the_rest_of_another():
+    pipe = tiny_pipeline()
+    backend = load_backend(pipe, device="cpu")
+    whole = WeightAdapter.start(backend, ["sun"], LoRA(), seed=0, shared=False)
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), "style")
+    pipe.delete_adapters("style")
+    with pytest.raises(InputError, match=r"a LoRA that was deleted; call pipe\.unload_lora_weights"):
+        WeightAdapter.start(backend, ["sun"], LoRA(), seed=0, shared=False)
+    pipe.unload_lora_weights()
+    assert WeightAdapter.start(backend, ["sun"], LoRA(), seed=0, shared=False).layers == whole.layers
 
 
 def test_a_lora_is_not_put_onto_fused_attention():

@@ -142,6 +142,10 @@ def _check_bare(denoiser: nn.Module) -> None:
             "the denoiser carries a LoRA already; call pipe.fuse_lora() if it shall stay, then "
             "pipe.unload_lora_weights()"
         )
+    if any(hasattr(module, "base_layer") for module in denoiser.modules()):
+        raise InputError(
+            "the denoiser still has the layers of a LoRA that was deleted; call pipe.unload_lora_weights()"
+        )
     if any(getattr(module, "fused_projections", False) for module in denoiser.modules()):
         raise InputError(
             "the denoiser's attention is fused, past the layers that a LoRA changes; call "

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ipgo.backends.facts import Facts, Guidance, Opening
 from ipgo.backends.few_steps import FewSteps
 from ipgo.backends.parts import check_parts
-from ipgo.backends.schedulers import STOCHASTIC, described, new_scheduler
+from ipgo.backends.schedulers import STOCHASTIC, described, is_one_of, new_scheduler
 from ipgo.backends.text import check_lengths, unpadded
 from ipgo.backends.weights import fingerprint, uncompiled
 from ipgo.devices import name_of
@@ -322,7 +322,7 @@ class Backend(ABC):
     @property
     def stochastic(self) -> bool:
         """Does the scheduler add noise at every step?"""
-        return self.opening.scheduler is None and type(self.pipe.scheduler).__name__ in STOCHASTIC
+        return self.opening.scheduler is None and is_one_of(self.pipe.scheduler, STOCHASTIC)
 
     def scheduler(self, steps: int, latents: Tensor) -> Any:
         """A fresh diffusers scheduler with timesteps set: schedulers carry the state of a trajectory.
