@@ -135,6 +135,19 @@ def test_quantised_weights_are_read_by_what_they_are_made_of(make_pipe):
     assert fitted.history[-1]["grad_norm"] > 0
 
 
+@pytest.mark.parametrize("dtype", ["float16", torch.bfloat16])
+def test_a_quantised_part_keeps_its_format(make_pipe, dtype):
+    for part in ("unet", "text_encoder"):
+        with pytest.raises(
+            InputError, match=rf"float16'; the pipeline's {part} is quantised .*leave dtype out"
+        ):
+            load_backend(quantised(make_pipe(), part), dtype=dtype)
+    pipe = make_pipe()
+    pipe.vae.is_quantized = True  # as diffusers says it of what it loaded so
+    with pytest.raises(InputError, match="the pipeline's vae is quantised"):
+        load_backend(pipe, dtype=dtype)
+
+
 def test_a_pipeline_that_was_changed_since_is_opened_again(make_pipe):
     pipe = make_pipe()
     backend = load_backend(pipe, device="cpu")

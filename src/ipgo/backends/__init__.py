@@ -17,7 +17,7 @@ from ipgo.backends.facts import Facts, Opening, width_of
 from ipgo.backends.few_steps import FewSteps, by_folder, by_name, by_pipeline, either
 from ipgo.backends.flux import Flux
 from ipgo.backends.flux_2 import Flux2Klein
-from ipgo.backends.parts import as_they_were, check_parts, moves
+from ipgo.backends.parts import as_they_were, check_parts, moves, quantised
 from ipgo.backends.pixart import PixArtAlpha, PixArtSigma
 from ipgo.backends.qwen_image import QwenImage
 from ipgo.backends.sana import Sana, SanaSprint
@@ -173,6 +173,12 @@ def _from_pipeline(
     kind = _kind(pipe)
     opening.check(FAMILIES[kind].facts, kind)
     check_parts(pipe)
+    for part, module in pipe.components.items():
+        if dtype != "auto" and quantised(module):
+            raise InputError(
+                f"dtype is {str(dtype).removeprefix('torch.')!r}; the pipeline's {part} is quantised and keeps its "
+                "format: leave dtype out"
+            )
     with torch.inference_mode(False):  # as above
         if device != "auto":
             put(pipe, choose_device(device), opening.text_device)

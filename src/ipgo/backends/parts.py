@@ -46,6 +46,14 @@ def check_parts(pipe: Any) -> None:
             )
 
 
+def quantised(module: object) -> bool:
+    """Does it keep weights in another form than floating numbers, by bitsandbytes, GGUF, quanto, torchao or others?"""
+    weights = module.parameters() if isinstance(module, nn.Module) else ()
+    return bool(getattr(module, "is_quantized", False)) or any(
+        not each.is_floating_point() or hasattr(each, "__tensor_flatten__") for each in weights
+    )
+
+
 def moves(module: object) -> bool:
     """Is it moved from device to device, by accelerate or by diffusers' group offloading?"""
     return hasattr(module, "_hf_hook") or _hooked(module, "group_offloading")
