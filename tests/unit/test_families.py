@@ -41,7 +41,7 @@ from ipgo.insertion import Insertion
 from ipgo.relaxation import Relaxation
 from ipgo.sampling import Sampling
 from tests import tiny_families as tiny
-from tests.conftest import tiny_pipeline
+from tests.conftest import brightness, tiny_pipeline
 
 MARKS_AFTER = "<|im_end|>\n<|im_start|>assistant\n"
 MARKS = "<|im_start|>user\n" + MARKS_AFTER
@@ -265,6 +265,32 @@ def test_what_moves_about_is_refused_but_draws_what_was_learned(offload):
             theirs = moved(latents=backend.noise([3])[:, 0], **kwargs, **options).images
         ours = generate(backend, ["sun"], [3], learned, Sampling(1))
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("apart", ["vae", None])
+def test_a_device_map_of_one_device_moves_nothing(apart, monkeypatch):
+    pipe = tiny_pipeline()
+    for part in ("unet", "vae", "text_encoder"):
+        accelerate.dispatch_model(getattr(pipe, part), device_map={"": "cpu"}, force_hooks=True)
+        accelerate.hooks.add_hook_to_module(
+            getattr(pipe, part), accelerate.hooks.AlignDevicesHook(io_same_device=True), append=True
+        )
+    monkeypatch.setattr(
+        pipe, "hf_device_map", {"unet": "cpu", "vae": "cpu", "text_encoder": "cpu"}, raising=False
+    )
+    if apart is not None:
+        pipe.vae.decoder.to("meta")
+        with pytest.raises(InputError, match=r"vae is moved about .*`pipe\.reset_device_map\(\)`"):
+            load_backend(pipe)
+        return
+    with pytest.raises(
+        InputError, match=r"dtype is 'float16'; the pipeline has a device map .*reset_device_map"
+    ):
+        load_backend(pipe, dtype="float16")
+    method = ipgo.IPGO(ascent=ipgo.Ascent(steps=1, backprop_steps=1, recompute=True))
+    options = {"reward": brightness, "method": method, "seeds": [0], "held_out": [], "sampling": Sampling(1)}
+    fitted, usual = (ipgo.fit("sun", backend=each, **options)[0] for each in (pipe, tiny_pipeline()))
+    assert fitted.history[-1]["grad_norm"] == usual.history[-1]["grad_norm"] > 0
 
 
 def test_a_cache_of_features_is_refused():

@@ -179,6 +179,11 @@ def _from_pipeline(
                 f"dtype is {str(dtype).removeprefix('torch.')!r}; the pipeline's {part} is quantised and keeps its "
                 "format: leave dtype out"
             )
+    if dtype != "auto" and pipe._is_pipeline_device_mapped():
+        raise InputError(
+            f"dtype is {str(dtype).removeprefix('torch.')!r}; the pipeline has a device map and keeps its format: "
+            "leave dtype out, or call `pipe.reset_device_map()`, then `pipe.to('cuda')`"
+        )
     with torch.inference_mode(False):  # as above
         if device != "auto":
             put(pipe, choose_device(device), opening.text_device)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from ipgo.errors import InputError
@@ -17,7 +18,8 @@ def check_parts(pipe: Any) -> None:
         if moves(module):
             raise InputError(
                 f"the pipeline's {part} is moved about (offloading, or a device map), which gradients do not follow; "
-                "load it without, and leave its text encoders on the CPU with text_device='cpu'"
+                "load it without (or call `pipe.reset_device_map()`, then `pipe.to('cuda')`), and leave its text "
+                "encoders on the CPU with text_device='cpu'"
             )
         if _hooked(module, "layerwise_casting"):
             raise InputError(
@@ -55,8 +57,26 @@ def quantised(module: object) -> bool:
 
 
 def moves(module: object) -> bool:
-    """Is it moved from device to device, by accelerate or by diffusers' group offloading?"""
-    return hasattr(module, "_hf_hook") or _hooked(module, "group_offloading")
+    """Is it moved from device to device, by accelerate or by diffusers' group offloading?
+
+    Hooks of accelerate that have its inputs where all of it stays, as `device_map` puts them on, move nothing.
+    """
+    hooks = [hook for each in _modules(module) for hook in _of_accelerate(each)]
+    places = {each.device for part in _modules(module) for each in part.parameters()}
+    places |= {
+        torch.device(place)
+        for hook in hooks
+        if (place := getattr(hook, "execution_device", None)) is not None
+    }
+    offloads = any(getattr(hook, "offload", True) for hook in hooks)
+    apart = len({(place.type, place.index or 0) for place in places}) > 1
+    return offloads or (bool(hooks) and apart) or _hooked(module, "group_offloading")
+
+
+def _of_accelerate(module: nn.Module) -> list[Any]:
+    """The hooks of accelerate on it itself; of a sequence each."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    return [] if hook is None else list(getattr(hook, "hooks", [hook]))
 
 
 def _caches(module: object) -> bool:
