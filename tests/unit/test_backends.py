@@ -182,6 +182,23 @@ def test_what_was_changed_since_is_noticed_in_any_part(make_pipe, change, messag
         generate(opened, ["sun"], [0], sampling=Sampling(1))
 
 
+@pytest.mark.parametrize("part", ["unet", "text_encoder", "vae"])
+def test_a_part_without_numbers_is_refused_before_anything_is_drawn(make_pipe, part):
+    pipe = make_pipe()
+    getattr(pipe, part).to("meta")
+    with pytest.raises(InputError, match=f"the pipeline's {part} is on the device meta"):
+        ipgo.fit("sun", backend=pipe, reward=brightness)
+
+
+def test_networks_on_two_devices_are_refused_before_anything_is_drawn(make_pipe, monkeypatch):
+    pipe = make_pipe()
+    monkeypatch.setattr(type(pipe.vae), "device", torch.device("cuda:1"))
+    with pytest.raises(
+        InputError, match="the pipeline's vae is on cuda:1, and what denoises on cpu; put both"
+    ):
+        generate(pipe, ["sun"], [0], sampling=Sampling(1))
+
+
 def test_what_was_set_to_train_since_is_frozen_again(make_pipe):
     pipe = make_pipe()
     opened = load_backend(pipe, device="cpu")

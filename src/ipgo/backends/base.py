@@ -114,7 +114,7 @@ class Backend(ABC):
 
     def check_current(self) -> None:
         """Raise `InputError` if the pipeline's networks are no longer those that this was made around, or where it was,
-        or if nothing can be learned through them any more; freeze them again.
+        or if nothing can be drawn or learned through them; freeze them again.
         """
         check_parts(self.pipe)
         now, denoiser = _networks_of(self.pipe), denoiser_of(self.pipe)
@@ -127,6 +127,16 @@ class Backend(ABC):
             raise InputError(
                 f"the pipeline of backend {self.name!r} has got other networks, or another number format or device, "
                 "since it was opened; open it again with load_backend"
+            )
+        for part, module in self.pipe.components.items():
+            if module in now.values() and any(each.is_meta for each in module.parameters()):
+                raise InputError(
+                    f"the pipeline's {part} is on the device meta, without numbers; load its weights"
+                )
+        if self.pipe.vae.device != denoiser.device:
+            raise InputError(
+                f"the pipeline's vae is on {self.pipe.vae.device}, and what denoises on {denoiser.device}; put both on "
+                "one device"
             )
         self.freeze()
 
