@@ -103,6 +103,50 @@ def tiny_pipeline(seed: int = 0, prediction_type: str = "epsilon") -> StableDiff
     return pipe
 
 
+class Int8(torch.Tensor):
+    """A weight in eight bits, made as torchao makes its own: nothing but `F.linear` and copies are known of it."""
+
+    @staticmethod
+    def __new__(cls, data: torch.Tensor, scale: torch.Tensor) -> Int8:
+        return torch.Tensor._make_wrapper_subclass(cls, data.shape, dtype=scale.dtype, device=data.device)
+
+    def __init__(self, data: torch.Tensor, scale: torch.Tensor) -> None:
+        self.data8, self.scale = data, scale
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["data8", "scale"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, parts: dict[str, torch.Tensor], *_: object) -> Int8:
+        return cls(parts["data8"], parts["scale"])
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.nn.functional.linear:
+            inputs, weight, *bias = args
+            return function(inputs, weight.data8 * weight.scale, *bias)
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            return cls(args[0].data8, args[0].scale)
+        raise NotImplementedError(f"{function} of quantised weights")
+
+
+def quantised(pipe: Any, part: str = "unet") -> Any:
+    """The pipeline, with the linear layers of a part in eight bits."""
+    for layer in getattr(pipe, part).modules():
+        if isinstance(layer, torch.nn.Linear):
+            weight = layer.weight.detach()
+            scale = weight.abs().amax(1, keepdim=True) / 127
+            layer.weight = torch.nn.Parameter(
+                Int8((weight / scale).round().to(torch.int8), scale), requires_grad=False
+            )
+    return pipe
+
+
 @pytest.fixture(scope="session")
 def pipe() -> StableDiffusionPipeline:
     """Shared by all tests: leave it as it is."""

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ipgo import files
 from ipgo.adapters import Adapter
-from ipgo.backends import BACKENDS, Backend, few_steps, load_backend
+from ipgo.backends import BACKENDS, Backend, as_they_were, few_steps, load_backend
 from ipgo.config import RunConfig
 from ipgo.defaults import method_and_sampling, reward_for
 from ipgo.devices import own_numbers
@@ -104,8 +104,8 @@ def fit(
         prompts: one prompt or several.
         reward: a spec as in `load_reward`, or any function (images (B, 3, H, W) in [0, 1], prompts) -> (B,); None: what
             the bundled model's images are meant to be, or hpsv2.1 for others (see `defaults.reward_for`).
-        backend: a name, folder, file or hub id, a pipeline object of diffusers (which is frozen), or what
-            `load_backend` made of one, for its other options.
+        backend: a name, folder, file or hub id, a pipeline object of diffusers (which is frozen until this
+            returns), or what `load_backend` made of one, for its other options.
         method: a name of `ipgo list methods`, with its defaults, or an object such as IPGO(ascent=Ascent(steps=20)).
         held_out: rewards that only judge the result, specs or functions; None: those that come with the backend.
         sampling: None: 20 steps, or what a few-step model needs (see `defaults.method_and_sampling`).
@@ -126,7 +126,8 @@ def fit(
     """
     given_backend = backend if isinstance(backend, Backend) else None
     if not isinstance(backend, str | Path | Backend):
-        given_backend = load_backend(backend, device=device)
+        with as_they_were(backend):
+            given_backend = load_backend(backend, device=device)
     name = str(backend) if given_backend is None else _origin_of(given_backend)
     reward = reward_for(name) if reward is None else reward
     judges = None if held_out is None else _several("held_out", held_out)
@@ -152,7 +153,13 @@ def fit(
     )
     _check_names(given, (reward, *(judging_rewards(config) if judges is None else judges)))
     check(config, given, loaded=given_backend is not None)
-    with tempfile.TemporaryDirectory() as temporary, torch.inference_mode(False), own_numbers():
+    given_pipe = None if given_backend is None else given_backend.pipe
+    with (
+        tempfile.TemporaryDirectory() as temporary,
+        torch.inference_mode(False),
+        own_numbers(),
+        as_they_were(given_pipe),
+    ):
         kept = None if out is None else files.place("out", out)
         check_tracker(track, kept)
         folder = Run.open(kept or Path(temporary) / "run", config)

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ipgo.backends import Backend
 from ipgo.backends.recomputing import TRANSFORMER, blocks, recomputed, row_by_row
+from ipgo.backends.schedulers import is_one_of
 from ipgo.embeds import PromptEmbeds
 from ipgo.errors import InputError
 from ipgo.typed import check_types
@@ -299,5 +300,5 @@ def noisy_step(
 
 def need_ddim(scheduler: Any, field: str) -> None:
     """Raise `InputError` for a scheduler other than DDIM, in the name of the `field` that asks for it."""
-    if type(scheduler).__name__ != "DDIMScheduler":
+    if not is_one_of(scheduler, ["DDIMScheduler"]):
         raise InputError(f"{field} above 0 needs the ddim scheduler, not {type(scheduler).__name__}")

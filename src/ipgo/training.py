@@ -13,7 +13,7 @@ from torch import Tensor, distributed
 
 from ipgo.adapters import Adapter
 from ipgo.ascent import Ascent, make_optimizer
-from ipgo.errors import RewardError
+from ipgo.errors import InputError, RewardError
 from ipgo.resume import all_tensors, copied, fill
 from ipgo.rewards import score_with_gradient
 from ipgo.sampling import decode, denoise, last_latents, redo_last_step, unconditional
@@ -197,6 +197,11 @@ class _Climb:
         )
         latents = last_latents(walk)
         images = decode(backend, latents, recompute=ascent.recompute)
+        if not images.requires_grad:
+            raise InputError(
+                f"no gradient reaches the images of backend {backend.name!r}; if its attention kernel has no backward "
+                "pass, as SageAttention, choose another (`set_attention_backend('native')`)"
+            )
         rewards = score_with_gradient(task.reward, images, prompts)
         penalty = self.adapter.penalty(original, cond, noise)
         objective = rewards - ascent.penalty_weight * penalty

@@ -1,5 +1,6 @@
 """Opening a backend, and what is refused."""
 
+import copy
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
 from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
@@ -17,20 +19,20 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import ipgo
-from ipgo.adapters import InsertionAdapter, generate
+from ipgo.adapters import Adapter, InsertionAdapter, LoRA, WeightAdapter, generate
 from ipgo.artefacts import save_adapter
 from ipgo.backends import FAMILIES, check_backend, load_backend
 from ipgo.backends import folder as folders
 from ipgo.backends.facts import Opening
-from ipgo.backends.weights import fingerprint
+from ipgo.backends.weights import check_numbers, fingerprint
 from ipgo.embeds import PromptEmbeds
-from ipgo.errors import InputError
+from ipgo.errors import InputError, RewardError
 from ipgo.files import hub_id
 from ipgo.images import from_pil
 from ipgo.insertion import Insertion
 from ipgo.rewards.emoji import load_judge
 from ipgo.sampling import Sampling, sample
-from tests.conftest import put_into_cache
+from tests.conftest import brightness, put_into_cache, quantised
 
 
 @pytest.fixture
@@ -114,6 +116,38 @@ def test_what_changes_pictures_without_being_a_weight_is_known(make_pipe):
     assert len(set(found)) == 5
 
 
+def test_quantised_weights_are_read_by_what_they_are_made_of(make_pipe):
+    pipe, other = quantised(make_pipe()), quantised(make_pipe())
+    with torch.no_grad():
+        weight = next(w for w in other.unet.parameters() if hasattr(w, "scale"))
+        weight.scale[-1] *= 2
+    found = [load_backend(each).identity["weights"] for each in (pipe, quantised(make_pipe()), other)]
+    assert found[0] == found[1] != found[2]
+    check_numbers([("unet", pipe.unet)], "mine")
+    weight.scale[0] = math.nan
+    with pytest.raises(InputError, match="not finite"):
+        check_numbers([("unet", other.unet)], "mine")
+    method = ipgo.IPGO(insertion=Insertion(2, 2), ascent=ipgo.Ascent(steps=1))
+    short = Sampling(2, fit_steps=2)
+    (fitted,) = ipgo.fit(
+        "a fox", backend=pipe, reward=brightness, method=method, sampling=short, seeds=[0], held_out=[]
+    )
+    assert fitted.history[-1]["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("dtype", ["float16", torch.bfloat16])
+def test_a_quantised_part_keeps_its_format(make_pipe, dtype):
+    for part in ("unet", "text_encoder"):
+        with pytest.raises(
+            InputError, match=rf"float16'; the pipeline's {part} is quantised .*leave dtype out"
+        ):
+            load_backend(quantised(make_pipe(), part), dtype=dtype)
+    pipe = make_pipe()
+    pipe.vae.is_quantized = True  # as diffusers says it of what it loaded so
+    with pytest.raises(InputError, match="the pipeline's vae is quantised"):
+        load_backend(pipe, dtype=dtype)
+
+
 def test_a_pipeline_that_was_changed_since_is_opened_again(make_pipe):
     pipe = make_pipe()
     backend = load_backend(pipe, device="cpu")
@@ -125,6 +159,102 @@ def test_a_pipeline_that_was_changed_since_is_opened_again(make_pipe):
     with pytest.raises(InputError, match="has got other networks, or another number format"):
         ipgo.fit("sun", backend=backend, reward=lambda images, prompts: images.mean((1, 2, 3)))
     generate(load_backend(pipe, device="cpu"), ["sun"], [0], None, Sampling(1))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda pipe: setattr(pipe, "text_encoder", copy.deepcopy(pipe.text_encoder)), "other networks"),
+        (lambda pipe: pipe.unet.to("meta"), "number format or device"),
+        (lambda pipe: pipe.text_encoder.to("meta"), "number format or device"),
+        (
+            lambda pipe: accelerate.cpu_offload(pipe.text_encoder, torch.device("cpu")),
+            "text_encoder is moved",
+        ),
+        (lambda pipe: pipe.unet.enable_layerwise_casting(torch.float16, torch.float32), "layerwise casting"),
+    ],
+)
+def test_what_was_changed_since_is_noticed_in_any_part(make_pipe, change, message):
+    pipe = make_pipe()
+    opened = load_backend(pipe, device="cpu")
+    change(pipe)
+    with pytest.raises(InputError, match=message):
+        generate(opened, ["sun"], [0], sampling=Sampling(1))
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder", "vae"])
+def test_a_part_without_numbers_is_refused_before_anything_is_drawn(make_pipe, part):
+    pipe = make_pipe()
+    getattr(pipe, part).to("meta")
+    with pytest.raises(InputError, match=f"the pipeline's {part} is on the device meta"):
+        ipgo.fit("sun", backend=pipe, reward=brightness)
+
+
+def test_networks_on_two_devices_are_refused_before_anything_is_drawn(make_pipe, monkeypatch):
+    pipe = make_pipe()
+    monkeypatch.setattr(type(pipe.vae), "device", torch.device("cuda:1"))
+    with pytest.raises(
+        InputError, match="the pipeline's vae is on cuda:1, and what denoises on cpu; put both"
+    ):
+        generate(pipe, ["sun"], [0], sampling=Sampling(1))
+
+
+def test_what_was_set_to_train_since_is_frozen_again(make_pipe):
+    pipe = make_pipe()
+    opened = load_backend(pipe, device="cpu")
+    before = generate(opened, ["sun"], [0], sampling=Sampling(1))
+    pipe.unet.requires_grad_(True).train()
+    for module in pipe.unet.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    assert torch.equal(generate(opened, ["sun"], [0], sampling=Sampling(1)), before)
+    assert not any(each.requires_grad for each in pipe.unet.parameters())
+
+
+def test_a_pipeline_is_left_with_its_modes_and_what_it_trains(make_pipe):
+    pipe = make_pipe()
+    pipe.unet.train()
+    pipe.text_encoder.train()
+    pipe.vae.requires_grad_(False)
+    pipe.unet.conv_in.eval().requires_grad_(False)
+    for module in pipe.text_encoder.modules():
+        if hasattr(module, "dropout"):
+            module.dropout = 0.5
+
+    def flags():
+        parts = [
+            (part, module) for part, module in pipe.components.items() if isinstance(module, torch.nn.Module)
+        ]
+        modes = {
+            (part, name): each.training for part, module in parts for name, each in module.named_modules()
+        }
+        wanted = [each.requires_grad for _, module in parts for each in module.parameters()]
+        return modes, wanted
+
+    before, adapter = flags(), Adapter()
+    found = [adapter.prompt_kwargs(pipe, "sun")["prompt_embeds"] for _ in range(2)]
+    assert torch.equal(*found)  # nothing is dropped out
+    assert flags() == before
+    generate(pipe, ["sun"], [0], sampling=Sampling(1))
+    assert flags() == before
+    lora = WeightAdapter(
+        ["sun"], {"mid_block.attentions.0.transformer_blocks.0.attn1.to_q": (32, 32)}, LoRA()
+    )
+    with lora.attached(pipe, ["sun"]):
+        pass
+    assert flags() == before
+    options = {"backend": pipe, "seeds": [0], "sampling": Sampling(1), "held_out": [], "unseen_seeds": 1}
+    ipgo.fit("sun", reward=brightness, method=ipgo.IPGO(ascent=ipgo.Ascent(1, backprop_steps=1)), **options)
+    assert flags() == before
+    with pytest.raises(RewardError):
+        ipgo.fit("sun", reward=lambda images, prompts: None, method="raw", **options)
+    with pytest.raises(InputError):
+        ipgo.fit("sun", reward="nothing", **options)
+    assert flags() == before
+    load_backend(pipe)
+    modes, wanted = flags()
+    assert not any(modes.values())
+    assert not any(wanted)
 
 
 def test_opening_and_drawing_leave_the_callers_random_numbers(make_pipe):

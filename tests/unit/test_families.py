@@ -15,15 +15,19 @@ from diffusers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EDMEulerScheduler,
+    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FirstBlockCacheConfig,
     FlowMatchHeunDiscreteScheduler,
     FlowMatchLCMScheduler,
     IPNDMScheduler,
+    LTXEulerAncestralRFScheduler,
     PyramidAttentionBroadcastConfig,
     UniPCMultistepScheduler,
 )
 from diffusers.hooks import apply_group_offloading, apply_pyramid_attention_broadcast
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from peft import LoraConfig
 
 import ipgo
 from ipgo.adapters import Adapter, InsertionAdapter, LoRA, NoiseAdapter, WeightAdapter, generate
@@ -37,7 +41,7 @@ from ipgo.insertion import Insertion
 from ipgo.relaxation import Relaxation
 from ipgo.sampling import Sampling
 from tests import tiny_families as tiny
-from tests.conftest import tiny_pipeline
+from tests.conftest import brightness, tiny_pipeline
 
 MARKS_AFTER = "<|im_end|>\n<|im_start|>assistant\n"
 MARKS = "<|im_start|>user\n" + MARKS_AFTER
@@ -263,6 +267,32 @@ def test_what_moves_about_is_refused_but_draws_what_was_learned(offload):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("apart", ["vae", None])
+def test_a_device_map_of_one_device_moves_nothing(apart, monkeypatch):
+    pipe = tiny_pipeline()
+    for part in ("unet", "vae", "text_encoder"):
+        accelerate.dispatch_model(getattr(pipe, part), device_map={"": "cpu"}, force_hooks=True)
+        accelerate.hooks.add_hook_to_module(
+            getattr(pipe, part), accelerate.hooks.AlignDevicesHook(io_same_device=True), append=True
+        )
+    monkeypatch.setattr(
+        pipe, "hf_device_map", {"unet": "cpu", "vae": "cpu", "text_encoder": "cpu"}, raising=False
+    )
+    if apart is not None:
+        pipe.vae.decoder.to("meta")
+        with pytest.raises(InputError, match=r"vae is moved about .*`pipe\.reset_device_map\(\)`"):
+            load_backend(pipe)
+        return
+    with pytest.raises(
+        InputError, match=r"dtype is 'float16'; the pipeline has a device map .*reset_device_map"
+    ):
+        load_backend(pipe, dtype="float16")
+    method = ipgo.IPGO(ascent=ipgo.Ascent(steps=1, backprop_steps=1, recompute=True))
+    options = {"reward": brightness, "method": method, "seeds": [0], "held_out": [], "sampling": Sampling(1)}
+    fitted, usual = (ipgo.fit("sun", backend=each, **options)[0] for each in (pipe, tiny_pipeline()))
+    assert fitted.history[-1]["grad_norm"] == usual.history[-1]["grad_norm"] > 0
+
+
 def test_a_cache_of_features_is_refused():
     pipe = tiny.flux()
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.5))
@@ -292,13 +322,35 @@ def test_schedules_of_few_steps_begin_at_pure_noise():
 
 
 @pytest.mark.parametrize(
-    "scheduler", [FlowMatchLCMScheduler, DDPMParallelScheduler, CMStochasticIterativeScheduler]
+    "scheduler",
+    [
+        FlowMatchLCMScheduler,
+        DDPMParallelScheduler,
+        CMStochasticIterativeScheduler,
+        LTXEulerAncestralRFScheduler,
+        type("Mine", (DDPMScheduler,), {}),
+    ],
 )
 def test_schedulers_with_noise_of_their_own_are_refused(scheduler):
-    pipe = tiny.sd3() if scheduler is FlowMatchLCMScheduler else tiny_pipeline()
+    flow = scheduler in (FlowMatchLCMScheduler, LTXEulerAncestralRFScheduler)
+    pipe = tiny.sd3() if flow else tiny_pipeline()
     pipe.scheduler = scheduler()
     with pytest.raises(InputError, match=f"the model's own, {scheduler.__name__}, draws noise itself"):
         generate(load_backend(pipe, device="cpu"), ["a red cat"], [3], Adapter(), Sampling(2, 1.0))
+
+
+def test_a_scheduler_of_the_users_own_is_known_by_what_it_is_made_of():
+    drawn = []
+    for kind, options in ((EulerAncestralDiscreteScheduler, {}), (DDIMScheduler, {"eta": 0.5})):
+        for own in (kind, type("Mine", (kind,), {})):
+            pipe = tiny_pipeline()
+            pipe.scheduler = own.from_config(pipe.scheduler.config)
+            backend = load_backend(pipe, device="cpu")
+            drawn.append([generate(backend, ["sun"], [3], None, Sampling(2, **options)) for _ in range(2)])
+            assert torch.equal(*drawn[-1])
+            assert backend.stochastic == (kind is not DDIMScheduler)
+    assert torch.equal(drawn[0][0], drawn[1][0])
+    assert torch.equal(drawn[2][0], drawn[3][0])
 
 
 def test_qwen_image_is_known_by_its_folder(tmp_path):
@@ -531,6 +583,36 @@ def test_a_cache_that_a_function_put_on_is_refused():
     apply_pyramid_attention_broadcast(pipe.transformer, config)
     with pytest.raises(InputError, match=r"the pipeline's transformer keeps features .*or load the pipeline"):
         load_backend(pipe, device="cpu")
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_kernel_without_a_backward_pass_is_refused(alone, monkeypatch):
+    """As `set_attention_backend("sage")` sets it, where that is installed, or DIFFUSERS_ATTN_BACKEND."""
+    pipe, name = tiny.flux(), AttentionBackendName("_sage_qk_int8_pv_fp16_cuda")
+    if alone:
+        pipe.transformer.transformer_blocks[0].attn.processor._attention_backend = name
+    else:
+        monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", name)
+    with pytest.raises(
+        InputError, match=r"the pipeline's transformer attends .*`pipe\.transformer\.set_attent"
+    ):
+        load_backend(pipe, device="cpu")
+    open_to_draw(pipe)
+    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", AttentionBackendName("native"))
+    pipe.transformer.set_attention_backend("native")
+    load_backend(pipe, device="cpu")
+
+
+def test_a_lora_is_not_put_onto_the_rest_of_another():
+    pipe = tiny_pipeline()
+    backend = load_backend(pipe, device="cpu")
+    whole = WeightAdapter.start(backend, ["sun"], LoRA(), seed=0, shared=False)
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), "style")
+    pipe.delete_adapters("style")
+    with pytest.raises(InputError, match=r"a LoRA that was deleted; call pipe\.unload_lora_weights"):
+        WeightAdapter.start(backend, ["sun"], LoRA(), seed=0, shared=False)
+    pipe.unload_lora_weights()
+    assert WeightAdapter.start(backend, ["sun"], LoRA(), seed=0, shared=False).layers == whole.layers
 
 
 def test_a_lora_is_not_put_onto_fused_attention():

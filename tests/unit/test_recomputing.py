@@ -95,6 +95,23 @@ def test_a_transformer_is_computed_again_block_by_block(make: Callable[[], Any])
     assert set(times.values()) == {2 * 2}
 
 
+@pytest.mark.parametrize("make", dict.fromkeys((*FAMILIES, *TRANSFORMERS)), ids=lambda make: make.__name__)
+def test_the_pipelines_own_checkpointing_rests(make: Callable[[], Any]) -> None:
+    backend = load_backend(make(), device="cpu", image_size=None if make is tiny_pipeline else 32)
+    networks: list[Any] = [backend.modules["denoiser"], backend.modules["decoder"]]
+    latents = latents_of(backend)
+    whole = gradient_of_embeddings(backend, recompute=False)[0], gradient(latents, backend.decode(latents))
+    for network in networks:
+        if network._supports_gradient_checkpointing:
+            network.enable_gradient_checkpointing()
+    switched = [network.is_gradient_checkpointing for network in networks]
+    assert any(switched)
+    again, _ = gradient_of_embeddings(backend, recompute=True)
+    torch.testing.assert_close(again, whole[0])
+    torch.testing.assert_close(gradient(latents, decode(backend, latents, recompute=True)), whole[1])
+    assert [network.is_gradient_checkpointing for network in networks] == switched
+
+
 def test_of_a_deep_transformer_only_one_block_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = tiny_families.flux()
     for kind in ("transformer_blocks", "single_transformer_blocks"):

@@ -15,7 +15,7 @@ from ipgo.rewards import load_reward, score
 from ipgo.sampling import Sampling, decode
 from ipgo.task import Task
 from tests import tiny_families as tiny
-from tests.conftest import assert_same_state, difference_quotient
+from tests.conftest import assert_same_state, difference_quotient, quantised
 
 PROMPTS = ("a red cat", "sun")
 SAMPLING = Sampling(steps=3, guidance_scale=3.0)
@@ -174,6 +174,15 @@ def test_prompts_of_unequal_length_share_one_encoder(pipe, options):
     last = list(TextCraftor(ascent=quick).fit(task))[-1]
     raw = [score(REWARD, generate(backend, [each], [0], Adapter(), SAMPLING), [each]) for each in prompts]
     torch.testing.assert_close(last.rewards, torch.cat(raw), atol=1e-5, rtol=0)
+
+
+def test_a_quantised_encoder_is_not_changed(backend, make_pipe):
+    small = load_backend(quantised(make_pipe(), "text_encoder"))
+    assert small.encode(["sun"]).embeds.isfinite().all()
+    with pytest.raises(InputError, match="the text encoder is quantised"):
+        TextEncoderAdapter.start(small, PROMPTS, 1.0, shared=False)
+    with pytest.raises(InputError, match="the text encoder is quantised"):
+        generate(small, PROMPTS[:1], [0], tuned(backend), Sampling(1))
 
 
 def test_it_refuses_what_it_cannot_do(backend, pipe):

@@ -368,6 +368,15 @@ def test_a_broken_reward_is_named(backend, function, message):
         next(fit(task(backend, as_reward(function, "mine"))))
 
 
+def test_attention_that_is_not_differentiated_is_noticed(backend, monkeypatch):
+    attend = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", torch.no_grad()(attend))
+    with pytest.raises(
+        InputError, match=r"no gradient reaches the images .*set_attention_backend\('native'\)"
+    ):
+        next(fit(task(backend), penalty_weight=0.1))
+
+
 def test_a_rewards_own_weights_get_no_gradient(backend):
     network = torch.nn.Conv2d(3, 1, 3)
     reward = as_reward(lambda images, prompts: network(images).mean((1, 2, 3)), "network")

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from ipgo.backends import Backend, load_backend, open_to_draw
+from ipgo.backends import Backend, as_they_were, load_backend, open_to_draw
 from ipgo.devices import own_numbers
 from ipgo.embeds import PromptEmbeds
 from ipgo.errors import InputError
@@ -141,7 +141,7 @@ class Adapter(nn.Module):
     ) -> dict[str, Any]:
         """Arguments that make a plain diffusers pipeline draw the adapted prompt: `pipe(**kwargs)`.
 
-        See `Backend.pipeline_kwargs`. Parameters of `pipe` are frozen by this call. It may be one that offloads.
+        See `Backend.pipeline_kwargs`. The networks of `pipe` are left as they are. It may be one that offloads.
 
         Args:
             guidance_scale: that it will draw with, in our count; None is the model's own, as of `load_backend`.
@@ -152,7 +152,8 @@ class Adapter(nn.Module):
         if not isinstance(prompt, str):
             raise InputError(f"prompt is {prompt!r}; it must be one text: call this for each prompt")
         backend = open_to_draw(pipe, padding=self.padding, long_prompts=self.long_prompts)
-        with own_numbers(), torch.no_grad():
+        with own_numbers(), torch.no_grad(), as_they_were(pipe):
+            backend.freeze()
             cond = self.condition(backend, [prompt], backend.encode([prompt]))
             # Any scale above 1: only the prompts are wanted.
             guided = Sampling(guidance_scale=2, negative_prompt=negative_prompt)
@@ -193,7 +194,7 @@ def generate(
     """Draw prompts[i] from the noise of seeds[i], as one batch: (B, 3, H, W) images in [0, 1].
 
     Args:
-        backend: what `load_backend` made, or takes.
+        backend: what `load_backend` made, or takes; a pipeline object is frozen until this returns.
         adapter: what was learned; None draws the prompts as they are.
         sampling: None is 20 steps at the backend's own guidance.
         backprop_steps: the last denoising steps that carry gradient back to the adapter.
@@ -205,7 +206,9 @@ def generate(
     if isinstance(prompts, str) or not isinstance(seeds, Iterable):
         raise InputError(f"generate needs a list of prompts and one of seeds, not {prompts!r} and {seeds!r}")
     if not isinstance(backend, Backend):
-        backend = load_backend(backend)
+        with as_they_were(backend):
+            opened = load_backend(backend)
+            return generate(opened, prompts, seeds, adapter, sampling, backprop_steps=backprop_steps)
     adapter, sampling = adapter or Adapter(), sampling or Sampling()
     for name, value, kind in (("adapter", adapter, Adapter), ("sampling", sampling, Sampling)):
         if not isinstance(value, kind):

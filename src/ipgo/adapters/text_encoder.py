@@ -11,6 +11,7 @@ from torch import nn
 
 from ipgo.adapters.base import Adapter, key
 from ipgo.backends import Backend
+from ipgo.backends.parts import quantised
 from ipgo.backends.weights import uncompiled
 from ipgo.embeds import PromptEmbeds, padded
 from ipgo.errors import InputError
@@ -46,9 +47,10 @@ class TextEncoderAdapter(Adapter):
 
     @classmethod
     def start(cls, backend: Backend, prompts: Sequence[str], late_share: float, *, shared: bool) -> Self:
-        """The point where a fit begins: nothing is changed yet."""
-        weights = uncompiled(backend.modules["text_encoder"]).named_parameters()
-        shapes = {name: weight.shape for name, weight in weights}
+        """The point where a fit begins: nothing is changed yet; `InputError` if the encoder is quantised."""
+        encoder = uncompiled(backend.modules["text_encoder"])
+        _check_plain(encoder)
+        shapes = {name: weight.shape for name, weight in encoder.named_parameters()}
         return cls(None if shared else prompts, shapes, late_share)
 
     def condition(self, backend: Backend, prompts: Sequence[str], original: PromptEmbeds) -> PromptEmbeds:
@@ -107,6 +109,7 @@ class TextEncoderAdapter(Adapter):
         return answer
 
     def _check(self, encoder: nn.Module) -> None:
+        _check_plain(encoder)
         found = {name: tuple(weight.shape) for name, weight in encoder.named_parameters()}
         for name in self.shapes.keys() | found.keys():
             if found.get(name) != self.shapes.get(name):
@@ -121,6 +124,13 @@ class TextEncoderAdapter(Adapter):
         """Refused: a pipeline takes the same states at every step."""
         raise InputError(
             "an adapter of the text encoder has no prompt_kwargs: a pipeline takes the same states at every step"
+        )
+
+
+def _check_plain(encoder: nn.Module) -> None:
+    if quantised(encoder):
+        raise InputError(
+            "the text encoder is quantised, so that nothing can be added to its weights; load it without"
         )
 
 

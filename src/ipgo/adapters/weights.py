@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ipgo.adapters.base import Adapter, key
-from ipgo.backends import Backend, open_to_draw
+from ipgo.backends import Backend, as_they_were, open_to_draw
 from ipgo.backends.base import denoiser_of
 from ipgo.backends.weights import uncompiled
 from ipgo.errors import InputError
@@ -112,17 +112,18 @@ class WeightAdapter(Adapter):
         self._check(denoiser)
         alpha = self.lora.rank if self.lora.alpha is None else self.lora.alpha
         config = LoraConfig(r=self.lora.rank, lora_alpha=alpha, target_modules=list(self.layers))
-        # On the meta device: peft's own initial values would be drawn for nothing.
-        tuner = LoraModel(denoiser, config, "ipgo", low_cpu_mem_usage=True)
-        try:
-            for name in self.layers:
-                layer: Any = denoiser.get_submodule(name)
-                layer.lora_A["ipgo"] = _Factor(self.down[key(name)], rows[0])
-                layer.lora_B["ipgo"] = _Factor(self.up[key(name)], rows[0])
-            yield
-        finally:
-            tuner.unload()
-            vars(denoiser).pop("peft_config", None)  # which some versions of peft leave behind
+        with as_they_were(pipe):  # peft freezes the denoiser
+            # On the meta device: peft's own initial values would be drawn for nothing.
+            tuner = LoraModel(denoiser, config, "ipgo", low_cpu_mem_usage=True)
+            try:
+                for name in self.layers:
+                    layer: Any = denoiser.get_submodule(name)
+                    layer.lora_A["ipgo"] = _Factor(self.down[key(name)], rows[0])
+                    layer.lora_B["ipgo"] = _Factor(self.up[key(name)], rows[0])
+                yield
+            finally:
+                tuner.unload()
+                vars(denoiser).pop("peft_config", None)  # which some versions of peft leave behind
 
     def _check(self, denoiser: nn.Module) -> None:
         _check_bare(denoiser)
@@ -144,6 +145,10 @@ def _check_bare(denoiser: nn.Module) -> None:
         raise InputError(
             "the denoiser carries a LoRA already; call pipe.fuse_lora() if it shall stay, then "
             "pipe.unload_lora_weights()"
+        )
+    if any(hasattr(module, "base_layer") for module in denoiser.modules()):
+        raise InputError(
+            "the denoiser still has the layers of a LoRA that was deleted; call pipe.unload_lora_weights()"
         )
     if any(getattr(module, "fused_projections", False) for module in denoiser.modules()):
         raise InputError(

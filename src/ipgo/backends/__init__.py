@@ -17,6 +17,7 @@ from ipgo.backends.facts import Facts, Opening, width_of
 from ipgo.backends.few_steps import FewSteps, by_folder, by_name, by_pipeline, either
 from ipgo.backends.flux import Flux
 from ipgo.backends.flux_2 import Flux2Klein
+from ipgo.backends.parts import as_they_were, check_parts, moves, quantised
 from ipgo.backends.pixart import PixArtAlpha, PixArtSigma
 from ipgo.backends.qwen_image import QwenImage
 from ipgo.backends.sana import Sana, SanaSprint
@@ -37,6 +38,7 @@ __all__ = [
     "Backend",
     "Facts",
     "FewSteps",
+    "as_they_were",
     "check_backend",
     "few_steps",
     "load_backend",
@@ -115,8 +117,8 @@ def load_backend(
     Args:
         source: a name in `BACKENDS`, a local diffusers folder, a .safetensors file of Stable Diffusion or SDXL (or
             of another denoiser, with the folder of its other parts beside it), a hub id `owner/name` (`@revision` if
-            not its newest state), or a pipeline object (which is used as it is: its parameters are frozen, and it stays
-            where it is if `device` and `dtype` are "auto").
+            not its newest state), or a pipeline object (which is used as it is: its networks are frozen and in eval
+            mode from then on, and it stays where it is if `device` and `dtype` are "auto").
         device: auto, cpu, cuda or cuda:N, or a torch.device.
         dtype: auto, float32, bfloat16, float16 or float64, or a torch.dtype.
         image_size: side of the square images in pixels; None is the model's own.
@@ -131,7 +133,8 @@ def load_backend(
         InputError: an unknown name or option, a family that is not known or does not have the option, or a
             folder that is incomplete, damaged or holds a pickle. Or a pipeline object through which nothing can be
             learned: a part of it is missing, is offloaded or spread over devices, is cast layer by layer, keeps
-            features from step to step (a cache), has an IP-Adapter, or was made in torch.inference_mode.
+            features from step to step (a cache), attends without a backward pass, has an IP-Adapter, or was made in
+            torch.inference_mode.
     """
     opening = Opening(image_size, padding, scheduler, long_prompts, str(text_device))
     if isinstance(source, str) and source not in BACKENDS:
@@ -140,6 +143,7 @@ def load_backend(
         backend = _from_place(source, opening, device, dtype)
     else:
         backend = _from_pipeline(source, opening, device, dtype)
+    backend.freeze()
     if not backend.cudnn_attention:  # for the whole process: recomputed blocks choose in the backward pass
         torch.backends.cuda.enable_cudnn_sdp(False)
     return backend
@@ -168,7 +172,18 @@ def _from_pipeline(
     """The backend of a pipeline object, through which a gradient can go."""
     kind = _kind(pipe)
     opening.check(FAMILIES[kind].facts, kind)
-    _check_parts(pipe)
+    check_parts(pipe)
+    for part, module in pipe.components.items():
+        if dtype != "auto" and quantised(module):
+            raise InputError(
+                f"dtype is {str(dtype).removeprefix('torch.')!r}; the pipeline's {part} is quantised and keeps its "
+                "format: leave dtype out"
+            )
+    if dtype != "auto" and pipe._is_pipeline_device_mapped():
+        raise InputError(
+            f"dtype is {str(dtype).removeprefix('torch.')!r}; the pipeline has a device map and keeps its format: "
+            "leave dtype out, or call `pipe.reset_device_map()`, then `pipe.to('cuda')`"
+        )
     with torch.inference_mode(False):  # as above
         if device != "auto":
             put(pipe, choose_device(device), opening.text_device)
@@ -181,7 +196,7 @@ def _from_pipeline(
 
 def open_to_draw(pipe: object, *, padding: str = "max_length", long_prompts: str = "refuse") -> Backend:
     """As `load_backend` of a pipeline object that is drawn with alone, so that it may be one that offloads, or is
-    refused for another reason that only gradients have.
+    refused for another reason that only gradients have. Its networks are not frozen.
     """
     opening = Opening(padding=padding, long_prompts=long_prompts)
     kind = _kind(pipe)
@@ -189,9 +204,9 @@ def open_to_draw(pipe: object, *, padding: str = "max_length", long_prompts: str
     given: Any = pipe
     backend = _around(given, kind, opening)
     # Where a part that moves is between two calls says nothing of where it computes.
-    if any(_moves(module) for module in given.components.values()):
+    if any(moves(module) for module in given.components.values()):
         backend.device = given._execution_device
-    if any(_moves(module) for part, module in given.components.items() if part.startswith("text_encoder")):
+    if any(moves(module) for part, module in given.components.items() if part.startswith("text_encoder")):
         backend.text_device = given._execution_device
     return backend
 
@@ -205,57 +220,6 @@ def _kind(pipe: object) -> str:
             f"not {type(pipe).__name__}"
         )
     return kinds[0]
-
-
-def _check_parts(pipe: Any) -> None:
-    """Raise `InputError` for a pipeline object through which nothing can be learned."""
-    for part, module in pipe.components.items():
-        if _moves(module):
-            raise InputError(
-                f"the pipeline's {part} is moved about (offloading, or a device map), which gradients do not follow; "
-                "load it without, and leave its text encoders on the CPU with text_device='cpu'"
-            )
-        if _hooked(module, "layerwise_casting"):
-            raise InputError(
-                f"the pipeline's {part} keeps its weights in another format than it computes in (layerwise casting), "
-                "through which nothing can be learned; load the pipeline without it"
-            )
-        if getattr(module, "is_cache_enabled", False) or _caches(module):
-            raise InputError(
-                f"the pipeline's {part} keeps features from one step for the next (a cache), which gradients do not "
-                f"follow; switch it off (`pipe.{part}.disable_cache()`), or load the pipeline without it"
-            )
-        if getattr(getattr(module, "config", None), "encoder_hid_dim_type", None) == "ip_image_proj":
-            raise InputError(
-                f"the pipeline's {part} has an IP-Adapter, which wants an image besides the prompt; unload it "
-                "(`pipe.unload_ip_adapter()`)"
-            )
-        if isinstance(module, nn.Module) and any(each.is_inference() for each in module.parameters()):
-            raise InputError(
-                f"the pipeline's {part} was made in torch.inference_mode, through which nothing can be learned; "
-                "load the pipeline outside of it"
-            )
-
-
-def _moves(module: object) -> bool:
-    """Is it moved from device to device, by accelerate or by diffusers' group offloading?"""
-    return hasattr(module, "_hf_hook") or _hooked(module, "group_offloading")
-
-
-def _caches(module: object) -> bool:
-    """Does it have another hook of diffusers than those that move or cast it? All of these keep features."""
-    return bool(_hooks(module) - {"group_offloading", "layerwise_casting"})
-
-
-def _hooked(module: object, name: str) -> bool:
-    """Does it have a hook of diffusers of this name, as `enable_layerwise_casting` makes them?"""
-    return name in _hooks(module)
-
-
-def _hooks(module: object) -> set[str]:
-    parts = module.modules() if isinstance(module, nn.Module) else ()
-    found = (getattr(getattr(part, "_diffusers_hook", None), "hooks", {}) for part in parts)
-    return set().union(*found)
 
 
 def _around(pipe: Any, kind: str, opening: Opening) -> Backend:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ipgo.backends.facts import Facts, Guidance, Opening
 from ipgo.backends.few_steps import FewSteps
-from ipgo.backends.schedulers import STOCHASTIC, described, new_scheduler
+from ipgo.backends.parts import check_parts
+from ipgo.backends.schedulers import STOCHASTIC, described, is_one_of, new_scheduler
 from ipgo.backends.text import check_lengths, unpadded
 from ipgo.backends.weights import fingerprint, uncompiled
 from ipgo.devices import name_of
@@ -53,7 +54,7 @@ class Backend(ABC):
         long_prompts: "refuse", "truncate" or "chunk": what is done with prompts longer than the encoder takes.
         latent_shape: (C, h, w) of one image's latents.
         image_size: side of the images in pixels.
-        modules: "denoiser", "text_encoder" (and "text_encoder_2" ...), "decoder": frozen, in eval mode.
+        modules: "denoiser", "text_encoder" (and "text_encoder_2" ...), "decoder": after `freeze`, in eval mode.
         calls: the cost ledger, in rows: "denoiser" counts one for each image row of each `predict` call,
             whether guidance makes that one network evaluation or two; "denoiser_grad" counts those under
             grad among them, "denoiser_grad_both" those of them that carry gradient into both halves of
@@ -75,7 +76,7 @@ class Backend(ABC):
         self.padding = opening.padding
         self.long_prompts = opening.long_prompts
         parts = pipe.components
-        encoders = {part: module for part, module in parts.items() if part.startswith("text_encoder")}
+        encoders = _encoders_of(pipe)
         needed = [*encoders, *(part for part in NEEDED if part in parts)]
         for part in (part for part in needed if parts[part] is None and part not in self.optional):
             raise InputError(f"backend {name!r} has no {part}, without which it cannot draw")
@@ -94,16 +95,15 @@ class Backend(ABC):
         self.device, self.dtype = denoiser.device, denoiser.dtype
         self.embed_dim: int = denoiser.config[self.facts.width]
         self.text_device: torch.device = next(iter(encoders.values())).device
-        self._parts: dict[str, nn.Module] = {
-            "denoiser": denoiser,
-            **{part: module for part, module in encoders.items() if module is not None},
-            "decoder": pipe.vae,
-        }
+        self._parts = _networks_of(pipe)
         self.guidance_scale = self._own_scale()
         self.few_steps: FewSteps | None = None
         self.calls: Counter[str] = Counter()
         self.max_tokens = min(self.facts.tokens, self.tokenizer.model_max_length)
         self.latent_shape = self._latent_shape(opening.image_size)
+
+    def freeze(self) -> None:
+        """No weight wants a gradient, and nothing is dropped out."""
         for module in self._parts.values():
             module.requires_grad_(False).eval()
 
@@ -113,15 +113,32 @@ class Backend(ABC):
         return {**self._parts, "decoder": self._decoder()}
 
     def check_current(self) -> None:
-        """Raise `InputError` if the pipeline's networks are no longer those that this was made around."""
-        denoiser = denoiser_of(self.pipe)
-        now = {"denoiser": denoiser, "decoder": self.pipe.vae}
-        same = all(uncompiled(module) is uncompiled(self._parts[part]) for part, module in now.items())
-        if not same or denoiser.dtype != self.dtype:
+        """Raise `InputError` if the pipeline's networks are no longer those that this was made around, or where it was,
+        or if nothing can be drawn or learned through them; freeze them again.
+        """
+        check_parts(self.pipe)
+        now, denoiser = _networks_of(self.pipe), denoiser_of(self.pipe)
+        same = now.keys() == self._parts.keys() and all(
+            uncompiled(module) is uncompiled(self._parts[part]) for part, module in now.items()
+        )
+        encoder = next(iter(_encoders_of(self.pipe).values()))
+        places = (denoiser.device, encoder.device) if same else ()
+        if (denoiser.dtype, *places) != (self.dtype, self.device, self.text_device):
             raise InputError(
-                f"the pipeline of backend {self.name!r} has got other networks, or another number format, since it "
-                "was opened; open it again with load_backend"
+                f"the pipeline of backend {self.name!r} has got other networks, or another number format or device, "
+                "since it was opened; open it again with load_backend"
             )
+        for part, module in self.pipe.components.items():
+            if module in now.values() and any(each.is_meta for each in module.parameters()):
+                raise InputError(
+                    f"the pipeline's {part} is on the device meta, without numbers; load its weights"
+                )
+        if self.pipe.vae.device != denoiser.device:
+            raise InputError(
+                f"the pipeline's vae is on {self.pipe.vae.device}, and what denoises on {denoiser.device}; put both on "
+                "one device"
+            )
+        self.freeze()
 
     # -- what a family says -----------------------------------------------------------------------------
 
@@ -315,7 +332,7 @@ class Backend(ABC):
     @property
     def stochastic(self) -> bool:
         """Does the scheduler add noise at every step?"""
-        return self.opening.scheduler is None and type(self.pipe.scheduler).__name__ in STOCHASTIC
+        return self.opening.scheduler is None and is_one_of(self.pipe.scheduler, STOCHASTIC)
 
     def scheduler(self, steps: int, latents: Tensor) -> Any:
         """A fresh diffusers scheduler with timesteps set: schedulers carry the state of a trajectory.
@@ -389,6 +406,17 @@ class Backend(ABC):
 def denoiser_of(pipe: Any) -> Any:
     """The network of a pipeline that predicts noise, or what its family predicts."""
     return pipe.unet if "unet" in pipe.components else pipe.transformer
+
+
+def _encoders_of(pipe: Any) -> dict[str, Any]:
+    """Its text encoders, those that it lacks among them."""
+    return {part: module for part, module in pipe.components.items() if part.startswith("text_encoder")}
+
+
+def _networks_of(pipe: Any) -> dict[str, nn.Module]:
+    """What a backend has as `modules`, before a decoder is copied."""
+    encoders = {part: module for part, module in _encoders_of(pipe).items() if module is not None}
+    return {"denoiser": denoiser_of(pipe), **encoders, "decoder": pipe.vae}
 
 
 def _learned(module: nn.Module) -> bool:

@@ -46,9 +46,15 @@ def recomputed(network: nn.Module, kinds: frozenset[str] = DECODER) -> Iterator[
     """A graph that is built while this is open keeps the inputs of `blocks(network)` and computes the rest again.
 
     Numbers are the same, up to rounding, for a network in eval mode that draws nothing. When this closes, the network
-    is as before; the backward pass may come later.
+    is as before; the backward pass may come later. Diffusers' own gradient checkpointing rests: a block that is
+    computed again inside another such call would keep other tensors than the first time.
     """
     with ExitStack() as stack:
+        parts: Iterator[Any] = network.modules()
+        for part in parts:
+            if getattr(part, "gradient_checkpointing", False):
+                stack.callback(setattr, part, "gradient_checkpointing", True)
+                part.gradient_checkpointing = False
         for block in blocks(network, kinds):
             own: Any = vars(block)
             stack.callback(_put_back, own, own.get("forward"))  # such as a hook that moves the weights

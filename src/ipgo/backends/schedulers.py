@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,8 +34,14 @@ STOCHASTIC = ("EulerAncestralDiscreteScheduler", "LCMScheduler", "SCMScheduler")
 # ... and where it could not be, so that no image could be drawn twice.
 REFUSED = (
     "CMStochasticIterativeScheduler", "DDPMParallelScheduler", "DDPMScheduler", "DPMSolverSDEScheduler",
-    "FlowMatchLCMScheduler", "KDPM2AncestralDiscreteScheduler", "SASolverScheduler", "TCDScheduler",
+    "FlowMatchLCMScheduler", "KDPM2AncestralDiscreteScheduler", "LTXEulerAncestralRFScheduler", "SASolverScheduler",
+    "TCDScheduler",
 )  # fmt: skip
+
+
+def is_one_of(scheduler: Any, names: Collection[str]) -> bool:
+    """Is it of a class of these names, or of the user's own that is made of one?"""
+    return any(kind.__name__ in names for kind in type(scheduler).__mro__)
 
 
 def new_scheduler(own: Any, name: str | None) -> Any:
@@ -46,7 +53,7 @@ def new_scheduler(own: Any, name: str | None) -> Any:
     if name is None:
         kind = type(own).__name__
         sde = str(own.config.get("algorithm_type")).startswith("sde")
-        if kind in REFUSED or sde or own.config.get("stochastic_sampling"):
+        if is_one_of(own, REFUSED) or sde or own.config.get("stochastic_sampling"):
             raise InputError(
                 f"scheduler is None; the model's own, {kind}, draws noise itself: choose another"
             )
@@ -107,7 +114,7 @@ def to_the_last(scheduler: Any) -> Any:
     The base model's, which a fine-tuned file comes with, spaces its steps so that the only one is at the end.
     """
     spacing = scheduler.config.get("timestep_spacing")
-    if spacing in (None, "trailing") or type(scheduler).__name__ == "LCMScheduler":
+    if spacing in (None, "trailing") or is_one_of(scheduler, ["LCMScheduler"]):
         return scheduler
     return type(scheduler).from_config(scheduler.config, timestep_spacing="trailing")
 

@@ -31,7 +31,8 @@ def fingerprint(modules: Mapping[str, nn.Module]) -> str | None:
         shapes = [(name, tuple(tensor.shape)) for name, tensor in named if isinstance(tensor, Tensor)]
         digest.update(repr((part, shapes)).encode())
         for tensor in tensors:
-            digest.update(_some(tensor).numpy().tobytes())
+            for plain in _plain(tensor):
+                digest.update(_some(plain).numpy().tobytes())
         for name, switches in _switches(uncompiled(module)):
             digest.update(repr((name, switches)).encode())
     return digest.hexdigest()[:12]
@@ -50,6 +51,16 @@ def uncompiled(module: nn.Module) -> nn.Module:
     """Without the wrapper of `torch.compile`, which gives every weight another name."""
     inner: nn.Module = getattr(module, "_orig_mod", module)
     return inner
+
+
+def _plain(tensor: Tensor) -> Iterator[Tensor]:
+    """Itself, or the tensors that one of a class such as torchao's quantised ones is made of."""
+    made: Any = tensor
+    if not hasattr(made, "__tensor_flatten__"):
+        yield tensor
+        return
+    for name in made.__tensor_flatten__()[0]:
+        yield from _plain(getattr(made, name))
 
 
 def _some(tensor: Tensor) -> Tensor:
@@ -71,5 +82,6 @@ def check_numbers(modules: Iterable[tuple[str, nn.Module]], source: str) -> None
             if tensor.is_meta:
                 raise InputError(f"backend {source!r} is incomplete: the weights of {part} lack {name!r}")
             # A sum reads everything once, and one number that is not finite makes it so.
-            if not tensor.sum(dtype=torch.float32).isfinite():
+            plain = [each for each in _plain(tensor) if each.is_floating_point()]
+            if not all(each.sum(dtype=torch.float32).isfinite() for each in plain):
                 raise InputError(f"backend {source!r} is damaged: {name!r} of {part} is not finite")
