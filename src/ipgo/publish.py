@@ -55,10 +55,14 @@ def save_pretrained(run: Run | str | Path, folder: str | Path, *, repository: st
     return folder
 
 
-def push_to_hub(run: Run, folder: str | Path, repository: str, *, private: bool = False) -> str:
-    """`save_pretrained` without the paths of this machine, and upload the folder as the hub's model `owner/name`.
+def push_to_hub(run: Run | str | Path, folder: str | Path, repository: str, *, private: bool = False) -> str:
+    """`save_pretrained` without the paths of this machine, and upload the folder: the model's address on the hub.
 
-    Returns its address. What an earlier upload has there is replaced.
+    Args:
+        run: the run, or its folder.
+        folder: where the files are written first; they stay.
+        repository: `owner/name`; it is made if there is none. What an earlier upload has there is replaced.
+        private: is a new repository shown to its owner alone?
 
     Raises:
         InputError: as `save_pretrained`; `repository` is not owner/name, holds something else, or is public though
@@ -68,7 +72,7 @@ def push_to_hub(run: Run, folder: str | Path, repository: str, *, private: bool 
 
     if not files.is_hub_id(repository) or files.hub_id(repository)[1] is not None:
         raise InputError(f"{repository!r} is not a model name of the hub; write owner/name")
-    save_pretrained(run, folder, repository=repository)
+    folder = save_pretrained(run, folder, repository=repository)
     api = HfApi(library_name="ipgo", library_version=version("ipgo"))
     try:
         with hub.within_reach(repository):
