@@ -21,6 +21,7 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
     FlowMatchLCMScheduler,
     IPNDMScheduler,
+    LCMScheduler,
     LTXEulerAncestralRFScheduler,
     PyramidAttentionBroadcastConfig,
     UniPCMultistepScheduler,
@@ -351,6 +352,9 @@ def test_a_scheduler_of_the_users_own_is_known_by_what_it_is_made_of():
             assert backend.stochastic == (kind is not DDIMScheduler)
     assert torch.equal(drawn[0][0], drawn[1][0])
     assert torch.equal(drawn[2][0], drawn[3][0])
+    pipe = tiny_pipeline()
+    pipe.scheduler = type("Mine", (LCMScheduler,), {}).from_config(pipe.scheduler.config)
+    assert load_backend(pipe, device="cpu").few_steps is not None
 
 
 def test_qwen_image_is_known_by_its_folder(tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ipgo import files
+from ipgo.backends.schedulers import is_one_of
 from ipgo.errors import InputError
 
 
@@ -99,7 +100,9 @@ def by_folder(folder: Path) -> FewSteps | None:
 def by_pipeline(pipe: Any, denoiser: Any) -> FewSteps | None:
     """`by_parts` of a pipeline object and the network that denoises in it."""
     options = {**pipe.config, **denoiser.config}
-    return by_parts(type(pipe).__name__, type(pipe.scheduler).__name__, options)
+    own = type(pipe.scheduler).__name__
+    scheduler = "LCMScheduler" if is_one_of(pipe.scheduler, ["LCMScheduler"]) else own
+    return by_parts(type(pipe).__name__, scheduler, options)
 
 
 def spaced_as_turbo(pipe: Any) -> bool:
@@ -107,6 +110,5 @@ def spaced_as_turbo(pipe: Any) -> bool:
 
     They may be another model's choice, such as that of an SDXL-Lightning, so that nothing but a hint follows from it.
     """
-    kind = type(pipe.scheduler).__name__
-    spacing = pipe.scheduler.config.get("timestep_spacing")
-    return kind in ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler") and spacing == "trailing"
+    kinds = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
+    return is_one_of(pipe.scheduler, kinds) and pipe.scheduler.config.get("timestep_spacing") == "trailing"
