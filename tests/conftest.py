@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ WIDTH = 32
 TOKENS = 77
 
 torch.set_num_threads(1)  # these models are too small to share
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # nor are those of the processes that tests start
 hub._answered.add(ENDPOINT)  # no test asks a real hub; those of `ipgo.hub` begin anew
 
 
