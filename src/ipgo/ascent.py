@@ -32,7 +32,8 @@ class Ascent:
         max_grad_norm: each row's gradient is clipped to this norm; None: no clipping.
         backprop_steps: number of last denoising steps to backpropagate through (DRaFT's K); None: all.
         random_backprop: draw that number from 1 to backprop_steps, anew for each batch (AlignProp).
-        renoised: further gradients of the last step alone, each from fresh noise (DRaFT-LV); 0: none.
+        renoised: further gradients of the last step alone, each from fresh noise (DRaFT-LV); 0: none. They are added to
+            the reward's, so that the penalty weighs less beside them.
         keep_best: return the step with the highest reward (with S seeds, the highest mean over S consecutive steps),
             not the last one. Fresh noise and prompt-batch always return the last: their steps are not comparable.
         penalty_weight: weight of the adapter's penalty; for IPGO, the conformity penalty.
@@ -85,6 +86,14 @@ class Ascent:
             raise InputError(
                 f"ascent.backprop_steps is {self.backprop_steps}; sampling.{field} allows at most {steps}"
             )
+
+    def images(self, prompts: int, seeds: int) -> int:
+        """How many images a step of a shared fit draws, of so many prompts and seeds (0 is always new noise).
+
+        On a single seed no prompt is drawn twice: the images would be the same.
+        """
+        most = self.batch_size * self.accumulate
+        return min(most, prompts) if seeds == 1 else most
 
     def check_noise(self) -> None:
         """Raise `InputError` for what has no effect where nothing but noise is learned."""

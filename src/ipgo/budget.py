@@ -131,7 +131,9 @@ def step_cost(config: RunConfig, image_calls: int, price: Price, guided: bool = 
     differentiated = first - 1 + (price.both - 1) * (depth - 1)
     again = depth + ascent.renoised if ascent.recompute else 0
     cost = image_calls + differentiated + again + first * ascent.renoised
-    return cost * ascent.batch_size * ascent.accumulate / len(config.prompts) if config.shared else cost
+    if not config.shared:
+        return cost
+    return cost * ascent.images(len(config.prompts), len(config.seeds)) / len(config.prompts)
 
 
 def fit_to(config: RunConfig, path: str, steps: int) -> RunConfig:

@@ -24,7 +24,7 @@ from ipgo.methods import METHODS
 from ipgo.methods.ipgo import IPGO
 from ipgo.prompts import check_prompts
 from ipgo.sampling import Sampling
-from ipgo.seeding import check_seeds
+from ipgo.seeding import NOISES, check_seeds
 from ipgo.settings import flatten, method_of
 from ipgo.task import Method, Request
 from ipgo.typed import check_types
@@ -125,7 +125,7 @@ class RunConfig:
         if is_hub_id(self.backend) and Path(self.backend).is_dir():
             object.__setattr__(self, "backend", f"./{self.backend}")
         check_seeds(self.seeds)
-        clash = sorted(set(self.seeds) & set(self.new_seeds))
+        clash = sorted(seed for seed in self.seeds if seed % NOISES in self.new_seeds)
         if clash:
             raise InputError(
                 f"seeds {clash} are reserved for judging the result; choose seeds below {FIRST_UNSEEN}"

@@ -14,15 +14,18 @@ import torch
 from ipgo.errors import InputError
 
 SEEDS = 2**64  # so many there are: what torch takes
+NOISES = 2**32  # so many make different noise: its CPU generator reads the lower 32 bits
 
 
 def check_seeds(seeds: Sequence[int], *, distinct: bool = True) -> None:
     """Raise `InputError` for a seed that cannot be, or (`distinct`) one that is given twice."""
     whole = all(isinstance(seed, int) and not isinstance(seed, bool) for seed in seeds)
-    twice = distinct and whole and len(set(seeds)) < len(seeds)
+    twice = distinct and whole and len({seed % NOISES for seed in seeds}) < len(seeds)
     if twice or not whole or not all(0 <= seed < SEEDS for seed in seeds):
         kind = "different whole numbers" if distinct else "whole numbers"
-        raise InputError(f"seeds is {list(seeds)}; they must be {kind} from 0 to 2**64 - 1")
+        same = twice and len(set(seeds)) == len(seeds)
+        hint = "; noise depends on the lower 32 bits alone, and two of these agree in them" if same else ""
+        raise InputError(f"seeds is {list(seeds)}; they must be {kind} from 0 to 2**64 - 1{hint}")
 
 
 def plain(seeds: Iterable[Any]) -> list[Any]:

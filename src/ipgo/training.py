@@ -36,8 +36,8 @@ def maximize(
     row's candidate is scored by its last S rewards, one for each seed. The raw prompt is a candidate only if
     the adapter starts as it.
 
-    Prompt-batch (`task.shared`), each step draws batch_size x accumulate prompts, in an order that is
-    derived for each pass over the prompts, and averages their gradients (over all processes, if
+    Prompt-batch (`task.shared`), each step draws batch_size x accumulate prompts (see `Ascent.images`), in an order
+    that is derived for each pass over the prompts, and averages their gradients (over all processes, if
     torch.distributed is up).
 
     A row whose reward or gradient is not finite goes back to its kept values and, after three such steps in
@@ -223,7 +223,7 @@ class _Climb:
         count = len(self.task.prompts)
         if not self.task.shared:
             return [torch.arange(count)]
-        size = self.ascent.batch_size * self.ascent.accumulate
+        size = self.ascent.images(count, len(self.task.seeds))
         prompts = shuffled(count, step * size, size, self.task.seed)
         return list(torch.split(prompts, self.ascent.batch_size))
 

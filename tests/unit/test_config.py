@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ipgo import DNO, IPGO, Ascent, BestOfN, DRaFT, Embedding, Insertion, Raw, ReNO, Sampling
 from ipgo.config import RunConfig, build, parse, run_parser
@@ -191,6 +192,16 @@ def test_a_file_overrides_the_preset(tmp_path: Path) -> None:
 def test_settings_that_cannot_work(values: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         RunConfig(**{"prompts": PROMPTS, **values})
+
+
+def test_seeds_of_the_same_noise_are_one() -> None:
+    """torch's CPU generator reads the lower 32 bits."""
+    noise = [torch.randn(4, generator=torch.Generator().manual_seed(seed)) for seed in (7, 7 + 2**32)]
+    assert torch.equal(*noise)
+    with pytest.raises(InputError, match=r"must be different .* lower 32 bits alone"):
+        RunConfig(PROMPTS, seeds=(7, 7 + 2**32))
+    with pytest.raises(InputError, match="reserved for judging"):
+        RunConfig(PROMPTS, seeds=(1000 + 2**32,))
 
 
 def test_a_schedulers_name_says_in_how_many_steps_a_fit_draws() -> None:

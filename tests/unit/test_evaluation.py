@@ -4,6 +4,7 @@ import math
 from collections.abc import Collection, Sequence
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -14,7 +15,7 @@ from ipgo import InputError, Score, as_reward, load_reward, summarise, win_rate
 from ipgo.adapters import Adapter, generate
 from ipgo.backends import Backend
 from ipgo.embeds import PromptEmbeds
-from ipgo.evaluation import Drawing, Interval, average, draw, evaluate, levels, score_drawings
+from ipgo.evaluation import Drawing, Interval, _bootstrap, average, draw, evaluate, levels, score_drawings
 from ipgo.printed import table
 from ipgo.rewards import optimised
 from ipgo.rewards.spec import read_terms
@@ -234,9 +235,20 @@ def test_outcomes_that_are_all_the_same_have_no_interval() -> None:
     assert Interval(1.0, math.nan, math.nan, 1, "seeds").bounds(".0%") == ""
 
 
+@pytest.mark.parametrize("n", [2, 3, 4, 6, 8, 20])
+def test_what_has_no_effect_is_seldom_decided(n: int) -> None:
+    """An interval of 95% leaves one case in twenty; the percentile interval alone one in two where n is 2."""
+    source, cases = np.random.default_rng(n), 400
+    decided = sum(_bootstrap([[value] for value in source.normal(size=n)]).decided(0) for _ in range(cases))
+    assert decided / cases < 0.09
+
+
 def test_few_outcomes_that_are_all_the_same_decide_nothing() -> None:
     assert not Interval(1.0, 1.0, 1.0, 5, "seeds").decided(0.5)
     assert Interval(1.0, 1.0, 1.0, 6, "seeds").decided(0.5)
-    assert Interval(-0.1, -0.2, -0.01, 4, "seeds").decided(0)
+    assert not Interval(-0.1, -0.2, -0.01, 4, "seeds").decided(0)
+    assert Interval(-0.1, -0.15, -0.06, 4, "seeds").decided(0)
+    assert Interval(-0.1, -0.18, -0.01, 40, "prompts").decided(0)
+    assert not Interval(0.2, 0.2, 0.2, 5, "prompts").decided(0)
     assert not Interval(-0.1, -0.2, 0.01, 40, "prompts").decided(0)
     assert not Interval(1.0, math.nan, math.nan, 1, "seeds").decided(0.5)

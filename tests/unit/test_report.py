@@ -99,7 +99,7 @@ def test_what_belongs_to_its_noise_is_judged_on_it(pipeline_folder: str, tmp_pat
         return -images.mean((1, 2, 3))
 
     ipgo.fit(
-        ["a fox", "a lemon"],
+        [f"a fox and {name}" for name in ("a", "b", "c", "d", "e", "f")],
         backend=pipeline_folder,
         reward=brightness,
         held_out=[darkness],

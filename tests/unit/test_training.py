@@ -261,6 +261,24 @@ def test_prompts_are_encoded_once(make_pipe, shared):
     assert before == [2] * 6
 
 
+@pytest.mark.parametrize(("seeds", "images"), [((0,), 3), ((0, 1), 8), ((), 8)])
+def test_a_shared_step_draws_no_image_twice(backend, seeds, images):
+    """On one seed a prompt has one image; more seeds, and new noise, make others of it."""
+    climb = fit(task(backend, seeds=seeds, shared=True), batch_size=4, accumulate=2)
+    next(climb)
+    assert backend.calls["denoiser"] == images * SAMPLING.steps
+
+
+def test_a_call_without_a_graph_is_no_differentiated_one(backend):
+    states, latents = backend.encode(["sun"]), backend.noise([0])[:, 0]
+    with torch.enable_grad():
+        backend.predict(latents, torch.tensor(500), states, None, 1.0)
+        assert backend.calls == {"denoiser": 1}
+        latents.requires_grad_()
+        backend.predict(latents, torch.tensor(500), states, None, 1.0)
+    assert backend.calls == {"denoiser": 2, "denoiser_grad": 1, "denoiser_grad_both": 1}
+
+
 @pytest.mark.parametrize(("shared", "factor"), [(True, 1.5), (False, 1.0)])
 def test_gradients_are_averaged_over_processes(backend, monkeypatch, shared, factor):
     """Beside one of two processes whose gradient is twice its own; what each prompt has for itself is not shared."""

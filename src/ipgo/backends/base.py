@@ -379,17 +379,18 @@ class Backend(ABC):
         Args:
             denoise: (latents, prompt) to the model output; here the prompt's mask says what is attended to.
         """
-        both, kinds = False, ["denoiser"]
+        both, graph, kinds = False, False, ["denoiser"]
         if torch.is_grad_enabled():
             negative = uncond is not None and uncond.requires_grad
             # The weights come last: asking all of them takes as long as a layer of a small model.
             both = latents.requires_grad or negative or _learned(self.modules["denoiser"])
-            kinds += ["denoiser_grad", *["denoiser_grad_both"] * both]
+            graph = both or cond.requires_grad  # else there is nothing to differentiate yet
+            kinds += [*["denoiser_grad"] * graph, *["denoiser_grad_both"] * both]
         self.calls.update(dict.fromkeys(kinds, len(latents)))  # at once: a budget refuses a call as a whole
         if uncond is None or guidance_scale <= 1:
             return denoise(latents, cond)
         padded = self.facts.masked == "never" and cond.length != uncond.length  # and nothing would hide it
-        if padded or (torch.is_grad_enabled() and not both):
+        if padded or (graph and not both):
             halves = in_two_calls(denoise, latents, uncond, cond, both)
         else:
             halves = in_one_call(denoise, latents, uncond, cond)

@@ -109,10 +109,11 @@ def _row(folder: Comparison, label: str, failures: Mapping[str, Mapping[str, str
     transfers, wide = _transfers(run, planned)
     unseen = _of_seeds(scores, planned.new_seeds) if wide else []
     fitted = _of_seeds(scores, planned.seeds)
-    judged = {each.prompt for each in scores}
+    name = "raw" if planned.method_name == "raw" else label  # what its own images are scored under
+    # An image that is not finite has no score.
+    judged = {each.prompt for each in scores if (each.method, each.reward) == (name, planned.reward)}
     histories = _histories(run, judged)
     final, best = _selection(histories)
-    name = "raw" if planned.method_name == "raw" else label  # what its own images are scored under
     return Row(
         label=label,
         method=planned.method_name,
