@@ -980,7 +980,7 @@ def test_where_all_images_tie_none_is_said_to_win(
 
 def test_a_runs_folder_is_not_scored_as_pictures(fitted: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["score", str(fitted), "--reward", "contrast"]) == 2
-    assert "is a run's folder; give the folders of its pictures" in one_sentence(capsys)
+    assert "is a run's folder; give the folders of its images" in one_sentence(capsys)
     assert (
         cli.main(["score", str(Run.open(fitted).folder(Run.open(fitted).prompts[0])), "--reward", "contrast"])
         == 0
