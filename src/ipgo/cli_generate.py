@@ -66,13 +66,21 @@ def generate(argv: list[str]) -> int:
     stored.check_backend(backend)
     adapter = stored.adapter.to(backend.device)
     out.mkdir(parents=True, exist_ok=True)
+    replaced = 0
     with tqdm(total=len(texts) * len(seeds), desc="images", disable=None, leave=False) as bar:
         for prompt in number(texts):
             for drawing in draw(backend, {"adapter": adapter}, prompt.text, seeds, sampling):
                 file = out / f"{prompt.id}-{drawing.seed}.png"
-                files.write(file, as_png(to_pil(drawing.image[None])[0]))
+                image = as_png(to_pil(drawing.image[None])[0])
+                replaced += file.is_file() and file.read_bytes() != image
+                files.write(file, image)
                 bar.write(str(file), file=sys.stdout)
                 bar.update()
+    if replaced:
+        logging.getLogger("ipgo").warning(
+            "%d of these replaced another image of that name, drawn otherwise; --out FOLDER keeps them apart",
+            replaced,
+        )
     return 0
 
 

@@ -64,6 +64,8 @@ def unknown_option(name: str, allowed: Iterable[str]) -> InputError:
     options = sorted(allowed)
     bare = name.lstrip("-").replace("-", "_")
     near = [each for each in options if each.lstrip("-").split(".")[-1] == bare]
+    # The other way round: `doctor --sampling.steps`, which is `--steps` there.
+    near = near or [each for each in options if each.lstrip("-").replace("-", "_") == bare.split(".")[-1]]
     near = near or difflib.get_close_matches(name, options, n=1, cutoff=0.8)
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "see --help"
     if not near and name.lstrip("-").startswith("method."):

@@ -184,6 +184,8 @@ def _read_set(spec: str) -> list[str]:
     name, _, half = spec.partition(":")
     if name not in prompt_sets():
         kinds = ", ".join(READERS)
+        if Path(spec).is_dir():
+            raise InputError(f"prompts is {spec!r}, a folder; give a file that ends in {kinds}")
         sets = [*prompt_sets(), *SOURCES]
         raise InputError(f"{unknown('prompt set', name, sets)}; a file must end in {kinds}")
     files = halves(name)

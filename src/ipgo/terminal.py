@@ -69,7 +69,8 @@ class _Parser(argparse.ArgumentParser):
 
     def _hint(self, message: str) -> str:
         """What argparse leaves out: an option of several values takes all words that follow it."""
-        swallowed = any(word.startswith("-") for word in self.words) and "arguments are required" in message
+        lacking = re.search("arguments are required: (?!-)", message)  # one that has no flag
+        swallowed = lacking and any(word.startswith("-") for word in self.words)
         if swallowed or "invalid int value" in message:
             return "; prompts, runs and images come before the options"
         if re.search("expected (at least )?one argument", message):

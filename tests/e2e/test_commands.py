@@ -192,7 +192,7 @@ def test_the_report_is_one_page_with_escaped_prompts(fitted: Path) -> None:
 
 
 def test_generate_draws_what_fit_drew(
-    fitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    fitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     run = Run.open(fitted)
     assert cli.main(["generate", str(fitted), "--seeds", "0", "1000", "1001", "--out", str(tmp_path)]) == 0
@@ -201,7 +201,9 @@ def test_generate_draws_what_fit_drew(
         ours = Image.open(tmp_path / f"{prompt.id}-1001.png").tobytes()
         assert ours == Image.open(run.image_file(prompt, "after", 1001)).tobytes()
     folder = run.folder(run.prompts[0])
-    assert cli.main(["generate", str(folder), "a fox", "--out", str(tmp_path / "one")]) == 0
+    for steps, said in (([], False), ([], False), (["--steps", "3"], True)):
+        assert cli.main(["generate", str(folder), "a fox", "--out", str(tmp_path / "one"), *steps]) == 0
+        assert ("1 of these replaced another image of that name" in caplog.text) == said
     assert cli.main(["generate", str(folder), "a dog", "--out", str(tmp_path / "none")]) == 2
     assert "not fitted to prompt 'a dog'" in capsys.readouterr().err
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,10 @@ def test_points_in_the_corner_are_bad() -> None:
     chart = charts.scatter([(0.1, 0.2), (0.3, -0.2)])
     assert chart.count('class="good"') == chart.count('class="bad"') == 1
     assert charts.scatter([]) == ""
+    small = charts.scatter([(1e-6, -1.2e-4), (2e-6, -2.6e-4)])  # labels that would begin outside the chart
+    labels = re.findall(r'text-anchor="end">([^<]*)<', small)
+    assert any(label.startswith("-") for label in labels)
+    assert all(len(label) <= charts.ROOM for label in labels if re.fullmatch(r"[-\d.e]+", label))
     assert "<svg" in charts.scatter([(0.0, 0.0)])
 
 

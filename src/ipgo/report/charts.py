@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 WIDTH, HEIGHT = 360, 190
 LEFT, RIGHT, TOP, BOTTOM = 58, 10, 12, 30  # margins around the plot, room for the labels
+ROOM = 8  # characters of a label on the left
 
 Values = Sequence[float | None]
 BEST = "best so far"
@@ -158,8 +159,9 @@ def _scale(low: float, high: float, start: float, end: float) -> Scale:
 
 
 def _number(value: float, span: float) -> str:
-    """As many digits as tell the labels of an axis apart."""
-    return f"{value:.{max(0, 2 - math.floor(math.log10(span)))}f}" if span < 100 else f"{value:.0f}"
+    """As many digits as tell the labels of an axis apart, as far as there is room for them."""
+    text = f"{value:.{max(0, 2 - math.floor(math.log10(span)))}f}" if span < 100 else f"{value:.0f}"
+    return text if len(text) <= ROOM else f"{value:.2g}"
 
 
 def _padded(low: float, high: float) -> tuple[float, float]:

@@ -298,7 +298,8 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
     if not isinstance(values, Tensor) or values.shape != (len(images),):
         given = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise RewardError(
-            f"reward {reward.name!r} must return a tensor of shape ({len(images)},), not {given}"
+            f"reward {reward.name!r} must return a tensor of shape ({len(images)},), not {given}: one number for each "
+            "image"
         )
     if values.is_complex():
         raise RewardError(f"reward {reward.name!r} must return real numbers, not {values.dtype}")
