@@ -55,10 +55,11 @@ def curve(rewards: Values, bold: Values, before: float | None) -> Markup:
             f'<line class="before" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(before)}" y2="{y(before)}"/>'
         )
     for name, values in (("thin", rewards), ("bold", bold)):
-        points = " ".join(
-            f"{x(step)},{y(value)}" for step, value in enumerate(values, 1) if value is not None
-        )
-        parts.append(f'<polyline class="{name}" points="{points}"/>')
+        points = [(x(step), y(value)) for step, value in enumerate(values, 1) if value is not None]
+        if len(points) == 1:  # a line of one point would not be seen
+            points.insert(0, (points[0][0] - 4, points[0][1]))
+        line = " ".join(f"{across},{up}" for across, up in points)
+        parts.append(f'<polyline class="{name}" points="{line}"/>')
     return _svg(parts, "reward against step")
 
 
