@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ipgo.errors import InputError, unknown
 from ipgo.printed import aligned
 from ipgo.prompts import halves, read_prompts, slug
-from ipgo.terminal import given, loading, peek, read_texts
+from ipgo.terminal import folder_for, given, loading, peek, read_texts
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -52,10 +52,8 @@ def compare(argv: list[str]) -> int:
     settings = merge(usual(str(settings.get("backend", "emoji")), "raw"), settings)
     parsed = parse(_parser(), settings, rest)
     plan = plan_of(parsed, entries, method)
-    out = given(chosen.out, parsed.out)
-    if out == "":
-        raise InputError("out is empty; give a folder")
-    place = Path(out or Path("runs") / f"compare-{slug(parsed.prompts or plan.prompts[0])}").expanduser()
+    usual_place = Path("runs") / f"compare-{slug(parsed.prompts or plan.prompts[0])}"
+    place = folder_for(given(chosen.out, parsed.out), usual_place)
     check_tracker(parsed.track, place)
     folder = Comparison.open(place, plan)
     whole = folder.plan  # with the entries of earlier commands

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ipgo.errors import InputError
 from ipgo.printed import NOTE, levels, span, table
 from ipgo.prompts import slug
-from ipgo.terminal import loading, peek, read_texts
+from ipgo.terminal import folder_for, loading, peek, read_texts
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -53,9 +53,7 @@ def fit(argv: list[str]) -> int:
         )
     config = build(parsed, tuple(texts))
     check(config)
-    if parsed.out == "":
-        raise InputError("out is empty; give a folder")
-    place = Path(parsed.out or Path("runs") / (slug(parsed.prompts or texts[0]) or "run")).expanduser()
+    place = folder_for(parsed.out, Path("runs") / (slug(parsed.prompts or texts[0]) or "run"))
     check_tracker(parsed.track, place)
     folder = Run.open(place, config)
     check_method(folder)

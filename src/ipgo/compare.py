@@ -33,7 +33,7 @@ from ipgo.config import RunConfig
 from ipgo.errors import InputError, MissingExtraError
 from ipgo.evaluation import evaluate
 from ipgo.models import Models, facts, judging_rewards, load_models
-from ipgo.preflight import check_gradient, check_method, check_settings, check_world
+from ipgo.preflight import check_gradient, check_method, check_own_steps, check_settings, check_world
 from ipgo.prompts import Prompt
 from ipgo.rewards import check_reward
 from ipgo.runner import Limit, finish_chunk, fit_chunk, try_rewards
@@ -65,6 +65,7 @@ def check(folder: Comparison, labels: Iterable[str]) -> None:
             if pipeline not in widths:
                 widths[pipeline] = check_backend(*pipeline, config.prompts, config.sampling.negative_prompt)
             config.check_width(widths[pipeline])
+            check_own_steps(config)
             check_gradient(config)
             if run is not None:
                 check_method(run)

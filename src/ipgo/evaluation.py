@@ -15,8 +15,8 @@ from scipy.special import stdtrit
 from torch import Tensor
 from tqdm import tqdm
 
-from ipgo.adapters import Adapter, draw_batch
-from ipgo.backends import Backend
+from ipgo.adapters import Adapter, draw_batch, with_defaults
+from ipgo.backends import Backend, as_they_were, load_backend
 from ipgo.devices import own_numbers
 from ipgo.embeds import PromptEmbeds
 from ipgo.errors import InputError
@@ -238,6 +238,7 @@ def evaluate(
     """Score every adapter on every prompt and seed.
 
     Args:
+        backend: what `load_backend` made, or takes.
         adapters: by method name; "raw" with `Adapter()` is the baseline that `summarise` expects.
         rewards: by name; functions as in `as_reward`.
         prompts: what is drawn, one after the other.
@@ -258,6 +259,12 @@ def evaluate(
     prompts, seeds = list(prompts), plain(seeds)
     if not len(prompts) or not seeds:
         raise InputError("evaluate needs at least one prompt and one seed")
+    if not isinstance(backend, Backend):
+        with as_they_were(backend):
+            opened = load_backend(backend)
+            return evaluate(opened, adapters, rewards, prompts, seeds, sampling, trained_on, judge)
+    _, sampling = with_defaults(None, sampling)
+    adapters = {name: with_defaults(adapter, sampling)[0] for name, adapter in adapters.items()}
     judges = {name: as_reward(reward, name) for name, reward in rewards.items()}
     own = optimised(trained_on, {name: identity_of(reward) for name, reward in judges.items()})
     scores = []

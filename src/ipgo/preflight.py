@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Container, Sequence
 
-from ipgo.backends import check_backend
+from ipgo.backends import check_backend, may_draw_noise
 from ipgo.config import RunConfig
 from ipgo.errors import InputError
 from ipgo.methods import WITHOUT_GRADIENT
@@ -27,6 +27,7 @@ def check(config: RunConfig, given: Container[str] = (), *, loaded: bool = False
     if not loaded:  # first: a misspelt backend has no world that a reward could be of
         negative = config.sampling.negative_prompt
         config.check_width(check_backend(config.backend, config.opening, config.prompts, negative))
+        check_own_steps(config)
     warn_of_unseen_words(config.backend, config.prompts)
     if config.reward not in given:
         check_world(config)
@@ -38,6 +39,15 @@ def check(config: RunConfig, given: Container[str] = (), *, loaded: bool = False
             check_reward(name, config.prompts)
     if config.reward not in given:
         check_gradient(config)
+
+
+def check_own_steps(config: RunConfig) -> None:
+    """Refuse, before a model is loaded, gradient in more steps than a fit draws in, where its folder says how many.
+
+    `models.check_loaded` does it for all others.
+    """
+    if config.scheduler is None and not may_draw_noise(config.backend):
+        config.check_steps(config.sampling.fitting.steps)
 
 
 def check_method(folder: Run) -> None:

@@ -83,6 +83,13 @@ def given(value: Any, otherwise: Any) -> Any:
     return otherwise if value is None else value
 
 
+def folder_for(out: str | None, otherwise: Path) -> Path:
+    """The folder that --out names, or else the usual one; `InputError` for an empty name."""
+    if out == "":
+        raise InputError("out is empty; give a folder")
+    return (otherwise if out is None else Path(out)).expanduser()
+
+
 def fill_steps(args: Any, steps: int) -> int:
     """Fill in `steps` where they were left out: a few-step model's own, or these.
 

@@ -1117,6 +1117,7 @@ BAD_ENTRIES = {
     "held": "entries: {raw: , x: {method: ipgo, held_out: [contrats]}}",
     "backend": "entries: {raw: , x: {method: ipgo, backend: sd155}}",
     "scheduler": "entries: {raw: , x: {method: ipgo, scheduler: dim}}",
+    "deep": "entries: {ipgo: {method: {ascent: {backprop_steps: 12}}}}",
 }
 TEXTS = ("raw", "dpo-diffusion", "chatgpt", "llm-search", "promptist")  # which learn no numbers
 
@@ -1160,6 +1161,10 @@ class RunPrice:
         ),
         ("--methods ,", "methods is empty"),
         ("--methods raw --out ''", "out is empty; give a folder"),
+        (
+            "--methods ipgo --config FILE:deep",
+            "entry 'ipgo': method.ascent.backprop_steps is 12; sampling.fit_steps",
+        ),
         ("--redraw", "is not a comparison's folder: it has no plan.json"),
         ("--redraw --methods raw --bugdet 3", "unknown option '--bugdet'; did you mean '--budget'?"),
         (

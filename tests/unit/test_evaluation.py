@@ -145,6 +145,17 @@ def test_a_prompt_is_encoded_once_for_all_its_images(
     torch.testing.assert_close(torch.stack([each.image for each in found[:9]]), expected)
 
 
+def test_an_evaluation_takes_what_generate_takes(backend: Backend) -> None:
+    """A pipeline object, and None for prompts as they are and the usual sampling; nothing of another type."""
+    rewards, rest = {"contrast": load_reward("contrast", device="cpu")}, (["a fox"], [0])
+    ours = evaluate(backend, {"raw": Adapter()}, rewards, *rest, Sampling(2), "contrast")
+    assert evaluate(backend.pipe, {"raw": None}, rewards, *rest, Sampling(2), "contrast") == ours  # type: ignore[arg-type,dict-item]
+    with pytest.raises(InputError, match="adapter is 3; it must be of the type Adapter"):
+        evaluate(backend, {"raw": 3}, rewards, *rest, Sampling(2), "contrast")  # type: ignore[dict-item]
+    with pytest.raises(InputError, match="sampling is 3; it must be of the type Sampling"):
+        evaluate(backend, {"raw": Adapter()}, rewards, *rest, 3, "contrast")  # type: ignore[arg-type]
+
+
 def test_where_memory_is_short_smaller_batches_are_drawn(
     backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ipgo.adapters.base import Adapter, draw_batch, generate, stack
+from ipgo.adapters.base import Adapter, draw_batch, generate, stack, with_defaults
 from ipgo.adapters.embedding import EmbeddingAdapter
 from ipgo.adapters.insertion import InsertionAdapter
 from ipgo.adapters.joint import JointAdapter
@@ -26,6 +26,7 @@ __all__ = [
     "generate",
     "shorten",
     "stack",
+    "with_defaults",
 ]
 
 KINDS: tuple[type[Adapter], ...] = (

@@ -209,10 +209,7 @@ def generate(
         with as_they_were(backend):
             opened = load_backend(backend)
             return generate(opened, prompts, seeds, adapter, sampling, backprop_steps=backprop_steps)
-    adapter, sampling = adapter or Adapter(), sampling or Sampling()
-    for name, value, kind in (("adapter", adapter, Adapter), ("sampling", sampling, Sampling)):
-        if not isinstance(value, kind):
-            raise InputError(f"{name} is {value!r}; it must be of the type {kind.__name__}")
+    adapter, sampling = with_defaults(adapter, sampling)
     prompts, seeds = list(prompts), plain(seeds)
     if len(prompts) != len(seeds) or not prompts:
         raise InputError(
@@ -229,6 +226,15 @@ def generate(
         places = torch.tensor([distinct.index(prompt) for prompt in prompts], device=backend.device)
         original = backend.encode(distinct).select(places)
         return draw_batch(backend, prompts, seeds, adapter, sampling, original, backprop_steps=backprop_steps)
+
+
+def with_defaults(adapter: Adapter | None, sampling: Sampling | None) -> tuple[Adapter, Sampling]:
+    """What `generate` draws with where they are None; `InputError` for something else."""
+    adapter, sampling = adapter or Adapter(), sampling or Sampling()
+    for name, value, kind in (("adapter", adapter, Adapter), ("sampling", sampling, Sampling)):
+        if not isinstance(value, kind):
+            raise InputError(f"{name} is {value!r}; it must be of the type {kind.__name__}")
+    return adapter, sampling
 
 
 def draw_batch(

@@ -14,14 +14,14 @@ from ipgo.backends import world
 from ipgo.backends.base import Backend, denoiser_of
 from ipgo.backends.chroma import Chroma
 from ipgo.backends.facts import Facts, Opening, width_of
-from ipgo.backends.few_steps import FewSteps, by_folder, by_name, by_pipeline, either
+from ipgo.backends.few_steps import FewSteps, by_folder, by_name, by_pipeline, either, scheduler_in
 from ipgo.backends.flux import Flux
 from ipgo.backends.flux_2 import Flux2Klein
 from ipgo.backends.parts import as_they_were, check_parts, moves, quantised
 from ipgo.backends.pixart import PixArtAlpha, PixArtSigma
 from ipgo.backends.qwen_image import QwenImage
 from ipgo.backends.sana import Sana, SanaSprint
-from ipgo.backends.schedulers import to_the_last
+from ipgo.backends.schedulers import STOCHASTIC, to_the_last
 from ipgo.backends.stable_diffusion import StableDiffusion
 from ipgo.backends.stable_diffusion_3 import StableDiffusion3
 from ipgo.backends.stable_diffusion_xl import StableDiffusionXL
@@ -42,6 +42,7 @@ __all__ = [
     "check_backend",
     "few_steps",
     "load_backend",
+    "may_draw_noise",
     "open_to_draw",
     "place_of",
 ]
@@ -254,6 +255,12 @@ def check_backend(
                 lengths = [len(ids) for ids in unpadded(tokenizer, texts)]
                 check_lengths(texts, lengths, most, facts.chunked, what)
     return width_of(Path(place), facts)
+
+
+def may_draw_noise(source: str) -> bool:
+    """May the model's own scheduler add noise at every step? False only where a folder names one that does not."""
+    scheduler = scheduler_in(Path(place_of(source)))
+    return not scheduler or scheduler in STOCHASTIC
 
 
 def few_steps(source: str) -> FewSteps | None:

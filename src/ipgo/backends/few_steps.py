@@ -83,18 +83,22 @@ def by_parts(kind: str, scheduler: str, options: Mapping[str, Any]) -> FewSteps 
 
 def by_folder(folder: Path) -> FewSteps | None:
     """`by_parts` of a diffusers folder; None for what is none, or cannot be read: opening it says why."""
+    index = _read(folder / "model_index.json")
+    options = index | _read(folder / "transformer/config.json") | _read(folder / "unet/config.json")
+    return by_parts(str(index.get("_class_name")), scheduler_in(folder), options)
 
-    def read(file: Path) -> dict[str, Any]:
-        try:
-            return files.read_json(file)
-        except InputError:
-            return {}
 
-    index = read(folder / "model_index.json")
-    stated = index.get("scheduler")
-    scheduler = str(stated[-1]) if isinstance(stated, list) and stated else ""
-    options = index | read(folder / "transformer/config.json") | read(folder / "unet/config.json")
-    return by_parts(str(index.get("_class_name")), scheduler, options)
+def scheduler_in(folder: Path) -> str:
+    """The class of the scheduler of a diffusers folder; "" for what is none, or cannot be read."""
+    stated = _read(folder / "model_index.json").get("scheduler")
+    return str(stated[-1]) if isinstance(stated, list) and stated else ""
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return files.read_json(file)
+    except InputError:
+        return {}
 
 
 def by_pipeline(pipe: Any, denoiser: Any) -> FewSteps | None:
