@@ -86,7 +86,7 @@ class Interval:
 
         A percentile interval is too narrow by sqrt((n - 1) / n), and by the normal distribution in place of Student's t
         (Hesterberg, The American Statistician 2015, section 5): of 4 outcomes without an effect it would decide 21%, of
-        20 6%. Where all outcomes are the same, there must be enough of them.
+        20 8%. Where all outcomes are the same, there must be enough of them.
         """
         if math.isnan(self.low):
             return False
