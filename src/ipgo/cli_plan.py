@@ -81,26 +81,26 @@ def _settled(args: Any) -> Any:
 
 def _advise(args: Any, gpu: str, most: int, footprint: Measure) -> bool:
     """Print what to use on a GPU with room for `most` bytes; does anything fit?"""
-    from ipgo.plan import Choice, fastest
+    from ipgo.plan import Choice, deepest, fastest
 
-    choice = fastest(lambda each: footprint(each).peak <= most, args.backprop_steps, args.rows)
-    found = footprint(choice or Choice(min(args.backprop_steps), recompute=True, text_on_cpu=True))
-    peak, room = f"{found.peak / GIB:.2f}", f"{most / GIB:.2f} GiB"
-    if choice is None:
+    def fits(choice: Choice) -> bool:
+        return footprint(choice).peak <= most
+
+    room = f"{most / GIB:.2f} GiB"
+    first, second = (find(fits, args.backprop_steps, args.rows) for find in (fastest, deepest))
+    if first is None:
+        smallest = footprint(Choice(min(args.backprop_steps), recompute=True, text_on_cpu=True)).peak
         print(
-            f"\n{gpu}: nothing fits; the smallest needs {peak} GiB, more than {room}; try a smaller --image-size"
+            f"\n{gpu}: nothing fits; the smallest needs {smallest / GIB:.2f} GiB, more than {room}; try a smaller "
+            "--image-size"
         )
         return False
-    print(f"\n{gpu}: {_words(choice)}, {peak} of {room}\n  {shlex.join(fit_command(args, choice))}")
-    if not choice.recompute:
-        return True
-    fewer = [depth for depth in args.backprop_steps if depth < choice.backprop_steps]
-    plain = fastest(lambda each: not each.recompute and footprint(each).peak <= most, fewer, args.rows)
-    if plain is not None:
-        print(
-            f"{gpu}, faster, with gradient through fewer steps: {_words(plain)}, {footprint(plain).peak / GIB:.2f} of "
-            f"{room}\n  {shlex.join(fit_command(args, plain))}"
-        )
+    said = {first: f"\n{gpu}, fastest"}
+    if second is not None:
+        said.setdefault(second, f"{gpu}, gradient through most steps")
+    for choice, name in said.items():
+        print(f"{name}: {_words(choice)}, {footprint(choice).peak / GIB:.2f} of {room}")
+        print(f"  {shlex.join(fit_command(args, choice))}")
     return True
 
 

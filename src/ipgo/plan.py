@@ -48,6 +48,11 @@ class Choice:
     rows: int = 1
     text_on_cpu: bool = False
 
+    @property
+    def passes(self) -> int:
+        """What the gradient of a step costs, in forward passes of the denoiser: a backward pass takes two of them."""
+        return self.backprop_steps * (3 if self.recompute else 2)
+
 
 @dataclass(frozen=True)
 class Footprint:
@@ -161,24 +166,40 @@ def unloaded(
 
 
 def fastest(fits: Callable[[Choice], bool], depths: Sequence[int], most_rows: int) -> Choice | None:
-    """The first of these that fits, with as many rows as fit; None if none does.
+    """The choice of the fewest `passes` that fits, with as many rows as fit; None if none does.
 
-    The largest K comes first, since K decides what is learned and the rest does not; for each K no recomputation
-    comes before recomputation, which costs time at every step, and for each of these the text encoders stay on the
-    GPU if they can. Rows are then doubled while they fit, up to `most_rows`.
+    Of those with as many passes the text encoders stay on the GPU if they can. Rows are then doubled while they fit,
+    up to `most_rows`.
+
+    Args:
+        fits: whether a choice fits; it is asked about few.
+        depths: the values of K to choose from.
     """
-    for depth in sorted(set(depths), reverse=True):
-        for recompute, text_on_cpu in itertools.product((False, True), repeat=2):
-            choice = Choice(depth, recompute, text_on_cpu=text_on_cpu)
-            if not fits(choice):
-                continue
-            while choice.rows < most_rows:
-                more = replace(choice, rows=min(2 * choice.rows, most_rows))
-                if not fits(more):
-                    break
-                choice = more
-            return choice
-    return None
+    return _first(fits, sorted(_choices(depths), key=lambda each: (each.passes, each.text_on_cpu)), most_rows)
+
+
+def deepest(fits: Callable[[Choice], bool], depths: Sequence[int], most_rows: int) -> Choice | None:
+    """The choice of the largest K that fits, since K decides what is learned; else as `fastest`."""
+    order = sorted(_choices(depths), key=lambda each: (-each.backprop_steps, each.passes, each.text_on_cpu))
+    return _first(fits, order, most_rows)
+
+
+def _choices(depths: Sequence[int]) -> list[Choice]:
+    """All for one row."""
+    return [
+        Choice(depth, recompute, text_on_cpu=text_on_cpu)
+        for depth, recompute, text_on_cpu in itertools.product(set(depths), (False, True), (False, True))
+    ]
+
+
+def _first(fits: Callable[[Choice], bool], choices: Sequence[Choice], most_rows: int) -> Choice | None:
+    choice = next((each for each in choices if fits(each)), None)
+    while choice is not None and choice.rows < most_rows:
+        more = replace(choice, rows=min(2 * choice.rows, most_rows))
+        if not fits(more):
+            break
+        choice = more
+    return choice
 
 
 def memory_of(gpu: str) -> int:

@@ -25,7 +25,7 @@ from ipgo.backends import Backend, load_backend
 from ipgo.config import build, parse, run_parser
 from ipgo.insertion import Insertion
 from ipgo.memory import LiveMemory, new_sizes
-from ipgo.plan import Choice, Workload, fastest, memory_of, unloaded
+from ipgo.plan import Choice, Workload, deepest, fastest, memory_of, unloaded
 from ipgo.training import first_gradient, maximize
 from tests import tiny_families
 from tests.conftest import brightness, byte_tokenizer, one_sentence, put_into_cache, tiny_pipeline
@@ -182,21 +182,30 @@ def test_a_reward_that_looks_at_values_cannot_be_planned(sizes: Workload) -> Non
         replace(sizes, reward=ipgo.as_reward(picky)).footprint(Choice(1, False))
 
 
-def test_the_fastest_choice() -> None:
+def test_the_choice() -> None:
     need = {(1, False): 3, (1, True): 2, (2, False): 5, (2, True): 2.5, (4, False): 9, (4, True): 4}
 
-    def chosen(room: float, rows: int = 4) -> Choice | None:
-        return fastest(
-            lambda each: need[each.backprop_steps, each.recompute] * each.rows <= room, (1, 4, 2), rows
-        )
+    def chosen(room: float, rows: int = 4, depths: tuple[int, ...] = (1, 4, 2)) -> list[Choice | None]:
+        def fits(choice: Choice) -> bool:
+            return need[choice.backprop_steps, choice.recompute] * choice.rows <= room
 
-    assert chosen(9) == Choice(4, False)
-    assert chosen(8.9) == Choice(4, True, 2)  # K before the cost of recomputing
-    assert chosen(3) == Choice(2, True)
-    assert chosen(2) == Choice(1, True)
-    assert chosen(1) is None
-    assert chosen(1000, 6) == Choice(4, False, 6)
-    assert chosen(30, 6) == Choice(4, False, 2)
+        return [find(fits, depths, rows) for find in (fastest, deepest)]
+
+    assert chosen(9) == [Choice(1, False, 2), Choice(4, False)]
+    assert chosen(8.9) == [Choice(1, False, 2), Choice(4, True, 2)]  # K before the cost of recomputing
+    assert chosen(3) == [Choice(1, False), Choice(2, True)]
+    assert chosen(2) == [Choice(1, True)] * 2
+    assert chosen(1) == [None] * 2
+    assert chosen(1000, 6) == [Choice(1, False, 6), Choice(4, False, 6)]
+    assert chosen(30, 6) == [Choice(1, False, 6), Choice(4, False, 2)]
+    assert chosen(5, 2, depths=(2,)) == [Choice(2, False)] * 2
+    assert chosen(8.9, 1, depths=(4,)) == [Choice(4, True)] * 2
+
+
+def test_passes_of_a_choice() -> None:
+    """Shallow comes before not recomputing."""
+    kinds = [(1, False), (1, True), (2, False), (2, True), (4, False), (4, True)]
+    assert [Choice(*kind).passes for kind in kinds] == [2, 3, 4, 6, 8, 12]
 
 
 def test_text_encoders_leave_before_anything_is_recomputed() -> None:
@@ -245,7 +254,8 @@ def test_the_command(
     ]
     for row, choice in zip(rows, (Choice(3, False), Choice(3, False, 4)), strict=False):
         assert float(row[4]) == pytest.approx(sizes.footprint(choice).peak / 2**30, abs=0.01)
-    large = out.split("1GB: ")[1].splitlines()
+    large = out.split("1GB, fastest: ")[1].splitlines()
+    assert len(large) == 2  # of one K it is the deepest too
     assert large[0].startswith("K = 3 without recomputing, 4 prompts at once")
     flags = [word for word in large[1].split() if word.startswith("--")]
     config = build(parse(run_parser("ipgo"), {}, flags), ("a fox",))
@@ -309,7 +319,7 @@ def test_hub_ids_are_planned_from_their_configuration(folder: str, tmp_path: Pat
     assert tables[0] == tables[1]
 
 
-def test_what_is_faster_than_recomputing_is_said(
+def test_the_fastest_is_said_and_then_the_deepest(
     folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """K = 3 fits with recomputing alone, and K = 1 without."""
@@ -320,11 +330,14 @@ def test_what_is_faster_than_recomputing_is_said(
     command += ["--gpu", f"{room + 0.001:.6f}MB", "--rows", "1", "--backprop-steps"]
     assert cli.main([*command, "1", "3"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "MB: K = 3 recomputing" in lines[-4]
-    assert "faster, with gradient through fewer steps: K = 1 without recomputing" in lines[-2]
-    assert "--method.ascent.backprop_steps=1 --method.ascent.recompute=false" in lines[-1]
+    assert "MB, fastest: K = 1 without recomputing" in lines[-4]
+    assert "--method.ascent.backprop_steps=1 --method.ascent.recompute=false" in lines[-3]
+    assert "MB, gradient through most steps: K = 3 recomputing" in lines[-2]
+    assert "--method.ascent.backprop_steps=3 --method.ascent.recompute=true" in lines[-1]
     assert cli.main([*command, "3"]) == 0
-    assert "faster" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "fastest: K = 3 recomputing" in out
+    assert "most steps" not in out
 
 
 def test_nothing_fits(
