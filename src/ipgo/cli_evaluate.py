@@ -57,7 +57,6 @@ def evaluate(argv: list[str]) -> int:
     models = load_models(config, begun_in=folder.dtype)
     models.backend.check_prompts(prompts)
     stored.check_backend(models.backend)
-    adapters = {"raw": Adapter(), config.method_name: stored.adapter.to(models.backend.device)}
     for name in folder.strange(models.identities):
         logging.getLogger("ipgo").warning(
             "%r is not the reward that scored the run under this name (its weights, text or version differ): the new "
@@ -74,11 +73,13 @@ def evaluate(argv: list[str]) -> int:
         folder.judge_again(waiting, models.identities, models.backend.identity)
         waiting.clear()
 
-    images = bar_of_images(len(prompts) * len(args.seeds) * len(adapters))
+    images = bar_of_images(2 * len(prompts) * len(args.seeds))
     with images as bar, contextlib.ExitStack() as ending:
         ending.callback(keep)  # also if a prompt fails
         kept = time.monotonic()
         for prompt in prompts:
+            own_adapter = stored.adapter(prompt).to(models.backend.device)
+            adapters = {"raw": Adapter(), config.method_name: own_adapter}
             drawings = counted(draw(models.backend, adapters, prompt, args.seeds, config.sampling), bar)
             found = score_drawings(drawings, models.rewards, own, models.judge)
             scores += found

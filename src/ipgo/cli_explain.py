@@ -47,8 +47,8 @@ def explain(argv: list[str]) -> int:
             raise InputError(f"out is {str(args.out)!r}; it must end in .json")
         check_replaced(args.out, "adapter")
     stored = open_stored(args.adapter)
-    adapter, settings = stored.adapter, stored.settings
-    check_adapter(adapter)
+    settings = stored.settings
+    check_adapter(stored.first)
     config = None if stored.run is None else stored.run.config
     spec = args.reward or (config.reward if config is not None else None)
     if spec is None:
@@ -65,10 +65,10 @@ def explain(argv: list[str]) -> int:
     stored.check_backend(backend)
     reward = load_reward(spec, device=args.device)
     words = Vocabulary.of(backend)
-    adapter.to(backend.device)
     bar = tqdm(texts, "prompts", disable=None, leave=False)
     found = []
     for text in bar:
+        adapter = stored.adapter(text).to(backend.device)
         found.append(explained(backend, adapter, text, seeds, sampling, reward, words, args.top))
         bar.write(show(found[-1]), file=sys.stdout)
     if args.out is not None:

@@ -64,12 +64,12 @@ def generate(argv: list[str]) -> int:
     backend = load_backend(source, device=args.device, text_device=args.text_device, **settings)
     backend.check_prompts(texts)
     stored.check_backend(backend)
-    adapter = stored.adapter.to(backend.device)
     out.mkdir(parents=True, exist_ok=True)
     replaced = 0
     with tqdm(total=len(texts) * len(seeds), desc="images", disable=None, leave=False) as bar:
         for prompt in number(texts):
-            for drawing in draw(backend, {"adapter": adapter}, prompt.text, seeds, sampling):
+            adapters = {"adapter": stored.adapter(prompt.text).to(backend.device)}
+            for drawing in draw(backend, adapters, prompt.text, seeds, sampling):
                 file = out / f"{prompt.id}-{drawing.seed}.png"
                 image = as_png(to_pil(drawing.image[None])[0])
                 replaced += file.is_file() and file.read_bytes() != image

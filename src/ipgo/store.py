@@ -388,15 +388,24 @@ class Run:
         """A prompt's adapter, or the shared one; `InputError` if there is none yet."""
         return load_adapter(self.adapter_folder(prompt))
 
+    @property
+    def with_adapters(self) -> tuple[Prompt, ...]:
+        """The finished prompts; shared: the first, since its adapter is that of all.
+
+        Raises:
+            InputError: no prompt is finished.
+        """
+        if not self.finished:
+            raise InputError(f"run {str(self.path)!r} has no finished prompt yet")
+        return self.finished[:1] if self.config.shared else self.finished
+
     def whole_adapter(self) -> tuple[Adapter, dict[str, Any]]:
         """What was learned so far as one adapter, and the backend settings that it was made under.
 
         Raises:
             InputError: no prompt is finished.
         """
-        some = self.finished[:1] if self.config.shared else self.finished
-        if not some:
-            raise InputError(f"run {str(self.path)!r} has no finished prompt yet")
+        some = self.with_adapters
         adapters = [self.load_adapter(prompt) for prompt in some]
         settings = dict(adapter_facts(self.adapter_folder(some[0]))["settings"])
         return (adapters[0] if adapters[0].prompts is None else stack(adapters)), settings

@@ -12,9 +12,9 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from ipgo.errors import InputError, unknown_option
 from ipgo.files import is_hub_id
@@ -190,20 +190,35 @@ def backend_of(settings: dict[str, Any], given: str | None) -> str:
     return str(given or made)
 
 
-class Stored(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Stored:
     """What a command draws with.
 
     Attributes:
-        adapter: that of a folder, or all of a run's as one.
+        first: the adapter of a folder; of a run the one of its first finished prompt.
         settings: those of the backend and the sampling that it was made under.
         drawn_by: what was behind the backend's name then, as `Run.drawn_by`; {} where that is not known.
         run: the run that the folder is or belongs to.
+        folders: where the adapter of each finished prompt is, of a run that has one for each.
     """
 
-    adapter: Adapter
+    first: Adapter
     settings: dict[str, Any]
     drawn_by: dict[str, Any]
     run: Run | None
+    folders: Mapping[str, Path] = dataclasses.field(default_factory=dict)
+
+    @property
+    def fitted(self) -> tuple[str, ...] | None:
+        """The prompts that it serves; None: any."""
+        return tuple(self.folders) or self.first.prompts
+
+    def adapter(self, prompt: str) -> Adapter:
+        """The one that serves this prompt. It is read when it is asked for: all of a run may be too many to hold."""
+        from ipgo.artefacts import load_adapter
+
+        own = self.first.prompts is None or prompt in self.first.prompts
+        return self.first if own else load_adapter(self.folders[prompt])
 
     def prompts(self, texts: Sequence[str], spec: str | None) -> list[str]:
         """Those that are asked for; else those that it was fitted to, or of one for any prompt, its run is judged on.
@@ -211,18 +226,20 @@ class Stored(NamedTuple):
         Raises:
             InputError: none at all, or one that it was not fitted to.
         """
+        from ipgo.adapters import Adapter
+
         judged = () if self.run is None else [prompt.text for prompt in self.run.judged]
-        chosen = read_texts(texts, spec) or list(self.adapter.prompts or judged)
+        chosen = read_texts(texts, spec) or list(self.fitted or judged)
         check_prompts(chosen)
-        self.adapter.rows(chosen)
+        Adapter(self.fitted).rows(chosen)
         return chosen
 
     def seeds(self, asked: Sequence[int] | None) -> list[int]:
         """Those that are asked for; else 0, or the one whose noise it has learned. Warns where it does nothing."""
         from ipgo.adapters import JointAdapter, NoiseAdapter
 
-        joint = isinstance(self.adapter, JointAdapter)
-        noise = self.adapter.initial if isinstance(self.adapter, JointAdapter) else self.adapter
+        joint = isinstance(self.first, JointAdapter)
+        noise = self.first.initial if isinstance(self.first, JointAdapter) else self.first
         tied = noise.seed if isinstance(noise, NoiseAdapter) else None
         if tied is not None and not joint and (others := [seed for seed in asked or () if seed != tied]):
             text = "this adapter is tied to the noise of seed %d; on others (%s) it draws the raw prompt"
@@ -251,7 +268,7 @@ class Stored(NamedTuple):
 
 
 def open_stored(source: str | Path) -> Stored:
-    """The adapter in a folder, or all of a run's as one; `source` may also be the hub's `owner/name`."""
+    """The adapter in a folder, or those of a run; `source` may also be the hub's `owner/name`."""
     from ipgo.artefacts import adapter_facts, load_adapter
     from ipgo.publish import fetch
     from ipgo.store import Run
@@ -260,7 +277,11 @@ def open_stored(source: str | Path) -> Stored:
     places = [place for place in (path, *path.resolve().parents[:2]) if (place / "run.json").is_file()]
     run = Run.open(places[0]) if places else None
     if run is not None and places[0] == path:
-        return Stored(*run.whole_adapter(), run.drawn_by, run)
+        fitted = run.with_adapters
+        folders = {prompt.text: run.adapter_folder(prompt) for prompt in fitted}
+        settings = [adapter_facts(folder)["settings"] for folder in folders.values()]  # a missing one is said now
+        each = {} if run.config.shared else folders
+        return Stored(run.load_adapter(fitted[0]), dict(settings[0]), run.drawn_by, run, each)
     if (path / "plan.json").is_file():
         raise InputError(f"{str(path)!r} is a comparison's folder; its runs are in {path / 'entries'}")
     facts = adapter_facts(path)

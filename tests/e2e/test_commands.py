@@ -424,6 +424,22 @@ def test_a_damaged_file_is_one_sentence(
     assert "damaged" in error or "cannot be read" in error
 
 
+def test_only_the_adapters_that_are_drawn_with_are_read(
+    fitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of a whole run may be gigabytes."""
+    place = Path(shutil.copytree(fitted, tmp_path / "run"))
+    run = Run.open(place)
+    (run.folder(run.prompts[1]) / "adapter.safetensors").write_bytes(b"damaged")
+    out = tmp_path / "images"
+    assert cli.main(["generate", str(place), PROMPTS[0], "--out", str(out)]) == 0
+    assert cli.main(["generate", str(place), "--out", str(out)]) == 2
+    assert f"{run.prompts[1].id}/adapter.safetensors' cannot be read" in one_sentence(capsys)
+    assert [file.name for file in out.iterdir()] == [f"{run.prompts[0].id}-0.png"]
+    assert cli.main(["generate", str(place), "a dog"]) == 2
+    assert "not fitted to prompt 'a dog'; nearest: 'a fox'" in one_sentence(capsys)
+
+
 def test_a_run_goes_on_in_the_format_that_it_began_in(
     fitted: Path, pipeline_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -305,7 +305,7 @@ def test_what_is_tied_to_its_noise_is_drawn_from_it(caplog: pytest.LogCaptureFix
     assert Stored(Adapter(), {}, {}, None).seeds(None) == [0]
     caplog.clear()
     inserted = InsertionAdapter(("a",), 8, Insertion(1, 1, rank=4))
-    joint = Stored(JointAdapter.join(inserted, tied.adapter, 0.1), {}, {}, None)
+    joint = Stored(JointAdapter.join(inserted, tied.first, 0.1), {}, {}, None)
     assert joint.seeds(None) == [5]
     assert joint.seeds([6]) == [6]
     assert not caplog.text  # its embeddings go with any noise
