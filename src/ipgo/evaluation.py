@@ -29,6 +29,7 @@ BATCH = 8  # images made at once
 RESAMPLES = 2000  # of the bootstrap
 NORMAL = 1.96  # the 97.5th percentile of the normal distribution
 ALIKE = 6  # outcomes on one side, which chance would hardly give: twice 0.5**6 is below 0.05 (sign test)
+VERDICT = "judge-"  # begins the names of scores that are verdicts, each in [0, 1]
 ROUNDING = 1e-6  # of a reward's values, relative to their median size
 logger = logging.getLogger("ipgo")
 
@@ -55,7 +56,9 @@ class Score:
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with its 95% bootstrap interval over `n` prompts, or over the seeds of a single prompt.
+    """An estimate with its 95% interval over `n` prompts, or over the seeds of a single prompt.
+
+    The bounds are percentiles of a bootstrap (Efron 1979), and as much farther from the estimate as `widening` says.
 
     Attributes:
         value: the estimate.
@@ -82,21 +85,19 @@ class Interval:
         return f"{self.low:{form}} to {self.high:{form}}"
 
     def decided(self, even: float) -> bool:
-        """Does it lie on one side of `even`, made as much wider as so few outcomes ask for?
-
-        A percentile interval is too narrow by sqrt((n - 1) / n), and by the normal distribution in place of Student's t
-        (Hesterberg, The American Statistician 2015, section 5): of 4 outcomes without an effect it would decide 21%, of
-        20 8%. Where all outcomes are the same, there must be enough of them.
-        """
-        if math.isnan(self.low):
-            return False
+        """Does it lie on one side of `even`? Where all outcomes are the same, there must be enough of them."""
         if self.low == self.high:
             return self.value != even and self.n >= ALIKE
-        wider = math.sqrt(self.n / (self.n - 1)) * float(stdtrit(self.n - 1, 0.975)) / NORMAL
-        return bool(
-            self.value - wider * (self.value - self.low) > even
-            or self.value + wider * (self.high - self.value) < even
-        )
+        return self.low > even or self.high < even  # neither, if they are NaN
+
+
+def widening(n: int) -> float:
+    """By how much the distance of percentiles of a bootstrap from an estimate of n outcomes is too small.
+
+    They are too near by sqrt((n - 1) / n), and by the normal distribution in place of Student's t (Hesterberg, The
+    American Statistician 2015, section 5): of 4 outcomes without an effect 21% would be decided, of 20 8%.
+    """
+    return math.sqrt(n / (n - 1)) * float(stdtrit(n - 1, 0.975)) / NORMAL
 
 
 @dataclass(frozen=True)
@@ -217,7 +218,9 @@ def score_drawings(
         with own_numbers(), torch.no_grad():
             columns = score_each(rewards, images, prompts)
             verdicts = judge.marks(images, prompts, followed) if judge is not None else {}
-        columns.update({f"judge-{name}": marks for name, marks in verdicts.items() if name not in followed})
+        columns.update(
+            {f"{VERDICT}{name}": marks for name, marks in verdicts.items() if name not in followed}
+        )
         for name, column in columns.items():
             for each, value in zip(part, column.tolist(), strict=True):
                 if not math.isnan(value):
@@ -293,15 +296,16 @@ def counted(drawings: Iterable[Drawing], bar: tqdm[Any]) -> list[Drawing]:
 def win_rate(scores: Iterable[Score], method: str, baseline: str, reward: str) -> Interval:
     """How often `method` scores above `baseline` on the same prompt and seed; a tie counts as half a win.
 
-    The rate is the mean over prompts of the mean over seeds. The 95% interval is a percentile bootstrap (Efron 1979)
-    over prompts, or over seeds if there is one prompt.
+    The rate is the mean over prompts of the mean over seeds. Its `Interval` is over prompts, or over seeds if there is
+    one prompt.
 
     Raises:
         InputError: the two methods share no prompt and seed.
     """
     pairs = _pairs(scores, method, baseline, reward)
     size = float(np.median([abs(value) for values in pairs.values() for pair in values for value in pair]))
-    return _bootstrap([[_win(a, b, ROUNDING * size) for a, b in values] for values in pairs.values()])
+    wins = [[_win(a, b, ROUNDING * size) for a, b in values] for values in pairs.values()]
+    return _bootstrap(wins, share=True)
 
 
 def _win(ours: float, theirs: float, rounding: float) -> float:
@@ -312,7 +316,7 @@ def _win(ours: float, theirs: float, rounding: float) -> float:
 
 
 def average(scores: Iterable[Score], method: str, reward: str) -> Interval:
-    """The mean over prompts of the mean over seeds, with a bootstrap interval (Efron 1979) as in `win_rate`.
+    """The mean over prompts of the mean over seeds, with an interval as in `win_rate`.
 
     Raises:
         InputError: the method has no value of this reward.
@@ -323,7 +327,7 @@ def average(scores: Iterable[Score], method: str, reward: str) -> Interval:
             values[each.prompt].append(each.value)
     if not values:
         raise InputError(f"method {method!r} has no score of reward {reward!r}")
-    return _bootstrap(list(values.values()))
+    return _bootstrap(list(values.values()), share=reward.startswith(VERDICT))
 
 
 def unlike(gain: Gain, usual: Gain | None) -> str:
@@ -394,13 +398,18 @@ def _pairs(
     return dict(pairs)
 
 
-def _bootstrap(values: Sequence[Sequence[float]]) -> Interval:
-    """Mean over prompts of the mean over seeds, with percentiles of the resampled means (Efron 1979)."""
+def _bootstrap(values: Sequence[Sequence[float]], *, share: bool = False) -> Interval:
+    """Mean over prompts of the mean over seeds, with percentiles of the resampled means (Efron 1979), widened.
+
+    Args:
+        share: the values lie in [0, 1], and so do the bounds.
+    """
     over = "prompts" if len(values) > 1 else "seeds"
     units = np.array([np.mean(each) for each in values] if over == "prompts" else values[0], dtype=float)
     n = len(units)
     if n < 2:
         return Interval(float(units.mean()), math.nan, math.nan, n, over)
-    draws = np.random.default_rng(0).integers(n, size=(RESAMPLES, n))
-    low, high = np.quantile(units[draws].mean(axis=1), [0.025, 0.975])
-    return Interval(float(units.mean()), float(low), float(high), n, over)
+    mean, draws = units.mean(), np.random.default_rng(0).integers(n, size=(RESAMPLES, n))
+    bounds = mean + widening(n) * (np.quantile(units[draws].mean(axis=1), [0.025, 0.975]) - mean)
+    low, high = bounds.clip(0, 1) if share else bounds
+    return Interval(float(mean), float(low), float(high), n, over)

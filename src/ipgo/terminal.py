@@ -279,7 +279,9 @@ def open_stored(source: str | Path) -> Stored:
     if run is not None and places[0] == path:
         fitted = run.with_adapters
         folders = {prompt.text: run.adapter_folder(prompt) for prompt in fitted}
-        settings = [adapter_facts(folder)["settings"] for folder in folders.values()]  # a missing one is said now
+        settings = [
+            adapter_facts(folder)["settings"] for folder in folders.values()
+        ]  # a missing one is said now
         each = {} if run.config.shared else folders
         return Stored(run.load_adapter(fitted[0]), dict(settings[0]), run.drawn_by, run, each)
     if (path / "plan.json").is_file():
