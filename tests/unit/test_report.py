@@ -9,7 +9,7 @@ import pytest
 import ipgo
 from ipgo import Gain, Interval, cli
 from ipgo.report import charts
-from ipgo.report.build import _mean_of, fallen, mood, render
+from ipgo.report.build import _mean_of, environment, fallen, mood, render
 from ipgo.report.tables import _gain, _rate
 
 
@@ -174,6 +174,8 @@ def test_only_what_is_sure_has_a_colour(value: float, low: float, high: float, c
     wins = _rate(Interval(0.5 + value, 0.5 + low, 0.5 + high, 9, "prompts"))
     assert wins.mood == colour
     assert _rate(None).text == "–"
+    page = environment().from_string("{{ gain.gain | sure }}")
+    assert page.render(gain=gain("held", value, low, high)) == colour
 
 
 def test_a_prompt_that_ended_keeps_its_last_value_in_the_mean() -> None:

@@ -20,7 +20,7 @@ from PIL import Image
 from ipgo.artefacts import load_drawn_by, load_identities, load_scores
 from ipgo.continuing import differing_in
 from ipgo.errors import InputError
-from ipgo.evaluation import Gain, Score, levels, summarise, unlike
+from ipgo.evaluation import Gain, Interval, Score, levels, summarise, unlike
 from ipgo.images import as_png, reading
 from ipgo.prompts import Prompt
 from ipgo.report import charts
@@ -170,13 +170,19 @@ def environment(package: str = "ipgo.report") -> Environment:
     made = Environment(
         loader=PackageLoader(package, "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    made.filters |= {"signed": "{:+.3f}".format, "percent": "{:.0%}".format, "mood": mood, "unlike": unlike}
+    made.filters |= {"signed": "{:+.3f}".format, "percent": "{:.0%}".format}
+    made.filters |= {"mood": mood, "sure": sure, "unlike": unlike}
     return made
 
 
 def mood(gain: float) -> str:
     """The CSS class of a gain: good, bad, or none where three digits show no change."""
     return "" if abs(gain) < VISIBLE else "good" if gain > 0 else "bad"
+
+
+def sure(change: Interval, even: float = 0) -> str:
+    """The mood of a mean, none where its interval leaves open on which side of `even` it lies."""
+    return mood(change.value - even) if change.decided(even) else ""
 
 
 def summary(run: Run, fitted: Sequence[Gain], unseen: Sequence[Gain]) -> str:

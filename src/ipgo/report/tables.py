@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from ipgo.comparison import Comparison
 from ipgo.evaluation import Gain, Interval, average
-from ipgo.report.build import mood
+from ipgo.report.build import sure
 from ipgo.report.identity import MARK
 from ipgo.report.rows import Matrix, Row, matrices, own_scores, strange_to
 from ipgo.rewards import optimised
@@ -152,10 +152,10 @@ def _gain(gains: dict[str, Gain], reward: str, before: bool = False) -> Cell:
     if gain is None:
         return Cell("–")
     change, within = f"{gain.gain.value:+.3f}", span(gain.gain)
-    sure = mood(gain.gain.value) if gain.gain.decided(0) else ""
+    mood = sure(gain.gain)
     if before:
-        return Cell(f"{gain.before:.3f} → {gain.after:.3f}", sure, f"{change} {within}".strip())
-    return Cell(change, sure, within)
+        return Cell(f"{gain.before:.3f} → {gain.after:.3f}", mood, f"{change} {within}".strip())
+    return Cell(change, mood, within)
 
 
 def _judged(row: Row, reward: str, strange: bool) -> Cell:
@@ -192,5 +192,4 @@ def _rate(interval: Interval | None) -> Cell:
         return Cell("–")
     bounds = interval.bounds(".0%")
     within = bounds and f"({bounds})"
-    sure = mood(interval.value - 0.5) if interval.decided(0.5) else ""
-    return Cell(f"{interval.value:.0%}", sure, within)
+    return Cell(f"{interval.value:.0%}", sure(interval, 0.5), within)
