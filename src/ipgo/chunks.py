@@ -71,7 +71,8 @@ def read_checkpoint(file: Path, chunk: Chunk, digest: str) -> Checkpoint | None:
     try:
         with safe_open(file, framework="pt") as tensors:
             about = json.loads(tensors.metadata()["about"])
-            state = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+            # Copies: what is mapped onto the file keeps it, and Windows from putting the next one in its place.
+            state = {name: tensors.get_tensor(name).clone() for name in tensors.keys()}  # noqa: SIM118
         if about["names"] != sorted(state):
             raise ValueError("not all tensors are there")
         same = about["prompts"] == list(chunk.texts) and about["digest"] == digest
@@ -87,4 +88,6 @@ def read_checkpoint(file: Path, chunk: Chunk, digest: str) -> Checkpoint | None:
         file.replace(aside)
         logger.warning("checkpoint %s is damaged; set aside as %s, the chunk starts again", file, aside.name)
         return None
-    return found if same else None  # cut with another chunk size: these prompts start again
+    if about["digest"] != digest:
+        logger.warning("checkpoint %s is of another version of ipgo: the chunk starts again", file)
+    return found if same else None  # or cut with another chunk size: these prompts start again

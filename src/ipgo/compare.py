@@ -27,7 +27,7 @@ from ipgo.budget import (
     step_cost,
     watch,
 )
-from ipgo.chunks import Chunk, Cost
+from ipgo.chunks import Chunk
 from ipgo.comparison import UNSEEN_PROMPTS, Comparison, Plan
 from ipgo.config import RunConfig
 from ipgo.errors import InputError, MissingExtraError
@@ -36,8 +36,9 @@ from ipgo.models import Models, facts, judging_rewards, load_models
 from ipgo.preflight import check_gradient, check_method, check_own_steps, check_settings, check_world
 from ipgo.prompts import Prompt
 from ipgo.rewards import check_reward
-from ipgo.runner import Limit, finish_chunk, fit_chunk, try_rewards
-from ipgo.store import LOCK, Run
+from ipgo.rewards.external import keeping_answers
+from ipgo.runner import Fitted, Limit, finish_chunk, fit_chunk, try_rewards
+from ipgo.store import ANSWERS, LOCK, Run
 from ipgo.task import Progress
 from ipgo.tracking import tracked
 
@@ -225,8 +226,9 @@ def _run_chunk(
 ) -> None:
     """Fit some prompts together; if that fails, each by itself, so that one does not take the others along."""
     try:
-        progress, cost = _fit(folder.plan, label, run, models, chunk, told)
-        finish_chunk(run, models, chunk, progress, cost, twins)
+        with keeping_answers(models.rewards.values(), run.path / ANSWERS):
+            fitted = _fit(folder.plan, label, run, models, chunk, told)
+            finish_chunk(run, models, chunk, fitted, twins)
     except Exception as error:
         if _full_disk(error):
             raise
@@ -235,6 +237,8 @@ def _run_chunk(
             return
     else:
         folder.forgive(label, chunk.texts)
+        if fitted.stopped:
+            raise KeyboardInterrupt
         return
     gc.collect()  # only now: until here the error held the frames, and so the graph, of what failed
     for prompt in chunk.prompts:
@@ -242,9 +246,7 @@ def _run_chunk(
             _run_chunk(folder, label, run, models, Chunk((prompt,)), twins, told)
 
 
-def _fit(
-    plan: Plan, label: str, run: Run, models: Models, chunk: Chunk, told: Limit | None
-) -> tuple[Progress, Cost]:
+def _fit(plan: Plan, label: str, run: Run, models: Models, chunk: Chunk, told: Limit | None) -> Fitted:
     """`fit_chunk` within the budget, which prompts that are fitted together share.
 
     A method without a length, which the budget could set, may in any case draw once on each seed.
@@ -266,8 +268,8 @@ def _fit(
 
     for again in (True, False):
         try:
-            progress, cost = fit_chunk(run, models, chunk, limit)
-            return ended(progress), cost  # also if its last step was broken off
+            fitted = fit_chunk(run, models, chunk, limit)
+            return fitted._replace(progress=ended(fitted.progress))  # also if its last step was broken off
         except BudgetSpent:
             if not again or run.checkpoint(chunk) is None:
                 break

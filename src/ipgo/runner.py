@@ -12,7 +12,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -29,8 +29,8 @@ from ipgo.images import to_pil
 from ipgo.models import Models, facts
 from ipgo.prompts import Prompt
 from ipgo.rewards import optimised
-from ipgo.rewards.external import asks
-from ipgo.store import Run
+from ipgo.rewards.external import asks, keeping_answers
+from ipgo.store import ANSWERS, Run
 from ipgo.task import Progress, Task
 
 CHECKPOINT_SECONDS = 10.0
@@ -87,8 +87,11 @@ def _run(folder: Run, models: Models, limit: Limit | None) -> None:
             raise ResumeError(
                 f"{str(folder.path)!r} has meanwhile been begun by a process whose reward {strange[0]!r} is another"
             )
-        progress, cost = fit_chunk(folder, models, chunk, limit)
-        finish_chunk(folder, models, chunk, progress, cost)
+        with keeping_answers(models.rewards.values(), folder.path / ANSWERS):
+            fitted = fit_chunk(folder, models, chunk, limit)
+            finish_chunk(folder, models, chunk, fitted)
+        if fitted.stopped:
+            raise KeyboardInterrupt
 
 
 _BUSY: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -125,7 +128,19 @@ def try_rewards(config: RunConfig, models: Models) -> None:
         score_drawings(2 * drawings, tried, ())
 
 
-def fit_chunk(folder: Run, models: Models, chunk: Chunk, limit: Limit | None = None) -> tuple[Progress, Cost]:
+class Fitted(NamedTuple):
+    """Where a search ended, and what it took.
+
+    Attributes:
+        stopped: a stop was asked for in its last step. Its result is to be stored first, since no checkpoint has it.
+    """
+
+    progress: Progress
+    cost: Cost
+    stopped: bool = False
+
+
+def fit_chunk(folder: Run, models: Models, chunk: Chunk, limit: Limit | None = None) -> Fitted:
     """Search until the last step, from the newest checkpoint if there is one.
 
     The last step has no checkpoint: a run that dies while it draws repeats the few steps before.
@@ -147,6 +162,7 @@ def fit_chunk(folder: Run, models: Models, chunk: Chunk, limit: Limit | None = N
     counted, about = Counter(backend.calls), facts(models)
     progress = None
     search = config.method.fit(task, found.state if found is not None else None)
+    del found  # its tensors may be as large as the adapter's
     if limit is not None:
         search = limit(search, chunk, earlier.calls)
     # What a limit has changed is put back before anything else is done.
@@ -170,7 +186,7 @@ def fit_chunk(folder: Run, models: Models, chunk: Chunk, limit: Limit | None = N
                     saved = time.monotonic()
                     pause = CHECKPOINT_SECONDS * max(1.0, (saved - now) / LONG)
                 show(bar, progress)
-                if stopping():
+                if stopping() and not last:
                     raise KeyboardInterrupt
         except Stopped:
             if progress is not None and not last:
@@ -178,7 +194,9 @@ def fit_chunk(folder: Run, models: Models, chunk: Chunk, limit: Limit | None = N
             raise
     if progress is None:
         raise InputError(f"method {config.method_name!r} made no step; give it at least one")
-    return progress, so_far()  # a step that `limit` broke off has cost something too
+    if stopping():
+        logger.warning("this was the last step: what it found is drawn and scored first")
+    return Fitted(progress, so_far(), stopping())  # a step that `limit` broke off has cost something too
 
 
 @contextlib.contextmanager
@@ -211,14 +229,14 @@ def whole_steps() -> Iterator[Callable[[], bool]]:
 
 
 def finish_chunk(
-    folder: Run, models: Models, chunk: Chunk, progress: Progress, cost: Cost, twins: Sequence[Run] = ()
+    folder: Run, models: Models, chunk: Chunk, fitted: Fitted, twins: Sequence[Run] = ()
 ) -> None:
     """Draw, score and store every prompt of the chunk; its result.json comes last.
 
     Args:
         twins: runs that draw bare prompts as this one does: what they have drawn and scored is taken over.
     """
-    config, seeds = folder.config, folder.config.judged_seeds
+    config, seeds, (progress, cost, _) = folder.config, folder.config.judged_seeds, fitted
     judged = set(folder.judged)
     total = len(judged & set(chunk.prompts)) * len(seeds) * (1 if config.method_name == "raw" else 2)
     with tqdm(total=total, desc="before and after", unit="image", disable=None, leave=False) as bar:
@@ -311,6 +329,12 @@ def peak_memory(device: torch.device) -> float:
         import resource
     except ImportError:
         return 0.0
+    if (
+        sys.platform == "linux"
+    ):  # what `forget_peak_memory` sets back; `ru_maxrss` also has what was before exec
+        with contextlib.suppress(OSError, StopIteration):
+            lines = Path("/proc/self/status").read_text().splitlines()
+            return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 2**10
     unit = 1 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 

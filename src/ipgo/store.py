@@ -36,6 +36,7 @@ from ipgo.task import Progress
 
 SCHEMA = 1
 LOCK, CLAIMS = ".lock", "claims"
+ANSWERS = "answers"  # of rewards that ask a program or a person, as long as the run goes on
 LOCKING = (OSError, NotImplementedError)  # the second: of a file system that has no locks
 DRAWN_BY = (
     "dtype",
@@ -51,7 +52,8 @@ class Run:
 
     run.json holds the settings; prompts/ID/ an adapter, its history, images and result.json, which is written
     last and marks the prompt as done; shared/ the adapter and history of a prompt-batch run; chunks/ the
-    checkpoints of unfinished work; claims/ the locks of the prompts that processes are at.
+    checkpoints of unfinished work, answers/ those of programs and people; claims/ the locks of the prompts that
+    processes are at.
     """
 
     def __init__(self, path: Path, config: RunConfig) -> None:
@@ -508,7 +510,7 @@ class Run:
     def close(self) -> None:
         """When all is done, and `alone`: collect the scores in scores.jsonl, and drop what was only for continuing."""
         save_scores(self.path / "scores.jsonl", self.scores(), self.identities)
-        for name in ("chunks", CLAIMS):
+        for name in ("chunks", ANSWERS, CLAIMS):
             shutil.rmtree(self.path / name, ignore_errors=True)
 
     def history(self, prompt: Prompt) -> list[dict[str, Any]]:
@@ -552,7 +554,7 @@ def unlockable(path: Path, error: Exception) -> InputError:
 
 def left_over(file: Path) -> bool:
     """Does a start that was cut short leave such a file behind?"""
-    return file.suffix == ".draft" or file.name in (LOCK, CLAIMS)
+    return file.suffix == ".draft" or file.name in (LOCK, CLAIMS, ANSWERS)
 
 
 def _steps(history: Path) -> int:

@@ -16,8 +16,8 @@ from ipgo.errors import InputError
 def check_types(settings: Any, prefix: str = "") -> None:
     """Raise `InputError` for the first field of a frozen dataclass whose value is of another type than it says.
 
-    Numbers of other libraries become Python's, and lists tuples, since settings are kept as JSON and compared. What a
-    choice of words allows is for its own check to say.
+    Numbers of other libraries become Python's, whole ones of a float field floats, and lists tuples, since settings are
+    kept as JSON, compared and hashed. What a choice of words allows is for its own check to say.
     """
     for name, hint in _hints(settings.__class__).items():
         value = _plain(getattr(settings, name))
@@ -27,6 +27,7 @@ def check_types(settings: Any, prefix: str = "") -> None:
         if not _fits(value, hint):
             wanted = getattr(hint, "__name__", str(hint)) if isinstance(hint, type) else str(hint)
             raise InputError(f"{prefix}{name} is {value!r}; it must be {wanted}")
+        value = _floating(value, hint)
         if value is not getattr(settings, name):
             object.__setattr__(settings, name, value)
 
@@ -52,6 +53,22 @@ def _plain(value: Any) -> Any:
     return value.item() if foreign else value
 
 
+def _floating(value: Any, hint: Any) -> Any:
+    """3 as 3.0 where a float is meant, also in a tuple; the rest as it is."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return _floating(value, next(each for each in inner if _fits(value, each)))
+    if origin is tuple:
+        items = tuple(map(_floating, value, _of_each(value, inner)))
+        return value if all(a is b for a, b in zip(items, value, strict=True)) else items
+    return float(value) if hint is float and isinstance(value, int) else value
+
+
+def _of_each(value: tuple[Any, ...], inner: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The hint of each item of a tuple."""
+    return inner[:1] * len(value) if inner[-1] is Ellipsis else inner
+
+
 def _each(value: Any) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) else (value,)
 
@@ -63,7 +80,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is tuple:
         if not isinstance(value, tuple):
             return False
-        own = inner[:1] * len(value) if inner[-1] is Ellipsis else inner
+        own = _of_each(value, inner)
         return len(own) == len(value) and all(map(_fits, value, own))
     if not isinstance(hint, type) or getattr(hint, "_is_protocol", False):
         return True

@@ -715,6 +715,61 @@ def test_ctrl_c_waits_for_the_end_of_a_step_which_is_kept(
 
 
 @pytest.mark.usefixtures("usual_signals")
+def test_ctrl_c_in_the_last_step_waits_for_its_result(
+    fitted: Path,
+    pipeline_folder: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Which no checkpoint has."""
+    out, record, steps = tmp_path / "run", Run.record, []
+
+    def interrupted(run: Run, chunk: Any, progress: Any, cost: Any) -> None:
+        record(run, chunk, progress, cost)
+        steps.append(progress.step)
+        if progress.step == progress.total:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Run, "record", interrupted)
+    assert fit(pipeline_folder, out, PROMPTS) == 130
+    assert capsys.readouterr().err.splitlines() == [
+        "ipgo: stopping after this step; Ctrl-C again stops at once",
+        "ipgo: this was the last step: what it found is drawn and scored first",
+        "ipgo: stopped; the same command continues it",
+    ]
+    assert fit(pipeline_folder, out, PROMPTS) == 0
+    assert steps == [1, 2, 3, 4]
+    assert_same_bits(fitted, out)
+    assert fit(pipeline_folder, tmp_path / "other", PROMPTS, "--chunk", "1") == 130
+    assert len(Run.open(tmp_path / "other").finished) == 1  # it stops after the prompts of that step
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the program is a shell script")
+def test_what_a_program_has_answered_is_not_asked_again(pipeline_folder: str, tmp_path: Path) -> None:
+    """Neither in the search nor in the rating at its end; nor is a person."""
+    script = tmp_path / "score.sh"
+    script.write_text('#!/bin/sh\necho >> asked; [ $(wc -l < asked) -ne "$(cat limit)" ] && wc -c < "$1"\n')
+    script.chmod(0o755)
+    words = ["fit", "a fox", "--backend", pipeline_folder, "--reward", f"cmd:{script} {{image}}"]
+    words += ["--held-out", "--sampling.steps", "2", "--unseen-seeds", "2"]
+    words += ["--method", "best-of-n", "--method.n", "4"]
+    counts = []
+    # The first fails in the third of four candidates, the second when two images are left to rate.
+    for limit, out in ((0, "straight"), (5, "run"), (5, "run"), (0, "run")):
+        (tmp_path / "limit").write_text(str(limit))
+        (tmp_path / "asked").write_text("")
+        command = [sys.executable, "-m", "ipgo", *words, "--out", out]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, check=False)
+        assert (done.returncode == 0) == (limit == 0)
+        counts.append((tmp_path / "asked").read_text().count("\n"))
+    assert counts == [8, 5, 5, 4]  # each start tries the reward on two copies of a picture
+    assert not (tmp_path / "run/answers").exists()
+    straight, result = (Run.open(tmp_path / out).results()[0]["scores"] for out in ("straight", "run"))
+    assert result == straight
+
+
+@pytest.mark.usefixtures("usual_signals")
 def test_a_second_ctrl_c_does_not_wait() -> None:
     with runner.whole_steps() as stopping:
         assert not stopping()

@@ -130,6 +130,16 @@ def test_json_round_trip_and_identity() -> None:
     assert config.identity()["method.ascent.lr"] == IPGO().ascent.lr
 
 
+def test_a_whole_number_where_a_float_is_meant_is_one() -> None:
+    """Else a search that was begun in Python would not be gone on with by the command that says the same."""
+    python = RunConfig(PROMPTS, sampling=Sampling(guidance_scale=3, eta=1))
+    flags = RunConfig(PROMPTS, sampling=Sampling(guidance_scale=3.0, eta=1.0))
+    assert python.digest() == flags.digest()
+    assert str(DPODiffusion(window=(0, 1)).window) == "(0.0, 1.0)"
+    assert str(Insertion(norm=2).norm) == "2.0"
+    assert str(Ascent(steps=3).steps) == "3"
+
+
 @pytest.mark.parametrize("name", presets())
 def test_presets_are_valid(name: str) -> None:
     config = read(read_settings(name, None))

@@ -34,10 +34,11 @@ from ipgo import (
     save_adapter,
 )
 from ipgo.artefacts import load_identities, load_scores, save_scores
-from ipgo.chunks import Chunk, Cost
+from ipgo.chunks import Chunk, Cost, read_checkpoint
 from ipgo.config import RunConfig
 from ipgo.methods import DRaFT
 from ipgo.prompts import number
+from ipgo.runner import forget_peak_memory, peak_memory
 from tests.conftest import progress
 
 CONFIG = RunConfig(("a fox", "a lemon", "an owl"), IPGO(ascent=Ascent(steps=4)), chunk=2)
@@ -180,6 +181,39 @@ def test_a_checkpoint_that_lacks_a_tensor_is_set_aside(run: Run, caplog: pytest.
     file.write_bytes(save({"another": torch.zeros(1)}, metadata=about))
     assert run.checkpoint(chunk) is None
     assert "is damaged; set aside" in caplog.text
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what a process has mapped is in /proc")
+def test_what_a_checkpoint_holds_is_copied_from_its_file(run: Run) -> None:
+    """Windows does not let the next one take the place of a file that is mapped."""
+    chunk = run.chunks()[0]
+    run.record(chunk, progress(1), Cost(seconds=1.0))
+    run.save_checkpoint(chunk, progress(1), Cost())
+    found = run.checkpoint(chunk)
+    assert found is not None
+    assert run.path.name + "/chunks" not in Path("/proc/self/maps").read_text()
+
+
+def test_a_checkpoint_of_another_version_is_said_to_be(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    """It may have settings that were not there, or others for what the settings left open."""
+    chunk = run.chunks()[0]
+    run.record(chunk, progress(1), Cost(seconds=1.0))
+    run.save_checkpoint(chunk, progress(1), Cost())
+    (file,) = (run.path / "chunks").iterdir()
+    assert read_checkpoint(file, chunk, run.config.digest()) is not None
+    assert not caplog.text
+    assert read_checkpoint(file, chunk, "another") is None
+    assert "is of another version of ipgo: the chunk starts again" in caplog.text
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the figure is that of /proc")
+def test_memory_before_the_fit_is_not_its_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is that of the process that has started this one, which `getrusage` may say."""
+    before = torch.ones(2**26)  # 256 MiB
+    high = peak_memory(before.device)
+    del before
+    forget_peak_memory(torch.device("cpu"))
+    assert peak_memory(torch.device("cpu")) < high - 200
 
 
 @pytest.mark.parametrize("line", [b"\xff\xfe\n", b"3\n", b"{}\n", b'{"step": 7}\n'])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import math
 import os
 import shlex
@@ -12,17 +14,17 @@ import subprocess
 import sys
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from PIL import Image
 from torch import Tensor
 
+from ipgo import files
 from ipgo.errors import InputError, RewardError
-from ipgo.images import to_pil
+from ipgo.images import as_png, to_pil
 from ipgo.rewards.base import Reward, parts
 from ipgo.rewards.checkpoints import identity
 
@@ -31,23 +33,37 @@ PATIENCE = 600  # seconds that a command may take for one image
 
 
 class External(ABC):
-    """One number for each picture, which is given as a PNG file and deleted afterwards."""
+    """One number for each picture, which is given as a PNG file and deleted afterwards.
+
+    Attributes:
+        answers: a folder of answers, from which a picture that it has rated is not rated again; None: none are kept.
+    """
 
     differentiable: ClassVar[bool] = False
     name: str
+    identity: Any
+    answers: Path | None = None
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         with tempfile.TemporaryDirectory(prefix="ipgo-") as folder:
             values = [
-                self.rate(self._save(picture, Path(folder) / f"{number}.png"), prompt)
+                self._answer(as_png(picture), Path(folder) / f"{number}.png", prompt)
                 for number, (picture, prompt) in enumerate(zip(to_pil(images), prompts, strict=True))
             ]
         return torch.tensor(values, device=images.device)
 
-    @staticmethod
-    def _save(picture: Image.Image, file: Path) -> Path:
-        picture.save(file)
-        return file
+    def _answer(self, picture: bytes, file: Path, prompt: str) -> float:
+        known = None
+        if self.answers is not None:
+            about = json.dumps([self.identity, prompt], sort_keys=True).encode()
+            known = self.answers / f"{hashlib.sha256(about + picture).hexdigest()[:32]}.json"
+            if known.is_file():
+                return float(files.read_json(known, "value")["value"])
+        file.write_bytes(picture)
+        value = self.rate(file, prompt)
+        if known is not None and math.isfinite(value):
+            files.write_json(known, {"reward": self.name, "prompt": prompt, "value": value})
+        return value
 
     @abstractmethod
     def rate(self, file: Path, prompt: str) -> float:
@@ -161,6 +177,19 @@ def _is_file(word: str) -> bool:
     with contextlib.suppress(OSError, ValueError):
         return Path(word).is_file()
     return False
+
+
+@contextlib.contextmanager
+def keeping_answers(rewards: Iterable[Reward], folder: Path) -> Iterator[None]:
+    """While open, answers of programs and people, which take long or cost something, are kept in a folder."""
+    external = [each for reward in rewards for each in parts(reward) if isinstance(each, External)]
+    for each in external:
+        each.answers = folder
+    try:
+        yield
+    finally:
+        for each in external:
+            each.answers = None
 
 
 def asks(reward: Reward) -> bool:
