@@ -131,9 +131,11 @@ def _judges(folder: Run, asked: Sequence[str] | None, prompts: Sequence[str]) ->
 
     A run made in Python may have optimised a function that no name stands for.
     """
+    from ipgo.evaluation import VERDICT
     from ipgo.rewards import check_reward
 
-    own, names = folder.config.reward, asked or list(folder.identities)
+    own = folder.config.reward
+    names = asked or [name for name in folder.identities if not name.startswith(VERDICT)]
     others = tuple(dict.fromkeys(name for name in names if name != own))
     try:
         for name in others:

@@ -136,9 +136,13 @@ class Judge(Protocol):
 
     Attributes:
         made: by the name of a reward, the marks that it is made of.
+        identities: what decides each mark (`identity_of` of a reward), by its name.
     """
 
     made: ClassVar[Mapping[str, Sequence[str]]]
+
+    @property
+    def identities(self) -> Mapping[str, Any]: ...
 
     def marks(
         self, images: Tensor, prompts: Sequence[str], without: Collection[str] = ()

@@ -21,7 +21,7 @@ from ipgo.backends.few_steps import spaced_as_turbo
 from ipgo.config import RunConfig
 from ipgo.devices import choose_device
 from ipgo.errors import InputError
-from ipgo.evaluation import Judge
+from ipgo.evaluation import VERDICT, Judge
 from ipgo.rewards import Reward, identity_of, is_unsettled, load_reward, terms_of
 from ipgo.vocabulary import draws_bundled_world
 
@@ -40,10 +40,11 @@ class Models:
 
     @functools.cached_property
     def identities(self) -> dict[str, Any]:
-        """What decides the scores, by reward; JSON's own types, as they are read back."""
-        found: dict[str, Any] = json.loads(
-            json.dumps({name: identity_of(reward) for name, reward in self.rewards.items()})
-        )
+        """What decides the scores, by reward and verdict of the judge; JSON's own types, as they are read back."""
+        verdicts = {} if self.judge is None else self.judge.identities
+        own = {name: identity_of(reward) for name, reward in self.rewards.items()}
+        own |= {f"{VERDICT}{name}": each for name, each in verdicts.items()}
+        found: dict[str, Any] = json.loads(json.dumps(own))
         return found
 
 

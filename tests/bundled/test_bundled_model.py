@@ -16,10 +16,12 @@ from benchmarks.truncation import cosines
 from ipgo.adapters import Adapter, generate
 from ipgo.backends import Backend
 from ipgo.config import RunConfig
+from ipgo.continuing import check_models
+from ipgo.errors import ResumeError
 from ipgo.methods import Promptist
 from ipgo.models import BUNDLED_REWARDS, with_rewards
 from ipgo.prompts import read_prompts
-from ipgo.rewards import REWARDS
+from ipgo.rewards import REWARDS, optimised
 from ipgo.rewards.emoji import load_judge
 from ipgo.task import Task
 
@@ -107,6 +109,21 @@ def test_a_folder_that_draws_the_same_world_is_judged_as_the_bundled_model(
         models = with_rewards(RunConfig(("a fox",), reward="contrast", backend=str(tmp_path / name)), backend)
         assert (models.judge is not None) == judged
         assert list(models.rewards) == ["contrast", *(BUNDLED_REWARDS if judged else ())]
+        verdicts = [f"judge-{mark}" for mark in ("object", "colour", "style", "relation", "likeness")]
+        assert list(models.identities) == [*models.rewards, *(verdicts if judged else ())]
+
+
+def test_another_judge_is_another_reward(backend: Backend, tmp_path: Path) -> None:
+    """Its verdicts are scores like others: those of two judges are not in one folder."""
+    models = with_rewards(RunConfig(("a fox",), reward="emoji-judge"), backend)
+    assert models.judge is not None
+    now = {"rewards": models.identities}
+    there = {"rewards": {**models.identities, "judge-colour": {"id": "emoji-judge:colour", "weights": "other"}}}
+    check_models(tmp_path, now, now)
+    with pytest.raises(ResumeError, match="was scored by another 'judge-colour'"):
+        check_models(tmp_path, there, now)
+    # Nor is a verdict what a fit follows, because it comes from the same files.
+    assert optimised("emoji-judge", models.identities) == {"emoji-judge"}
 
 
 def test_alignment_prefers_the_right_prompt(drawn: tuple[list[str], torch.Tensor]) -> None:

@@ -105,6 +105,7 @@ class Sharp:
     """A judge of two marks, of which the reward "sharpness" is made of one."""
 
     made: ClassVar = {"sharpness": ("edges",)}
+    identities: ClassVar = {}
 
     def marks(
         self, images: torch.Tensor, prompts: Sequence[str], without: Collection[str] = ()

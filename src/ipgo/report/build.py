@@ -20,7 +20,7 @@ from PIL import Image
 from ipgo.artefacts import load_drawn_by, load_identities, load_scores
 from ipgo.continuing import differing_in
 from ipgo.errors import InputError
-from ipgo.evaluation import Gain, Interval, Score, levels, summarise, unlike
+from ipgo.evaluation import VERDICT, Gain, Interval, Score, levels, summarise, unlike
 from ipgo.images import as_png, reading
 from ipgo.prompts import Prompt
 from ipgo.report import charts
@@ -345,7 +345,7 @@ def _scatters(scores: Sequence[Score], reward: str, seeds: Collection[int]) -> l
             if raw and (name, False) in found
         }
         for name, gain in gains.items():
-            if name not in own and not name.startswith("judge-") and reward in gains:
+            if name not in own and not name.startswith(VERDICT) and reward in gains:
                 points[name].append((gains[reward], gain))
     return [(name, charts.scatter(each), sum(a > 0 > b for a, b in each)) for name, each in points.items()]
 

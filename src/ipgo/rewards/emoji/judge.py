@@ -74,6 +74,13 @@ class Judge:
         self.artwork = artwork
         self.reader = Reader(labels)
 
+    @property
+    def identities(self) -> dict[str, dict[str, Any]]:
+        """What decides each of `marks`, by its name; {} if nothing was loaded."""
+        if self.identity is None:
+            return {}
+        return {mark: {**self.identity, "id": f"{self.name}:{mark}"} for mark in (*SEEN, "likeness")}
+
     def read(self, prompt: str) -> Claims:
         """What a prompt says: `Reader.read`."""
         return self.reader.read(prompt)
