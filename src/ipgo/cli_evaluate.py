@@ -99,7 +99,11 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=EVALUATION_SEEDS, help="default: 2000 to 2007"
     )
-    parser.add_argument("--rewards", nargs="+", help="default: those that the run was scored with")
+    parser.add_argument(
+        "--rewards",
+        nargs="+",
+        help="default: those that the run was scored with; the one that was optimised is always among them",
+    )
     parser.add_argument("--prompts", help="other prompts from a file or a set, for a run with --shared")
     parser.add_argument("--backend", help="where the backend is, if it has moved or the run does not say")
     add_device_flags(parser)

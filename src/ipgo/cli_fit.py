@@ -131,7 +131,7 @@ def show_run(folder: Run) -> int:
         f"{'cost:':<12}{cost['seconds']:.0f} s of fitting, {cost['calls'].get('denoiser', 0):,} denoiser calls"
     )
     own = next((gain for gain in summarise(scores, seeds=config.seeds) if gain.reward == config.reward), None)
-    if own is not None and config.method.climbing and own.gain.value == 0 and own.wins.low == 0.5:
+    if own is not None and config.method.climbing and own.flat:
         logging.getLogger("ipgo").warning(
             "no image of the fitted seeds scores better or worse than the raw one: the reward is flat there, or its "
             "ceiling is met already; see `ipgo doctor`"

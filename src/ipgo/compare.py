@@ -224,7 +224,16 @@ def _run_chunk(
     twins: Sequence[Run],
     told: Limit | None,
 ) -> None:
-    """Fit some prompts together; if that fails, each by itself, so that one does not take the others along."""
+    """Fit some prompts together; if that fails, each by itself, so that one does not take the others along.
+
+    Where some are done and the search of the others was not kept, these are fitted by themselves as well: nothing is
+    paid for twice.
+    """
+    left = [prompt for prompt in chunk.prompts if not run.done(prompt)]
+    if len(left) < len(chunk.prompts) and not run.config.shared and run.checkpoint(chunk) is None:
+        for prompt in left:
+            _run_chunk(folder, label, run, models, Chunk((prompt,)), twins, told)
+        return
     try:
         with keeping_answers(models.rewards.values(), run.path / ANSWERS):
             fitted = _fit(folder.plan, label, run, models, chunk, told)

@@ -86,6 +86,10 @@ def _follow(
         yield finding
         if gradient is None:
             return
+        mixed = _mixed(term, images.detach(), prompt)
+        if mixed is not None:
+            yield mixed
+            return
         wanted += weight * gradient
     if isinstance(reward, Ceiling) and (value := score(reward, images, [prompt]).item()) >= reward.most:
         yield Finding(
@@ -171,6 +175,8 @@ def _judge(reward: Reward, images: Tensor, prompt: str) -> tuple[Tensor | None, 
                 "return a torch tensor, no array of numpy's, with one number a row (.squeeze(-1) makes (B,) of "
                 "(B, 1))"
             )
+        elif isinstance(error.__cause__, NameError | AttributeError | ImportError | SyntaxError):
+            advice = "correct it there"
         else:  # it raised something, for a picture that carries a gradient
             advice = f"compute it in torch alone, without numpy and PIL, if that is what fails; or {_other_method()}"
         return None, Finding(str(error), advice)
@@ -179,10 +185,35 @@ def _judge(reward: Reward, images: Tensor, prompt: str) -> tuple[Tensor | None, 
             text = f"{name} gives {values.item():.4f} for the picture and for its negative: it does not look at it"
             return None, Finding(text, "it must be computed from `images`, all the way in torch")
         text = f"{name} gives {values.item():.4f}, but the number has no gradient: it was cut off inside"
-        advice = "look for .detach(), .item(), .numpy(), torch.no_grad() and new torch.tensor(...) in it"
+        advice = (
+            "look for .detach(), .item(), .numpy(), torch.no_grad(), comparisons, argmax, integers and new "
+            "torch.tensor(...) in it"
+        )
         return None, Finding(text, f"{advice}; or {_other_method()}")
     (gradient,) = torch.autograd.grad(values.sum(), images, retain_graph=True, allow_unused=True)
     return _checked(gradient, f"{name} gives {values.item():.4f}")
+
+
+def _mixed(reward: Reward, images: Tensor, prompt: str) -> Finding | None:
+    """Does it rate two pictures together otherwise than each alone? A fit, and what judges it, draw in batches."""
+    pair = torch.cat([images, 1 - images])
+    with torch.no_grad():
+        try:
+            apart = torch.cat([score(reward, each[None], [prompt]) for each in pair])
+        except RewardError:  # of the negative, such as a logarithm of 0
+            return None
+        try:
+            together = score(reward, pair, [prompt] * 2)
+        except RewardError as error:
+            advice = "return one number for each row of `images` (B, 3, H, W)"
+            return Finding(f"of two pictures together: {error}", advice)
+    if torch.allclose(together, apart, rtol=1e-3, atol=1e-4):
+        return None
+    text = "reward {!r} gives {:.4f} and {:.4f} for two pictures together, {:.4f} and {:.4f} for each alone"
+    return Finding(
+        text.format(reward.name, *together.tolist(), *apart.tolist()),
+        "compute each number from its own row: no mean, norm or softmax over the batch, and no first row for all",
+    )
 
 
 def _same_for_the_negative(reward: Reward, images: Tensor, prompt: str, values: Tensor) -> bool:
@@ -219,7 +250,7 @@ def _arrival(gradient: Tensor, name: str, backend: Backend, backprop_steps: int)
     none = (gradient == 0).float().mean().item()
     size, count = gradient.norm().item(), gradient.shape[1]
     text = f"gradient at the {count} {name}, through {last}: norm {size:.3g}, finite"
-    return Finding(text + (f", {none:.0%} of it 0" if none else ""))
+    return Finding(text + (f", {none:.0%} of it 0" if none >= 0.01 else ""))
 
 
 def _terms(reward: Reward) -> list[tuple[float, Reward]]:

@@ -120,6 +120,11 @@ class Gain:
     gain: Interval
     wins: Interval
 
+    @property
+    def flat(self) -> bool:
+        """Does no image score better or worse than the baseline's?"""
+        return self.gain.value == 0 and self.wins.value == 0.5 and not self.wins.low < 0.5
+
 
 @dataclass(frozen=True)
 class Drawing:

@@ -249,7 +249,8 @@ class Run:
             lock.release()
         if self._made and not self.begun:
             for file in (self.path / CLAIMS).glob(f"*{LOCK}"):
-                with contextlib.suppress(Timeout), FileLock(file, timeout=0):
+                # OSError: Windows does not delete an open file.
+                with contextlib.suppress(Timeout, OSError), FileLock(file, timeout=0):
                     file.unlink()
             for folder in reversed(self._made):
                 with contextlib.suppress(OSError):  # another process is at it

@@ -161,7 +161,8 @@ class Progress:
     keeps_best: bool = True
 
     def numbers(self, shared: bool) -> list[dict[str, float | None]]:
-        """For each prompt, or with `shared` their mean alone: reward, penalty, grad_norm, best; None where unknown.
+        """For each prompt, or with `shared` their mean alone: reward, penalty, grad_norm, best; None where
+        unknown, or not finite as a gradient that has overflowed, which JSON has no number for.
 
         `best` is None, too, where it is not kept.
         """
@@ -171,7 +172,7 @@ class Progress:
             columns = columns.nanmean(1, keepdim=True)
         names = ("reward", "penalty", "grad_norm", "best")
         return [
-            {name: None if math.isnan(value) else value for name, value in zip(names, values, strict=True)}
+            {name: value if math.isfinite(value) else None for name, value in zip(names, values, strict=True)}
             for values in columns.T.tolist()
         ]
 

@@ -118,7 +118,9 @@ def test_another_judge_is_another_reward(backend: Backend, tmp_path: Path) -> No
     models = with_rewards(RunConfig(("a fox",), reward="emoji-judge"), backend)
     assert models.judge is not None
     now = {"rewards": models.identities}
-    there = {"rewards": {**models.identities, "judge-colour": {"id": "emoji-judge:colour", "weights": "other"}}}
+    there = {
+        "rewards": {**models.identities, "judge-colour": {"id": "emoji-judge:colour", "weights": "other"}}
+    }
     check_models(tmp_path, now, now)
     with pytest.raises(ResumeError, match="was scored by another 'judge-colour'"):
         check_models(tmp_path, there, now)

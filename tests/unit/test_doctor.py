@@ -163,6 +163,27 @@ def noisy(images: Tensor, prompts: Sequence[str]) -> Tensor:
     return numbers
 
 
+def first_for_all(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    return images[:1].mean((1, 2, 3)).expand(len(images))
+
+
+def centred(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    numbers = images.mean((1, 2, 3))
+    return numbers - numbers.mean() / 2
+
+
+def one_row(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    return images.mean().reshape(1)
+
+
+def misspelt(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    return image.mean((1, 2, 3))  # type: ignore[name-defined]  # noqa: F821
+
+
+def logarithm(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    return images.amax((1, 2, 3)).log()
+
+
 def one_number(images: Tensor, prompts: Sequence[str]) -> Tensor:
     return images.mean()
 
@@ -181,6 +202,14 @@ def one_number(images: Tensor, prompts: Sequence[str]) -> Tensor:
             "reward 'numeric' fails: RuntimeError: Can't call numpy()",
             "without numpy",
         ),
+        (first_for_all, "for two pictures together", "no first row for all"),
+        (centred, "for each alone", "no mean, norm or softmax over the batch"),
+        (
+            one_row,
+            "of two pictures together: reward 'one_row' must return a tensor of shape (2,)",
+            "one number for",
+        ),
+        (misspelt, "reward 'misspelt' fails: NameError", "correct it there"),
         (noisy, "has batch norm or dropout in training mode", ".eval()"),
         (one_number, "must return a tensor of shape (1,), not ()", "one number a row"),
         (

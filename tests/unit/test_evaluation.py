@@ -292,3 +292,14 @@ def test_few_outcomes_that_are_all_the_same_decide_nothing() -> None:
     assert not Interval(0.2, 0.2, 0.2, 5, "prompts").decided(0)
     assert not Interval(-0.1, -0.2, 0.01, 40, "prompts").decided(0)
     assert not Interval(1.0, math.nan, math.nan, 1, "seeds").decided(0.5)
+
+
+def test_a_flat_reward_is_seen_on_one_image_too() -> None:
+    for pairs, flat in (
+        ([(1, 1)], True),
+        ([(1, 1), (1, 1)], True),
+        ([(2, 1)], False),
+        ([(0, 1), (2, 1)], False),
+    ):
+        (gain,) = summarise(scores({"a": pairs}))
+        assert gain.flat == flat

@@ -134,9 +134,11 @@ def test_names_and_hub_ids_are_not_looked_up_while_they_are_checked() -> None:
     check_reward("clip:laion/CLIP-ViT-H-14-laion2B-s32B-b79K+0.1*pickscore")
 
 
+@pytest.mark.parametrize("variant", ["", "@notebook"])
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
-def test_offline_the_error_says_what_from_where_and_how(name: str) -> None:
+def test_offline_the_error_says_what_from_where_and_how(name: str, variant: str) -> None:
     source = PUBLISHED[name]
+    name += variant
     with pytest.raises(InputError) as caught:
         load_reward(name, device="cpu")
     message = str(caught.value)

@@ -203,14 +203,14 @@ def summary(run: Run, fitted: Sequence[Gain], unseen: Sequence[Gain]) -> str:
         )
     text, last = run.config.method_name.upper(), ""
     for title, gain in found:
-        moved = abs(gain.gain.value) >= VISIBLE
+        moved = f"{gain.before:.3f}" != f"{gain.after:.3f}"
         verb = "left" if not moved else "raised" if gain.gain.value > 0 else "lowered"
         start = " and" if verb == last else f"{' but' if last else ''} {verb} {'it' if last else reward}"
         where = f"from {gain.before:.3f} to {gain.after:.3f}" if moved else f"at {gain.before:.3f}"
         text += f"{start} {where} on {title}"
         last = verb
     title, last_gain = found[-1]
-    if last_gain.gain.value == 0 and last_gain.wins.value == 0.5 and not last_gain.wins.low < 0.5:
+    if last_gain.flat:
         text += f". On {title} no image is better or worse than the raw prompt's."
     else:
         text += f". It beats the raw prompt in {last_gain.wins.value:.0%} of the images on {title}."

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers.utils import logging
@@ -155,7 +156,7 @@ class Checkpoint:
         return f"it needs {self.source} (huggingface.co), given as {self._copy()}"
 
     def _copy(self) -> str:
-        return f"{self.name}:/path/{self.source.file or 'folder'}"
+        return f"{self.spec.partition(':')[0]}:/path/{self.source.file or 'folder'}"
 
 
 def _folder_of(found: Path) -> Path:
@@ -177,6 +178,8 @@ class _LackingError(OSError):
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, LocalEntryNotFoundError):
+        return "offline, or not in the hub's local cache"
     return str(error) if isinstance(error, _LackingError | hub.UnreachableError) else type(error).__name__
 
 
