@@ -500,6 +500,23 @@ def test_a_failure_is_remembered_and_the_rest_goes_on(compared: Path) -> None:
     assert (picky.finished, picky.failed, picky.prompts) == (1, 1, 2)
 
 
+@pytest.mark.usefixtures("fakes")
+def test_what_had_failed_is_fitted_alone_when_it_is_tried_again(
+    compared: Path, pipeline_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its neighbour in the chunk is done, and paid for."""
+    table, fitted = Path(shutil.copytree(compared, tmp_path / "table")), []
+
+    def patient(self: Picky, task: Task, resume: Mapping[str, Tensor] | None) -> Iterator[Progress]:
+        fitted.append(task.prompts)
+        yield from Raw().fit(task)
+
+    monkeypatch.setattr(Picky, "_search", patient)
+    assert command(pipeline_folder, table) == 0
+    assert fitted == [("a fox",)]
+    assert Comparison.open(table).failures() == {}
+
+
 def begun(folder: Path, entries: dict[str, Any]) -> Comparison:
     """A comparison of two prompts on one seed, of which nothing is drawn yet."""
     plan = Plan(("a", "b"), common_settings(RunConfig(("a", "b"), seeds=(0,))), entries)

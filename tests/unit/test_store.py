@@ -148,6 +148,12 @@ def test_a_shared_history_is_the_mean_of_the_prompts_that_were_drawn(tmp_path: P
     assert run.history(run.prompts[0])[0]["reward"] == 1.5
 
 
+def test_a_history_is_json_where_a_gradient_overflows(run: Run) -> None:
+    chunk, step = run.chunks()[0], progress(1)
+    run.record(chunk, replace(step, grad_norm=torch.full_like(step.grad_norm, torch.inf)), Cost())
+    assert run.history(run.prompts[0])[0]["grad_norm"] is None
+
+
 def test_the_best_is_only_noted_where_it_is_kept(run: Run) -> None:
     chunk = run.chunks()[0]
     run.record(chunk, progress(1), Cost())
