@@ -110,7 +110,7 @@ def verdict(run: Run) -> str:
     fitted, unseen = _gains(run, run.scores())
     fell = [each.text for each in fallen(run.config.reward, unseen or fitted) if each.sure]
     hint = (
-        f" Look twice: held-out measures fell, beyond what chance explains ({'; '.join(fell)})."
+        f" Look twice: held-out measures fell, by more than chance explains in 19 of 20 cases ({'; '.join(fell)})."
         if fell
         else ""
     )
