@@ -295,7 +295,7 @@ def test_a_plain_pipeline_draws_the_same_picture(pipe, padding, negative):
 
 def test_a_model_without_guidance_gets_no_other_half(make_pipe):
     pipe = make_pipe()
-    pipe.register_to_config(_name_or_path="owner/tiny-turbo")
+    pipe.register_to_config(_name_or_path="owner/tiny-sd-turbo")
     backend = load_backend(pipe, device="cpu")
     adapter = InsertionAdapter(PROMPTS, 32, INSERTION)
     inserted = 77 + INSERTION.num_prefix + INSERTION.num_suffix

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from diffusers import StableDiffusionPipeline
+from diffusers import LatentConsistencyModelPipeline, StableDiffusionPipeline
 
 import ipgo
 from ipgo import backends, cli
@@ -40,6 +40,18 @@ LEAST = ("--reward", "colorfulness", "--unseen-seeds", "1", "--method.ascent.ste
         ("z-image-turbo", (8, 1.0)),
         ("flux2-klein", (4, 1.0)),
         ("stabilityai/stable-diffusion-3.5-large-turbo", (4, 1.0)),
+        ("sd3.5-turbo.safetensors", (4, 1.0)),
+        ("sd35-turbo.safetensors", (4, 1.0)),
+        ("SDXLTurbo", (1, 1.0)),
+        ("owner/mine-turbo", (4, 1.0)),
+        ("zimage-turbo", (8, 1.0)),
+        ("zimageTurbo.safetensors", (8, 1.0)),
+        ("ZImage_Turbo", (8, 1.0)),
+        ("owner/FLUX.1-Turbo-Alpha", (8, 3.5)),
+        ("FLUX.1-dev-turbo-4step", (4, 3.5)),
+        ("flux1-dev-lightning", (4, 3.5)),
+        ("flux1-schnell-turbo", (4, 1.0)),
+        ("FLUX.2-klein-4B-turbo", (4, 1.0)),
         ("models/sdxl_lightning_8step.safetensors", (8, 1.0)),
         ("models/SDXL-Lightning/", (4, 1.0)),
     ],
@@ -95,16 +107,34 @@ def test_few_steps_by_what_a_pipeline_is_made_of(
         (tiny.lcm_lora, "dreamshaper-8-lcm", (4, 1.0)),
         (tiny.lcm, "my-lcm-8step", (8, 8.5)),
         (tiny.lcm_sdxl, "lcm-sdxl", (4, 8.0)),
+        (tiny.flux, "FLUX.1-dev-turbo-8step", (8, 3.5)),
+        (tiny.flux, "mine-turbo", (8, 3.5)),
+        (tiny.flux, "mine-lightning", (4, 3.5)),
+        (lambda: tiny.flux(distilled=False), "flux-turbo", (8, 1.0)),
+        (tiny.z_image, "mine-turbo", (8, 1.0)),
+        (tiny.sdxl, "flux-style-lightning", (4, 1.0)),
+        (tiny.sdxl, "mine-turbo", (4, 1.0)),
     ],
 )
 def test_the_name_says_the_steps_and_the_network_the_scale(
     make: Callable[[], Any], name: str, expected: tuple[int, float], tmp_path: Path
 ) -> None:
+    """Of a folder, of what was opened from it, and of a file of weights with the folder beside it."""
     make().save_pretrained(tmp_path / name)
     source = str(tmp_path / name)
-    for few in (few_steps(source), ipgo.load_backend(source, device="cpu").few_steps):
+    backend = ipgo.load_backend(source, device="cpu")
+    for few in (few_steps(source), few_steps(f"{source}.safetensors"), backend.few_steps):
         assert few is not None
         assert (few.steps, few.guidance_scale) == expected
+    assert ipgo.Sampling().scale(backend) == expected[1]
+
+
+def test_a_class_of_the_users_is_known_by_the_one_that_it_is_made_from() -> None:
+    class Mine(LatentConsistencyModelPipeline):
+        pass
+
+    backend = ipgo.load_backend(Mine(**tiny.lcm().components, requires_safety_checker=False))
+    assert backend.few_steps == FewSteps(4, 8.5)
 
 
 def test_a_hub_id_is_known_by_what_it_is_made_of(
@@ -167,8 +197,8 @@ def test_gradient_goes_through_every_step_where_a_method_has_the_choice(method: 
 @pytest.fixture
 def turbo(pipeline_folder: str, tmp_path: Path) -> str:
     """The tiny pipeline in a folder whose name says that it draws in one step."""
-    shutil.copytree(pipeline_folder, tmp_path / "tiny-turbo")
-    return str(tmp_path / "tiny-turbo")
+    shutil.copytree(pipeline_folder, tmp_path / "tiny-sd-turbo")
+    return str(tmp_path / "tiny-sd-turbo")
 
 
 def settings_of(folder: Path) -> tuple[int, float, int | None]:

@@ -366,7 +366,7 @@ def test_a_few_step_model_is_looked_at_as_it_is_drawn(
     make_pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """By its name: one step without guidance."""
-    place = tmp_path / "my-turbo"
+    place = tmp_path / "my-sd-turbo"
     make_pipe().save_pretrained(place)
     seen: list[Any] = []
 

@@ -57,8 +57,8 @@ def test_a_file_draws_what_its_pipeline_draws(write, name, kind):
 def test_a_few_step_file_begins_at_the_last_timestep(write, tmp_path):
     """The configuration beside it is that of the model it was tuned from, whose only step would be at the end."""
     base = EulerDiscreteScheduler(timestep_spacing="leading", steps_offset=1)
-    file = write(tiny.sdxl(base)).rename(tmp_path / "tiny_turbo.safetensors")
-    (tmp_path / "model").rename(tmp_path / "tiny_turbo")
+    file = write(tiny.sdxl(base)).rename(tmp_path / "tiny_sdxl_turbo.safetensors")
+    (tmp_path / "model").rename(tmp_path / "tiny_sdxl_turbo")
     for scheduler in (None, "euler"):
         backend = load_backend(file, device="cpu", scheduler=scheduler)
         assert backend.few_steps.steps == 1

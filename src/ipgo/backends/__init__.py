@@ -14,7 +14,7 @@ from ipgo.backends import world
 from ipgo.backends.base import Backend, denoiser_of
 from ipgo.backends.chroma import Chroma
 from ipgo.backends.facts import Facts, Opening, width_of
-from ipgo.backends.few_steps import FewSteps, by_folder, by_name, by_pipeline, either, scheduler_in
+from ipgo.backends.few_steps import FewSteps, by_name, by_pipeline, by_place, scheduler_in
 from ipgo.backends.flux import Flux
 from ipgo.backends.flux_2 import Flux2Klein
 from ipgo.backends.parts import as_they_were, check_parts, moves, quantised
@@ -265,13 +265,12 @@ def may_draw_noise(source: str) -> bool:
 
 def few_steps(source: str) -> FewSteps | None:
     """How a model is sampled that draws in a few steps, by its name or what is in its folder; None for others."""
-    place = place_of(source)
-    return either(by_name(place), by_folder(Path(place)))
+    return by_place(place_of(source))
 
 
 def _few_steps_of(backend: Backend, place: str) -> FewSteps | None:
     """The same for one that is open, loaded from `place`; "" says nothing."""
-    return either(by_name(place), by_pipeline(backend.pipe, denoiser_of(backend.pipe)))
+    return by_pipeline(place, _kind(backend.pipe), backend.pipe, denoiser_of(backend.pipe))
 
 
 def with_own_scale(backend: Backend, source: str, few: FewSteps | None) -> Backend:

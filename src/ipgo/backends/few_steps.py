@@ -29,63 +29,95 @@ class FewSteps:
 # Words of a name -> how; the first line whose words are all there counts. Steps are those of the models' cards,
 # scales the defaults of their pipelines.
 NAMES: tuple[tuple[tuple[str, ...], FewSteps | None], ...] = (
-    (("z", "image", "turbo"), FewSteps(8)),
-    (("3", "5", "turbo"), FewSteps(4)),
-    (("turbo",), FewSteps(1)),
-    (("lightning",), FewSteps(4)),
-    (("lcm",), FewSteps(4)),
-    (("schnell",), FewSteps(4)),
-    (("sprint",), FewSteps(2, 4.5)),
     (("klein", "base"), None),
     (("klein",), FewSteps(4)),
+    (("schnell",), FewSteps(4)),
+    (("flux", "turbo"), FewSteps(8, 3.5)),  # what is no schnell is tuned from dev
+    (("flux", "lightning"), FewSteps(4, 3.5)),
+    (("z", "image", "turbo"), FewSteps(8)),
+    (("zimage", "turbo"), FewSteps(8)),
+    (("sd", "3", "turbo"), FewSteps(4)),
+    (("sd", "35", "turbo"), FewSteps(4)),
+    (("sd", "turbo"), FewSteps(1)),
+    (("sdxl", "turbo"), FewSteps(1)),
+    (("turbo",), FewSteps(4)),  # SD 3.5's card, and enough for those that are tuned to draw in one
+    (("lightning",), FewSteps(4)),
+    (("lcm",), FewSteps(4)),
+    (("sprint",), FewSteps(2, 4.5)),
 )
 
 # Of which the name alone would say another scale: the network takes it as an input.
 IDS = {"SimianLuo/LCM_Dreamshaper_v7": FewSteps(4, 8.5)}
 
+# What a name may leave out where the class is known.
+WORDS = {"FluxPipeline": "flux", "ZImagePipeline": "zimage"}
 
-def by_name(place: str) -> FewSteps | None:
-    """What a hub id, a folder or a file is called; "8step" in it is the number of steps. None: it is no such model."""
+
+def by_name(place: str, kind: str = "") -> FewSteps | None:
+    """What a hub id, a folder or a file is called; "8step" in it is the number of steps. None: it is no such model.
+
+    Args:
+        kind: the class of its pipeline, where that is known.
+    """
     place, _ = files.hub_id(place)
     if place in IDS:
         return IDS[place]
-    name = place.rstrip("/").split("/")[-1].lower()
-    words = set(re.findall(r"[a-z]+|\d+", name))
+    name = place.rstrip("/").split("/")[-1]
+    # "zimageTurbo" is two words, "SDXLTurbo" too.
+    words = {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+", name)} | {
+        WORDS.get(kind)
+    }
     found = next((few for needed, few in NAMES if words >= set(needed)), None)
-    stated = re.search(r"([1-9]\d*)[-_ ]?step", name)
+    stated = re.search(r"([1-9]\d*)[-_ ]?step", name.lower())
     return replace(found, steps=int(stated[1])) if found is not None and stated else found
 
 
-def either(named: FewSteps | None, made: FewSteps | None) -> FewSteps | None:
-    """`by_name` and what a model is made of; of both the steps are the name's, and the scale is that of the network."""
-    if named is None or made is None:
-        return named or made
-    return replace(made, steps=named.steps)
+def by_parts(place: str, kind: str, scheduler: str, options: Mapping[str, Any]) -> FewSteps | None:
+    """What a pipeline of the class `kind` with such a scheduler is; None: no such model.
 
-
-def by_parts(kind: str, scheduler: str, options: Mapping[str, Any]) -> FewSteps | None:
-    """What a pipeline of the class `kind` with such a scheduler is, whatever it is called; None: no such model.
+    If its name says so too, the steps are the name's. The scale is always that of the network.
 
     Args:
+        place: as in `by_name`; "" says nothing.
         options: `is_distilled` of the pipeline, `guidance_embeds` of its transformer, and `time_cond_proj_dim` of its
             UNet, which is there if the guidance scale is an input; as far as they have them.
     """
-    if kind == "LatentConsistencyModelPipeline":
-        return FewSteps(4, 8.5)
+    named = by_name(place, kind)
+    steps = _own_steps(kind, scheduler, options) if named is None else named.steps
+    return None if steps is None else FewSteps(steps, _own_scale(kind, options))
+
+
+def _own_steps(kind: str, scheduler: str, options: Mapping[str, Any]) -> int | None:
     if kind == "SanaSprintPipeline":
-        return FewSteps(2, 4.5)
+        return 2
     schnell = kind == "FluxPipeline" and options.get("guidance_embeds") is False
     klein = kind == "Flux2KleinPipeline" and options.get("is_distilled") is True
-    if scheduler == "LCMScheduler" and options.get("time_cond_proj_dim") is not None:
-        return FewSteps(4, 8.0)
-    return FewSteps(4) if schnell or klein or scheduler == "LCMScheduler" else None
+    consistent = kind == "LatentConsistencyModelPipeline" or scheduler == "LCMScheduler"
+    return 4 if schnell or klein or consistent else None
 
 
-def by_folder(folder: Path) -> FewSteps | None:
-    """`by_parts` of a diffusers folder; None for what is none, or cannot be read: opening it says why."""
+def _own_scale(kind: str, options: Mapping[str, Any]) -> float:
+    """The scale that the network is given where it is an input; 1, none, for others."""
+    if kind == "LatentConsistencyModelPipeline":
+        return 8.5
+    if kind == "SanaSprintPipeline":
+        return 4.5
+    if kind == "FluxPipeline" and options.get("guidance_embeds"):
+        return 3.5
+    return 8.0 if options.get("time_cond_proj_dim") is not None else 1.0
+
+
+def by_place(place: str) -> FewSteps | None:
+    """`by_parts` of a diffusers folder; `by_name` of what is none, or cannot be read: opening it says why.
+
+    A file of weights goes by the folder beside it, if there is one.
+    """
+    folder = Path(place.removesuffix(".safetensors"))
     index = _read(folder / "model_index.json")
+    if "_class_name" not in index:
+        return by_name(place)
     options = index | _read(folder / "transformer/config.json") | _read(folder / "unet/config.json")
-    return by_parts(str(index.get("_class_name")), scheduler_in(folder), options)
+    return by_parts(place, str(index["_class_name"]), scheduler_in(folder), options)
 
 
 def scheduler_in(folder: Path) -> str:
@@ -101,12 +133,12 @@ def _read(file: Path) -> dict[str, Any]:
         return {}
 
 
-def by_pipeline(pipe: Any, denoiser: Any) -> FewSteps | None:
-    """`by_parts` of a pipeline object and the network that denoises in it."""
+def by_pipeline(place: str, kind: str, pipe: Any, denoiser: Any) -> FewSteps | None:
+    """`by_parts` of a pipeline object, of a class `kind` or made from it, and the network that denoises in it."""
     options = {**pipe.config, **denoiser.config}
     own = type(pipe.scheduler).__name__
     scheduler = "LCMScheduler" if is_one_of(pipe.scheduler, ["LCMScheduler"]) else own
-    return by_parts(type(pipe).__name__, scheduler, options)
+    return by_parts(place, kind, scheduler, options)
 
 
 def spaced_as_turbo(pipe: Any) -> bool:
