@@ -19,7 +19,8 @@ def list_(argv: list[str]) -> int:
     parser.add_argument(
         "name",
         nargs="?",
-        help="show this one in full, such as `ipgo list prompts one:test`; of objects: those of this backend",
+        help="show this one in full, such as `ipgo list prompts one:test`; of backends also a local diffusers folder; "
+        "of objects: those of this backend",
     )
     args = parser.parse_args(argv)
     if args.kind not in (None, *kinds):
@@ -35,6 +36,8 @@ def _names(kind: str, name: str | None) -> list[str]:
         if kind in ("presets", "comparisons") and name in (line.split()[0] for line in lines):
             return _settings_file(kind, name).read_text(encoding="utf-8").splitlines()
         named = {line.split()[0]: line for line in lines}
+        if kind == "backends" and name not in named and Path(name).expanduser().is_dir():
+            named[name] = name
         if name not in named:
             raise unknown(kind.removesuffix("s"), name, named)
         return [named[name], *(_declared(name) if kind == "backends" else ())]
@@ -74,14 +77,15 @@ def _described(kind: str, name: str) -> str:
 
 
 def _declared(backend: str) -> list[str]:
-    """What the family of a backend declares, and the steps of a few-step model."""
-    from ipgo.backends import BACKENDS, FAMILIES, few_steps
+    """What a backend's family declares, as far as it holds for this model, and the steps of a few-step model."""
+    from ipgo.backends import facts_of, few_steps
 
-    few = few_steps(backend)
-    lines = list(FAMILIES[BACKENDS[backend][0]].facts.lines())
+    few, facts = few_steps(backend), facts_of(backend)
+    lines = list(facts.lines())
     if few is not None:
         steps = f"{few.steps} step{'s' if few.steps > 1 else ''}"
-        scale = f"a guidance scale of {few.guidance_scale:g}" if few.guidance_scale > 1 else "no guidance"
+        off = "guidance off" if "classifier-free" in facts.guidance else "no guidance"
+        scale = f"a guidance scale of {few.guidance_scale:g}" if few.guidance_scale > 1 else off
         lines.append(
             f"drawn in {steps} with {scale}, and fitted with gradient in all of them, unless told otherwise"
         )

@@ -3,7 +3,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from ipgo.evaluation import Gain, Interval
 from ipgo.insertion import Insertion
 from ipgo.settings import settings_for
 from ipgo.terminal import Stored, backend_of, open_stored, peek, read_texts, spelt
+from tests import tiny_families as tiny
 from tests.conftest import one_sentence
 
 NAN = float("nan")
@@ -75,6 +78,13 @@ def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(capsys.readouterr().out.splitlines()) == 31
 
 
+# What is not classifier-free, from the table in docs/backends.md.
+GUIDANCE = {
+    **dict.fromkeys(("lcm", "flux-dev", "sana-sprint"), "distilled"),
+    **dict.fromkeys(("flux-schnell", "flux2-klein"), "none"),
+}
+
+
 def test_the_list_of_backends_says_all_that_is_declared(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["list", "backends"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == list(BACKENDS)
@@ -86,7 +96,7 @@ def test_the_list_of_backends_says_all_that_is_declared(capsys: pytest.CaptureFi
         assert ("order matters" in said) == facts.ordered
         assert {"always": "hidden", "never": "seen", "optional": "seen or hidden"}[facts.masked] in said
         assert ("no pooled vector" in said) != facts.pooled
-        assert f"guidance {' or '.join(facts.guidance)}" in said
+        assert f"guidance {GUIDANCE.get(name, 'classifier-free')}\n" in said
         assert ("windows" in said) == facts.chunked
         assert f"time as {facts.time}," in said
         assert f"VAE by {facts.scaling}," in said
@@ -145,6 +155,35 @@ def test_one_of_a_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert "backprop_steps: 1" in capsys.readouterr().out
     assert cli.main(["list", "comparisons", "systems"]) == 0
     assert "alignprop:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        tiny.lcm_sdxl,
+        tiny.sdxl,
+        tiny.flux,
+        lambda: tiny.flux(distilled=False),
+        tiny.flux_2,
+        tiny.sana_sprint,
+        lambda: tiny.sd3(with_t5=False),
+    ],
+)
+def test_the_list_says_of_a_folder_what_opening_it_does(
+    make: Callable[[], Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe = make()
+    pipe.save_pretrained(tmp_path / "mine")
+    for weights in tmp_path.rglob("*.safetensors"):
+        weights.unlink()
+    assert cli.main(["list", "backends", str(tmp_path / "mine")]) == 0
+    backend, said = ipgo.load_backend(pipe, device="cpu"), capsys.readouterr().out
+    assert f"\n    {backend.max_tokens} tokens, " in said
+    assert f"guidance {backend.guidance}\n" in said
+    assert ("drawn in" in said) == (backend.few_steps is not None)
+    (tmp_path / "mine" / "model_index.json").unlink()
+    assert cli.main(["list", "backends", str(tmp_path / "mine")]) == 2
+    assert "has no model_index.json" in one_sentence(capsys)
 
 
 def test_letters_that_a_terminal_does_not_have_are_spelt() -> None:

@@ -172,7 +172,8 @@ def test_every_name_of_few_steps_is_known() -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("sd-turbo", "drawn in 1 step with no guidance, and"),
+        ("sd-turbo", "drawn in 1 step with guidance off, and"),
+        ("flux-schnell", "drawn in 4 steps with no guidance, and"),
         ("lcm", "drawn in 4 steps with a guidance scale of 8.5, and"),
         ("sd15", None),
     ],

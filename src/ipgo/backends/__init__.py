@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from ipgo.backends import world
 from ipgo.backends.base import Backend, denoiser_of
+from ipgo.backends.blueprint import read_blueprint
 from ipgo.backends.chroma import Chroma
 from ipgo.backends.facts import Facts, Opening, width_of
 from ipgo.backends.few_steps import FewSteps, by_name, by_pipeline, by_place, scheduler_in
@@ -19,6 +21,7 @@ from ipgo.backends.flux import Flux
 from ipgo.backends.flux_2 import Flux2Klein
 from ipgo.backends.parts import as_they_were, check_parts, moves, quantised
 from ipgo.backends.pixart import PixArtAlpha, PixArtSigma
+from ipgo.backends.published import PUBLISHED
 from ipgo.backends.qwen_image import QwenImage
 from ipgo.backends.sana import Sana, SanaSprint
 from ipgo.backends.schedulers import STOCHASTIC, to_the_last
@@ -40,6 +43,7 @@ __all__ = [
     "FewSteps",
     "as_they_were",
     "check_backend",
+    "facts_of",
     "few_steps",
     "load_backend",
     "may_draw_noise",
@@ -255,6 +259,26 @@ def check_backend(
                 lengths = [len(ids) for ids in unpadded(tokenizer, texts)]
                 check_lengths(texts, lengths, most, facts.chunked, what)
     return width_of(Path(place), facts)
+
+
+def facts_of(source: str) -> Facts:
+    """What holds for a name of `BACKENDS` or a local diffusers folder, by its JSON files alone.
+
+    As its family's facts, but the guidance is the one that this model has, and its tokenizer may allow less.
+
+    Raises:
+        InputError: a file of the folder is missing or damaged, or its family is not known.
+    """
+    found = PUBLISHED[source] if source in PUBLISHED else read_blueprint(Path(place_of(source)))
+    family = _family(found.kind, source)
+    options = dict(found.options)
+    for part in {"unet", "transformer"} & found.parts.keys():
+        options |= found.parts[part].config
+    own = [found.longest[tokenizer] for tokenizer in sorted(found.longest)][
+        -1:
+    ]  # of several the last reads most
+    tokens = min([family.facts.tokens, *own])
+    return replace(family.facts, tokens=tokens, guidance=(family.guidance_of(options),))
 
 
 def may_draw_noise(source: str) -> bool:

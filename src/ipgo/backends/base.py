@@ -6,7 +6,7 @@ import inspect
 import math
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -67,7 +67,6 @@ class Backend(ABC):
     cudnn_attention: ClassVar[bool] = True  # whether its backward pass bears cuDNN's kernel
 
     max_tokens: int
-    guidance: Guidance = "classifier-free"
 
     def __init__(self, pipe: Any, name: str, opening: Opening) -> None:
         self.pipe = pipe
@@ -94,6 +93,7 @@ class Backend(ABC):
             )
         self.device, self.dtype = denoiser.device, denoiser.dtype
         self.embed_dim: int = denoiser.config[self.facts.width]
+        self.guidance = self.guidance_of({**pipe.config, **denoiser.config})
         self.text_device: torch.device = next(iter(encoders.values())).device
         self._parts = _networks_of(pipe)
         self.guidance_scale = self._own_scale()
@@ -141,6 +141,11 @@ class Backend(ABC):
         self.freeze()
 
     # -- what a family says -----------------------------------------------------------------------------
+
+    @classmethod
+    def guidance_of(cls, options: Mapping[str, Any]) -> Guidance:
+        """What a model has of `facts.guidance`; the options are those of its pipeline and its denoiser."""
+        return cls.facts.guidance[0]
 
     @property
     def tokenizer(self) -> Any:

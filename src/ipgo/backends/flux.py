@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ipgo.backends.facts import Facts, Opening
+from ipgo.backends.facts import Facts, Guidance
 from ipgo.backends.packed import PackedBackend, pack, places, unpack
 from ipgo.backends.schedulers import shifted_or_own
 from ipgo.backends.text import clip_tokens, tokenize
@@ -39,9 +39,9 @@ class Flux(PackedBackend):
     # An illegal memory access on an H100 (docs/benchmarks-gpu.md); PyTorch's other kernels work.
     cudnn_attention = False
 
-    def __init__(self, pipe: Any, name: str, opening: Opening) -> None:
-        super().__init__(pipe, name, opening)
-        self.guidance = "distilled" if pipe.transformer.config.guidance_embeds else "none"
+    @classmethod
+    def guidance_of(cls, options: Mapping[str, Any]) -> Guidance:
+        return "distilled" if options.get("guidance_embeds") else "none"
 
     @property
     def tokenizer(self) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ipgo.backends.base import Backend, latent_side
-from ipgo.backends.facts import Facts, Opening
+from ipgo.backends.facts import Facts, Guidance, Opening
 from ipgo.backends.schedulers import shifted_or_own
 from ipgo.backends.text import chat, tokenize
 from ipgo.embeds import PromptEmbeds
@@ -38,8 +38,11 @@ class Flux2Klein(Backend):
 
     def __init__(self, pipe: Any, name: str, opening: Opening) -> None:
         super().__init__(pipe, name, opening)
-        self.guidance = "none" if pipe.config.is_distilled else "classifier-free"
         self.layers: tuple[int, ...] = self._own_default("text_encoder_out_layers")
+
+    @classmethod
+    def guidance_of(cls, options: Mapping[str, Any]) -> Guidance:
+        return "none" if options.get("is_distilled") else "classifier-free"
 
     @property
     def image_size(self) -> int:

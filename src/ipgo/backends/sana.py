@@ -101,7 +101,6 @@ class SanaSprint(Sana):
 
     def __init__(self, pipe: Any, name: str, opening: Opening) -> None:
         super().__init__(pipe, name, opening)
-        self.guidance = "distilled"
         self.sigma = float(pipe.scheduler.config.sigma_data)  # of the latents, which the network does not see
 
     def scheduler(self, steps: int, latents: Tensor) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ipgo.backends.base import Backend
-from ipgo.backends.facts import Facts, Opening
+from ipgo.backends.facts import Facts, Guidance, Opening
 from ipgo.backends.text import clip_tokens, read
 from ipgo.embeds import PromptEmbeds
 
@@ -35,8 +35,10 @@ class StableDiffusion(Backend):
     def __init__(self, pipe: Any, name: str, opening: Opening) -> None:
         super().__init__(pipe, name, opening)
         self.max_tokens = clip_tokens(pipe.tokenizer, pipe.text_encoder)
-        if pipe.unet.config.time_cond_proj_dim is not None:
-            self.guidance = "distilled"
+
+    @classmethod
+    def guidance_of(cls, options: Mapping[str, Any]) -> Guidance:
+        return "distilled" if options.get("time_cond_proj_dim") is not None else "classifier-free"
 
     def _encode(self, prompts: Sequence[str], padding: str) -> PromptEmbeds:
         windows = read(self.pipe.tokenizer, prompts, self.max_tokens, padding, self.long_prompts)

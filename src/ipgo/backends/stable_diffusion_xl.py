@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ipgo.backends.base import Backend, upcast
-from ipgo.backends.facts import Facts, Opening
+from ipgo.backends.facts import Facts, Guidance, Opening
 from ipgo.backends.stable_diffusion import attended, embedded_scale, hidden
 from ipgo.backends.text import clip_tokens, read
 from ipgo.embeds import PromptEmbeds
@@ -39,8 +39,10 @@ class StableDiffusionXL(Backend):
     def __init__(self, pipe: Any, name: str, opening: Opening) -> None:
         super().__init__(pipe, name, opening)
         self.max_tokens = min(clip_tokens(tokenizer, encoder) for tokenizer, encoder in self._encoders())
-        if pipe.unet.config.time_cond_proj_dim is not None:
-            self.guidance = "distilled"
+
+    @classmethod
+    def guidance_of(cls, options: Mapping[str, Any]) -> Guidance:
+        return "distilled" if options.get("time_cond_proj_dim") is not None else "classifier-free"
 
     def _decoder(self) -> Any:
         return upcast(self.pipe.vae)
