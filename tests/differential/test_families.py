@@ -1,16 +1,21 @@
 """Ours against the pipelines of diffusers, on the same tiny random weights and noise."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import diffusers
 import pytest
 import torch
+from diffusers import LCMScheduler
+from transformers import CLIPTextConfig
 
 from ipgo.adapters import Adapter, InsertionAdapter, generate
 from ipgo.ascent import Ascent
-from ipgo.backends import FAMILIES, load_backend
+from ipgo.backends import FAMILIES, FewSteps, load_backend
+from ipgo.backends.facts import PADDINGS
 from ipgo.embeds import PromptEmbeds
 from ipgo.insertion import Insertion
 from ipgo.methods import IPGO
@@ -43,7 +48,7 @@ class Case:
     Attributes:
         call: the pipeline's own arguments.
         options: of `load_backend`.
-        guidance: scales, off and on.
+        guidance: scales, off and on; of a model without guidance the second is as the first.
         steps: arguments that the pipeline needs for a number of steps.
         negative: must the pipeline be given an empty negative prompt to guide at all?
     """
@@ -72,7 +77,7 @@ CASES = {
     "sd3-dynamic-shift": Case(lambda: tiny.sd3(use_dynamic_shifting=True), T5),
     "sd35": Case(tiny.sd35, T5),
     "flux-dev": Case(tiny.flux, {**T5, **SMALL}, {"image_size": 16}),
-    "flux-schnell": Case(lambda: tiny.flux(distilled=False), {**T5, **SMALL}, {"image_size": 16}, (0.0,)),
+    "flux-schnell": Case(lambda: tiny.flux(distilled=False), {**T5, **SMALL}, {"image_size": 16}, (0.0, 5.0)),
     "chroma": Case(tiny.chroma, {**T5, **SMALL}, {"image_size": 16}, (1.0, 4.0)),
     "pixart-alpha": Case(tiny.pixart, PIXART, guidance=(1.0, 4.5)),
     "pixart-alpha-size": Case(tiny.pixart_told_its_size, {**PIXART, **SMALL}, {"image_size": 16}),
@@ -82,7 +87,7 @@ CASES = {
     "sana-sprint": Case(tiny.sana_sprint, SANA, guidance=(1.0, 4.5), steps=sprint_steps),
     "z-image": Case(tiny.z_image, {**QWEN, **SMALL}, {"image_size": 16}),
     "qwen-image": Case(tiny.qwen_image, SMALL, {"image_size": 16}, negative=True),
-    "flux2-klein": Case(tiny.flux_2, {**QWEN, **SMALL}, {"image_size": 16}, (1.0,)),
+    "flux2-klein": Case(tiny.flux_2, {**QWEN, **SMALL}, {"image_size": 16}),
     "flux2-klein-base": Case(lambda: tiny.flux_2(distilled=False), {**QWEN, **SMALL}, {"image_size": 16}),
 }
 # One case for each model that is named: the slower tests.
@@ -177,8 +182,8 @@ def test_sampling_equals_the_pipeline(pipes, name, count, steps):
         ).images
         close(ours, theirs)
         images.append(ours)
-    if len(images) > 1:
-        assert (images[0] - images[1]).abs().max() > 1e-3  # guidance does something
+    does_something = (images[0] - images[1]).abs().max() > 1e-3
+    assert does_something == (backend.guidance != "none")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -205,6 +210,18 @@ def test_a_single_step(pipes, name):
     ours = generate(backend, PROMPTS[:2], SEEDS[:2], Adapter(), Sampling(1, 1.0))
     options = {"num_inference_steps": 1, "guidance_scale": 0.0, "output_type": "pt"}
     close(ours, pipe(list(PROMPTS[:2]), **options, **noise_of(backend, 2)).images)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_a_consistent_pixart(steps):
+    """Not known as such to its pipeline, which takes any scheduler."""
+    pipe = tiny.pixart()
+    pipe.scheduler = LCMScheduler(**tiny.LEVELS, clip_sample=False)
+    backend = load_backend(pipe, device="cpu")
+    assert backend.few_steps == FewSteps(4)
+    ours = generate(backend, PROMPTS[:2], SEEDS[:2], Adapter(), Sampling(steps))
+    options = {"num_inference_steps": steps, "guidance_scale": 1.0, "output_type": "pt"}
+    close(ours, pipe(list(PROMPTS[:2]), **options, **noise_of(backend, 2), **PIXART).images)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -269,10 +286,11 @@ def test_the_default_draws_the_same_in_the_pipeline(pipes, name):
         close(ours, theirs)
 
 
-@pytest.mark.parametrize("name", ONE_EACH)
-def test_our_gradient_is_that_of_the_undecorated_pipeline(pipes, name):
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_our_gradient_is_that_of_the_undecorated_pipeline(pipes, name, guided):
     case, pipe, backend = open_case(pipes, name)
-    sampling = Sampling(3, case.guidance[-1])
+    sampling = Sampling(3, case.guidance[guided])
     noise = backend.noise(SEEDS[:2], sampling.noise_steps(backend))
     torch.manual_seed(1)
     start = torch.randn(2, 22, backend.embed_dim)
@@ -306,7 +324,7 @@ def test_our_gradient_is_that_of_the_undecorated_pipeline(pipes, name):
     assert (ours - expected).norm() < 1e-4 * expected.norm()
 
 
-@pytest.mark.parametrize("name", ONE_EACH)
+@pytest.mark.parametrize("name", CASES)
 def test_ipgo_raises_a_reward(pipes, name):
     case, _, backend = open_case(pipes, name)
 
@@ -324,29 +342,58 @@ def test_ipgo_raises_a_reward(pipes, name):
 
 @pytest.mark.parametrize("name", ONE_EACH)
 def test_the_declared_facts_are_so(pipes, name):
-    """What the denoiser sees of order, padding and the pooled vector."""
+    """What the denoiser sees of order, padding, the pooled vector and the guidance scale."""
     _, pipe, backend = open_case(pipes, name)
     assert FAMILIES[type(pipe).__name__].facts is backend.facts
-    assert backend.guidance in backend.facts.guidance
     assert backend.max_tokens <= backend.facts.tokens
     prompt = backend.encode(PROMPTS[:1])
     latents = backend.noise([0])[:, 0]
     timestep = backend.scheduler(2, latents).timesteps[0]
 
-    def moved(other):
+    def moved(other, scale=3.0, backend=backend):
         with torch.no_grad():
-            pair = [backend.predict(latents, timestep, each, None, 3.0) for each in (prompt, other)]
-        return (pair[0] - pair[1]).abs().max() > 1e-5
+            pair = [
+                backend.predict(latents, timestep, *each)
+                for each in ((prompt, None, 3.0), (other, None, scale))
+            ]
+        return bool((pair[0] - pair[1]).abs().max() > 1e-5)
 
     back = torch.arange(prompt.length).flip(0)
     assert moved(replace(prompt, embeds=prompt.embeds[:, back], mask=prompt.mask[:, back])) == (
         backend.facts.ordered
     )
     loud = torch.where(prompt.mask[..., None], prompt.embeds, prompt.embeds + 1)
-    assert moved(replace(prompt, embeds=loud)) == (backend.facts.masked != "always")
+    padding_seen = [
+        moved(
+            replace(prompt, embeds=loud),
+            backend=type(backend)(pipe, name, replace(backend.opening, padding=each)),
+        )
+        for each in PADDINGS
+    ]
+    seen = {"always": [False, False], "never": [True, True], "optional": [True, False]}
+    assert padding_seen == seen[backend.facts.masked]
     assert (prompt.pooled is not None) == backend.facts.pooled
     if prompt.pooled is not None:
         assert moved(replace(prompt, pooled=prompt.pooled + 1))
+    assert moved(prompt, scale=5.0) == (backend.guidance == "distilled")
+
+
+def test_a_family_declares_the_guidance_of_its_models_and_no_other(pipes):
+    kinds = {}
+    for name in ONE_EACH:
+        _, _, backend = open_case(pipes, name)
+        kinds.setdefault(type(backend), set()).add(backend.guidance)
+    assert kinds == {family: set(family.facts.guidance) for family in FAMILIES.values()}
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_the_longest_prompt_is_the_longest_that_the_pipeline_reads_by_default(kind):
+    """Where its call says no length, it is all that CLIP has places for."""
+    call = inspect.signature(getattr(diffusers, kind).__call__).parameters
+    said = call["max_sequence_length"].default if "max_sequence_length" in call else None
+    own = said or CLIPTextConfig().max_position_embeddings
+    # Sana counts the mark before its instruction too.
+    assert FAMILIES[kind].facts.tokens == (own - 1 if kind.startswith("Sana") else own)
 
 
 @pytest.mark.parametrize("name", ONE_EACH)
