@@ -361,6 +361,20 @@ def test_without_the_extra_its_pip_line_is_said(monkeypatch: pytest.MonkeyPatch,
             read_prompts(spec)
 
 
+def test_diffusiondb_from_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file, asked = tmp_path / "metadata.parquet", []
+    parquet.write_table(pyarrow.table({"prompt": ["a cat", "gore"], "prompt_nsfw": [0.01, 0.9]}), file)
+
+    def fetched(repository: str, name: str, *, repo_type: str) -> str:
+        asked.append((repository, name, repo_type))
+        return str(file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetched)
+    assert read_prompts("diffusiondb") == ["a cat", "gore"]
+    assert read_prompts("diffusiondb?max_nsfw=0.5") == ["a cat"]
+    assert asked == [("poloclub/diffusiondb", "metadata.parquet", "dataset")] * 2
+
+
 def test_parquet_tables(tmp_path: Path) -> None:
     prompts = {"prompt": ["a cat ", "a cat", "", "gore"], "prompt_nsfw": [0.01, 0.02, 0.0, 0.9]}
     file = tmp_path / "metadata.parquet"

@@ -51,6 +51,18 @@ def test_devices_and_formats():
         choose_device("cuda:99")
 
 
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)],
+)
+def test_the_format_of_a_gpu_is_one_that_it_computes_with(capability, expected, monkeypatch):
+    """Of the GPU that is asked for: those of a machine may differ."""
+    capabilities = {0: (6, 0), 1: capability}
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capabilities[device.index])
+    assert choose_dtype("auto", torch.device("cuda:1")) == expected
+    assert choose_dtype("float32", torch.device("cuda:1")) == torch.float32
+
+
 def test_inserting_embeddings():
     states = torch.arange(12.0).view(1, 3, 4)
     prompt = PromptEmbeds(states, torch.tensor([[True, True, False]]))
