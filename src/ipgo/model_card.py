@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
+import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from importlib.metadata import version
-from pathlib import Path, PurePath
+from pathlib import Path
 from textwrap import indent
 from typing import Any
 
 import yaml
 
 from ipgo.adapters import Adapter, JointAdapter, NoiseAdapter, TextEncoderAdapter, WeightAdapter
-from ipgo.errors import InputError
 from ipgo.evaluation import Gain, summarise, unlike
 from ipgo.files import hub_id, is_hub_id
+from ipgo.places import bare_identity, bare_reward, bare_settings
 from ipgo.prompts import Prompt
 from ipgo.rewards.checkpoints import fingerprint
-from ipgo.rewards.spec import read_terms
 from ipgo.store import Run
 
 MOST = 8  # prompts with pictures on a card
@@ -28,37 +27,40 @@ OPENING = ("padding", "scheduler", "image_size", "long_prompts", "dtype")
 SAMPLED = ("steps", "guidance_scale", "eta", "negative_prompt")
 
 
-def model_card(run: Run, adapter: Adapter, place: str) -> str:
+def model_card(run: Run, adapter: Adapter, place: str, *, paths: bool = True) -> str:
     """Markdown with the hub's metadata: what it is, what it does on unseen noise, and how to use it.
 
     Args:
         place: where the adapter is, for `from_pretrained`.
+        paths: name folders and files of this machine with their paths.
     """
     config, scores = run.config, run.scores()
+    settings = config.to_json() if paths else bare_settings(config.to_json())
+    backend, reward = settings["backend"], settings["reward"]
     done = run.finished
     about = {
         "library_name": "ipgo",
-        "base_model": _base(config.backend),
+        "base_model": _base(backend),
         "tags": ["text-to-image", "diffusion", "reward", f"ipgo-{adapter.kind}", config.method_name],
     }
     count = sum(parameter.numel() for parameter in adapter.parameters())
     whose = "any prompt" if adapter.prompts is None else f"{len(done)} prompt{'s' * (len(done) > 1)}"
     sections = [
-        f"---\n{yaml.safe_dump({k: v for k, v in about.items() if v}, sort_keys=False)}---",
-        f"# {config.method_name} for {whose}, optimising {escape(config.reward)}",
-        f"Learned with ipgo {version('ipgo')} on {escape(config.backend)}: "
-        f"{count:,} numbers besides the frozen model, by the reward {escape(config.reward)}." + _behind(run),
+        f"---\n{_yaml({key: value for key, value in about.items() if value})}---",
+        f"# {config.method_name} for {whose}, optimising {escape(reward)}",
+        f"Learned with ipgo {version('ipgo')} on {escape(backend)}: "
+        f"{count:,} numbers besides the frozen model, by the reward {escape(reward)}." + _behind(run),
         _limits(run, adapter),
         "## Results",
-        _results("On the noise that it was fitted to", summarise(scores, seeds=config.seeds)),
+        _results("On the noise that it was fitted to", summarise(scores, seeds=config.seeds), paths),
         ""
         if run.transfers == "nothing"
-        else _results("On unseen noise", summarise(scores, seeds=config.new_seeds)),
+        else _results("On unseen noise", summarise(scores, seeds=config.new_seeds), paths),
         _section("Pictures", _pictures(run, done)),
-        _section("Use", _use(run, adapter, done, place)),
-        _section("Rewards", _identities(run)),
+        _section("Use", _use(run, adapter, done, place, backend)),
+        _section("Rewards", _identities(run, paths)),
         "## Settings",
-        indent(yaml.safe_dump(_settings(run), sort_keys=True, allow_unicode=True), "    "),
+        indent(_yaml(_settings(settings), sort=True), "    "),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -91,12 +93,12 @@ def _limits(run: Run, adapter: Adapter) -> str:
     return words + (f" {len(failed)} {'prompt' if len(failed) == 1 else 'prompts'} failed." if failed else "")
 
 
-def _results(title: str, gains: Sequence[Gain]) -> str:
+def _results(title: str, gains: Sequence[Gain], paths: bool) -> str:
     if not gains:
         return ""
     lines = ["| reward | raw | adapted | gain, 95% | wins over raw |", "|---|---|---|---|---|"]
     for each in gains:
-        name = escape(each.reward) + (" (held out)" if each.held_out else " (optimised)")
+        name = escape(_named(each.reward, paths)) + (" (held out)" if each.held_out else " (optimised)")
         bounds = f"{each.gain.bounds('+.3f')}{unlike(each, gains[0])}"
         interval = f" ({bounds})" if each.gain.n > 1 else ""
         lines.append(
@@ -132,10 +134,10 @@ def _pictures(run: Run, done: Sequence[Prompt]) -> str:
     return "\n".join([f"| prompt | raw, seed {seed} ({kind}) | adapted |", "|---|---|---|", *rows])
 
 
-def _use(run: Run, adapter: Adapter, done: Sequence[Prompt], place: str) -> str:
+def _use(run: Run, adapter: Adapter, done: Sequence[Prompt], place: str, backend: str) -> str:
     config = run.config
     prompt = _literal(done[0].text if adapter.prompts is not None else "a prompt")
-    opened = ", ".join([_literal(config.backend), *_given(config, OPENING)])
+    opened = ", ".join([_literal(backend), *_given(config, OPENING)])
     drawn = ", ".join(_given(config.sampling, SAMPLED))
     code = f"""```python
 import ipgo
@@ -144,7 +146,7 @@ adapter = ipgo.from_pretrained({_literal(place)})
 backend = ipgo.load_backend({opened})
 images = ipgo.generate(backend, [{prompt}], [{shown_seed(run)}], adapter, ipgo.Sampling({drawn}))
 ```"""
-    base = _base(config.backend)
+    base = _base(backend)
     if base is None or not _fits_a_pipeline(run, adapter):
         return code
     return f"{code}\n\n{_in_diffusers(run, adapter, base, prompt)}"
@@ -234,43 +236,35 @@ def _behind(run: Run) -> str:
     return f"{weights}{schedule}." if weights else ""
 
 
-def _identities(run: Run) -> str:
+def _named(reward: str, paths: bool) -> str:
+    return reward if paths else bare_reward(reward)
+
+
+def _identities(run: Run, paths: bool) -> str:
     """What decides the scores above, reward by reward."""
     if not run.identities:
         return ""
-    known = {name: {"fingerprint": fingerprint(each), **each} for name, each in run.identities.items()}
+    # One by one, since two may go by one name without their paths.
+    known = "".join(
+        _yaml(
+            {
+                _named(name, paths): {
+                    "fingerprint": fingerprint(each),
+                    **(each if paths else bare_identity(each)),
+                }
+            }
+        )
+        for name, each in run.identities.items()
+    )
     words = "Scores compare with those of a reward of the same fingerprint: its version, weights and preprocessing."
-    return f"{words}\n\n" + indent(yaml.safe_dump(known, sort_keys=False, allow_unicode=True), "    ")
+    return f"{words}\n\n" + indent(known, "    ")
 
 
-def without_places(text: str, run: Run) -> str:
-    """A text with the paths in the run's settings cut to the names of what is there."""
-    from ipgo.backends import BACKENDS
-
-    settings = run.config.to_json()
-    told = [*_texts({key: value for key, value in settings.items() if key not in ("prompts", "sampling")})]
-    for spec in (*told, *run.identities):
-        with contextlib.suppress(InputError):  # also within a reward's spec
-            for name in (term.name for term in read_terms(spec)):
-                told += name.split() if name.startswith("cmd:") else name.split(":")
-    far = (each for each in told if len(PurePath(each).parts) > 2)
-    found = {each for each in far if PurePath(each).is_absolute() or each[0] == "~"}
-    for place in sorted(found, key=len, reverse=True):
-        name = PurePath(place).name
-        for form in (place, escape(place)):
-            text = text.replace(form, f"./{name}" if name in BACKENDS else name)
-    return text
-
-
-def _texts(settings: Any) -> Iterator[str]:
-    """Those anywhere in something that is read from JSON."""
-    if isinstance(settings, str):
-        yield settings
-    elif isinstance(settings, dict | list):
-        for each in settings.values() if isinstance(settings, dict) else settings:
-            yield from _texts(each)
-
-
-def _settings(run: Run) -> dict[str, Any]:
-    settings = run.config.to_json()
+def _settings(settings: dict[str, Any]) -> dict[str, Any]:
     return {key: settings[key] for key in settings if key not in ("prompts", "device", "chunk")}
+
+
+def _yaml(content: dict[str, Any], *, sort: bool = False) -> str:
+    """With long texts in one line, as they would be looked for."""
+    text: str = yaml.safe_dump(content, sort_keys=sort, allow_unicode=True, width=math.inf)
+    return text

@@ -91,7 +91,7 @@ def read_prompts(spec: str) -> list[str]:
         InputError: no such set or file, another kind of file, no prompts in it, a damaged line, or an option that
         is unknown or cannot be.
     """
-    place, options = _split(spec)
+    place, options = split_options(spec)
     name, _, rest = place.partition(":")
     source, known = SOURCES.get(name, (None, ()))
     for option in options:
@@ -108,7 +108,7 @@ def read_prompts(spec: str) -> list[str]:
     return _some(spec, prompts, options)
 
 
-def _split(spec: str) -> tuple[str, dict[str, str]]:
+def split_options(spec: str) -> tuple[str, dict[str, str]]:
     """`one:test?n=3&seed=1` to ("one:test", {"n": "3", "seed": "1"})."""
     place, mark, query = spec.rpartition("?")
     if not mark or "=" not in query:

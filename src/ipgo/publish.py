@@ -11,7 +11,8 @@ from ipgo import files, hub
 from ipgo.adapters import Adapter
 from ipgo.artefacts import load_adapter, save_adapter
 from ipgo.errors import InputError, first_line
-from ipgo.model_card import MOST, model_card, picture_name, shown_seed, without_places
+from ipgo.model_card import MOST, model_card, picture_name, shown_seed
+from ipgo.places import bare_backend
 from ipgo.store import Run
 
 FILES = ("adapter.json", "adapter.safetensors")
@@ -39,9 +40,9 @@ def save_pretrained(run: Run | str | Path, folder: str | Path, *, repository: st
         and (not any(folder.iterdir()) or all((folder / name).is_file() for name in PUBLISHED))
     ):
         raise InputError(f"folder {str(folder)!r} holds something else; give a new or empty one")
-    card = model_card(run, whole, repository or str(folder))
+    card = model_card(run, whole, repository or str(folder), paths=repository is None)
     if repository is not None:
-        card, settings["backend"] = (without_places(each, run) for each in (card, settings["backend"]))
+        settings["backend"] = bare_backend(settings["backend"])
     save_adapter(whole, folder, settings, run.drawn_by)
     for picture in (folder / "images").glob("*.png"):  # those of an earlier publication, and no others
         if re.fullmatch(r"\d{4}-.*-(before|after)\.png", picture.name):

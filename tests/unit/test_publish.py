@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -335,6 +336,37 @@ def _config(pipeline_folder: str) -> Any:
     from ipgo.config import RunConfig
 
     return RunConfig(("a",), **settings(pipeline_folder))
+
+
+def test_what_goes_to_the_hub_says_nothing_of_where_things_are(pipeline_folder: str, tmp_path: Path) -> None:
+    private = tmp_path / "private-p of some customer whose name nobody may know" / "private-q and private-r"
+    private.mkdir(parents=True)
+    shutil.copytree(pipeline_folder, private / "model")
+    (private / "mine.py").write_text("def warmth(images, prompts):\n    return images[:, 0].mean((1, 2))\n")
+    (private / "score.sh").write_text("#!/bin/sh\necho 1\n")
+    (private / "score.sh").chmod(0o755)
+    own = {"reward": f"{private}/mine.py:warmth", "held_out": [f"cmd:'{private}/score.sh' {{image}}"]}
+    ipgo.fit("a fox", out=tmp_path / "run", **(settings(str(private / "model")) | own | {"seeds": [0]}))
+    folder = ipgo.save_pretrained(tmp_path / "run", tmp_path / "card", repository="me/fox")
+    for file in filter(Path.is_file, folder.rglob("*")):
+        content = file.read_bytes()
+        assert not [
+            word for word in ("private", "customer", "know", str(tmp_path)) if word.encode() in content
+        ]
+    card = (folder / "README.md").read_text()
+    for told in (
+        "optimising mine.py&#58;warmth",
+        "| cmd&#58;score.sh &#123;image&#125; (held out)",
+        "load_backend('model')",
+    ):
+        assert told in card, told
+    stated = yaml.safe_load(card.split("## Settings")[1])
+    assert (stated["reward"], stated["held_out"]) == ("mine.py:warmth", ["cmd:score.sh {image}"])
+    assert json.loads((folder / "adapter.json").read_text())["settings"]["backend"] == "model"
+    at_home = ipgo.save_pretrained(tmp_path / "run", tmp_path / "own")  # where its code shall run
+    card = (at_home / "README.md").read_text()
+    assert repr(str(private / "model")) in card
+    assert f"\n    reward: {private}/mine.py:warmth\n" in card  # in one line, however long
 
 
 @pytest.mark.parametrize(
