@@ -21,6 +21,7 @@ from ipgo.prompts import Prompt
 from ipgo.rewards.checkpoints import fingerprint
 from ipgo.store import Run
 
+BEGINNING = "---\nlibrary_name: ipgo\n"  # of every card
 MOST = 8  # prompts with pictures on a card
 # What a picture depends on, in the code on a card.
 OPENING = ("padding", "scheduler", "image_size", "long_prompts", "dtype")

@@ -11,12 +11,12 @@ from ipgo import files, hub
 from ipgo.adapters import Adapter
 from ipgo.artefacts import load_adapter, save_adapter
 from ipgo.errors import InputError, first_line
-from ipgo.model_card import MOST, model_card, picture_name, shown_seed
+from ipgo.model_card import BEGINNING, MOST, model_card, picture_name, shown_seed
 from ipgo.places import bare_backend
-from ipgo.store import Run
+from ipgo.store import Run, left_over
 
 FILES = ("adapter.json", "adapter.safetensors")
-PUBLISHED = (FILES[0], "README.md")  # a run's own folders have no model card
+CARD = "README.md"
 
 
 def save_pretrained(run: Run | str | Path, folder: str | Path, *, repository: str | None = None) -> Path:
@@ -35,14 +35,12 @@ def save_pretrained(run: Run | str | Path, folder: str | Path, *, repository: st
         raise InputError(f"run {str(run.path)!r} is of the method 'raw', which learns nothing to publish")
     whole, settings = run.whole_adapter()
     files.check_out(folder, folder=True)
-    if folder.exists() and not (
-        folder.is_dir()
-        and (not any(folder.iterdir()) or all((folder / name).is_file() for name in PUBLISHED))
-    ):
+    if not _is_ours(folder):
         raise InputError(f"folder {str(folder)!r} holds something else; give a new or empty one")
     card = model_card(run, whole, repository or str(folder), paths=repository is None)
     if repository is not None:
         settings["backend"] = bare_backend(settings["backend"])
+    files.write(folder / CARD, card.encode())  # first: by it the folder is known when it is written again
     save_adapter(whole, folder, settings, run.drawn_by)
     for picture in (folder / "images").glob("*.png"):  # those of an earlier publication, and no others
         if re.fullmatch(r"\d{4}-.*-(before|after)\.png", picture.name):
@@ -52,8 +50,15 @@ def save_pretrained(run: Run | str | Path, folder: str | Path, *, repository: st
             source = run.image_file(prompt, when, shown_seed(run))
             if source.is_file():
                 files.write(folder / picture_name(prompt, when), source.read_bytes())
-    files.write(folder / "README.md", card.encode())
     return folder
+
+
+def _is_ours(folder: Path) -> bool:
+    """Is there nothing yet, or a card of ours? A run's own folders have none."""
+    if not folder.is_dir() or all(map(left_over, folder.iterdir())):
+        return True
+    card = folder / CARD
+    return card.is_file() and card.read_text(encoding="utf-8", errors="replace").startswith(BEGINNING)
 
 
 def push_to_hub(run: Run | str | Path, folder: str | Path, repository: str, *, private: bool = False) -> str:
@@ -97,7 +102,7 @@ def _check_repository(there: Any, repository: str, private: bool) -> None:
     """Raise `InputError` for a repository of the hub that is not to be written."""
     if private and not there.private:  # which the hub would leave as it is
         raise InputError(f"repository {repository!r} is public; make it private on the hub, or give another")
-    names = {each.rfilename for each in there.siblings} - {".gitattributes", "README.md", "LICENSE"}
+    names = {each.rfilename for each in there.siblings} - {".gitattributes", CARD, "LICENSE"}
     if names and not names.issuperset(FILES):
         raise InputError(f"repository {repository!r} holds something else; give a new one")
 

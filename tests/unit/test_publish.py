@@ -17,7 +17,7 @@ import yaml
 from PIL import Image
 
 import ipgo
-from ipgo import cli
+from ipgo import cli, files
 from ipgo.images import to_pil
 from ipgo.model_card import MOST, escape, model_card
 from ipgo.rewards.checkpoints import fingerprint
@@ -66,9 +66,32 @@ def test_what_is_published_draws_what_the_run_drew(
     with pytest.raises(ipgo.InputError, match="holds something else"):
         ipgo.save_pretrained(run, own)
     assert not (own / "README.md").exists()
-    (folder / "adapter.json").unlink()
+    (folder / "README.md").write_text("# My project\n")
     with pytest.raises(ipgo.InputError, match="holds something else"):
         ipgo.save_pretrained(run, folder)
+    assert (folder / "README.md").read_text() == "# My project\n"
+
+
+@pytest.mark.parametrize("first", ["README.md", "adapter.safetensors", "adapter.json", "after.png"])
+def test_what_was_cut_short_is_published_again(
+    run: ipgo.Run, tmp_path: Path, first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = files.write
+
+    def killed(file: Path, content: bytes, **options: Any) -> None:
+        if file.name.endswith(first):
+            file.parent.mkdir(exist_ok=True)
+            file.with_name(f".{file.name}.draft").write_bytes(content[:10])
+            raise KeyboardInterrupt
+        write(file, content, **options)
+
+    monkeypatch.setattr(files, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        ipgo.save_pretrained(run, tmp_path / "card")
+    monkeypatch.undo()
+    folder = ipgo.save_pretrained(run, tmp_path / "card")
+    assert not list(folder.rglob(".*.draft"))
+    assert ipgo.from_pretrained(folder).prompts == PROMPTS
 
 
 def test_pictures_of_an_earlier_publication_go_and_others_stay(run: ipgo.Run, tmp_path: Path) -> None:
