@@ -138,7 +138,8 @@ def _pictures(run: Run, done: Sequence[Prompt]) -> str:
 def _use(run: Run, adapter: Adapter, done: Sequence[Prompt], place: str, backend: str) -> str:
     config = run.config
     prompt = _literal(done[0].text if adapter.prompts is not None else "a prompt")
-    opened = ", ".join([_literal(backend), *_given(config, OPENING)])
+    given = _is_object(config.backend)
+    opened = ", ".join(["pipe" if given else _literal(backend), *_given(config, OPENING)])
     drawn = ", ".join(_given(config.sampling, SAMPLED))
     code = f"""```python
 import ipgo
@@ -147,10 +148,17 @@ adapter = ipgo.from_pretrained({_literal(place)})
 backend = ipgo.load_backend({opened})
 images = ipgo.generate(backend, [{prompt}], [{shown_seed(run)}], adapter, ipgo.Sampling({drawn}))
 ```"""
+    if given:
+        return f"`pipe` is the {config.backend} that it was fitted on, which is to be given:\n\n{code}"
     base = _base(backend)
     if base is None or not _fits_a_pipeline(run, adapter):
         return code
     return f"{code}\n\n{_in_diffusers(run, adapter, base, prompt)}"
+
+
+def _is_object(backend: str) -> bool:
+    """Was it a pipeline object that did not say where it came from? A run then has its class."""
+    return backend.isidentifier() and backend.endswith("Pipeline") and not Path(backend).exists()
 
 
 def _fits_a_pipeline(run: Run, adapter: Adapter) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -142,6 +142,20 @@ def test_the_code_on_the_card_draws_the_picture_on_the_card(
     assert "Sampling(steps=3, guidance_scale=2.0, negative_prompt=" in code
     names: dict[str, Any] = {}
     exec(code, names)
+    (drawn,) = to_pil(names["images"])
+    (picture,) = (tmp_path / "card/images").glob("*-after.png")
+    assert drawn.tobytes() == Image.open(picture).convert("RGB").tobytes()
+
+
+def test_the_code_on_the_card_asks_for_a_pipeline_that_nobody_else_has(
+    make_pipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    own = settings("") | {"backend": make_pipe(), "sampling": ipgo.Sampling(steps=2, guidance_scale=2.0)}
+    ipgo.fit(PROMPTS[:1], out=tmp_path / "run", **own)
+    card = (ipgo.save_pretrained(tmp_path / "run", tmp_path / "card") / "README.md").read_text()
+    assert "`pipe` is the StableDiffusionPipeline that it was fitted on, which is to be given" in card
+    names: dict[str, Any] = {"pipe": make_pipe()}
+    exec(card.split("```")[1].removeprefix("python\n"), names)
     (drawn,) = to_pil(names["images"])
     (picture,) = (tmp_path / "card/images").glob("*-after.png")
     assert drawn.tobytes() == Image.open(picture).convert("RGB").tobytes()
