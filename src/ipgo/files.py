@@ -8,13 +8,17 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from ipgo.errors import InputError
 
 HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*(?<!\.safetensors))(?:@(\w[\w./-]*))?")
+
+# What Finder and Explorer put into folders that they show; on disks of other systems, macOS has a ._ file beside each.
+CLUTTER = (".DS_Store", "._*", "Thumbs.db", "desktop.ini")
 
 
 def is_hub_id(place: str | Path) -> bool:
@@ -70,8 +74,13 @@ def unwritable(out: Path, reason: str | None, name: str = "out") -> InputError:
 def check_new(out: Path, left_over: Callable[[Path], bool]) -> None:
     """`check_out` of a folder that must hold nothing but what a start that was cut short leaves behind."""
     check_out(out, folder=True)
-    if out.is_dir() and not all(map(left_over, out.iterdir())):
+    if out.is_dir() and not all(map(left_over, inside(out))):
         raise InputError(f"out is {str(out)!r}, which holds something else; give a new or empty folder")
+
+
+def inside(folder: Path) -> Iterator[Path]:
+    """What a folder holds, but for `CLUTTER`."""
+    return (file for file in folder.iterdir() if not any(fnmatch(file.name, each) for each in CLUTTER))
 
 
 def write(file: Path, content: bytes, *, alone: bool = True) -> None:

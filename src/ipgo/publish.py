@@ -55,7 +55,7 @@ def save_pretrained(run: Run | str | Path, folder: str | Path, *, repository: st
 
 def _is_ours(folder: Path) -> bool:
     """Is there nothing yet, or a card of ours? A run's own folders have none."""
-    if not folder.is_dir() or all(map(left_over, folder.iterdir())):
+    if not folder.is_dir() or all(map(left_over, files.inside(folder))):
         return True
     card = folder / CARD
     return card.is_file() and card.read_text(encoding="utf-8", errors="replace").startswith(BEGINNING)
@@ -90,6 +90,7 @@ def push_to_hub(run: Run | str | Path, folder: str | Path, repository: str, *, p
                 folder_path=folder,
                 commit_message="Adapter learned by ipgo",
                 delete_patterns=["images/*.png"],
+                ignore_patterns=[f"*{each}" for each in files.CLUTTER],
             )
     except InputError:
         raise

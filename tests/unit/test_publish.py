@@ -97,10 +97,10 @@ def test_what_was_cut_short_is_published_again(
 def test_pictures_of_an_earlier_publication_go_and_others_stay(run: ipgo.Run, tmp_path: Path) -> None:
     images = ipgo.save_pretrained(run, tmp_path / "card") / "images"
     own = {file.name for file in images.iterdir()}
-    for name in ("0007-a-cat-12345678-after.png", "logo.png"):
+    for name in ("0007-a-cat-12345678-after.png", "logo.png", ".DS_Store"):
         (images / name).write_bytes(b"")
     ipgo.save_pretrained(run, tmp_path / "card")
-    assert {file.name for file in images.iterdir()} == {*own, "logo.png"}
+    assert {file.name for file in images.iterdir()} == {*own, "logo.png", ".DS_Store"}
 
 
 def test_what_is_published_knows_the_weights_it_was_learned_on(
@@ -452,12 +452,22 @@ def test_pushing_uploads_the_folder_and_overwrites_nothing_else(
             return f"https://hub/{name}"
 
         def upload_folder(
-            self, *, repo_id: str, folder_path: Path, commit_message: str, delete_patterns: list[str]
+            self,
+            *,
+            repo_id: str,
+            folder_path: Path,
+            commit_message: str,
+            delete_patterns: list[str],
+            ignore_patterns: list[str],
         ) -> None:
             assert delete_patterns == ["images/*.png"]
-            done.append(("upload", (repo_id, sorted(file.name for file in Path(folder_path).iterdir()))))
+            inside = [str(file.relative_to(folder_path)) for file in Path(folder_path).rglob("*")]
+            kept = huggingface_hub.utils.filter_repo_objects(inside, ignore_patterns=ignore_patterns)
+            done.append(("upload", (repo_id, sorted({Path(name).parts[0] for name in kept}))))
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    (tmp_path / "card").mkdir()
+    (tmp_path / "card/.DS_Store").write_bytes(b"")
     if message:
         with pytest.raises(ipgo.InputError, match=message):
             ipgo.push_to_hub(run, tmp_path / "card", "me/fox", private=True)

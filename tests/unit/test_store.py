@@ -313,6 +313,20 @@ def test_a_folder_that_was_just_begun_can_be_opened(tmp_path: Path) -> None:
     assert Run.open(tmp_path).config == CONFIG
 
 
+@pytest.mark.parametrize("name", [".DS_Store", "._.DS_Store", "Thumbs.db", "desktop.ini"])
+def test_a_folder_that_was_looked_at_is_new(tmp_path: Path, name: str) -> None:
+    """Finder and Explorer leave files where they were, which are nobody's work."""
+    (tmp_path / name).write_bytes(b"\0")
+    Run.open(tmp_path, CONFIG).start({})
+    assert Run.open(tmp_path).config == CONFIG
+
+
+def test_a_folder_with_a_hidden_file_of_ones_own_is_not_new(tmp_path: Path) -> None:
+    (tmp_path / ".git").mkdir()
+    with pytest.raises(InputError, match="holds something else"):
+        Run.open(tmp_path, CONFIG)
+
+
 def elsewhere(run: Run, line: str) -> subprocess.CompletedProcess[str]:
     """What another process makes of a line about `run`, the same folder, and `chunk(*places)`, some of its prompts."""
     code = (
