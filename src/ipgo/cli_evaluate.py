@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING
 from ipgo import files
 from ipgo.errors import InputError
 from ipgo.printed import NOTE, levels, span, table
-from ipgo.terminal import add_device_flags, backend_of, command_parser, loading, open_stored, path_of
+from ipgo.terminal import EVERY, add_device_flags, backend_of, command_parser, loading, open_stored, path_of
 
 if TYPE_CHECKING:
     from ipgo.evaluation import Score
     from ipgo.store import Run
 
 EVALUATION_SEEDS = tuple(range(2000, 2008))  # not those that `fit` judges on
-EVERY = 10.0  # seconds from one time that scores are stored to the next
 
 
 def evaluate(argv: list[str]) -> int:
@@ -84,7 +83,7 @@ def evaluate(argv: list[str]) -> int:
             found = score_drawings(drawings, models.rewards, own, models.judge)
             scores += found
             waiting += found
-            if time.monotonic() - kept > EVERY:  # each time writes all that is there
+            if time.monotonic() - kept > EVERY:
                 keep()
                 kept = time.monotonic()
     _show_evaluation(folder, prompts, args.seeds, scores)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import time
 from argparse import ArgumentParser
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from ipgo.errors import InputError
 from ipgo.printed import aligned
 from ipgo.terminal import (
+    EVERY,
     add_adapter_flags,
     add_device_flags,
     backend_of,
@@ -66,20 +68,26 @@ def explain(argv: list[str]) -> int:
     reward = load_reward(spec, device=args.device)
     words = Vocabulary.of(backend)
     bar = tqdm(texts, "prompts", disable=None, leave=False)
-    found = []
-    for text in bar:
-        adapter = stored.adapter(text).to(backend.device)
-        found.append(explained(backend, adapter, text, seeds, sampling, reward, words, args.top))
-        bar.write(show(found[-1]), file=sys.stdout)
-    if args.out is not None:
-        content = {
-            "schema": 1,
-            "adapter": args.adapter,
-            "rewards": {spec: identity_of(reward)},
-            "prompts": [dataclasses.asdict(x) for x in found],
-        }
-        files.write_json(args.out, content)
-        print(f"numbers: {args.out}")
+    about = {"schema": 1, "adapter": args.adapter, "rewards": {spec: identity_of(reward)}}
+    found: list[dict[str, Any]] = []
+
+    def keep() -> None:
+        files.write_json(args.out, {**about, "prompts": found})
+
+    kept = time.monotonic()
+    try:
+        for text in bar:
+            adapter = stored.adapter(text).to(backend.device)
+            told = explained(backend, adapter, text, seeds, sampling, reward, words, args.top)
+            found.append(dataclasses.asdict(told))
+            bar.write(show(told), file=sys.stdout)
+            if args.out is not None and time.monotonic() - kept > EVERY:
+                keep()
+                kept = time.monotonic()
+    finally:  # also if a prompt fails
+        if args.out is not None and found:
+            keep()
+            print(f"numbers: {args.out}")
     return 0
 
 

@@ -10,9 +10,10 @@ import logging
 import os
 import re
 import sys
+import time
 from argparse import ArgumentParser
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from tqdm import tqdm
 from ipgo import files
 from ipgo.errors import InputError, IpgoError
 from ipgo.prompts import check_prompts
-from ipgo.terminal import check_replaced, command_parser, loading, path_of
+from ipgo.terminal import EVERY, check_replaced, command_parser, loading, path_of
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +30,22 @@ if TYPE_CHECKING:
     from ipgo.rewards import Reward
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+# Of other images, which are left out.
+OTHERS = (
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".avif",
+    ".heic",
+    ".heif",
+    ".jfif",
+    ".jxl",
+    ".jp2",
+    ".tga",
+    ".psd",
+    ".exr",
+    ".svg",
+)
 Identities = Mapping[str, Mapping[str, Any]]
 Turn = list[tuple[bool, int, str]]  # what a name is sorted by
 IDENTITIES = ".rewards.json"  # of the file beside a table
@@ -66,16 +83,20 @@ def score(argv: list[str]) -> int:
     rewards = {spec: load_reward(spec, device=args.device) for spec in args.reward}
     identities = {spec: identity_of(reward) for spec, reward in rewards.items()}
     done: list[dict[str, Any]] = []
+    kept = time.monotonic()
     try:
         for row in score_images(images, prompts or [""] * len(images), rewards, device):
             done.append(row)
             if args.out is None:
                 _print(row, identities, head=len(done) == 1)
+            elif time.monotonic() - kept > EVERY:  # for a process that is ended without a word
+                _put_out(args.out, done, identities)
+                kept = time.monotonic()
     finally:  # a reward that fails, or Ctrl-C, takes nothing away
         if done:
-            means = {spec: sum(each[spec] for each in done) / len(done) for spec in rewards}
             if args.out is not None:
-                _put_out(args.out, done, means, identities)
+                _put_out(args.out, done, identities)
+            means = _means(done, identities)
             place = sys.stderr if args.out is None else sys.stdout  # the table itself is on stdout
             for spec, mean in means.items():
                 print(f"{spec}: {mean:.4f}, the mean of {len(done)}", file=place)
@@ -107,18 +128,19 @@ def _print(row: dict[str, Any], identities: Identities, *, head: bool) -> None:
     tqdm.write("\n".join(lines if head else lines[1:]).rstrip("\n"), file=sys.stdout)
 
 
-def _put_out(
-    out: Path, rows: Sequence[dict[str, Any]], means: Mapping[str, float], identities: Identities
-) -> None:
-    """Write the scores."""
+def _means(rows: Sequence[dict[str, Any]], specs: Iterable[str]) -> dict[str, float]:
+    return {spec: sum(row[spec] for row in rows) / len(rows) for spec in specs}
+
+
+def _put_out(out: Path, rows: Sequence[dict[str, Any]], identities: Identities) -> None:
+    """Write the scores so far."""
     table = as_csv(with_fingerprints(rows, identities))
     if out.suffix == ".csv":
+        # First: the table has their digits alone.
+        files.write_json(out.with_suffix(IDENTITIES), {"rewards": identities})
         files.write(out, table.encode())
-        files.write_json(
-            out.with_suffix(IDENTITIES), {"rewards": identities}
-        )  # the table has their digits alone
     else:
-        files.write_json(out, {"rewards": identities, "means": means, "images": rows})
+        files.write_json(out, {"rewards": identities, "means": _means(rows, identities), "images": rows})
 
 
 def _check_out(out: Path | None) -> None:
@@ -161,12 +183,22 @@ def find_images(places: Sequence[Path]) -> list[Path]:
             inside = [each for each in below if each.suffix.lower() in SUFFIXES and each.is_file()]
             if not inside:
                 raise InputError(f"folder {str(place)!r} has no image file ({', '.join(SUFFIXES)})")
+            _warn_of_others(place, below)
             found += sorted(inside, key=lambda file: _in_turn(file.relative_to(place)))
         elif place.suffix.lower() in SUFFIXES and place.is_file():
             found.append(place)
         else:
             raise InputError(f"{str(place)!r} is neither a folder nor an image file ({', '.join(SUFFIXES)})")
     return list({file.resolve(): file for file in reversed(found)}.values())[::-1]  # each once
+
+
+def _warn_of_others(folder: Path, files: Sequence[Path]) -> None:
+    kinds = [kind for file in files if (kind := file.suffix.lower()) in OTHERS and file.is_file()]
+    if kinds:
+        logging.getLogger("ipgo").warning(
+            "images of folder %r are left out: %d of another kind (%s) than %s",
+            *(str(folder), len(kinds), ", ".join(sorted(set(kinds))), ", ".join(SUFFIXES)),
+        )
 
 
 def _is_hidden(path: Path) -> bool:

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from ipgo.backends import Backend
     from ipgo.store import Run
 
+EVERY = (
+    10.0  # seconds from one time that results are stored to the next, each of which writes all that is there
+)
+
 
 def command_parser(command: str, description: str) -> argparse.ArgumentParser:
     """The parser of one command."""

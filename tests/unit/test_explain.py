@@ -301,6 +301,26 @@ def test_the_command_prints_a_table_and_writes_json(
     assert "name a reward with --reward" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("every", [-1, 1000])
+def test_what_was_explained_is_kept_when_a_later_prompt_fails(
+    pipeline_folder: str, every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = load_backend(pipeline_folder, device="cpu")
+    out, reward = tmp_path / "found.json", tmp_path / "mine.py"
+    reward.write_text(
+        "from pathlib import Path\n\n\ndef fussy(images, prompts):\n    if 'a lemon' in prompts:\n"
+        f"        Path({str(tmp_path)!r}, 'there').write_text(str(Path({str(out)!r}).exists()))\n"
+        "        raise ValueError('no')\n    return images.mean((1, 2, 3))\n"
+    )
+    shared = InsertionAdapter(None, backend.embed_dim, FREE, backend.padding)
+    save_adapter(shared, tmp_path / "all", {"backend": pipeline_folder, "sampling": {"steps": 1}})
+    monkeypatch.setattr("ipgo.cli_explain.EVERY", every)
+    words = ["explain", str(tmp_path / "all"), PROMPT, "a lemon", "a moose", "--reward", f"{reward}:fussy"]
+    assert cli.main([*words, "--out", str(out)]) == 2
+    assert [each["prompt"] for each in json.loads(out.read_text())["prompts"]] == [PROMPT]
+    assert (tmp_path / "there").read_text() == str(every < 0)  # also for a process that is killed
+
+
 def test_other_adapters_are_refused_in_a_sentence(own: Backend) -> None:
     noise = NoiseAdapter((PROMPT,), (1, 4, 8, 8), 0)
     with pytest.raises(InputError, match=r"kind 'noise'; only inserted embeddings are explained"):

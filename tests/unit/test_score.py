@@ -167,6 +167,41 @@ def test_what_was_scored_is_kept_when_a_reward_fails(
     assert "the mean of 2" in said.out
 
 
+@pytest.mark.parametrize("name", ["out.csv", "out.json"])
+def test_what_was_scored_is_there_before_the_end(
+    name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a process that is killed takes no more away than its last seconds."""
+    out, seen = tmp_path / name, tmp_path / "seen"
+    (tmp_path / "look.sh").write_text(f"cp '{out}' '{seen}'; echo 1\n")
+    monkeypatch.setattr("ipgo.cli_score.EVERY", -1)
+    images = [str(folder / f"{number:02d}.png") for number in range(3)]
+    assert (
+        cli.main(["score", *images, "--reward", f"cmd:sh {tmp_path}/look.sh {{image}}", "--out", str(out)])
+        == 0
+    )
+    kept, before = out.read_text(), seen.read_text()
+    assert [text.count(".png") for text in (before, kept)] == [2, 3]
+    if name == "out.csv":
+        assert kept.startswith(before)
+        assert (tmp_path / "out.rewards.json").is_file()
+    else:
+        assert json.loads(before)["images"] == json.loads(kept)["images"][:2]
+
+
+def test_images_that_are_left_out_are_said(
+    tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("0.png", "b.gif", "c.TIFF", "deeper/d.gif", "notes.txt", ".hidden.gif"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes((folder / "00.png").read_bytes())
+    assert find_images([tmp_path]) == [tmp_path / "0.png"]
+    assert "are left out: 3 of another kind (.gif, .tiff) than .png, " in caplog.text
+    caplog.clear()
+    find_images([folder])
+    assert not caplog.text
+
+
 def test_a_picture_counts_once_and_a_line_without_one_is_said(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
