@@ -253,13 +253,19 @@ def _table(path: Path) -> list[tuple[Path, str]] | None:
 def _objects(path: Path) -> list[tuple[Path, str]] | None:
     """Likewise the objects of a .jsonl file, if all have a file and a prompt."""
     try:
-        lines = [
-            json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()
-        ]
+        written = enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1)
+        lines = {number: json.loads(line) for number, line in written if line.strip()}
     except (OSError, ValueError):  # said by whoever reads it as prompts alone
         return None
-    whole = all(isinstance(line, dict) and {"file", "prompt"} <= line.keys() for line in lines)
-    return [(Path(str(line["file"])), str(line["prompt"])) for line in lines] if whole else None
+    if not all(isinstance(line, dict) and {"file", "prompt"} <= line.keys() for line in lines.values()):
+        return None
+    for number, line in lines.items():
+        for key in ("file", "prompt"):
+            if not isinstance(line[key], str):
+                raise InputError(
+                    f"prompt file {str(path)!r} line {number}: {key} is {line[key]!r}; it must be a text"
+                )
+    return [(Path(line["file"]), line["prompt"]) for line in lines.values()]
 
 
 def _matched(images: Sequence[Path], lines: Sequence[tuple[Path, str]], spec: str) -> list[str]:

@@ -120,7 +120,7 @@ def diffusiondb(place: str, options: Options) -> list[str]:
     """The prompts of its metadata table; `max_nsfw` drops those whose published `prompt_nsfw` is above it.
 
     Args:
-        place: metadata.parquet, or empty for the hub's.
+        place: metadata.parquet, or the folder that holds it; or empty for the hub's.
     """
     try:
         limit = float(options.get("max_nsfw", 1))
@@ -128,6 +128,12 @@ def diffusiondb(place: str, options: Options) -> list[str]:
         limit = -1
     if not 0 <= limit <= 1:
         raise InputError(f"max_nsfw is {options['max_nsfw']!r}; it must be a number from 0 to 1")
+    if place and Path(place).is_dir():
+        place = str(Path(place) / DIFFUSIONDB[1])
+        if not Path(place).is_file():
+            raise InputError(
+                f"DiffusionDB's table {place!r} does not exist; give the file, as in diffusiondb:FILE.parquet"
+            )
     file = place or _download(*DIFFUSIONDB, "diffusiondb:PATH/metadata.parquet")
     if "max_nsfw" not in options:
         return [row["prompt"] for row in _rows(file, "prompt")]

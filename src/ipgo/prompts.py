@@ -19,6 +19,7 @@ from ipgo.prompt_sources import SOURCES
 PROMPT_SETS = Path(__file__).parent / "prompt_sets"  # {name}.{half}.txt, one prompt a line
 COMMON = ("n", "seed", "exclude")  # options that every source has
 SLUG = 40  # characters of a folder's name
+COLLECTIONS = {".json": ("coco",), ".parquet": ("diffusiondb", "pickapic")}  # of `SOURCES`, by their files
 HALVES = ("train", "test")  # a set has one of them or both
 
 
@@ -89,7 +90,7 @@ def read_prompts(spec: str) -> list[str]:
 
     Raises:
         InputError: no such set or file, another kind of file, no prompts in it, a damaged line, or an option that
-        is unknown or cannot be.
+        is unknown, given twice or cannot be.
     """
     place, options = split_options(spec)
     name, _, rest = place.partition(":")
@@ -113,7 +114,13 @@ def split_options(spec: str) -> tuple[str, dict[str, str]]:
     place, mark, query = spec.rpartition("?")
     if not mark or "=" not in query:
         return spec, {}
-    return place, dict(part.partition("=")[::2] for part in query.split("&"))
+    options: dict[str, str] = {}
+    for part in query.split("&"):
+        name, _, value = part.partition("=")
+        if name in options:
+            raise InputError(f"{name} is given twice in {spec!r}; give it once")
+        options[name] = value
+    return place, options
 
 
 def _without(prompts: list[str], words: str) -> list[str]:
@@ -186,6 +193,12 @@ def _read_set(spec: str) -> list[str]:
         kinds = ", ".join(READERS)
         if Path(spec).is_dir():
             raise InputError(f"prompts is {spec!r}, a folder; give a file that ends in {kinds}")
+        collections = COLLECTIONS.get(Path(spec).suffix.lower())
+        if collections is not None and (name == spec or Path(spec).is_file()):
+            written = " or ".join(f"{each}:{spec}" for each in collections)
+            raise InputError(
+                f"prompts is {spec!r}, which does not say what collection it is of; write {written}"
+            )
         sets = [*prompt_sets(), *SOURCES]
         raise InputError(f"{unknown('prompt set', name, sets)}; a file must end in {kinds}")
     files = halves(name)

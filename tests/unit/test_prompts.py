@@ -101,6 +101,9 @@ def test_the_mixed_set_has_only_prompts_to_fit_to() -> None:
         ("one:tset", "unknown half of prompt set 'one' 'tset'; did you mean 'test'"),
         ("mixed:test", "unknown half of prompt set 'mixed' 'test'; choose from train"),
         ("prompts.doc", "unknown prompt set"),
+        ("coco/captions_val2017.json", "write coco:coco/captions_val2017.json$"),
+        ("x.PARQUET?n=3", "write diffusiondb:x.PARQUET or pickapic:x.PARQUET$"),
+        ("kokko:x.json", "unknown prompt set 'kokko'.*a file must end in .txt"),
     ],
 )
 def test_misspelt_sets(spec: str, message: str) -> None:
@@ -159,6 +162,7 @@ def test_a_draw_is_the_same_for_a_seed_and_keeps_the_order() -> None:
         ("one?n=0", "n is '0' in 'one\\?n=0'; it must be a whole number from 1"),
         ("one?n=8&seed=-1", "seed is '-1'"),
         ("one?n=61", "n is 61 in 'one\\?n=61', which has 60 prompts"),
+        ("one?n=1&n=2", "n is given twice in 'one\\?n=1&n=2'; give it once"),
         ("one?seeds=1", "unknown option of 'one' 'seeds'; did you mean 'seed'"),
         ("one?category=person", "unknown option of 'one' 'category'"),
         ("kokko:x", "unknown prompt set 'kokko'"),
@@ -381,6 +385,9 @@ def test_parquet_tables(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.table(prompts), file)
     assert read_prompts(f"diffusiondb:{file}") == ["a cat", "gore"]
     assert read_prompts(f"diffusiondb:{file}?max_nsfw=0.5") == ["a cat"]
+    assert read_prompts(f"diffusiondb:{tmp_path}?max_nsfw=0.5") == ["a cat"]
+    with pytest.raises(InputError, match=r"metadata\.parquet' does not exist; give the file"):
+        read_prompts(f"diffusiondb:{Path(__file__).parent}")
     for limit in ("low", "nan", "2"):
         with pytest.raises(InputError, match=f"max_nsfw is '{limit}'"):
             read_prompts(f"diffusiondb:{file}?max_nsfw={limit}")

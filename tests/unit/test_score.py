@@ -285,6 +285,10 @@ def test_who_looks_at_prompts_is_known_without_loading(spec: str) -> None:
             ["{folder}", "--reward", "contrast", "--prompts", "{tmp}/blank.csv"],
             "00.png' is empty; it needs at least",
         ),
+        (
+            ["{folder}", "--reward", "contrast", "--prompts", "{tmp}/number.jsonl"],
+            "number.jsonl' line 3: prompt is 7; it must be a text",
+        ),
         (["{tmp}/half.jpg", "--reward", "contrast"], "half.jpg' cannot be read"),
     ],
 )
@@ -312,6 +316,8 @@ def test_bad_input_is_one_sentence(
         (tmp_path / "blank.csv").write_text("file,prompt\n" + "".join(f"{name}, \n" for name in names))
         (tmp_path / "latin.csv").write_bytes(b"file,prompt\n00.png,caf\xe9\n")
         (tmp_path / "p.csv").write_text("file,prompt\nzz.png,a\n")
+        lines = ({"file": name, "prompt": 7 if name == names[1] else "a"} for name in names)
+        (tmp_path / "number.jsonl").write_text("\n" + "\n".join(map(json.dumps, lines)))
         (tmp_path / "twice.csv").write_text("file,prompt\n00.png,a\n00.png,b\n")
     assert cli.main(["score", *(word.format(folder=folder, tmp=tmp_path) for word in words)]) == 2
     assert message in one_sentence(capsys)
