@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from ipgo import IPGO, Ascent, InputError, Run, Sampling, cli, files, load_backend
+from ipgo import IPGO, Ascent, InputError, Run, Sampling, cli, files, fit, load_backend
 from ipgo.config import RunConfig
 from ipgo.errors import InUseError
 from ipgo.methods import METHODS
@@ -384,6 +384,39 @@ def test_what_another_backend_fitted_is_not_drawn(live: Live, config: RunConfig,
     files.write_json(about, {**files.read_json(about), "weights": "0" * 12})
     with pytest.raises(InputError, match="another weights"):
         live.draw(Run.open(run.path), [5])
+
+
+@pytest.mark.parametrize(
+    ("opening", "said"),
+    [
+        ({"image_size": 128}, "image_size 128 there, null now"),
+        ({"padding": "none"}, 'padding "none" there, "max_length" now'),
+        ({"scheduler": "euler"}, 'scheduler "euler" there, null now'),
+        ({"long_prompts": "chunk"}, 'long_prompts "chunk" there, "refuse" now'),
+        ({"text_device": "cpu"}, None),
+    ],
+)
+def test_a_fit_is_drawn_with_its_own_settings_or_not_at_all(
+    opening: dict[str, Any], said: str | None, live: Live, config: RunConfig, tmp_path: Path
+) -> None:
+    """The studio shows whatever run lies in its folder, such as one of `ipgo fit`."""
+    backend = load_backend(config.backend, **opening)
+    own = {
+        "method": config.method,
+        "sampling": config.sampling,
+        "unseen_seeds": 0,
+        "held_out": [],
+        "seeds": [0],
+    }
+    fit(PROMPT, backend=backend, reward=REWARD, out=tmp_path / "run", **own)
+    run = Run.open(tmp_path / "run")
+    if said is None:
+        assert len(live.draw(run, [5])) == 1
+        return
+    with pytest.raises(
+        InputError, match=rf"'run' was fitted on a backend that is opened otherwise \({said}\)"
+    ):
+        live.draw(run, [5])
 
 
 # -- the command ----------------------------------------------------------------------------------------

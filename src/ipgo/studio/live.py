@@ -10,15 +10,17 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from ipgo.adapters import Adapter
 from ipgo.backends import Backend
+from ipgo.backends.facts import Opening
 from ipgo.config import RunConfig
-from ipgo.continuing import differing_in
+from ipgo.continuing import differences, differing_in
 from ipgo.errors import InputError, InUseError, IpgoError, ResumeError, Stopped, first_line
 from ipgo.evaluation import Drawing, draw, score_drawings
 from ipgo.images import to_pil
@@ -157,7 +159,8 @@ class Live:
         """A finished prompt's pictures before and after, from each seed.
 
         Raises:
-            InputError: nothing is learned yet, it belongs to its own noise, or another backend drew it.
+            InputError: nothing is learned yet, it belongs to its own noise, or another backend drew it, or one that was
+                opened with other settings.
             InUseError: something else is going on.
         """
         check_seeds(tuple(seeds))
@@ -171,6 +174,12 @@ class Live:
         if differing is not None:
             raise InputError(
                 f"{folder.path.name!r} was fitted on a backend of another {differing}; start the studio with that one"
+            )
+        otherwise = differences(_drawing(folder.config.opening), _drawing(self.backend.opening))
+        if otherwise:
+            raise InputError(
+                f"{folder.path.name!r} was fitted on a backend that is opened otherwise ({otherwise}); start the "
+                "studio with the same settings, or use ipgo generate"
             )
         prompt, sampling = folder.prompts[0], folder.config.sampling
         adapter = folder.load_adapter(prompt)
@@ -339,6 +348,11 @@ def ended(view: View, folder: Run) -> View:
         before={seed: Picture(before[seed]) for seed in seeds if seed in before},
         now={seed: Picture(after[seed]) for seed in seeds if seed in after},
     )
+
+
+def _drawing(opening: Opening) -> dict[str, Any]:
+    """How a backend is opened, but for where its parts are."""
+    return {name: value for name, value in asdict(opening).items() if name != "text_device"}
 
 
 def picture(drawing: Drawing) -> Picture:
