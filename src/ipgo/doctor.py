@@ -89,7 +89,8 @@ def _follow(
         mixed = _mixed(term, images.detach(), prompt)
         if mixed is not None:
             yield mixed
-            return
+            if not mixed.good:
+                return
         wanted += weight * gradient
     if isinstance(reward, Ceiling) and (value := score(reward, images, [prompt]).item()) >= reward.most:
         yield Finding(
@@ -197,9 +198,13 @@ def _judge(reward: Reward, images: Tensor, prompt: str) -> tuple[Tensor | None, 
 def _mixed(reward: Reward, images: Tensor, prompt: str) -> Finding | None:
     """Does it rate two pictures together otherwise than each alone? A fit, and what judges it, draw in batches."""
     pair = torch.cat([images, 1 - images])
+
+    def alone() -> Tensor:
+        return torch.cat([score(reward, each[None], [prompt]) for each in pair])
+
     with torch.no_grad():
         try:
-            apart = torch.cat([score(reward, each[None], [prompt]) for each in pair])
+            apart = alone()
         except RewardError:  # of the negative, such as a logarithm of 0
             return None
         try:
@@ -207,8 +212,11 @@ def _mixed(reward: Reward, images: Tensor, prompt: str) -> Finding | None:
         except RewardError as error:
             advice = "return one number for each row of `images` (B, 3, H, W)"
             return Finding(f"of two pictures together: {error}", advice)
-    if torch.allclose(together, apart, rtol=1e-3, atol=1e-4):
-        return None
+        if torch.allclose(together, apart, rtol=1e-3, atol=1e-4):
+            return None
+        if not torch.allclose(again := alone(), apart, rtol=1e-3, atol=1e-4):
+            text = "reward {!r} gives {:.4f} and, asked again, {:.4f}: a gain of that size means nothing"
+            return Finding(text.format(reward.name, apart[0].item(), again[0].item()))
     text = "reward {!r} gives {:.4f} and {:.4f} for two pictures together, {:.4f} and {:.4f} for each alone"
     return Finding(
         text.format(reward.name, *together.tolist(), *apart.tolist()),

@@ -161,8 +161,9 @@ def unloaded(
         InputError: as `unloaded_backend` and `unloaded_reward`.
     """
     sizes = new_sizes()
+    scored_by = unloaded_reward(reward, sizes)  # first: what is wrong with it is found sooner
     opened = unloaded_backend(backend, sizes, dtype, image_size=image_size)
-    return Workload(opened, unloaded_reward(reward, sizes), sampling)
+    return Workload(opened, scored_by, sampling)
 
 
 def fastest(fits: Callable[[Choice], bool], depths: Sequence[int], most_rows: int) -> Choice | None:

@@ -226,6 +226,17 @@ def test_broken_rewards(backend: Backend, function: Any, text: str, advice: str)
     assert advice in bad.advice
 
 
+def test_a_reward_that_changes_from_call_to_call_is_told(backend: Backend) -> None:
+    """It may augment the picture at random, which is no fault."""
+
+    def random(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return images.mean((1, 2, 3)) + torch.rand(len(images))
+
+    found = list(examine(backend, ipgo.as_reward(random), "a fox", ipgo.Sampling(steps=2), 1))
+    assert all(each.good for each in found)
+    assert any("reward 'random' gives" in each.text and "asked again" in each.text for each in found)
+
+
 def test_the_broken_term_of_a_sum_is_named(backend: Backend, tmp_path: Path) -> None:
     mine = tmp_path / "mine.py"
     mine.write_text("def cut(images, prompts):\n    return images.detach().mean((1, 2, 3))\n")
