@@ -1,6 +1,6 @@
 """What IPGO does to every bundled reward on every bundled prompt set, on seeds and prompts it was not fitted to.
 
-    python benchmarks/end_to_end.py --modes seeds one-seed plus shared --count 10 --out docs/end-to-end.md
+    python benchmarks/end_to_end.py --modes seeds one-seed plus shared --count 10 --out build/end-to-end.md
 
 Modes, all with IPGO's defaults but for what is named:
 - one-seed: prompt-wise, fitted on seed 0;

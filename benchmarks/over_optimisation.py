@@ -1,6 +1,6 @@
 """How far can each bundled reward be followed before the picture is lost?
 
-    python benchmarks/over_optimisation.py --prompts 'one:test?n=4' --out docs/over-optimisation
+    python benchmarks/over_optimisation.py --prompts 'one:test?n=4' --out build/over-optimisation
 
 IPGO is fitted ever harder (more and larger steps). For each strength: how much the followed
 reward rose, in standard deviations of that reward over raw images; what the rewards that were not followed did, in

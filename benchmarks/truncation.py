@@ -1,6 +1,6 @@
 """How many last steps should carry gradient, and how many steps should a fit sample with?
 
-    python benchmarks/truncation.py [--backend emoji] [--out docs/truncation.md]
+    python benchmarks/truncation.py [--backend emoji] [--out build/truncation.md]
 
 For T denoising steps and gradient through the last K of them:
 - the cosine between the truncated and the full gradient of the reward with respect to what the default preset

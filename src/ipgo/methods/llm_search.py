@@ -42,7 +42,7 @@ class LLMSearch(Method):
         n: prompts that it proposes in a round.
         shown: how many of the best trials it sees.
         hints: does it also see a hint, for one question more in each round but the first?
-        max_words: how long prompts may be, as it is told; the encoder's limit cuts them in any case.
+        max_words: how long prompts may be, as it is told; the encoder's limit (with `chunk`, 1,024 bytes) cuts them.
         chat: the model, and how it is asked.
     """
 
