@@ -126,5 +126,5 @@ def test_it_refuses_what_it_cannot_do(backend):
             Joint().fit(Task(backend, REWARD, PROMPTS, SAMPLING, **options))
     with pytest.raises(InputError, match="gets its gradient through all 2 steps"):
         Joint(ascent=Ascent(backprop_steps=1)).fit(Task(backend, REWARD, PROMPTS, SAMPLING))
-    with pytest.raises(InputError, match="noise_weight is -1.0; it must be at least 0"):
+    with pytest.raises(InputError, match=r"noise_weight is -1\.0; it must be at least 0"):
         Joint(noise_weight=-1)

@@ -305,7 +305,18 @@ def test_hub_ids_are_planned_from_their_configuration(folder: str, tmp_path: Pat
     put_into_cache(tmp_path / "cache", "owner/clip", config, "config.json", revision="refs")
     put_into_cache(tmp_path / "cache", "owner/tiny", bare, revision="v2")
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "cache")}
-    command = [sys.executable, "-m", "ipgo.cli", "plan", "--gpu", "2GB", "--rows", "1", "--backprop-steps", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "ipgo.cli",
+        "plan",
+        "--gpu",
+        "2GB",
+        "--rows",
+        "1",
+        "--backprop-steps",
+        "1",
+    ]
     command.append("--backend")
     tables = []
     for words in (

@@ -54,7 +54,7 @@ class ChatGPT(Method):
 
     Attributes:
         n: rewritten prompts for each prompt; 1 is taken as it is, of more the one with the highest reward.
-        max_words: how long they may be, as the model is told; the encoder's limit (with `chunk`, 1,024 bytes) cuts them.
+        max_words: how long they may be, as it is told; the encoder's limit (with `chunk`, 1,024 bytes) cuts them.
         chat: the model, and how it is asked.
     """
 
