@@ -90,10 +90,10 @@ class Ascent:
     def images(self, prompts: int, seeds: int) -> int:
         """How many images a step of a shared fit draws, of so many prompts and seeds (0 is always new noise).
 
-        On a single seed no prompt is drawn twice: the images would be the same.
+        No prompt is drawn twice on one seed: the images would be the same.
         """
         most = self.batch_size * self.accumulate
-        return min(most, prompts) if seeds == 1 else most
+        return min(most, prompts * seeds) if seeds else most
 
     def check_noise(self) -> None:
         """Raise `InputError` for what has no effect where nothing but noise is learned."""

@@ -144,7 +144,7 @@ def explain(
         """What is inserted around these states, for which `half` stands in the names of its sides."""
         before, length = adapter.insertion.num_prefix, own.length
         places = [*range(before), *range(before + length, whole.length)]
-        vectors, center = whole.embeds[0, places].float(), own.mean()[0].float()
+        vectors, center = whole.embeds[0, places].float(), adapter.means(own, whole)[0][0].float()
         return [
             Inserted(
                 side=half + ("prefix" if place < before else "suffix"),
@@ -163,7 +163,7 @@ def explain(
         inserted += inserted_of(NEGATIVE, look.uncond, look.negative, negative_shares)
     prefix, length = adapter.insertion.num_prefix, look.original.length
     own, text = shares[:, prefix : prefix + length], look.original.mask[0].cpu()
-    center = look.original.mean()[0]
+    center, moved = (mean[0] for mean in adapter.means(look.original, look.cond))
     return Explanation(
         prompt=prompt,
         seeds=tuple(seeds),
@@ -171,7 +171,7 @@ def explain(
         value=value,
         raw=look.raw(reward),
         prompt_norm=float(look.original.norm()[0]),
-        drift=float((look.cond.mean()[0] - center).norm() / center.norm()),
+        drift=float((moved - center).norm() / center.norm()),
         text_attention=tuple(own[:, text].sum(1).tolist()),
         padding_attention=tuple(own[:, ~text].sum(1).tolist()),
         inserted=tuple(inserted),

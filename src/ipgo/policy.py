@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from ipgo.adapters import WeightAdapter
 from ipgo.ascent import adam_state
@@ -42,9 +42,12 @@ def reinforce(
         resume: what `Progress.state()` returned; the fit goes on with the same bits.
 
     Raises:
-        InputError: a scheduler other than DDIM, or no step that draws noise. RewardError: a reward that breaks
+        InputError: a scheduler other than DDIM, no step that draws noise, or a shared fit among the processes of
+        torch.distributed, which are not averaged over. RewardError: a reward that breaks
         its contract. ResumeError: a state of another fit.
     """
+    if task.shared and distributed.is_available() and distributed.is_initialized():
+        raise InputError("ddpo fits one adapter for all prompts in one process; torch.distributed is up")
     training = _Training(task, adapter, ppo)
     if resume is not None:
         training.load(resume)

@@ -182,6 +182,15 @@ def test_what_was_changed_since_is_noticed_in_any_part(make_pipe, change, messag
         generate(opened, ["sun"], [0], sampling=Sampling(1))
 
 
+def test_a_pipeline_that_is_refused_has_lost_no_digits(make_pipe):
+    pipe = make_pipe()
+    before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    with pytest.raises(InputError, match="image_size"):
+        load_backend(pipe, device="cpu", dtype="bfloat16", image_size=13)
+    assert all(torch.equal(value, before[name]) for name, value in pipe.unet.state_dict().items())
+    assert load_backend(pipe, device="cpu", dtype="bfloat16").dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("part", ["unet", "text_encoder", "vae"])
 def test_a_part_without_numbers_is_refused_before_anything_is_drawn(make_pipe, part):
     pipe = make_pipe()

@@ -53,6 +53,14 @@ def test_a_fit_without_one_update_has_failed(make_pipe, monkeypatch):
     assert last.best.isnan().all()
 
 
+def test_a_shared_fit_among_processes_is_refused(backend, monkeypatch):
+    """Each would learn an adapter of its own, as if it were that of all."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    with pytest.raises(InputError, match=r"in one process; torch\.distributed is up"):
+        quick().fit(Task(backend, BRIGHT, PROMPTS, SAMPLING, shared=True))
+    quick().fit(Task(backend, BRIGHT, PROMPTS[:1], SAMPLING))
+
+
 # -- arithmetic --------------------------------------------------------------------------------------------
 
 

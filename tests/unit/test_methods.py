@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 
 import numpy as np
+import peft
 import pytest
 import torch
 from diffusers import EulerAncestralDiscreteScheduler
@@ -317,6 +318,31 @@ def test_a_lora_is_a_change_of_weights_and_leaves_no_trace(make_pipe):
             denoiser.get_submodule(name).weight += 4.0 / 2 * adapter.up[key][0] @ adapter.down[key][0]
     torch.testing.assert_close(changed, generate(backend, ["sun"], [1], Adapter(), SAMPLING))
     assert not torch.allclose(changed, raw, atol=1e-3)
+
+
+def test_a_lora_that_is_stopped_while_it_is_put_in_leaves_no_trace(make_pipe, monkeypatch):
+    """Ctrl-C comes at any moment, also between two layers."""
+    pipe = make_pipe()
+    backend = load_backend(pipe, device="cpu")
+    adapter, modules = lora(backend, shared=True), dict(pipe.unet.named_modules())
+    raw = generate(backend, ["sun"], [1], Adapter(), SAMPLING)
+    replace_module, put_in = peft.tuners.lora.LoraModel._replace_module, []
+
+    def stopped(self, *arguments):
+        if len(put_in) == 3:
+            raise KeyboardInterrupt
+        put_in.append(arguments)
+        replace_module(self, *arguments)
+
+    monkeypatch.setattr(peft.tuners.lora.LoraModel, "_replace_module", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        generate(backend, ["sun"], [1], adapter, SAMPLING)
+    monkeypatch.undo()
+    assert len(put_in) == 3
+    assert dict(pipe.unet.named_modules()) == modules
+    assert not hasattr(pipe.unet, "peft_config")
+    assert torch.equal(generate(backend, ["sun"], [1], Adapter(), SAMPLING), raw)
+    assert not torch.equal(generate(backend, ["sun"], [1], adapter, SAMPLING), raw)
 
 
 def test_a_lora_starts_at_nothing_and_comes_off_after_an_error(backend):

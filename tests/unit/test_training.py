@@ -177,6 +177,7 @@ def test_a_prompt_that_a_step_draws_again_has_other_noise(backend, monkeypatch):
     assert len(seeds) == len(set(seeds)) == 8
     seeds.clear()
     next(fit(task(backend, shared=True, seeds=(5, 6)), batch_size=2, accumulate=3))
+    assert [Ascent(batch_size=4, accumulate=2).images(3, seeds) for seeds in (0, 1, 2, 3)] == [8, 3, 6, 8]
     assert sorted(seeds) == [5, 5, 5, 6, 6, 6]
 
 
@@ -261,7 +262,7 @@ def test_prompts_are_encoded_once(make_pipe, shared):
     assert before == [2] * 6
 
 
-@pytest.mark.parametrize(("seeds", "images"), [((0,), 3), ((0, 1), 8), ((), 8)])
+@pytest.mark.parametrize(("seeds", "images"), [((0,), 3), ((0, 1), 6), ((0, 1, 2), 8), ((), 8)])
 def test_a_shared_step_draws_no_image_twice(backend, seeds, images):
     """On one seed a prompt has one image; more seeds, and new noise, make others of it."""
     climb = fit(task(backend, seeds=seeds, shared=True), batch_size=4, accumulate=2)

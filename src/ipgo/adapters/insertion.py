@@ -209,14 +209,21 @@ class InsertionAdapter(Adapter):
         With `insertion.norm` it is in units of the prompt's states, of a mean square of 1 as CLIP's are, and does not
         look at their sinks. So one weight serves every text encoder.
         """
+        own, whole = self.means(original, conditioned)
+        change = (whole - own).abs().mean(-1)
+        return change if self.insertion.norm is None else change * (math.sqrt(self.width) / original.norm())
+
+    def means(self, original: PromptEmbeds, conditioned: PromptEmbeds) -> tuple[Tensor, Tensor]:
+        """(B, D) each: the mean text state of the prompt as it is, and with what is inserted.
+
+        With `insertion.norm` the prompt's sinks do not count; without, as in the paper's code, they do.
+        """
         if self.insertion.norm is None:
-            return (conditioned.mean() - original.mean()).abs().mean(-1)
-        unit = original.norm()
-        words = original.words(unit)
+            return original.mean(), conditioned.mean()
+        words = original.words(original.norm())
         around = conditioned.mask.clone()
         around[:, self.insertion.num_prefix :][:, : original.length] = words
-        change = replace(conditioned, mask=around).mean() - replace(original, mask=words).mean()
-        return change.abs().mean(-1) * (math.sqrt(self.width) / unit)
+        return replace(original, mask=words).mean(), replace(conditioned, mask=around).mean()
 
     def project_(self) -> None:
         for side in self.sides():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Self
@@ -113,16 +113,20 @@ class WeightAdapter(Adapter):
         alpha = self.lora.rank if self.lora.alpha is None else self.lora.alpha
         config = LoraConfig(r=self.lora.rank, lora_alpha=alpha, target_modules=list(self.layers))
         with as_they_were(pipe):  # peft freezes the denoiser
-            # On the meta device: peft's own initial values would be drawn for nothing.
-            tuner = LoraModel(denoiser, config, "ipgo", low_cpu_mem_usage=True)
+            tuner = None
             try:
+                # On the meta device: peft's own initial values would be drawn for nothing.
+                tuner = LoraModel(denoiser, config, "ipgo", low_cpu_mem_usage=True)
                 for name in self.layers:
                     layer: Any = denoiser.get_submodule(name)
                     layer.lora_A["ipgo"] = _Factor(self.down[key(name)], rows[0])
                     layer.lora_B["ipgo"] = _Factor(self.up[key(name)], rows[0])
                 yield
             finally:
-                tuner.unload()
+                if tuner is not None:
+                    tuner.unload()
+                else:  # stopped while its layers were put in, of which peft then knows nothing
+                    _put_back(denoiser, self.layers)
                 vars(denoiser).pop("peft_config", None)  # which some versions of peft leave behind
 
     def _check(self, denoiser: nn.Module) -> None:
@@ -138,6 +142,15 @@ class WeightAdapter(Adapter):
     ) -> dict[str, Any]:
         """Refused: this adapter is not in the prompt. Call the pipeline while `attached`."""
         raise InputError("an adapter of weights has no prompt_kwargs; call the pipeline inside `attached`")
+
+
+def _put_back(denoiser: nn.Module, names: Iterable[str]) -> None:
+    """Take LoRA layers out again, as far as there are any."""
+    for name in names:
+        layer = denoiser.get_submodule(name)
+        if hasattr(layer, "base_layer"):
+            parent, _, child = name.rpartition(".")
+            setattr(denoiser.get_submodule(parent), child, layer.base_layer)
 
 
 def _check_bare(denoiser: nn.Module) -> None:

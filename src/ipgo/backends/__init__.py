@@ -195,6 +195,7 @@ def _from_pipeline(
         elif opening.text_device != "auto":
             put(pipe, pipe.device, opening.text_device)
         if dtype != "auto":
+            _around(pipe, kind, opening)  # what is refused, is refused before weights lose digits
             cast(pipe, choose_dtype(dtype, pipe.device))
     return _around(pipe, kind, opening)
 
