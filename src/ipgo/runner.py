@@ -329,9 +329,8 @@ def peak_memory(device: torch.device) -> float:
         import resource
     except ImportError:
         return 0.0
-    if (
-        sys.platform == "linux"
-    ):  # what `forget_peak_memory` sets back; `ru_maxrss` also has what was before exec
+    if sys.platform == "linux":
+        # This is what `forget_peak_memory` sets back; `ru_maxrss` also has what was before exec.
         with contextlib.suppress(OSError, StopIteration):
             lines = Path("/proc/self/status").read_text().splitlines()
             return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 2**10

@@ -398,9 +398,10 @@ class Run:
         Raises:
             InputError: no prompt is finished.
         """
-        if not self.finished:
+        found = self.finished
+        if not found:
             raise InputError(f"run {str(self.path)!r} has no finished prompt yet")
-        return self.finished[:1] if self.config.shared else self.finished
+        return found[:1] if self.config.shared else found
 
     def whole_adapter(self) -> tuple[Adapter, dict[str, Any]]:
         """What was learned so far as one adapter, and the backend settings that it was made under.

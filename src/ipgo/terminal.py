@@ -25,9 +25,8 @@ if TYPE_CHECKING:
     from ipgo.backends import Backend
     from ipgo.store import Run
 
-EVERY = (
-    10.0  # seconds from one time that results are stored to the next, each of which writes all that is there
-)
+# Seconds from one time that results are stored to the next, each of which writes all that is there.
+EVERY = 10.0
 
 
 def command_parser(command: str, description: str) -> argparse.ArgumentParser:
@@ -283,9 +282,8 @@ def open_stored(source: str | Path) -> Stored:
     if run is not None and places[0] == path:
         fitted = run.with_adapters
         folders = {prompt.text: run.adapter_folder(prompt) for prompt in fitted}
-        settings = [
-            adapter_facts(folder)["settings"] for folder in folders.values()
-        ]  # a missing one is said now
+        # Of all, so that a missing one is said before anything is drawn.
+        settings = [adapter_facts(folder)["settings"] for folder in folders.values()]
         each = {} if run.config.shared else folders
         return Stored(run.load_adapter(fitted[0]), dict(settings[0]), run.drawn_by, run, each)
     if (path / "plan.json").is_file():

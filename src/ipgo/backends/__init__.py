@@ -275,10 +275,8 @@ def facts_of(source: str) -> Facts:
     options = dict(found.options)
     for part in {"unet", "transformer"} & found.parts.keys():
         options |= found.parts[part].config
-    own = [found.longest[tokenizer] for tokenizer in sorted(found.longest)][
-        -1:
-    ]  # of several the last reads most
-    tokens = min([family.facts.tokens, *own])
+    longest = [found.longest[tokenizer] for tokenizer in sorted(found.longest)]
+    tokens = min([family.facts.tokens, *longest[-1:]])  # of several tokenizers the last reads most
     return replace(family.facts, tokens=tokens, guidance=(family.guidance_of(options),))
 
 
